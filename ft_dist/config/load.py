@@ -1,0 +1,173 @@
+"""YAML file or recipe name + `key.sub=value` overrides -> a validated `RunConfig`.
+
+Paths in a file are taken as they stand, relative to the working directory, so that a recipe means the same on every
+node of a job.
+"""
+
+import difflib
+import importlib.resources
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ft_dist.config.schema import RunConfig
+from ft_dist.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `2e-4` as a string; people who write learning rates mean a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read, override and validate. `recipe` is a path, or the name of a shipped recipe such as `smoke`.
+
+    Raises ConfigError naming the key, the rule and the fix.
+    """
+    path = find_recipe(recipe)
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', error)}).") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: holds {type(tree).__name__}, but a config is a mapping of sections.")
+    for override in overrides:
+        _apply_override(tree, override)
+    return validate(tree)
+
+
+def find_recipe(recipe: str) -> Path:
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    shipped = recipe_folder()
+    named = shipped / (recipe if recipe.endswith(".yaml") else f"{recipe}.yaml")
+    if path.name == recipe and named.is_file():
+        return named
+    names = sorted(file.stem for file in shipped.glob("*.yaml"))
+    raise ConfigError(f"{recipe}: no such config file, and no shipped recipe of that name ({', '.join(names)}).")
+
+
+def recipe_folder() -> Path:
+    """The shipped recipes: inside the wheel, or `configs/` of the source tree."""
+    try:
+        packaged = Path(str(importlib.resources.files("ft_dist.configs")))
+        if any(packaged.glob("*.yaml")):
+            return packaged
+    except ModuleNotFoundError:
+        pass
+    return Path(__file__).resolve().parents[2] / "configs"
+
+
+def validate(tree: dict[str, Any]) -> RunConfig:
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def json_schema() -> str:
+    return json.dumps(RunConfig.model_json_schema(), indent=2)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r} is not of the form key.sub=value.")
+    try:
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError:
+        value = text
+    *parents, leaf = key.split(".")
+    node: Any = tree
+    for depth, name in enumerate(parents):
+        where = ".".join(parents[: depth + 1])
+        node = _child(node, name, where)
+        if not isinstance(node, dict | list):
+            raise ConfigError(f"override {override!r}: {where} is a value, not a section.")
+    if isinstance(node, list):
+        node[_index(node, leaf, key)] = value
+    else:
+        node[leaf] = value
+
+
+def _child(node: Any, name: str, where: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, name, where)]
+    if node.get(name) is None:
+        node[name] = {}
+    return node[name]
+
+
+def _index(node: list[Any], name: str, where: str) -> int:
+    if not name.isdigit() or int(name) >= len(node):
+        raise ConfigError(f"{where}: the list has {len(node)} entries, numbered from 0.")
+    return int(name)
+
+
+def _explain(error: ValidationError) -> str:
+    """One line for each problem: the key, what was given, the rule, and for an unknown key the nearest one."""
+    lines = []
+    for problem in error.errors():
+        location = [str(part) for part in problem["loc"]]
+        key = ".".join(part for part in location if part not in ("literal['all-linear']", "list[str]"))
+        if problem["type"] == "extra_forbidden":
+            near = _nearest(location)
+            hint = f" Did you mean {near}?" if near else ""
+            lines.append(f"{key}: unknown key.{hint}")
+        elif problem["type"] == "missing":
+            lines.append(f"{key}: required, but not given. Add it to the config or pass {key}=VALUE.")
+        else:
+            rule = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+            if problem["type"] == "value_error":
+                lines.append(f"{key}: {rule}.")
+            else:
+                lines.append(f"{key}={_short(problem['input'])}: should be {rule}.")
+    return "; ".join(dict.fromkeys(lines))
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _nearest(location: list[str]) -> str | None:
+    """The valid key closest to an unknown one: in its own section first, then anywhere in the tree."""
+    wanted = location[-1]
+    everywhere = dict(_keys(RunConfig))
+    # list indices are part of the location but not of the schema
+    section = ".".join(part for part in location[:-1] if not part.isdigit())
+    siblings = {path: name for path, name in everywhere.items() if path.rpartition(".")[0] == section}
+    for candidates in (siblings, everywhere):
+        close = difflib.get_close_matches(wanted, candidates.values(), n=1, cutoff=0.6)
+        if close:
+            return next(path for path, name in candidates.items() if name == close[0])
+    return None
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, field in model.model_fields.items():
+        path = f"{prefix}{name}"
+        yield path, name
+        for annotation in (field.annotation, *get_args(field.annotation)):
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                yield from _keys(annotation, f"{path}.")

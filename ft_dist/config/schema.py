@@ -1,0 +1,181 @@
+"""The whole configuration as one tree. Unknown keys are errors; every field says its unit.
+
+`ft-dist schema` prints the JSON schema of `RunConfig`; `output_dir/config.yaml` holds the resolved tree of a run.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+
+DataFormat = Literal["auto", "chat", "prompt_completion", "alpaca", "sharegpt", "text"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class ModelConfig(Section):
+    """Which pretrained model, in which precision."""
+
+    path: str = Field(description="Folder, hub id, or built-in name (see `ft-dist fetch --list`)")
+    revision: str | None = Field(None, description="Branch, tag or commit on the hub; None takes the default branch")
+    dtype: Literal["bf16", "fp32"] = Field("bf16", description="Compute precision; optimizer state is always fp32")
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
+    kernels: Literal["auto", "triton", "torch", "off"] = Field(
+        "auto", description="Fused layers: triton on GPU and torch on CPU for auto; off runs Hugging Face's own"
+    )
+    trust_remote_code: bool = Field(False, description="Let the model folder or hub repository execute its own code")
+    new_tokens: list[str] = Field(default_factory=list, description="Special tokens to add; embeddings grow as needed")
+    chat_template: str | None = Field(None, description="Path of a Jinja file that replaces the tokenizer's template")
+
+
+class MethodConfig(Section):
+    """What is trained: every weight, or low-rank adapters."""
+
+    kind: Literal["full", "lora"] = "lora"
+    rank: PositiveInt = 16
+    alpha: float = Field(32.0, gt=0, description="The update is scaled by alpha / rank (alpha / sqrt(rank): rslora)")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    rslora: bool = False
+    dora: bool = False
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _comma_list(cls, value: object) -> object:
+        if isinstance(value, str) and value != "all-linear":
+            return [name.strip() for name in value.split(",") if name.strip()]
+        return value
+
+
+class SourceConfig(Section):
+    """One data source: a file, a folder, a glob or a hub dataset."""
+
+    path: str
+    format: DataFormat = "auto"
+    weight: float = Field(1.0, gt=0, description="Times that each sample is seen in an epoch, on average")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Our field name -> the column's name, for example {prompt: text}"
+    )
+    split: str = Field("train", description="Split of a hub or saved dataset")
+    name: str | None = Field(None, description="Configuration name of a hub dataset")
+
+
+class DataConfig(Section):
+    """What to learn from and how it becomes rows."""
+
+    train: Annotated[list[SourceConfig], Field(min_length=1)]
+    eval: list[SourceConfig] = Field(default_factory=list)
+    max_length: Annotated[int, Field(ge=8)] = Field(2048, description="Tokens in a row")
+    too_long: Literal["drop", "truncate", "error"] = Field(
+        "drop", description="A sample over max_length is dropped and counted, cut at the end, or an error"
+    )
+    packing: bool = Field(True, description="Fill rows with several samples; attention never crosses them")
+    log_samples: bool = Field(False, description="Write the sample ids of every step to samples.jsonl")
+    cache_dir: str | None = Field(None, description="Tokenised data; None is $FT_DIST_CACHE or ~/.cache/ft_dist")
+
+    @field_validator("train", "eval", mode="before")
+    @classmethod
+    def _paths(cls, value: object) -> object:
+        """A bare path, or a list of them, is short for sources with default options."""
+        if isinstance(value, str | dict):
+            value = [value]
+        if isinstance(value, list):
+            return [{"path": item} if isinstance(item, str) else item for item in value]
+        return value
+
+
+class BatchConfig(Section):
+    """Rows in an optimizer step, over all ranks, and rows in one forward. Accumulation follows from them."""
+
+    global_rows: PositiveInt = 32
+    micro_rows: PositiveInt = 1
+
+
+class OptimConfig(Section):
+    """AdamW, its schedule and the length of the run."""
+
+    lr: float = Field(2e-4, gt=0)
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    decay_steps: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="wsd only: length of the final decay; None is a tenth of the run"
+    )
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Where cosine, linear and wsd end, as a share of lr")
+    weight_decay: float = Field(0.0, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, ge=0, description="Global L2 norm to clip at; 0 switches clipping off")
+    epochs: PositiveInt = 1
+    max_steps: PositiveInt | None = Field(None, description="Stop after this many optimizer steps")
+    max_skipped_steps: PositiveInt = Field(5, description="Non-finite steps in a row after which the run stops")
+
+
+class EngineConfig(Section):
+    """How DeepSpeed shards the work."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    offload: Literal["none", "cpu", "nvme"] = Field("none", description="Where optimizer state lives")
+    nvme_path: str | None = None
+    activation_checkpointing: bool = False
+    timeout_s: PositiveInt = Field(1800, description="Collective operations that take longer end the run")
+
+    @model_validator(mode="after")
+    def _nvme_needs_a_path(self) -> "EngineConfig":
+        if self.offload == "nvme" and not self.nvme_path:
+            raise ValueError("offload=nvme needs engine.nvme_path, a folder on a local NVMe disk")
+        if self.offload == "nvme" and self.zero_stage != 3:
+            raise ValueError(f"offload=nvme needs zero_stage=3, not {self.zero_stage}")
+        if self.offload == "cpu" and self.zero_stage == 0:
+            raise ValueError("offload=cpu needs zero_stage 1, 2 or 3, not 0")
+        return self
+
+
+class CheckpointConfig(Section):
+    """When to commit, how many to keep, what to start from."""
+
+    interval_steps: Annotated[int, Field(ge=0)] = Field(100, description="0 commits only at the end and on a signal")
+    keep: PositiveInt = Field(2, description="Newest commits that stay on disk")
+    resume: str = Field("auto", description="auto: newest complete commit of output_dir; never; or a path")
+
+
+class EvaluateConfig(Section):
+    """Held-out loss, and answers compared with the references, on `data.eval`."""
+
+    before: bool = Field(True, description="Evaluate the untouched model first")
+    interval_steps: Annotated[int, Field(ge=0)] = Field(0, description="0 evaluates only before and after")
+    generate: bool = Field(False, description="Also answer each prompt and count exact matches")
+    max_new_tokens: PositiveInt = 32
+    batch_rows: PositiveInt = 8
+    max_samples: PositiveInt | None = Field(None, description="None takes all of data.eval")
+
+
+class ObserveConfig(Section):
+    """Where metrics go beside metrics.jsonl."""
+
+    wandb: Literal["off", "offline", "online"] = "off"
+    wandb_project: str = "ft_dist"
+    tensorboard: bool = False
+    run_name: str | None = None
+
+
+class RunConfig(Section):
+    """One fine-tuning run."""
+
+    model: ModelConfig
+    method: MethodConfig = Field(default_factory=MethodConfig)
+    data: DataConfig
+    batch: BatchConfig = Field(default_factory=BatchConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    observe: ObserveConfig = Field(default_factory=ObserveConfig)
+    output_dir: str
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir)
