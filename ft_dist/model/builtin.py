@@ -1,0 +1,126 @@
+"""`model.path` -> a folder: built-in models are made once into a cache, folders and hub ids are passed on.
+
+Nothing here imports torch or transformers until a model has to be made, so that mistakes in `model.path` are told at
+once. The cache is `$FT_DIST_CACHE/models` (default `~/.cache/ft_dist/models`): a model is made in a temporary sibling
+folder under a lock and renamed into place when every file is on disk. A kill at any moment leaves only a temporary
+folder, which the next call removes.
+"""
+
+import difflib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from ft_dist.errors import ModelError
+from ft_dist.model.tiny import tiny_names
+
+SMOLLM2 = "smollm2-135m"
+# Part of the folder's name: raise it when what is made changes.
+_VERSIONS = {SMOLLM2: "0.1.2-1", **dict.fromkeys(tiny_names(), "1")}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+
+Progress = Callable[[str], None]
+
+
+def builtin_names() -> list[str]:
+    """Names usable as `model.path` without any folder or hub."""
+    return list(_VERSIONS)
+
+
+def resolve_model(path: str, progress: Progress = print) -> str:
+    """The folder or hub id that `model.path` means; a built-in name is made first if it is not in the cache.
+
+    Raises ModelError for a folder without config.json and for anything that is no folder, built-in name or hub id.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir() and path not in _VERSIONS:
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"model.path={path}: the folder has no config.json, so it is not a Hugging Face model.")
+        return str(folder)
+    if path in _VERSIONS:
+        return str(_make_once(path, progress))
+    if _HUB_ID.fullmatch(path):
+        return path
+    near = difflib.get_close_matches(path, _VERSIONS, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    names = ", ".join(_VERSIONS)
+    raise ModelError(
+        f"model.path={path}: no such folder, and not a built-in name ({names}) or hub id (org/name).{hint}"
+    )
+
+
+def fetch(name: str, progress: Progress = print) -> Path:
+    """Bring a built-in model or a hub id onto this machine and return its folder; a second call costs nothing.
+
+    Raises ModelError when it does not exist or cannot be reached.
+    """
+    resolved = resolve_model(name, progress)
+    if Path(resolved).is_dir():
+        return Path(resolved)
+    from huggingface_hub import snapshot_download
+
+    progress(f"{name}: downloading from the hub")
+    try:
+        return Path(snapshot_download(resolved, allow_patterns=_HUB_FILES))
+    except (OSError, ValueError) as error:  # huggingface_hub's own errors derive from these
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        raise ModelError(f"model.path={name}: the hub did not deliver it ({type(error).__name__}: {reason}).") from None
+
+
+def cache_dir() -> Path:
+    """`$FT_DIST_CACHE`, or `~/.cache/ft_dist`."""
+    return Path(os.environ.get("FT_DIST_CACHE") or "~/.cache/ft_dist").expanduser()
+
+
+def _make_once(name: str, progress: Progress) -> Path:
+    models = cache_dir() / "models"
+    final = models / f"{name}-{_VERSIONS[name]}"
+    if final.is_dir():  # only a rename makes it, so it is complete
+        return final
+    from filelock import FileLock
+
+    try:
+        models.mkdir(parents=True, exist_ok=True)
+        with FileLock(models / f".{name}.lock"):
+            if not final.is_dir():
+                _make(name, final, progress)
+    except OSError as error:
+        raise ModelError(
+            f"model.path={name}: cannot write its cache {final} ({error.strerror or error}). "
+            "Point FT_DIST_CACHE at a folder that can be written."
+        ) from None
+    return final
+
+
+def _make(name: str, final: Path, progress: Progress) -> None:
+    """Caller holds the lock, so every other temporary folder of this name was left by a process that died."""
+    prefix = f".{name}-partial-"
+    for stale in final.parent.glob(f"{prefix}*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=final.parent))
+    try:
+        if name == SMOLLM2:
+            from ft_dist.model.smollm import make_smollm2 as make
+        else:
+            from ft_dist.model.tiny import make_tiny as make
+        make(name, temporary, progress)
+        for path in [temporary, *temporary.rglob("*")]:  # made private, but a cache may be shared by several users
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        commit_folder(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def commit_folder(temporary: Path, final: Path) -> None:
+    """Sync every file to disk, then rename: after a power cut the folder is whole or absent. Same file system."""
+    for path in [*temporary.rglob("*"), temporary]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    os.replace(temporary, final)

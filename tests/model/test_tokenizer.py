@@ -1,0 +1,89 @@
+"""Padding and end tokens: right where they were missing, untouched where they were right, and said aloud."""
+
+from pathlib import Path
+
+import pytest
+
+from ft_dist.errors import ModelError
+from ft_dist.model.tiny import byte_tokenizer
+from ft_dist.model.tokenizer import load_tokenizer, stop_token_ids, turn_end_id
+
+
+def saved(folder: Path, **changes: object) -> str:
+    tokenizer = byte_tokenizer()
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_complete_tokenizer_is_left_alone(tmp_path: Path) -> None:
+    tokenizer, notes = load_tokenizer(saved(tmp_path))
+    assert notes == []
+    assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|pad|>", "<|im_end|>")
+
+
+def test_missing_padding_takes_a_reserved_token_that_is_no_end(tmp_path: Path) -> None:
+    tokenizer, notes = load_tokenizer(saved(tmp_path, pad_token=None))
+    assert tokenizer.pad_token == "<|pad|>"
+    assert notes == ["the tokenizer has no padding token: <|pad|> is used"]
+
+
+def test_missing_padding_falls_back_to_the_end_token_and_says_so(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("ft_dist.model.tokenizer._PAD_CANDIDATES", ())
+    tokenizer, notes = load_tokenizer(saved(tmp_path, pad_token=None))
+    assert tokenizer.pad_token == tokenizer.eos_token
+    assert "masked by position" in notes[0]
+
+
+def test_missing_end_token_is_taken_from_the_template(tmp_path: Path) -> None:
+    tokenizer, notes = load_tokenizer(saved(tmp_path, eos_token=None))
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert notes == ["the tokenizer has no end token: <|im_end|> is used"]
+
+
+def test_answers_stop_at_the_turn_end_even_if_eos_is_another_token(tmp_path: Path) -> None:
+    tokenizer, notes = load_tokenizer(saved(tmp_path, eos_token="<|endoftext|>"))
+    turn_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert notes == []
+    assert turn_end_id(tokenizer) == turn_end
+    assert stop_token_ids(tokenizer, 7) == [7, tokenizer.eos_token_id, turn_end]
+    assert stop_token_ids(tokenizer, [tokenizer.eos_token_id]) == [tokenizer.eos_token_id, turn_end]
+    assert stop_token_ids(tokenizer) == [tokenizer.eos_token_id, turn_end]
+
+
+def test_no_turn_end_without_template(tmp_path: Path) -> None:
+    tokenizer, _ = load_tokenizer(saved(tmp_path, chat_template=None))
+    assert turn_end_id(tokenizer) is None
+
+
+def test_new_tokens_become_single_ids_once(tmp_path: Path) -> None:
+    before = len(byte_tokenizer())
+    tokenizer, notes = load_tokenizer(saved(tmp_path), new_tokens=["<tool>", "<tool>", "<|pad|>"])
+    assert len(tokenizer) == before + 1
+    assert tokenizer("<tool>").input_ids == [before]
+    assert notes == ["1 new special tokens: <tool>"]
+
+
+def test_template_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jinja"
+    folder = saved(tmp_path / "t")
+    path.write_text("{% if %}")
+    with pytest.raises(ModelError, match=r"mine.jinja line 1: "):
+        load_tokenizer(folder, chat_template=str(path))
+    path.write_text(
+        "{% for m in messages %}{%- generation %}{{ m.content }}<|endoftext|>{% endgeneration -%}{% endfor %}"
+    )
+    tokenizer, notes = load_tokenizer(folder, chat_template=str(path))
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "a<|endoftext|>"
+    assert turn_end_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert notes == [f"chat template taken from {path}"]
+    with pytest.raises(ModelError, match="no such file"):
+        load_tokenizer(folder, chat_template=str(tmp_path / "absent.jinja"))
+
+
+def test_a_folder_without_tokenizer_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ModelError, match="its tokenizer does not load") as caught:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(caught.value)
