@@ -1,0 +1,195 @@
+"""Find the characters of a rendered conversation that the model itself has to write.
+
+A template is opaque Jinja, and most carry no `{% generation %}` marks, so the text is compared with renders of known
+difference. First choice, two renders a sample: the conversation, and the same with every assistant content replaced
+by a sentinel; where both agree around the sentinels, the contents stand exactly there. Templates that look into the
+content (reasoning that is split off or dropped) differ, and are searched a turn at a time with renders of the prefixes.
+
+A span runs from the end of the generation prompt to the end of the turn's end token. Reasoning marks that the template
+writes for the model (`<think>\\n\\n</think>\\n\\n` of Qwen3) lie inside, for the model has to write them as well; the
+newline after the end token does not. An earlier turn that the template rewrites (its reasoning dropped) would teach an
+answer that nobody gave: it gets no span and is counted in `rewritten`.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Messages = list[dict[str, Any]]
+Render = Callable[[Messages, bool], str]
+"""(messages, add_generation_prompt) -> text"""
+
+_SENTINEL = "ftdist{index}sentinel{index}content"
+
+
+@dataclass(slots=True)
+class Spans:
+    """Character ranges [start, end) to learn, in order, for a text as rendered."""
+
+    text: str
+    ranges: list[tuple[int, int]]
+    rewritten: int = 0
+    """Assistant turns that the template rewrites, so that nothing is learnt from them"""
+    ends_with_token: bool = True
+    """Whether the last learnt turn closes with a special token of the template"""
+    plain: bool = False
+    """Plain text, not rendered by a template"""
+
+
+@dataclass(frozen=True, slots=True)
+class TurnMarks:
+    """What is fixed for one tokenizer: the generation prompt, and what an end token looks like."""
+
+    generation_prompt: str
+    end_token: re.Pattern[str] | None
+
+    def close(self, text: str, content_end: int) -> tuple[int, bool]:
+        """End of the turn whose content ends here, and whether an end token stands there."""
+        match = self.end_token.match(text, content_end) if self.end_token else None
+        return (match.end(), True) if match else (content_end, False)
+
+
+def find_marks(render: Render, added_tokens: list[str]) -> TurnMarks:
+    """Probe a template once: what `add_generation_prompt` appends, and which tokens can end a turn."""
+    probe = [{"role": "user", "content": "x"}]
+    without, with_prompt = render(probe, False), render(probe, True)
+    common = 0
+    for a, b in zip(without, with_prompt, strict=False):
+        if a != b:
+            break
+        common += 1
+    tokens = sorted((token for token in added_tokens if token.strip()), key=len, reverse=True)
+    pattern = re.compile(r"\s*(?:" + "|".join(map(re.escape, tokens)) + ")") if tokens else None
+    return TurnMarks(with_prompt[common:], pattern)
+
+
+def sentinel_messages(messages: Messages) -> Messages | None:
+    """The conversation with each assistant content replaced; None where a content has nothing to replace."""
+    replaced = []
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant":
+            if not message.get("content") or message.get("tool_calls"):
+                return None
+            message = {**message, "content": _SENTINEL.format(index=index)}
+        replaced.append(message)
+    return replaced
+
+
+def find_spans(
+    messages: Messages, text: str, text_with_sentinels: str | None, *, render: Render, marks: TurnMarks
+) -> Spans:
+    """Spans of a rendered conversation; `text_with_sentinels` renders `sentinel_messages`, None if there are none.
+
+    Calls `render` again only where the two texts do not settle it.
+    """
+    contents = _split_at_sentinels(messages, text, text_with_sentinels) if text_with_sentinels is not None else None
+    if contents is None:
+        spans = _search_turns(messages, text, render=render, marks=marks)
+    else:
+        spans = Spans(text, [], ends_with_token=False)
+        for index, (start, end) in contents:
+            start = _prompt_end(messages, index, text, start, render=render, marks=marks)
+            end, spans.ends_with_token = marks.close(text, end)
+            spans.ranges.append((start, end))
+    if messages[-1]["role"] == "assistant" and spans.ranges and not spans.ends_with_token:
+        # a template that closes with words of its own ("### End"): the model has to write them to stop
+        spans.ranges[-1] = (spans.ranges[-1][0], max(spans.ranges[-1][1], len(text.rstrip())))
+    return spans
+
+
+def _split_at_sentinels(
+    messages: Messages, text: str, text_with_sentinels: str
+) -> list[tuple[int, tuple[int, int]]] | None:
+    """(turn, range of its content) for each assistant turn, if the text is the sentinels' text with contents put in."""
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    pieces, rest = [], text_with_sentinels
+    for index in turns:
+        before, sentinel, rest = rest.partition(_SENTINEL.format(index=index))
+        if not sentinel or _SENTINEL.format(index=index) in rest:
+            return None
+        pieces.append(before)
+    pieces.append(rest)
+    found = []
+    cursor = len(pieces[0])
+    if not text.startswith(pieces[0]):
+        return None
+    for index, after in zip(turns, pieces[1:], strict=True):
+        content = messages[index]["content"]
+        # templates trim contents, or the left or right side only
+        for variant in (content, content.strip(), content.lstrip(), content.rstrip()):
+            if text.startswith(variant, cursor) and text.startswith(after, cursor + len(variant)):
+                break
+        else:
+            return None
+        found.append((index, (cursor, cursor + len(variant))))
+        cursor += len(variant) + len(after)
+    return found if cursor == len(text) else None
+
+
+def _prompt_end(
+    messages: Messages, index: int, text: str, content_start: int, *, render: Render, marks: TurnMarks
+) -> int:
+    """Where turn `index` begins to be the model's own: the end of its generation prompt."""
+    prompt = marks.generation_prompt
+    if not prompt or text.endswith(prompt, 0, content_start):
+        return content_start
+    prefix = render(messages[:index], True)
+    return len(prefix) if len(prefix) <= content_start and text.startswith(prefix) else content_start
+
+
+def _search_turns(messages: Messages, text: str, *, render: Render, marks: TurnMarks) -> Spans:
+    """A turn at a time: between the render up to its generation prompt and the next turn's, look for the content."""
+    spans = Spans(text, [], ends_with_token=False)
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    prompts = {index: render(messages[:index], True) for index in turns}
+    starts = {index: len(prompt) for index, prompt in prompts.items() if text.startswith(prompt)}
+    cursor = 0
+    for number, index in enumerate(turns):
+        bound = next((starts[later] for later in turns[number + 1 :] if later in starts), len(text))
+        found = None
+        if index in starts:
+            found = _turn_range(messages, index, text, starts[index], bound, render=render, marks=marks)
+        else:
+            found = _only_occurrence(messages[index].get("content", ""), text, cursor, bound, marks)
+        if found is None:
+            spans.rewritten += 1
+            continue
+        start, end, spans.ends_with_token = found
+        spans.ranges.append((start, end))
+        cursor = end
+    return spans
+
+
+def _turn_range(
+    messages: Messages, index: int, text: str, start: int, bound: int, *, render: Render, marks: TurnMarks
+) -> tuple[int, int, bool] | None:
+    """(start, end, closed by a token) of a turn that starts at `start` and ends before `bound`."""
+    content = messages[index].get("content", "").strip()
+    if content:
+        position = text.find(content, start, bound)
+        if position >= 0:
+            return (start, *marks.close(text, position + len(content)))
+    # Reasoning or tool calls in a form of the template's own: the turn as it reads when it is the last one.
+    turn = render(messages[: index + 1], False)
+    if not turn.startswith(text[:start]):
+        return None
+    written = turn[start:].rstrip()
+    if not written or not text.startswith(written, start):
+        return None
+    end = start + len(written)
+    closed = marks.end_token is not None and any(
+        match.end() == len(written) for match in marks.end_token.finditer(written)
+    )
+    return start, end, closed
+
+
+def _only_occurrence(
+    content: str, text: str, cursor: int, bound: int, marks: TurnMarks
+) -> tuple[int, int, bool] | None:
+    """The content's place where it stands once only; a guess between several could label the user's words."""
+    content = content.strip()
+    if not content or text.count(content, cursor, bound) != 1:
+        return None
+    position = text.index(content, cursor, bound)
+    return (position, *marks.close(text, position + len(content)))

@@ -1,0 +1,257 @@
+"""Samples -> token ids and the mask of what is learnt, with the tokenizer's own chat template.
+
+The text is tokenised once as a whole, so that ids are exactly those of the whole conversation; characters map to
+tokens by the tokenizer's offsets (`spans.py` finds the characters). A token is learnt if any of its characters is.
+
+Without a chat template a prompt/completion sample is the plain concatenation prompt + completion + end token; any
+other conversation is an error that says so. Plain text takes the tokenizer's own special tokens, then an end token,
+and all of it is learnt.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from ft_dist.data.formats import Sample
+from ft_dist.data.spans import Messages, Spans, TurnMarks, find_marks, find_spans, sentinel_messages
+from ft_dist.errors import DataError, ModelError
+
+
+@dataclass(slots=True)
+class Encoded:
+    """Token ids of one sample, and for each whether the model learns to write it."""
+
+    tokens: list[int]
+    mask: list[bool]
+
+
+class Encoder:
+    """Encodes samples for one tokenizer; `notes` counts what a report should tell.
+
+    notes: `turns_rewritten` assistant turns that the template rewrites (not learnt), `end_token_added` samples whose
+    template ends turns with no token of its own, `system_folded` samples whose system text moved into the user turn.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.notes: Counter[str] = Counter()
+        self._template = getattr(tokenizer, "chat_template", None)
+        self._backend = getattr(tokenizer, "backend_tokenizer", None) if getattr(tokenizer, "is_fast", False) else None
+        self._marks: TurnMarks | None = None
+        self._system_role: bool | None = None
+
+    def encode(self, sample: Sample) -> Encoded:
+        return self.encode_batch([sample])[0]
+
+    def encode_batch(self, samples: Sequence[Sample]) -> list[Encoded]:
+        """Encode samples together, at the tokenizer's own rate over its own threads.
+
+        Raises DataError naming the record that the template refuses, ModelError where a template is needed and missing.
+        """
+        return self.tokenise([self.render(sample) for sample in samples])
+
+    def render(self, sample: Sample) -> Spans:
+        """The text of a sample and the characters of it that are learnt."""
+        if sample.messages is None:
+            assert sample.text is not None
+            return Spans(sample.text, [(0, len(sample.text))], plain=True)
+        if self._template is None:
+            return self._concatenate(sample)
+        messages = self._fold_system(sample.messages)
+        render = partial(self._render, tools=sample.tools)
+        if self._marks is None:
+            self._marks = self._find_marks()
+        replaced = sentinel_messages(messages)
+        try:
+            text = render(messages, False)
+            try:
+                with_sentinels = render(replaced, False) if replaced is not None else None
+            except TemplateError:  # a template that demands a form of the content
+                with_sentinels = None
+            spans = find_spans(messages, text, with_sentinels, render=render, marks=self._marks)
+        except TemplateError as error:
+            raise DataError(
+                f"{sample.where}: the chat template refuses this conversation ({error}). Mend the record, "
+                "or set model.chat_template."
+            ) from None
+        self.notes["turns_rewritten"] += spans.rewritten
+        return spans
+
+    def tokenise(self, rendered: Sequence[Spans]) -> list[Encoded]:
+        """Token ids and masks of rendered texts, in order."""
+        plain = iter(self._encode_plain([spans for spans in rendered if spans.plain]))
+        chats = iter(self._encode_chats([spans for spans in rendered if not spans.plain]))
+        return [next(plain if spans.plain else chats) for spans in rendered]
+
+    def encode_prompt(self, messages: Messages, tools: list[dict[str, Any]] | None = None) -> list[int]:
+        """Token ids up to where the model's answer begins, for generation."""
+        if self._template is None:
+            prompt = "".join(message["content"] for message in messages)
+            return list(self.tokenizer(prompt)["input_ids"])
+        try:
+            text = self._render(self._fold_system(messages), True, tools=tools)
+        except TemplateError as error:
+            raise DataError(f"the chat template refuses this conversation ({error}). Mend its turns.") from None
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _render(self, messages: Messages, add_generation_prompt: bool, tools: Any = None) -> str:
+        return self.tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+
+    def _find_marks(self) -> TurnMarks:
+        added = [str(token) for token in getattr(self.tokenizer, "added_tokens_decoder", {}).values()]
+        tokens = list(dict.fromkeys([*added, *self.tokenizer.all_special_tokens]))
+        try:
+            return find_marks(self._render, tokens)
+        except TemplateError as error:
+            raise ModelError(
+                f"the tokenizer's chat template does not render a single user turn ({error}). Set model.chat_template."
+            ) from None
+
+    def _fold_system(self, messages: Messages) -> Messages:
+        """Gemma's and Mistral's first templates refuse a system turn: its text then opens the user's turn."""
+        if messages[0]["role"] not in ("system", "developer") or len(messages) < 2:
+            return messages
+        if self._system_role is None:
+            probe = [{"role": "system", "content": "x"}, {"role": "user", "content": "x"}]
+            try:
+                self._system_role = bool(self._render(probe, True))
+            except TemplateError:
+                self._system_role = False
+        if self._system_role:
+            return messages
+        self.notes["system_folded"] += 1
+        first, second = messages[0], messages[1]
+        return [{**second, "content": f"{first['content']}\n\n{second['content']}"}, *messages[2:]]
+
+    def _concatenate(self, sample: Sample) -> Spans:
+        assert sample.messages is not None
+        if sample.format != "prompt_completion" or [m["role"] for m in sample.messages] != ["user", "assistant"]:
+            raise ModelError(
+                "the tokenizer has no chat template, and these samples are conversations. Set model.chat_template "
+                "to a Jinja file, or take the instruct version of the model."
+            )
+        prompt, completion = (message["content"] for message in sample.messages)
+        return Spans(prompt + completion, [(len(prompt), len(prompt) + len(completion))], ends_with_token=False)
+
+    def _encode_chats(self, chats: list[Spans]) -> list[Encoded]:
+        # Without a template no beginning-of-text token was written, so the tokenizer's habit decides.
+        habit = self._template is None
+        texts = [spans.text for spans in chats]
+        done = []
+        for spans, (ids, ranges) in zip(chats, self._tokenise(texts, chats, habit), strict=True):
+            mask = [False] * len(ids)
+            for first, last in ranges:
+                mask[first:last] = [True] * (last - first)
+            done.append(self._close(spans, ids, mask))
+        return done
+
+    def _close(self, spans: Spans, ids: list[int], mask: list[bool]) -> Encoded:
+        """A turn that ends the text with no end token of its own gets the tokenizer's, or it would never stop."""
+        eos = self.tokenizer.eos_token_id
+        at_end = bool(spans.ranges) and not spans.text[spans.ranges[-1][1] :].strip()
+        if at_end and not spans.ends_with_token and eos is not None and (not ids or ids[-1] != eos):
+            # what follows the content (a newline) would stand between the answer and its end
+            last = len(mask) - mask[::-1].index(True) if any(mask) else len(mask)
+            ids, mask = [*ids[:last], eos], [*mask[:last], True]
+            self.notes["end_token_added"] += self._template is not None
+        return Encoded(ids, mask)
+
+    def _encode_plain(self, texts: list[Spans]) -> list[Encoded]:
+        eos = self.tokenizer.eos_token_id
+        done = []
+        for ids, _ in self._tokenise([spans.text for spans in texts], None, True):
+            if eos is not None and (not ids or ids[-1] != eos):
+                ids = [*ids, eos]
+            done.append(Encoded(ids, [True] * len(ids)))
+        return done
+
+    def _tokenise(
+        self, texts: list[str], chats: list[Spans] | None, special: bool
+    ) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """(ids, token ranges of the spans) of each text; `special` adds the tokenizer's own special tokens."""
+        if not texts:
+            return []
+        if self._backend is None:
+            return [
+                self._tokenise_slowly(text, chats[index].ranges if chats else [], special)
+                for index, text in enumerate(texts)
+            ]
+        # Limits left in the tokenizer's file would cut or pad silently.
+        if self._backend.truncation is not None:
+            self._backend.no_truncation()
+        if self._backend.padding is not None:
+            self._backend.no_padding()
+        encodings = self._backend.encode_batch(texts, add_special_tokens=special)
+        if chats is None:
+            return [(encoding.ids, []) for encoding in encodings]
+        return [
+            (encoding.ids, [_token_range(encoding, *span) for span in spans.ranges])
+            for encoding, spans in zip(encodings, chats, strict=True)
+        ]
+
+    def _tokenise_slowly(
+        self, text: str, ranges: list[tuple[int, int]], special: bool
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """For tokenizers without offsets: a boundary lies where the ids of the text up to it stop agreeing."""
+        ids = list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+
+        def tokens_before(character: int) -> int:
+            if character >= len(text):
+                return len(ids)
+            prefix = self.tokenizer(text[:character], add_special_tokens=special)["input_ids"]
+            agree = (a == b for a, b in zip(prefix, ids, strict=False))
+            return next((index for index, same in enumerate(agree) if not same), min(len(prefix), len(ids)))
+
+        return ids, [(tokens_before(start), tokens_before(end)) for start, end in ranges]
+
+
+def _token_range(encoding: Any, start: int, end: int) -> tuple[int, int]:
+    """[first, last) of the tokens that touch the characters [start, end)."""
+    first, final = encoding.char_to_token(start), encoding.char_to_token(end - 1)
+    if first is not None and final is not None:
+        # several byte tokens can share a character: take all of them
+        offsets = encoding.offsets if _shares(encoding, final) else None
+        last = final + 1
+        while offsets is not None and last < len(offsets) and offsets[last][0] < end and offsets[last][1] <= end:
+            last += 1
+        return first, last
+    # a boundary character that the normaliser dropped belongs to no token
+    touching = [index for index, (a, b) in enumerate(encoding.offsets) if a < end and max(b, a + 1) > start]
+    return (touching[0], touching[-1] + 1) if touching else (0, 0)
+
+
+def _shares(encoding: Any, token: int) -> bool:
+    after = encoding.token_to_chars(token + 1) if token + 1 < len(encoding) else None
+    here = encoding.token_to_chars(token)
+    return after is not None and here is not None and after[0] < here[1]
+
+
+def encode(sample: Sample, tokenizer: Any) -> Encoded:
+    """One sample; build an `Encoder` to encode many. Raises DataError, ModelError."""
+    return Encoder(tokenizer).encode(sample)
+
+
+def encode_prompt(messages: Messages, tokenizer: Any) -> list[int]:
+    """Token ids of a conversation up to where the next answer begins, for generation."""
+    return Encoder(tokenizer).encode_prompt(messages)
+
+
+def tokenizer_identity(tokenizer: Any) -> str:
+    """Everything of a tokenizer that decides the ids: equal text, equal tokenisation."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+        core = backend.to_str()
+    else:
+        core = json.dumps(sorted(tokenizer.get_vocab().items()))
+    special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
+    template = json.dumps(getattr(tokenizer, "chat_template", None), sort_keys=True)
+    return "\n".join((core, special, template))
