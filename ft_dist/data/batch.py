@@ -1,0 +1,189 @@
+"""Deal a global batch to ranks, turn rows of samples into tensors, and do so ahead of the training thread.
+
+Shapes: R rows of a micro-batch, L tokens of its longest row rounded up to a multiple of 8 (tensor cores and the Triton
+kernels like it; both for packed and for unpacked rows).
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ft_dist.data.store import SampleStore
+from ft_dist.data.stream import DataStream, GlobalBatch, Row
+
+IGNORED = -100
+"""Label of a token that predicts nothing (the default of torch's cross entropy)"""
+
+ROUND_TO = 8
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Tensors of one forward.
+
+    input_ids, labels, position_ids: (R, L) int64. `labels[r, t]` is the token that position t predicts (shifted
+    already), and IGNORED where the next token is not learnt, belongs to another sample, or is padding. Positions
+    restart at 0 with each sample; each pad token is a segment of its own at position 0.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    real_tokens: int
+    labelled_tokens: int
+    padded_tokens: int
+    """Pad tokens: real_tokens + padded_tokens = R * L"""
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "MicroBatch":
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "MicroBatch":
+        return self._with_tensors(lambda tensor: tensor.pin_memory())
+
+    def _with_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "MicroBatch":
+        tensors = {f.name: change(getattr(self, f.name)) for f in fields(self) if f.name.endswith(("ids", "labels"))}
+        return replace(self, **tensors)
+
+
+def deal(batch: GlobalBatch, *, rank: int, world: int, micro_rows: int) -> list[list[Row]]:
+    """The micro-batches of one rank, the same number on every rank; an empty one stands for a dummy.
+
+    Rows go out longest first, back and forth over the ranks, so that ranks get equal tokens and a micro-batch rows of
+    like length. Every row goes to exactly one rank, for any world size.
+    """
+    tokens = np.asarray(batch.row_tokens, np.int64)
+    longest_first = np.argsort(-tokens, kind="stable").tolist()
+    mine = []
+    for lap_start in range(0, len(longest_first), world):
+        seat = rank if (lap_start // world) % 2 == 0 else world - 1 - rank
+        if lap_start + seat < len(longest_first):
+            mine.append(batch.rows[longest_first[lap_start + seat]])
+    rows_a_rank = -(-len(batch.rows) // world)
+    micro_batches = -(-rows_a_rank // micro_rows)
+    return [mine[number * micro_rows : (number + 1) * micro_rows] for number in range(micro_batches)]
+
+
+def collate(rows: Sequence[Row], store: SampleStore, *, pad_id: int = 0) -> MicroBatch:
+    """Rows of global sample ids -> tensors. No rows give the dummy: one pad token that predicts nothing."""
+    if not rows:
+        zero = np.zeros((1, 1), np.int64)
+        return _micro_batch(zero + pad_id, zero + IGNORED, zero, real_tokens=0)
+    row_tokens = [int(sum(store.lengths[sample] for sample in row)) for row in rows]
+    width = -(-max(row_tokens) // ROUND_TO) * ROUND_TO
+    input_RL = np.full((len(rows), width), pad_id, np.int64)
+    label_RL = np.full((len(rows), width), IGNORED, np.int64)
+    position_RL = np.zeros((len(rows), width), np.int64)
+    for number, row in enumerate(rows):
+        at = 0
+        for sample in row:
+            tokens, mask = store.sample(sample)
+            end = at + len(tokens)
+            input_RL[number, at:end] = tokens
+            label_RL[number, at : end - 1] = np.where(mask[1:], tokens[1:], IGNORED)
+            position_RL[number, at:end] = np.arange(len(tokens))
+            at = end
+    return _micro_batch(input_RL, label_RL, position_RL, real_tokens=sum(row_tokens))
+
+
+def _micro_batch(
+    input_RL: np.ndarray, label_RL: np.ndarray, position_RL: np.ndarray, *, real_tokens: int
+) -> MicroBatch:
+    return MicroBatch(
+        input_ids=torch.from_numpy(input_RL),
+        labels=torch.from_numpy(label_RL),
+        position_ids=torch.from_numpy(position_RL),
+        real_tokens=real_tokens,
+        labelled_tokens=int(np.count_nonzero(label_RL != IGNORED)),
+        padded_tokens=input_RL.size - real_tokens,
+    )
+
+
+class Prefetched(NamedTuple):
+    """One optimizer step's data on one rank."""
+
+    batch: GlobalBatch
+    micro_batches: list[MicroBatch]
+    state_after: dict[str, int]
+    """The stream's position after this batch, however far ahead the thread is: what a checkpoint stores"""
+
+
+class Prefetcher:
+    """Iterates over `Prefetched`, at most `depth` batches ahead; `close` (or the end of `with`) stops the thread.
+
+    It owns the stream while open. An error on the thread is raised where the consumer asks for the next batch.
+    """
+
+    def __init__(
+        self,
+        stream: DataStream,
+        *,
+        rank: int,
+        world: int,
+        micro_rows: int,
+        pad_id: int = 0,
+        depth: int = 2,
+        pin_memory: bool = False,
+    ) -> None:
+        self._stream = stream
+        self._deal = {"rank": rank, "world": world, "micro_rows": micro_rows}
+        self._pad_id = pad_id
+        self._pin_memory = pin_memory
+        self._ready: queue.Queue[Prefetched | BaseException] = queue.Queue(maxsize=depth)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="data-prefetch", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Prefetched]:
+        return self
+
+    def __next__(self) -> Prefetched:
+        if self._closing.is_set():
+            raise StopIteration
+        item = self._ready.get()
+        if isinstance(item, BaseException):
+            self.close()
+            raise item
+        return item
+
+    def __enter__(self) -> "Prefetcher":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop and join the thread; batches collated ahead are thrown away. May be called twice."""
+        self._closing.set()
+        while self._thread.is_alive():
+            try:
+                self._ready.get_nowait()  # the thread may wait for room
+            except queue.Empty:
+                self._thread.join(timeout=0.01)
+
+    def _run(self) -> None:
+        try:
+            while not self._closing.is_set():
+                self._put(self._collate_next())
+        except BaseException as error:
+            self._put(error)
+
+    def _collate_next(self) -> Prefetched:
+        batch = self._stream.next_batch()
+        state_after = self._stream.state_dict()
+        micro_batches = [collate(rows, self._stream.store, pad_id=self._pad_id) for rows in deal(batch, **self._deal)]
+        if self._pin_memory:
+            micro_batches = [micro_batch.pin_memory() for micro_batch in micro_batches]
+        return Prefetched(batch, micro_batches, state_after)
+
+    def _put(self, item: Prefetched | BaseException) -> None:
+        while not self._closing.is_set():
+            try:
+                self._ready.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue

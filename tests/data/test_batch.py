@@ -1,0 +1,107 @@
+"""Rows become tensors whose labels are already shifted, and every rank gets as many micro-batches."""
+
+import numpy as np
+import pytest
+import torch
+
+from ft_dist.data.batch import IGNORED, Prefetcher, collate, deal
+from ft_dist.data.stream import DataStream
+
+
+class ListStore:
+    """Samples held in lists, for tests."""
+
+    def __init__(self, samples: list[tuple[list[int], list[bool]]]) -> None:
+        self._samples = samples
+        self.lengths = np.array([len(tokens) for tokens, _ in samples], np.int64)
+        self.labelled = np.array([sum(mask[1:]) for _, mask in samples], np.int64)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def sample(self, index: int):
+        tokens, mask = self._samples[index]
+        return np.array(tokens, np.int64), np.array(mask, np.bool_)
+
+
+def random_store(samples: int, longest: int, seed: int = 0) -> ListStore:
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(2, longest + 1, samples)
+    return ListStore(
+        [(generator.integers(10, 90, n).tolist(), [False] * (n // 2) + [True] * (n - n // 2)) for n in lengths.tolist()]
+    )
+
+
+def test_labels_are_shifted_and_never_cross_samples():
+    store = ListStore([([1, 2, 3], [False, True, True]), ([4, 5], [True, True]), ([6, 7, 8], [False, False, True])])
+    got = collate([[0, 1], [2]], store, pad_id=99)
+    X = IGNORED
+    assert got.input_ids.tolist() == [[1, 2, 3, 4, 5, 99, 99, 99], [6, 7, 8, 99, 99, 99, 99, 99]]
+    assert got.labels.tolist() == [[2, 3, X, 5, X, X, X, X], [X, 8, X, X, X, X, X, X]]
+    assert got.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 0, 0], [0, 1, 2, 0, 0, 0, 0, 0]]
+    assert (got.real_tokens, got.labelled_tokens, got.padded_tokens) == (8, 4, 8)
+    assert got.input_ids.dtype == got.labels.dtype == got.position_ids.dtype == torch.int64
+
+
+def test_dummy_predicts_nothing():
+    got = collate([], random_store(1, 4), pad_id=7)
+    assert got.input_ids.tolist() == [[7]]
+    assert got.labels.tolist() == [[IGNORED]]
+    assert (got.real_tokens, got.labelled_tokens, got.padded_tokens) == (0, 0, 1)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("world", [1, 2, 3, 7, 8, 64])
+def test_deal_gives_every_row_once_and_every_rank_as_many_micro_batches(world, packing):
+    store = random_store(100, 50)
+    stream = DataStream([(store, 1.0)], seed=1, global_rows=16, max_length=50, packing=packing)
+    for _ in range(8):
+        batch = stream.next_batch()
+        for micro_rows in (1, 2, 5):
+            dealt = [deal(batch, rank=rank, world=world, micro_rows=micro_rows) for rank in range(world)]
+            assert len({len(micro_batches) for micro_batches in dealt}) == 1
+            assert all(len(rows) <= micro_rows for micro_batches in dealt for rows in micro_batches)
+            rows = [row for micro_batches in dealt for rows in micro_batches for row in rows]
+            assert sorted(rows) == sorted(batch.rows)
+            collated = [collate(rows, store) for micro_batches in dealt for rows in micro_batches]
+            assert sum(one.labelled_tokens for one in collated) == batch.labelled_tokens
+            assert sum(one.real_tokens for one in collated) == batch.real_tokens
+
+
+def test_deal_balances_tokens():
+    store = random_store(2000, 500)
+    stream = DataStream([(store, 1.0)], seed=1, global_rows=64, max_length=500, packing=False)
+    batch = stream.next_batch()
+    tokens = [
+        sum(store.lengths[sample] for rows in deal(batch, rank=rank, world=4, micro_rows=2) for (sample,) in rows)
+        for rank in range(4)
+    ]
+    assert max(tokens) < 1.05 * min(tokens)
+
+
+def test_prefetched_state_is_the_position_after_its_own_batch():
+    def make() -> DataStream:
+        return DataStream([(random_store(50, 20), 1.0)], seed=3, global_rows=4, max_length=32, packing=True)
+
+    walked = make()
+    with Prefetcher(make(), rank=1, world=2, micro_rows=1, depth=3) as prefetcher:
+        for _ in range(30):
+            got = next(prefetcher)
+            expected = walked.next_batch()
+            assert got.batch == expected
+            assert got.state_after == walked.state_dict()
+            assert len(got.micro_batches) == len(deal(expected, rank=1, world=2, micro_rows=1))
+
+
+def test_error_on_the_thread_reaches_the_consumer():
+    class Broken(ListStore):
+        def sample(self, index: int):
+            raise OSError("disk gone")
+
+    store = Broken([([1, 2], [True, True])] * 3)
+    stream = DataStream([(store, 1.0)], seed=0, global_rows=2, max_length=8, packing=False)
+    prefetcher = Prefetcher(stream, rank=0, world=1, micro_rows=1)
+    with pytest.raises(OSError, match="disk gone"):
+        next(prefetcher)
+    assert not prefetcher._thread.is_alive()
+    prefetcher.close()
