@@ -1,0 +1,263 @@
+"""A linear layer with a low-rank adapter, forward and backward, alone or in groups that share their input.
+
+    Y = X W^T + b + S B^T,   S = alpha (X * M) A^T,   alpha = scale / (1 - p)
+
+M is the adapter's dropout mask (`dropout.py`): regenerated in backward, never stored. Saved for backward are the
+parameters, X and S; nothing else of size T. Backward:
+
+    dS = alpha dY B    dB = dY^T S    dA = dS^T (X * M)    dX = dY W + M * (dS A)    dW = dY^T X    db = sum_t dY
+
+The low-rank term is written first and the large product is added onto it, so that its traffic hides behind a GEMM bound
+by compute and the sum is rounded once. Members of a group share X: one S, one dX. Reductions over tokens have a fixed
+order (no atomics): the same inputs give the same bits.
+
+Parameters are saved as the objects that came in, so a parameter whose storage is released after forward and gathered
+again before backward (ZeRO-3) is read where it then lives.
+
+Shapes: T tokens, I in, O out, R rank. Sources: LoRA (arXiv 2106.09685), rsLoRA (arXiv 2312.03732, only the scale
+differs), DoRA (arXiv 2402.09353, in `lora_dora.py`), the split at S from LoRAFusion (arXiv 2510.00206).
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ft_dist_kernels.backend import Backend, use_triton
+from ft_dist_kernels.dropout import draw_seed, dropout_reference, effective_p
+from ft_dist_kernels.lora_dora import dora_linear
+from ft_dist_kernels.lora_linear_torch import (
+    LoraWeights,
+    Member,
+    dense_weight,
+    down_backward_torch,
+    down_torch,
+    up_backward_torch,
+    wide,
+)
+from ft_dist_kernels.nf4 import NF4Weight
+from ft_dist_kernels.products import sum_products, transposed_product
+
+MAX_GROUP = 3  # members that one kernel launch handles (q, k, v); larger groups run in slices
+MAX_TRITON_RANK = 256
+
+__all__ = ["LoraWeights", "lora_linear", "lora_linear_group", "lora_linear_reference"]
+
+
+class Pieces(NamedTuple):
+    """The three steps that have a form for each backend."""
+
+    down: Any
+    up_backward: Any
+    down_backward: Any
+
+
+def _pieces(triton: bool) -> Pieces:
+    if not triton:
+        return Pieces(down_torch, up_backward_torch, down_backward_torch)
+    from ft_dist_kernels import lora_linear_kernels as kernels
+
+    return Pieces(kernels.down, kernels.up_backward, kernels.down_backward)
+
+
+class Plan(NamedTuple):
+    members: tuple[Member, ...]
+    quantized: tuple[NF4Weight | None, ...]
+    triton: bool
+
+
+def lora_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    dropout_p: float = 0.0,
+    dropout_seed: int = 0,
+) -> Tensor:
+    """The formula in plain PyTorch, differentiable."""
+    x_TI = x.reshape(-1, x.shape[-1])
+    dropped_TI = dropout_reference(x_TI, p=dropout_p, seed=dropout_seed) if dropout_p else x_TI
+    y_TO = torch.nn.functional.linear(x_TI, weight, bias) + scale * (dropped_TI @ lora_a.t()) @ lora_b.t()
+    return y_TO.reshape(*x.shape[:-1], weight.shape[0])
+
+
+class _LoraLinear(torch.autograd.Function):
+    """Inputs after the plan: x, then (weight or None if quantized, bias or None, lora_a, lora_b) of every member."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, x_TI: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+        packs = [flat[i : i + 4] for i in range(0, len(flat), 4)]
+        s_TS = _pieces(plan.triton).down(x_TI, [a.to(x_TI.dtype) for _, _, a, _ in packs], plan.members)
+        outputs = []
+        for member, quantized, (weight, bias, _, b_OR) in zip(plan.members, plan.quantized, packs, strict=True):
+            w_OI = dense_weight(weight if quantized is None else quantized, x_TI.dtype)
+            up = (s_TS[:, member.columns], b_OR.to(x_TI.dtype).t())
+            outputs.append(sum_products([up, (x_TI, w_OI.t())], bias_N=None if bias is None else bias.to(x_TI.dtype)))
+        ctx.plan, ctx.device = plan, x_TI.device.type
+        ctx.bias_dtypes = [None if bias is None else bias.dtype for _, bias, _, _ in packs]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x_TI, s_TS, *(tensor for weight, _, a, b in packs for tensor in (weight, a, b)))
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor | None) -> Any:
+        with torch.autocast(ctx.device, enabled=False):
+            dx_TI, grads = _backward(ctx, upstream)
+        return None, dx_TI, *grads
+
+
+def _backward(ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[Tensor | None, list[Tensor | None]]:
+    x_TI, s_TS, *saved = ctx.saved_tensors
+    packs = [saved[i : i + 3] for i in range(0, len(saved), 3)]
+    need_x, needs = ctx.needs_input_grad[1], [ctx.needs_input_grad[i : i + 4] for i in range(2, 2 + 4 * len(packs), 4)]
+    members, pieces = ctx.plan.members, _pieces(ctx.plan.triton)
+    grads: list[list[Tensor | None]] = [[None] * 4 for _ in packs]
+    dys = {i: _rows_dense(dy) for i, dy in enumerate(upstream) if dy is not None}
+    if not dys:
+        return None, [grad for member_grads in grads for grad in member_grads]
+    # A member without an upstream gradient must contribute zeros to the shared dX.
+    ds_TS = torch.empty_like(s_TS) if len(dys) == len(packs) else torch.zeros_like(s_TS)
+    for i, dy_TO in dys.items():
+        member, (weight, _, b_OR), (need_w, need_bias, need_a, need_b) = members[i], packs[i], needs[i]
+        grads[i][3] = pieces.up_backward(
+            dy_TO,
+            s_TS[:, member.columns],
+            b_OR.to(x_TI.dtype),
+            member.alpha,
+            ds_TS[:, member.columns] if need_x or need_a else None,
+            b_OR.dtype if need_b else None,
+        )
+        if need_w:
+            grads[i][0] = transposed_product(dy_TO, x_TI, weight.dtype)
+        if need_bias:
+            grads[i][1] = dy_TO.sum(0, dtype=wide(dy_TO.dtype)).to(ctx.bias_dtypes[i])
+    a_dtypes = [a.dtype if i in dys and needs[i][2] else None for i, (_, a, _) in enumerate(packs)]
+    dx_TI = None
+    if need_x or any(a_dtypes):
+        lora_a = [a.to(x_TI.dtype) for _, a, _ in packs]
+        dx_TI, a_grads = pieces.down_backward(x_TI, ds_TS, lora_a, members, need_dx=need_x, grad_dtypes=a_dtypes)
+        for member_grads, a_grad in zip(grads, a_grads, strict=True):
+            member_grads[2] = a_grad
+    if dx_TI is not None:
+        dx_TI = _add_base(dx_TI, [(dys[i], packs[i][0], ctx.plan.quantized[i]) for i in dys])
+    return dx_TI, [grad for member_grads in grads for grad in member_grads]
+
+
+def _add_base(dx_TI: Tensor, members: Sequence[tuple[Tensor, Tensor, NF4Weight | None]]) -> Tensor:
+    """dX + dY W of every member."""
+    if all(quantized is None for _, _, quantized in members):
+        return sum_products([(dy_TO, weight) for dy_TO, weight, _ in members], out=dx_TI)
+    for dy_TO, weight, quantized in members:  # one dequantised weight alive at a time
+        dense = dense_weight(weight if quantized is None else quantized, dx_TI.dtype)
+        dx_TI = sum_products([(dy_TO, dense)], out=dx_TI)
+    return dx_TI
+
+
+def _rows_dense(dy_TO: Tensor) -> Tensor:
+    """GEMMs and kernels read rows with unit stride; an expanded gradient (of `sum`) has stride 0."""
+    return dy_TO if dy_TO.stride(1) == 1 and dy_TO.stride(0) >= dy_TO.shape[1] else dy_TO.contiguous()
+
+
+def _checked(x: Tensor, member: LoraWeights, dtype: torch.dtype) -> None:
+    """Raises ValueError naming the value, the rule and the fix."""
+    weight, a, b = member.weight, member.lora_a, member.lora_b
+    if len(weight.shape) != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}; x has {x.shape[-1]} features, so it must be (out, "
+            f"{x.shape[-1]}). An empty weight is one that ZeRO-3 has partitioned: call inside the module that owns it."
+        )
+    out_features = weight.shape[0]
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != x.shape[-1] or b.shape != (out_features, a.shape[0]):
+        raise ValueError(
+            f"lora_a {tuple(a.shape)} and lora_b {tuple(b.shape)} must be (rank, {x.shape[-1]}) and "
+            f"({out_features}, rank) for a weight of shape {tuple(weight.shape)}."
+        )
+    for name, vector in (("bias", member.bias), ("dora_magnitude", member.dora_magnitude)):
+        if vector is not None and vector.numel() != out_features:
+            raise ValueError(f"{name} has {vector.numel()} elements; the weight has {out_features} output features.")
+    if isinstance(weight, Tensor) and weight.dtype != dtype:
+        raise ValueError(
+            f"x is {dtype} and weight {weight.dtype}; a linear layer needs one dtype. Cast x, or use torch.autocast."
+        )
+
+
+def _member(weights: LoraWeights, column: int) -> Member:
+    kept = 1.0 - effective_p(weights.dropout_p)
+    seed = 0
+    if weights.dropout_p:
+        seed = draw_seed() if weights.seed is None else weights.seed
+    return Member(column, weights.lora_a.shape[0], weights.scale / kept, weights.dropout_p, seed)
+
+
+def _run_slice(x_TI: Tensor, group: Sequence[LoraWeights], backend: Backend) -> tuple[Tensor, ...]:
+    members: list[Member] = []
+    for weights in group:
+        members.append(_member(weights, sum(member.rank for member in members)))
+    quantized = tuple(w.weight if isinstance(w.weight, NF4Weight) else None for w in group)
+    triton = use_triton(x_TI, backend) and x_TI.numel() > 0 and max(m.rank for m in members) <= MAX_TRITON_RANK
+    flat = [
+        tensor
+        for w in group
+        for tensor in (None if isinstance(w.weight, NF4Weight) else w.weight, w.bias, w.lora_a, w.lora_b)
+    ]
+    return _LoraLinear.apply(Plan(tuple(members), quantized, triton), x_TI, *flat)
+
+
+def _autocast_to(dtype: torch.dtype, group: Sequence[LoraWeights]) -> list[LoraWeights]:
+    return [w if isinstance(w.weight, NF4Weight) else w._replace(weight=w.weight.to(dtype)) for w in group]
+
+
+@torch.compiler.disable
+def lora_linear_group(x: Tensor, members: Sequence[LoraWeights], *, backend: Backend = "auto") -> list[Tensor]:
+    """The outputs (..., out) of linear layers with adapters that read the same x (..., in), in order.
+
+    x: fp32, bf16 or fp16; weights in x's dtype or NF4; adapters and biases in any float dtype (used in x's, their
+    gradients accumulated in fp32 and returned in their own). Frozen and trained parameters may be mixed. Dropout is a
+    pure function of (seed, row, column); a member without a seed draws one from torch's CPU generator. With
+    `dora_magnitude` a member is DoRA, as PEFT computes it. Under torch.autocast, x and the weights are cast first.
+
+    Raises ValueError for shapes, dtypes or probabilities that do not fit.
+    """
+    if not members:
+        return []
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    group = _autocast_to(dtype, members) if autocast else list(members)
+    for member in group:
+        _checked(x, member, dtype)
+    x_TI = x.to(dtype).reshape(-1, x.shape[-1])
+    outputs: dict[int, Tensor] = {}
+    plain = [i for i, member in enumerate(group) if member.dora_magnitude is None]
+    with torch.autocast(device, enabled=False):
+        for begin in range(0, len(plain), MAX_GROUP):
+            indices = plain[begin : begin + MAX_GROUP]
+            outputs.update(zip(indices, _run_slice(x_TI, [group[i] for i in indices], backend), strict=True))
+        for i, member in enumerate(group):
+            if member.dora_magnitude is not None:
+                outputs[i] = dora_linear(x_TI, member, _member(member, 0))
+    return [outputs[i].view(*x.shape[:-1], outputs[i].shape[1]) for i in range(len(group))]
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor | NF4Weight,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
+    dora_magnitude: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """x W^T + b + scale * dropout(x) A^T B^T for one layer: x (..., in) to (..., out). See `lora_linear_group`."""
+    weights = LoraWeights(weight, bias, lora_a, lora_b, scale, dropout_p, dropout_seed, dora_magnitude)
+    return lora_linear_group(x, [weights], backend=backend)[0]

@@ -1,0 +1,139 @@
+"""The pieces of `lora_linear` in PyTorch: what runs on CPU, and what the Triton form falls back on for ranks above 256.
+
+Shapes: T tokens, t a block of them, I in, O out, R rank, S the ranks of a group side by side.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ft_dist_kernels.dropout import keep_bits, masked_copy
+from ft_dist_kernels.nf4 import NF4Weight, dequantize_nf4
+from ft_dist_kernels.products import sum_products, transposed_product
+
+_MASK_BLOCK = 1 << 18  # elements of X masked at a time: the scratch stays in a core's cache
+
+
+class LoraWeights(NamedTuple):
+    """One linear layer and its adapter. weight (O, I) or NF4; bias (O,); lora_a (R, I); lora_b (O, R)."""
+
+    weight: Tensor | NF4Weight
+    bias: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
+    scale: float = 1.0
+    dropout_p: float = 0.0
+    seed: int | None = None
+    dora_magnitude: Tensor | None = None
+
+
+class Member(NamedTuple):
+    """The numbers of one adapter that kernels need; `column` is where its ranks begin in S."""
+
+    column: int
+    rank: int
+    alpha: float
+    dropout_p: float
+    seed: int
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.column, self.column + self.rank)
+
+
+def dense_weight(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
+    return dequantize_nf4(weight, dtype) if isinstance(weight, NF4Weight) else weight
+
+
+def row_blocks(x_TI: Tensor) -> list[slice]:
+    step = max(1, _MASK_BLOCK // max(x_TI.shape[1], 1))
+    return [slice(top, min(top + step, x_TI.shape[0])) for top in range(0, x_TI.shape[0], step)]
+
+
+def keep_block(x_TI: Tensor, block: slice, member: Member) -> Tensor:
+    rows = torch.arange(block.start, block.stop, device=x_TI.device)
+    return keep_bits(rows, x_TI.shape[1], member.dropout_p, member.seed)
+
+
+def down_torch(x_TI: Tensor, lora_a: Sequence[Tensor], members: Sequence[Member]) -> Tensor:
+    """S (T, sum of ranks) = alpha (X * M) A^T of every member, side by side."""
+    if all(member.dropout_p == 0 and member.alpha == members[0].alpha for member in members):
+        stacked = lora_a[0] if len(lora_a) == 1 else torch.cat(list(lora_a))
+        return sum_products([(x_TI, stacked.t())], alpha=members[0].alpha)
+    s_TS = x_TI.new_empty(x_TI.shape[0], sum(member.rank for member in members))
+    for member, a_RI in zip(members, lora_a, strict=True):
+        if member.dropout_p == 0:
+            s_TS[:, member.columns] = sum_products([(x_TI, a_RI.t())], alpha=member.alpha)
+            continue
+        for block in row_blocks(x_TI):
+            masked = masked_copy(x_TI[block], keep_block(x_TI, block, member))
+            s_TS[block, member.columns] = sum_products([(masked, a_RI.t())], alpha=member.alpha)
+    return s_TS
+
+
+def up_backward_torch(
+    dy_TO: Tensor, s_TR: Tensor, b_OR: Tensor, alpha: float, ds_TR: Tensor | None, grad_dtype: torch.dtype | None
+) -> Tensor | None:
+    """Writes alpha dY B into `ds_TR` and returns dB = dY^T S in `grad_dtype` (None: not wanted)."""
+    if ds_TR is not None:
+        ds_TR.copy_(sum_products([(dy_TO, b_OR)], alpha=alpha))
+    return None if grad_dtype is None else transposed_product(dy_TO, s_TR, grad_dtype)
+
+
+def down_backward_torch(
+    x_TI: Tensor,
+    ds_TS: Tensor,
+    lora_a: Sequence[Tensor],
+    members: Sequence[Member],
+    *,
+    need_dx: bool,
+    grad_dtypes: Sequence[torch.dtype | None],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """(sum over members of M * (dS A) or None, each member's dA = dS^T (X * M) or None)."""
+    if all(member.dropout_p == 0 for member in members):
+        return _down_backward_unmasked(x_TI, ds_TS, lora_a, members, need_dx, grad_dtypes)
+    dx_TI = torch.zeros_like(x_TI) if need_dx else None
+    totals: list[Tensor | None] = [
+        None if dtype is None else torch.zeros_like(a_RI, dtype=wide(dtype))
+        for a_RI, dtype in zip(lora_a, grad_dtypes, strict=True)
+    ]
+    for block in row_blocks(x_TI):
+        for member, a_RI, total in zip(members, lora_a, totals, strict=True):
+            ds_tR = ds_TS[block, member.columns]
+            keep = keep_block(x_TI, block, member) if member.dropout_p else None
+            if dx_TI is not None:
+                part = sum_products([(ds_tR, a_RI)])
+                dx_TI[block].add_(part if keep is None else masked_copy(part, keep))
+            if total is not None:
+                masked = x_TI[block] if keep is None else masked_copy(x_TI[block], keep)
+                total.addmm_(ds_tR.t().to(total.dtype), masked.to(total.dtype))
+    grads = [None if t is None else t.to(dtype) for t, dtype in zip(totals, grad_dtypes, strict=True)]
+    return dx_TI, grads
+
+
+def _down_backward_unmasked(
+    x_TI: Tensor,
+    ds_TS: Tensor,
+    lora_a: Sequence[Tensor],
+    members: Sequence[Member],
+    need_dx: bool,
+    grad_dtypes: Sequence[torch.dtype | None],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    grads: list[Tensor | None] = [None] * len(members)
+    wanted = {dtype for dtype in grad_dtypes if dtype is not None}
+    if wanted:
+        stacked = transposed_product(ds_TS, x_TI, wanted.pop() if len(wanted) == 1 else torch.float32)
+        for index, (member, dtype) in enumerate(zip(members, grad_dtypes, strict=True)):
+            if dtype is not None:
+                grads[index] = stacked[member.columns].to(dtype)
+    if not need_dx:
+        return None, grads
+    stacked_a = lora_a[0] if len(lora_a) == 1 else torch.cat(list(lora_a))
+    return sum_products([(ds_TS, stacked_a)]), grads
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums over tokens run in."""
+    return torch.promote_types(dtype, torch.float32)
