@@ -7,6 +7,7 @@ sometimes in a hurry: lower case, typos. Train and test draw from separate lists
 so the test asks for the meaning, not for a sentence seen before. The same seed gives the same bytes.
 """
 
+import itertools
 import json
 import random
 import re
@@ -22,44 +23,39 @@ CLASSES = ("invoice", "order", "support", "spam")
 ROWS = {"train": 480, "test": 120}
 SYSTEM = "Sort the e-mail. Answer with one word: invoice, order, support or spam."
 
-FIRST = "Anna Ben Carla David Elena Farid Grace Hugo Ines Jonas Kemal Lena Marco Nadia Omar Petra Raj Sofia Tom Wei".split()
-LAST = "Adler Brown Costa Diaz Eriksen Fischer Gupta Hansen Ito Jensen Keller Lopez Moreau Novak Okafor Rossi".split()
-COMPANIES = ["Nordwind Ltd", "Alpha Foods", "Bluebird GmbH", "Casa Verde", "Delta Print", "Harbor & Sons", "Lumen AG"]
-PRODUCTS = "desk lamp,printer,headset,monitor,office chair,router,scanner,keyboard,projector,coffee machine".split(",")
-CITIES = "Leeds Porto Graz Lyon Oslo Austin Toronto Gdansk Malmo Turin".split()
-MONTHS = "January February March April May June July September October November".split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday".split()
-LINKS = ["bit-win.top", "secure-check.info", "my-bonus.biz", "click4u.site", "fast-pay.online", "verify-id.club"]
-
 
 def generate(split: str, templates: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The chat samples of `train` or `test`, balanced over the classes, in random order."""
-    pool = templates[split]
-    for label, template in _plan(split, pool):
-        # A random stream for each e-mail: a changed template changes no other e-mail.
-        rng = random.Random(f"{SEED}/{split}/{label}/{template[0]}/{template[1]}")
+    """The chat samples of `train` or `test`, balanced over the classes, in random order, no e-mail twice."""
+    pool, seen = templates[split], set()
+    for label, copy, template in _plan(split, pool):
+        for attempt in itertools.count():
+            # A random stream for each e-mail: a changed template changes no other e-mail.
+            rng = random.Random(f"{SEED}/{split}/{label}/{copy}/{attempt}/{template}")
+            email = _write(template, pool, _slots(templates["slots"], rng), rng)
+            if email not in seen:
+                break
+        seen.add(email)
         yield {
             "messages": [
                 {"role": "system", "content": SYSTEM},
-                {"role": "user", "content": _write(template[1], pool, rng)},
+                {"role": "user", "content": email},
                 {"role": "assistant", "content": label},
             ]
         }
 
 
-def _plan(split: str, pool: dict[str, Any]) -> list[tuple[str, tuple[int, str]]]:
-    """(label, (copy, template)) of every row: each template equally often, shuffled."""
+def _plan(split: str, pool: dict[str, Any]) -> list[tuple[str, int, str]]:
+    """(label, copy, template) of every row: each template equally often, shuffled."""
     rows = []
     for label in CLASSES:
         for row in range(ROWS[split] // len(CLASSES)):
             copy, index = divmod(row, len(pool[label]))
-            rows.append((label, (copy, pool[label][index])))
+            rows.append((label, copy, pool[label][index]))
     random.Random(f"{SEED}/{split}").shuffle(rows)
     return rows
 
 
-def _write(template: str, pool: dict[str, Any], rng: random.Random) -> str:
-    slots = _slots(rng)
+def _write(template: str, pool: dict[str, Any], slots: dict[str, str], rng: random.Random) -> str:
     subject, body = (part.strip() for part in template.format(**slots).split(" | "))
     # most e-mails are short on purpose: the quickstart trains on a CPU
     greets_itself = body.startswith(("Dear", "Hello", "Hi ", "Greetings"))
@@ -74,28 +70,22 @@ def _write(template: str, pool: dict[str, Any], rng: random.Random) -> str:
     return body if rng.random() < 0.3 else f"Subject: {subject}\n{body}"
 
 
-def _slots(rng: random.Random) -> dict[str, str]:
-    first, last = rng.choice(FIRST), rng.choice(LAST)
+def _slots(lists: dict[str, list[str]], rng: random.Random) -> dict[str, str]:
+    slots = {name: rng.choice(values) for name, values in lists.items()}
     return {
-        "first": first,
-        "name": f"{first} {last}",
-        "company": rng.choice(COMPANIES),
-        "product": rng.choice(PRODUCTS),
-        "city": rng.choice(CITIES),
-        "month": rng.choice(MONTHS),
-        "day": rng.choice(DAYS),
-        "date": f"{rng.choice(MONTHS)} {rng.randint(1, 28)}",
+        **slots,
+        "name": f"{slots['first']} {slots['last']}",
+        "date": f"{rng.choice(lists['month'])} {rng.randint(1, 28)}",
         "n": str(rng.randint(4, 9)),
         "amount": rng.choice(["{} euros", "${}", "EUR {}", "{} dollars"]).format(rng.randint(11, 999)),
         "order": rng.choice(["order {}", "order no. {}", "#{}"]).format(rng.randint(100, 9999)),
         "invoice": rng.choice(["INV-{}", "invoice {}", "no. {}"]).format(rng.randint(100, 9999)),
-        "link": rng.choice(LINKS),
     }
 
 
 def _typos(text: str, rng: random.Random) -> str:
     """Two neighbouring letters swapped inside two of the longer words."""
-    words = [match for match in re.finditer(r"[A-Za-z]{5,}", text)]
+    words = list(re.finditer(r"[A-Za-z]{5,}", text))
     for match in rng.sample(words, min(2, len(words))):
         at = rng.randrange(match.start() + 1, match.end() - 2)
         text = f"{text[:at]}{text[at + 1]}{text[at]}{text[at + 2 :]}"
