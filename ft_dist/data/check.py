@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from ft_dist.config.schema import DataConfig, SourceConfig
-from ft_dist.data.formats import Sample, read_samples
+from ft_dist.data.formats import read_samples
 from ft_dist.data.sources import is_table, local_files
 
 MAX_RECORDS = 200_000
@@ -41,11 +41,7 @@ def _check(source: SourceConfig) -> str:
             stopped = True
             break
     assert last is not None, "read_samples raises on an empty source"
-    return f"{source.path}: {_describe(last)}, {count}{' or more' if stopped else ''} samples{_of(files)}"
-
-
-def _describe(sample: Sample) -> str:
-    return f"format {sample.format}"
+    return f"{source.path}: format {last.format}, {count}{' or more' if stopped else ''} samples{_of(files)}"
 
 
 def _of(files: list[Path]) -> str:

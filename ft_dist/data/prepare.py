@@ -84,7 +84,7 @@ class Prepared:
         per_source = [asdict(counts) for counts in self.counts]
         names = [field.name for field in fields(SourceCounts) if field.type in (int, "int") and field.name != "longest"]
         totals: dict[str, Any] = {name: sum(entry[name] for entry in per_source) for name in names}
-        totals["longest"] = max(entry["longest"] for entry in per_source)
+        totals["longest"] = max((entry["longest"] for entry in per_source), default=0)
         totals["bytes"] = sum(store.nbytes for store in self.stores)
         return {**totals, "sources": per_source}
 

@@ -1,9 +1,10 @@
 """Find the characters of a rendered conversation that the model itself has to write.
 
 A template is opaque Jinja, and most carry no `{% generation %}` marks, so the text is compared with renders of known
-difference. First choice, two renders a sample: the conversation, and the same with every assistant content replaced
-by a sentinel; where both agree around the sentinels, the contents stand exactly there. Templates that look into the
-content (reasoning that is split off or dropped) differ, and are searched a turn at a time with renders of the prefixes.
+difference. First choice: a skeleton, the render of the same roles with a sentinel for every content, made once for a
+sequence of roles. Where the text is the skeleton with the contents put in, character by character, they stand exactly
+there. Templates that look into the content (reasoning that is split off or dropped) differ, and are searched a turn at
+a time with renders of the prefixes.
 
 A span runs from the end of the generation prompt to the end of the turn's end token. Reasoning marks that the template
 writes for the model (`<think>\\n\\n</think>\\n\\n` of Qwen3) lie inside, for the model has to write them as well; the
@@ -20,7 +21,8 @@ Messages = list[dict[str, Any]]
 Render = Callable[[Messages, bool], str]
 """(messages, add_generation_prompt) -> text"""
 
-_SENTINEL = "ftdist{index}sentinel{index}content"
+_SENTINEL = "ftdist{}sentinel"
+_SENTINEL_PATTERN = re.compile(r"ftdist(\d+)sentinel")
 
 
 @dataclass(slots=True)
@@ -64,26 +66,29 @@ def find_marks(render: Render, added_tokens: list[str]) -> TurnMarks:
     return TurnMarks(with_prompt[common:], pattern)
 
 
-def sentinel_messages(messages: Messages) -> Messages | None:
-    """The conversation with each assistant content replaced; None where a content has nothing to replace."""
-    replaced = []
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant":
-            if not message.get("content") or message.get("tool_calls"):
-                return None
-            message = {**message, "content": _SENTINEL.format(index=index)}
-        replaced.append(message)
-    return replaced
+@dataclass(frozen=True, slots=True)
+class Skeleton:
+    """A rendered conversation cut at its contents: text, then (turn, text after its content) in order of appearance."""
+
+    before: str
+    contents: tuple[tuple[int, str], ...]
 
 
-def find_spans(
-    messages: Messages, text: str, text_with_sentinels: str | None, *, render: Render, marks: TurnMarks
-) -> Spans:
-    """Spans of a rendered conversation; `text_with_sentinels` renders `sentinel_messages`, None if there are none.
+def make_skeleton(messages: Messages, render: Render) -> Skeleton | None:
+    """None where a content has nothing to replace, or does not come out once for each assistant turn."""
+    if any(not message.get("content") or message.get("tool_calls") for message in messages):
+        return None
+    text = render([{**message, "content": _SENTINEL.format(index)} for index, message in enumerate(messages)], False)
+    before, *parts = _SENTINEL_PATTERN.split(text)
+    contents = tuple((int(parts[at]), parts[at + 1]) for at in range(0, len(parts), 2))
+    shown = [index for index, _ in contents]
+    once = all(shown.count(index) == 1 for index, m in enumerate(messages) if m["role"] == "assistant")
+    return Skeleton(before, contents) if once else None
 
-    Calls `render` again only where the two texts do not settle it.
-    """
-    contents = _split_at_sentinels(messages, text, text_with_sentinels) if text_with_sentinels is not None else None
+
+def find_spans(messages: Messages, text: str, skeleton: Skeleton | None, *, render: Render, marks: TurnMarks) -> Spans:
+    """Spans of a rendered conversation. Calls `render` again only where the skeleton does not settle it."""
+    contents = _match_skeleton(messages, text, skeleton) if skeleton is not None else None
     if contents is None:
         spans = _search_turns(messages, text, render=render, marks=marks)
     else:
@@ -98,23 +103,13 @@ def find_spans(
     return spans
 
 
-def _split_at_sentinels(
-    messages: Messages, text: str, text_with_sentinels: str
-) -> list[tuple[int, tuple[int, int]]] | None:
-    """(turn, range of its content) for each assistant turn, if the text is the sentinels' text with contents put in."""
-    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    pieces, rest = [], text_with_sentinels
-    for index in turns:
-        before, sentinel, rest = rest.partition(_SENTINEL.format(index=index))
-        if not sentinel or _SENTINEL.format(index=index) in rest:
-            return None
-        pieces.append(before)
-    pieces.append(rest)
-    found = []
-    cursor = len(pieces[0])
-    if not text.startswith(pieces[0]):
+def _match_skeleton(messages: Messages, text: str, skeleton: Skeleton) -> list[tuple[int, tuple[int, int]]] | None:
+    """(turn, range of its content) for each assistant turn, if the text is the skeleton with the contents put in."""
+    if not text.startswith(skeleton.before):
         return None
-    for index, after in zip(turns, pieces[1:], strict=True):
+    found = []
+    cursor = len(skeleton.before)
+    for index, after in skeleton.contents:
         content = messages[index]["content"]
         # templates trim contents, or the left or right side only
         for variant in (content, content.strip(), content.lstrip(), content.rstrip()):
@@ -122,7 +117,8 @@ def _split_at_sentinels(
                 break
         else:
             return None
-        found.append((index, (cursor, cursor + len(variant))))
+        if messages[index]["role"] == "assistant":
+            found.append((index, (cursor, cursor + len(variant))))
         cursor += len(variant) + len(after)
     return found if cursor == len(text) else None
 

@@ -52,11 +52,9 @@ class TokenStore:
         self._shards = [_map_shard(folder / shard["file"], shard) for shard in index["shards"]]
         counts = [len(shard["labelled"]) for shard in self._shards]
         self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
-        empty = [np.zeros(0, np.int64)]
-        self.lengths: Int64Array = np.concatenate(empty + [np.diff(shard["offsets"]) for shard in self._shards])
-        self.labelled: Int64Array = np.concatenate(
-            empty + [shard["labelled"].astype(np.int64) for shard in self._shards]
-        )
+        none = np.zeros(0, np.int64)
+        self.lengths: Int64Array = np.concatenate([none, *(np.diff(shard["offsets"]) for shard in self._shards)])
+        self.labelled: Int64Array = np.concatenate([none, *(shard["labelled"] for shard in self._shards)])
 
     @classmethod
     def open(cls, folder: str | Path) -> "TokenStore":
@@ -108,8 +106,9 @@ class JoinedStore:
         self.stores = list(stores)
         sizes = [len(store) for store in stores]
         self.starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
-        self.lengths: Int64Array = np.concatenate([np.asarray(store.lengths, np.int64) for store in stores])
-        self.labelled: Int64Array = np.concatenate([np.asarray(store.labelled, np.int64) for store in stores])
+        none = np.zeros(0, np.int64)
+        self.lengths: Int64Array = np.concatenate([none, *(store.lengths for store in stores)])
+        self.labelled: Int64Array = np.concatenate([none, *(store.labelled for store in stores)])
 
     def __len__(self) -> int:
         return int(self.starts[-1])

@@ -18,7 +18,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 
 from ft_dist.data.formats import Sample
-from ft_dist.data.spans import Messages, Spans, TurnMarks, find_marks, find_spans, sentinel_messages
+from ft_dist.data.spans import Messages, Render, Skeleton, Spans, TurnMarks, find_marks, find_spans, make_skeleton
 from ft_dist.errors import DataError, ModelError
 
 
@@ -44,6 +44,7 @@ class Encoder:
         self._backend = getattr(tokenizer, "backend_tokenizer", None) if getattr(tokenizer, "is_fast", False) else None
         self._marks: TurnMarks | None = None
         self._system_role: bool | None = None
+        self._skeletons: dict[tuple[str, ...], Skeleton | None] = {}
 
     def encode(self, sample: Sample) -> Encoded:
         return self.encode_batch([sample])[0]
@@ -66,14 +67,10 @@ class Encoder:
         render = partial(self._render, tools=sample.tools)
         if self._marks is None:
             self._marks = self._find_marks()
-        replaced = sentinel_messages(messages)
         try:
             text = render(messages, False)
-            try:
-                with_sentinels = render(replaced, False) if replaced is not None else None
-            except TemplateError:  # a template that demands a form of the content
-                with_sentinels = None
-            spans = find_spans(messages, text, with_sentinels, render=render, marks=self._marks)
+            skeleton = self._skeleton(messages, sample.tools, render)
+            spans = find_spans(messages, text, skeleton, render=render, marks=self._marks)
         except TemplateError as error:
             raise DataError(
                 f"{sample.where}: the chat template refuses this conversation ({error}). Mend the record, "
@@ -103,6 +100,20 @@ class Encoder:
         return self.tokenizer.apply_chat_template(
             messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
         )
+
+    def _skeleton(self, messages: Messages, tools: Any, render: Render) -> Skeleton | None:
+        """One for each sequence of roles, unless the template is also given tools or keys of their own."""
+        roles = tuple(message["role"] for message in messages)
+        plain = tools is None and all(len(message) == 2 for message in messages)
+        if plain and roles in self._skeletons:
+            return self._skeletons[roles]
+        try:
+            skeleton = make_skeleton(messages, render)
+        except TemplateError:  # a template that demands a form of the content
+            skeleton = None
+        if plain:
+            self._skeletons[roles] = skeleton
+        return skeleton
 
     def _find_marks(self) -> TurnMarks:
         added = [str(token) for token in getattr(self.tokenizer, "added_tokens_decoder", {}).values()]

@@ -64,6 +64,13 @@ DEEPSEEK_R1 = (
     "{% elif m['role'] == 'assistant' %}<|Assistant|>{{ m['content'] }}{{ eos_token }}"
     "{% else %}{{ m['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}"
 )
+# Calls are written in a form of the template's own.
+TOOLS = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{% for call in m['tool_calls'] or [] %}<call>{{ call | tojson }}</call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 # No special token anywhere: a template as people write them by hand.
 PLAIN_WORDS = (
     "{% for m in messages %}### {{ m['role'] }}:\n{{ m['content'] }}\n\n{% endfor %}"
@@ -87,6 +94,7 @@ FAMILIES: dict[str, tuple[str | None, str, str | None]] = {
     "qwen3": (QWEN3, "<|im_end|>", None),
     "phi3": (PHI3, "<|endoftext|>", None),
     "deepseek_r1": (DEEPSEEK_R1, "</s>", "<s>"),
+    "tools": (TOOLS, "<|im_end|>", None),
     "plain_words": (PLAIN_WORDS, "</s>", None),
     "base": (None, "</s>", "<s>"),
 }

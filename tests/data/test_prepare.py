@@ -77,6 +77,35 @@ def test_damaged_set_is_rebuilt(tmp_path, tokenizer_of, damage):
     assert len(rebuilt.store) == 2
 
 
+def test_flipped_byte_is_named_by_verify(tmp_path, tokenizer_of):
+    path = write_chats(tmp_path / "a.jsonl", ["one", "two"])
+    store = run(tmp_path, path, tokenizer_of("chatml")).stores[0]
+    store.verify()
+    shard = next(store.folder.glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match=r"tokens-00000\.safetensors: damaged"):
+        store.verify()
+
+
+def test_shards_join_without_a_seam(tmp_path, tokenizer_of, monkeypatch):
+    path = write_chats(tmp_path / "a.jsonl", [f"answer {'x' * n}" for n in range(30)])
+    whole = run(tmp_path, path, tokenizer_of("chatml")).store
+    monkeypatch.setattr("ft_dist.data.store.SHARD_TOKENS", 100)
+    prepared = run(tmp_path / "again", path, tokenizer_of("chatml"))
+    assert len(prepared.stores[0].index["shards"]) > 5
+    for index in range(30):
+        for one, other in zip(whole.sample(index), prepared.store.sample(index), strict=True):
+            assert np.array_equal(one, other)
+
+
+def test_no_sources_prepare_to_nothing(tmp_path, tokenizer_of):
+    data = DataConfig(train=["unused"], cache_dir=str(tmp_path / "cache"))
+    prepared = prepare(data.eval, tokenizer_of("chatml"), data=data, model_path="tiny")
+    assert len(prepared.store) == prepared.report["samples"] == 0
+
+
 def test_too_long_follows_the_rule_and_is_counted(tmp_path, tokenizer_of):
     tokenizer = tokenizer_of("chatml")
     path = write_chats(tmp_path / "a.jsonl", ["short", "long " * 50, "short"])

@@ -122,6 +122,13 @@ def test_system_text_moves_where_the_template_has_no_system_role(tokenizer_of):
     assert encoder.notes["system_folded"] == 1
 
 
+def test_tool_calls_are_learnt_as_the_template_writes_them(tokenizer_of):
+    call = {"role": ASSISTANT, "content": "", "tool_calls": [{"name": "weather"}]}
+    turns = [{"role": USER, "content": "hi"}, call, {"role": "tool", "content": "rain"}]
+    sample = Sample([*turns, {"role": ASSISTANT, "content": "wet"}], None, "FILE line 1", "chat", [{"name": "weather"}])
+    assert learnt(sample, tokenizer_of("tools")) == ['<call>{"name": "weather"}</call><|im_end|>', "wet<|im_end|>"]
+
+
 def test_template_without_end_token_gets_the_tokenizers(tokenizer_of):
     tokenizer = tokenizer_of("plain_words")
     encoder = Encoder(tokenizer)
