@@ -1,0 +1,1 @@
+"""DeepSpeed behind one call: micro-batches in, a finished optimizer step out."""

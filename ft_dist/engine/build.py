@@ -1,0 +1,44 @@
+"""Config -> engine: the model loaded, adapted and handed to DeepSpeed, in the order that ZeRO-3 needs."""
+
+from typing import Any
+
+import torch
+
+from ft_dist.config.schema import RunConfig
+from ft_dist.distributed import World
+from ft_dist.engine.settings import deepspeed_config, effective_stage
+from ft_dist.engine.step import Engine
+from ft_dist.loss import CausalObjective
+from ft_dist.model.load import add_adapters, enable_activation_checkpointing, load_model
+from ft_dist.model.quiet import quietly
+
+
+def build_engine(config: RunConfig, world: World, *, folder: str, tokenizer: Any) -> Engine:
+    """Load `folder`, add adapters for LoRA, wrap in DeepSpeed. Raises ModelError."""
+    stage = effective_stage(config)
+    _share_process_group()
+    settings = deepspeed_config(config) if stage == 3 else None
+    # new embedding rows and adapters start from random numbers, which must be the same on every rank
+    torch.manual_seed(config.seed)
+    with quietly():
+        model = load_model(config.model, folder=folder, vocabulary=len(tokenizer), zero3_settings=settings)
+        if config.engine.activation_checkpointing:
+            enable_activation_checkpointing(model)
+        if config.method.kind == "lora":
+            new_ids = [tokenizer.convert_tokens_to_ids(token) for token in config.model.new_tokens]
+            model = add_adapters(model, config.method, new_token_ids=new_ids)
+        if stage != 3:
+            model.to(world.device)
+        return Engine(CausalObjective(model), config, world)
+
+
+def _share_process_group() -> None:
+    """Let DeepSpeed's communication layer use the process group that exists; without it ZeRO-3 would load for one rank.
+
+    Its shared-memory operator for CPU inference stays out: training never calls it, and building it needs a compiler.
+    """
+    import deepspeed
+    from deepspeed.ops.op_builder import ShareMemCommBuilder
+
+    deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
+    deepspeed.init_distributed(verbose=False)

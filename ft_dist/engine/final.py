@@ -1,0 +1,67 @@
+"""The result of a run as a folder that plain transformers (full) or peft (LoRA) loads.
+
+Written beside its final place and renamed, so that `final/` is never half there.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ft_dist.distributed import barrier
+from ft_dist.engine.step import Engine
+from ft_dist.model.quiet import quietly
+
+
+def write_final(engine: Engine, tokenizer: Any, folder: Path) -> None:
+    """All ranks call it; rank 0 writes the adapter or the whole model, and the tokenizer."""
+    weights = _gather(engine)
+    if engine.world.is_main:
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        model = engine.objective.model
+        with quietly():
+            # a recipe trains without a cache of keys and values; whoever loads the result generates with one
+            engine.objective.causal_lm.config.use_cache = True
+            model.save_pretrained(str(partial), state_dict=weights)
+            engine.objective.causal_lm.config.use_cache = False
+            tokenizer.save_pretrained(str(partial))
+        _name_base_model(partial, engine)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    barrier(engine.world)
+
+
+def _gather(engine: Engine) -> dict[str, torch.Tensor]:
+    """Weights to save by name, on rank 0 and the host; parameter by parameter under ZeRO-3.
+
+    LoRA saves what it trains; the base model is not written again.
+    """
+    adapters_only = engine.config.method.kind == "lora"
+    weights = {}
+    for name, parameter in engine.objective.model.named_parameters():
+        if adapters_only and not parameter.requires_grad:
+            continue
+        with _whole(engine, parameter):
+            if engine.world.is_main:
+                weights[name] = parameter.detach().to("cpu", copy=True)
+    return weights
+
+
+def _whole(engine: Engine, parameter: torch.nn.Parameter) -> Any:
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=None, enabled=engine.stage == 3)
+
+
+def _name_base_model(folder: Path, engine: Engine) -> None:
+    """An adapter names its base as the config does, not by this machine's cache folder, where that is a hub id."""
+    path = folder / "adapter_config.json"
+    if not path.exists():
+        return
+    settings = json.loads(path.read_text())
+    if not Path(settings["base_model_name_or_path"]).is_dir():
+        settings["base_model_name_or_path"] = engine.config.model.path
+        path.write_text(json.dumps(settings, indent=2, sort_keys=True))

@@ -1,0 +1,54 @@
+"""`RunConfig` -> DeepSpeed's configuration.
+
+Accumulation, clipping by steps and rate schedules stay ours: DeepSpeed is told where the boundary of a step is, and
+never scales a loss.
+"""
+
+from typing import Any
+
+from ft_dist.config.schema import RunConfig
+
+
+def effective_stage(config: RunConfig) -> int:
+    """The ZeRO stage that DeepSpeed runs.
+
+    Stage 0 in bf16 runs as stage 1: DeepSpeed's stage 0 adds gradients up in bf16, which makes a step depend on how its
+    batch was cut. Stage 1 adds in fp32, moves the same bytes and needs less memory.
+    """
+    if config.engine.zero_stage == 0 and config.model.dtype == "bf16":
+        return 1
+    return config.engine.zero_stage
+
+
+def deepspeed_config(config: RunConfig) -> dict[str, Any]:
+    stage = effective_stage(config)
+    # the CPU-offload path keeps its sum in host buffers only if it expects more than one micro-batch
+    accumulation = 2 if config.engine.offload != "none" else 1
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.batch.micro_rows,
+        "gradient_accumulation_steps": accumulation,
+        # stage 0 clips in ft_dist/engine/step.py, which also needs the norm to tell a bad step
+        "gradient_clipping": config.optim.max_grad_norm if stage > 0 else 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "wall_clock_breakdown": False,
+        "steps_per_print": None,
+        "zero_optimization": _zero(config, stage),
+    }
+    if config.model.dtype == "bf16":
+        settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings
+
+
+def _zero(config: RunConfig, stage: int) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": stage}
+    if stage in (1, 2):
+        zero |= {"overlap_comm": False, "contiguous_gradients": True}
+    if stage == 3:
+        zero |= {"stage3_gather_16bit_weights_on_model_save": False}
+    if config.engine.offload == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+    if config.engine.offload == "nvme":
+        zero["offload_optimizer"] = {"device": "nvme", "nvme_path": config.engine.nvme_path, "pin_memory": False}
+    return zero

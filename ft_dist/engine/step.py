@@ -1,0 +1,129 @@
+"""One optimizer step over micro-batches, the same for every ZeRO stage.
+
+The summed loss of a micro-batch is scaled by world_size / labelled tokens of the global batch before backward:
+DeepSpeed averages gradients over ranks, so that what reaches the optimizer is exactly sum(loss) / sum(labelled tokens),
+however the batch was cut.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ft_dist.config.schema import RunConfig
+from ft_dist.data.batch import MicroBatch
+from ft_dist.distributed import World, sum_over_ranks
+from ft_dist.engine.settings import deepspeed_config, effective_stage
+from ft_dist.loss import CausalObjective
+from ft_dist.optim import build_optimizer, parameter_groups
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did. `loss` is the mean over labelled tokens; `skipped` means that no weight changed.
+
+    `sums` are the caller's numbers, added up over all ranks.
+    """
+
+    loss: float
+    grad_norm: float
+    skipped: bool
+    sums: list[float]
+
+
+class Engine:
+    """DeepSpeed around the objective: `train_step` in, `StepResult` out."""
+
+    def __init__(self, objective: CausalObjective, config: RunConfig, world: World) -> None:
+        import deepspeed
+
+        self.config = config
+        self.world = world
+        self.stage = effective_stage(config)
+        self.objective = objective
+        groups = parameter_groups(objective.model.named_parameters(), config.optim.weight_decay)
+        optimizer = build_optimizer(groups, config.optim, on_cpu=config.engine.offload != "none")
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=objective,
+            optimizer=optimizer,
+            config=deepspeed_config(config),
+            dist_init_required=False,
+        )
+        # the trial step that some of its optimizers take at the start would count as a step of Adam
+        self.base_optimizer.state.clear()
+
+    @property
+    def base_optimizer(self) -> torch.optim.Optimizer:
+        """The torch optimizer below DeepSpeed's wrappers; its state is keyed by flat fp32 partitions."""
+        return self.deepspeed.basic_optimizer if self.stage == 0 else self.deepspeed.optimizer.optimizer
+
+    def train_step(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        *,
+        labelled_tokens: int,
+        learning_rate: float,
+        to_sum: Sequence[float] = (),
+    ) -> StepResult:
+        """Forward and backward over this rank's micro-batches, then one update.
+
+        `labelled_tokens` counts the global batch. `to_sum` travels with the loss's reduction: that is how a rank's wish
+        to stop reaches all ranks in the same step at no extra cost.
+        """
+        self.objective.train()
+        scale = self.world.size / labelled_tokens
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        for index, batch in enumerate(micro_batches):
+            self.deepspeed.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+            loss = self.deepspeed(**inputs_of(batch.to(self.world.device)))
+            loss_sum += loss.detach()
+            self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
+        total, *sums = sum_over_ranks([loss_sum.item(), *to_sum], self.world)
+        grad_norm, skipped = self._update(learning_rate)
+        return StepResult(loss=total / labelled_tokens, grad_norm=grad_norm, skipped=skipped, sums=sums)
+
+    @torch.no_grad()
+    def loss_sum(self, batch: MicroBatch) -> torch.Tensor:
+        """Summed loss of a micro-batch, without gradients."""
+        self.objective.eval()
+        return self.deepspeed(**inputs_of(batch.to(self.world.device)))
+
+    def _update(self, learning_rate: float) -> tuple[float, bool]:
+        """Clip, then step unless a gradient is not finite. Returns the norm before clipping and whether it skipped."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self.stage == 0:
+            return self._update_replicated()
+        self.deepspeed.step()
+        skipped = bool(getattr(self.deepspeed.optimizer, "overflow", False))
+        return (math.nan if skipped else float(self.deepspeed.get_global_grad_norm())), skipped
+
+    def _update_replicated(self) -> tuple[float, bool]:
+        """Stage 0 in fp32, where DeepSpeed has no optimizer wrapper of its own to clip and to tell a bad step."""
+        parameters = [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
+        limit = self.config.optim.max_grad_norm or math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        skipped = not math.isfinite(norm)
+        if skipped:
+            for parameter in parameters:
+                parameter.grad = None
+        self.deepspeed.step()
+        return (math.nan if skipped else norm), skipped
+
+    def trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """Named as in the transformers or peft model, whatever wraps it; the same order on every rank."""
+        return [(name, p) for name, p in self.objective.model.named_parameters() if p.requires_grad]
+
+    @property
+    def total_parameters(self) -> int:
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self.objective.parameters())
+
+    @property
+    def trainable_share(self) -> float:
+        return sum(getattr(p, "ds_numel", p.numel()) for _, p in self.trainable()) / self.total_parameters
+
+
+def inputs_of(batch: MicroBatch) -> dict[str, Any]:
+    return {"input_ids": batch.input_ids, "labels": batch.labels, "position_ids": batch.position_ids}

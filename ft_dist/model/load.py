@@ -1,0 +1,111 @@
+"""A pretrained causal language model, ready to train: loaded, resized, adapted.
+
+Under ZeRO-3 every weight is partitioned as it is read, so that no rank ever holds the whole model.
+"""
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ft_dist.config.schema import MethodConfig, ModelConfig
+from ft_dist.errors import ModelError
+from ft_dist.model.quiet import quietly
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def load_model(
+    model: ModelConfig,
+    *,
+    folder: str,
+    vocabulary: int,
+    zero3_settings: dict[str, Any] | None = None,
+) -> nn.Module:
+    """The causal language model in `folder` (or hub id), in `model.dtype`, embeddings grown to `vocabulary` rows.
+
+    `zero3_settings` is DeepSpeed's configuration when the weights are to be partitioned on load. Raises ModelError.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _partitioned_on_load(zero3_settings):
+        try:
+            with quietly():
+                causal_lm = AutoModelForCausalLM.from_pretrained(
+                    folder,
+                    revision=model.revision,
+                    dtype=DTYPES[model.dtype],
+                    attn_implementation=attention_implementation(model),
+                    trust_remote_code=model.trust_remote_code,
+                )
+        except (OSError, ValueError, ImportError) as error:
+            raise ModelError(f"model.path={model.path}: {str(error).strip().splitlines()[0]}") from error
+        grow_embeddings(causal_lm, vocabulary)
+    causal_lm.config.use_cache = False
+    return causal_lm
+
+
+def attention_implementation(model: ModelConfig) -> str:
+    if model.attention != "auto":
+        return model.attention
+    flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+    return "flash_attention_2" if flash and model.dtype == "bf16" else "sdpa"
+
+
+def grow_embeddings(causal_lm: nn.Module, vocabulary: int) -> None:
+    """Add rows for new tokens; never shrink, since models pad their vocabulary for speed."""
+    embedding = causal_lm.get_input_embeddings()
+    rows = getattr(embedding.weight, "ds_shape", embedding.weight.shape)[0]
+    if vocabulary > rows:
+        causal_lm.resize_token_embeddings(vocabulary, pad_to_multiple_of=64)
+
+
+def add_adapters(causal_lm: nn.Module, method: MethodConfig, *, new_token_ids: list[int] | None = None) -> nn.Module:
+    """LoRA (Hu et al., arXiv 2106.09685), rsLoRA (2312.03732) or DoRA (2402.09353) through peft.
+
+    Rows of the embedding that belong to new tokens are trained too: frozen they would stay at their initial mean.
+    Raises ModelError if `target_modules` matches nothing.
+    """
+    import peft
+
+    settings = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=method.rank,
+        lora_alpha=method.alpha,
+        lora_dropout=method.dropout,
+        target_modules=method.target_modules,
+        use_rslora=method.rslora,
+        use_dora=method.dora,
+        trainable_token_indices=new_token_ids or None,
+    )
+    try:
+        return peft.get_peft_model(causal_lm, settings)
+    except ValueError as error:
+        raise ModelError(f"method.target_modules={method.target_modules}: {str(error).splitlines()[0]}") from error
+
+
+def enable_activation_checkpointing(causal_lm: nn.Module) -> None:
+    """Recompute each block in the backward pass instead of keeping its activations."""
+    causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # checkpointed blocks only run under module.train()
+    causal_lm.train()
+
+
+@contextlib.contextmanager
+def _partitioned_on_load(settings: dict[str, Any] | None) -> Iterator[None]:
+    """Have transformers build the model under `deepspeed.zero.Init`, for the time of the load only."""
+    if settings is None:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    keep_alive = HfDeepSpeedConfig(settings)
+    try:
+        yield
+    finally:
+        del keep_alive
+        unset_hf_deepspeed_config()
