@@ -1,7 +1,6 @@
 """YAML file or recipe name + `key.sub=value` overrides -> a validated `RunConfig`.
 
-Paths in a file are taken as they stand, relative to the working directory, so that a recipe means the same on every
-node of a job.
+Relative data paths are looked up from the working directory first, then from the folder of the config file.
 """
 
 import difflib
@@ -37,7 +36,7 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = find_recipe(recipe)
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -48,7 +47,19 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: holds {type(tree).__name__}, but a config is a mapping of sections.")
     for override in overrides:
         _apply_override(tree, override)
-    return validate(tree)
+    config = validate(tree)
+    for source in (*config.data.train, *config.data.eval):
+        source.path = _data_path(source.path, beside=path)
+    return config
+
+
+def _data_path(name: str, *, beside: Path) -> str:
+    """A relative path is meant from the working directory or, if nothing is there, from the config file's folder:
+    a recipe that ships with its data works from anywhere."""
+    from_config = beside.resolve().parent / name
+    if not Path(name).expanduser().exists() and from_config.exists():
+        return str(from_config)
+    return name
 
 
 def find_recipe(recipe: str) -> Path:
@@ -94,7 +105,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise ConfigError(f"override {override!r} is not of the form key.sub=value.")
     try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         value = text
     *parents, leaf = key.split(".")

@@ -1,0 +1,86 @@
+"""Everything that can be known before training, in seconds and without torch: told before any GPU is held.
+
+Files and formats of the data, the model folder and its layers, batch against world size, what a resume would find, and
+whether the output folder can be written. Creates nothing.
+"""
+
+import os
+from pathlib import Path
+
+from ft_dist.config import RunConfig
+from ft_dist.data.check import check_sources
+from ft_dist.errors import ConfigError
+from ft_dist.model.builtin import resolve_model
+from ft_dist.model.facts import match_target_modules, model_facts
+
+
+def check(config: RunConfig, *, world_size: int) -> list[str]:
+    """Raise the first UserError found; otherwise return what was learnt, a line each."""
+    facts = [_check_batch(config, world_size), _check_output(config.run_dir)]
+    facts += check_sources(config.data)
+    folder = resolve_model(config.model.path)
+    facts += _check_model(config, folder)
+    _check_evaluation(config)
+    _check_resume(config)
+    return facts
+
+
+def _check_batch(config: RunConfig, world_size: int) -> str:
+    rows = config.batch.global_rows
+    if rows < world_size:
+        raise ConfigError(
+            f"batch.global_rows={rows} is less than the world size {world_size}: some ranks would never get a row. "
+            f"Use at least {world_size}, or fewer processes."
+        )
+    rows_a_rank = -(-rows // world_size)
+    accumulation = -(-rows_a_rank // config.batch.micro_rows)
+    return (
+        f"batch: {rows} rows a step over {world_size} rank{'s' if world_size > 1 else ''}, "
+        f"{accumulation} micro-batch{'es' if accumulation > 1 else ''} of up to {config.batch.micro_rows} each"
+    )
+
+
+def _check_output(run_dir: Path) -> str:
+    existing = run_dir
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise ConfigError(f"output_dir={run_dir}: {existing} is a file, not a folder. Choose another output_dir.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"output_dir={run_dir}: {existing} is not writable by this user. Choose another output_dir.")
+    return f"output: {run_dir}{'' if run_dir.exists() else ' (new)'}"
+
+
+def _check_model(config: RunConfig, folder: str) -> list[str]:
+    targets = config.method.target_modules
+    if not Path(folder).is_dir():
+        return [f"model: {folder} from the hub; its layers are looked at when it is there"]
+    facts = model_facts(folder)
+    if config.method.kind == "lora" and targets != "all-linear":
+        heads = {"lm_head", *(name.removesuffix(".weight") for name, shape in facts.shapes.items() if len(shape) == 2)}
+        match_target_modules([*facts.linear_modules, *sorted(heads - set(facts.linear_modules))], targets)
+    if facts.max_positions and config.data.max_length > facts.max_positions:
+        raise ConfigError(
+            f"data.max_length={config.data.max_length} is more than the model's {facts.max_positions} positions. "
+            f"Use at most {facts.max_positions}."
+        )
+    return [f"model: {facts.architecture}, {facts.total_parameters / 1e6:,.1f} M parameters, stored in {facts.dtype}"]
+
+
+def _check_evaluation(config: RunConfig) -> None:
+    if config.evaluate.generate and not config.data.eval:
+        raise ConfigError(
+            "evaluate.generate=true needs data.eval. Name a held-out file, or set evaluate.generate=false."
+        )
+
+
+def _check_resume(config: RunConfig) -> None:
+    resume = config.checkpoint.resume
+    root = config.run_dir / "checkpoints"
+    if resume == "never" and any(root.glob("step-*/manifest.json")):
+        raise ConfigError(
+            f"checkpoint.resume=never, but {root} holds commits of an earlier run. "
+            "Use checkpoint.resume=auto to go on with it, or another output_dir."
+        )
+    if resume not in ("auto", "never") and not (Path(resume) / "manifest.json").is_file():
+        raise ConfigError(f"checkpoint.resume={resume}: no manifest.json there, so it is not a complete checkpoint.")

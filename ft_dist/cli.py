@@ -1,0 +1,142 @@
+"""The verbs. Each parses its arguments, calls one function and turns errors into exit codes.
+
+Imports of anything heavy stay inside the verbs: `ft-dist --help` answers at once.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ft_dist.errors import EXIT_FINISHED, EXIT_USER, UserError
+
+app = typer.Typer(
+    name="ft-dist",
+    help="Fine-tune open language models, fully or with LoRA, without losing a step.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Config = Annotated[str, typer.Argument(help="YAML file, or the name of a shipped recipe such as smoke")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Override config keys")]
+Nproc = Annotated[int | None, typer.Option(min=1, help="Worker processes [default: one a GPU, or 1 on CPU]")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts")]
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None, nproc: Nproc = None) -> None:
+    """Fine-tune as CONFIG says; run again to resume. Joins the world of torchrun or srun if started by them."""
+    from ft_dist.check import check as check_config
+    from ft_dist.config import load_config
+    from ft_dist.launcher.local import default_nproc, launched, run_workers
+
+    arguments = [config, *(overrides or [])]
+    if launched():
+        from ft_dist.train import main as train_rank
+
+        raise typer.Exit(train_rank(arguments))
+    workers = nproc or default_nproc()
+    check_config(load_config(config, overrides or []), world_size=workers)
+    raise typer.Exit(run_workers(arguments, nproc=workers))
+
+
+@app.command()
+def check(config: Config, overrides: Overrides = None, nproc: Nproc = None, as_json: AsJson = False) -> None:
+    """Tell everything that can be known before training; exit 2 if something must be mended."""
+    from ft_dist.check import check as check_config
+    from ft_dist.config import load_config
+    from ft_dist.launcher.local import default_nproc
+
+    facts = check_config(load_config(config, overrides or []), world_size=nproc or default_nproc())
+    typer.echo(json.dumps({"ok": True, "facts": facts}, indent=2) if as_json else "\n".join([*facts, "ready to train"]))
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Run folder, model folder, built-in name or hub id")],
+    data: Annotated[list[str] | None, typer.Option(help="Held-out files [default: the run's data.eval]")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 32,
+    max_samples: Annotated[int | None, typer.Option(min=1)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Held-out loss, perplexity and exact-match accuracy of a model on chat data."""
+    from ft_dist.evaluate.standalone import evaluate_path, table
+
+    scores = evaluate_path(model, data or [], max_new_tokens=max_new_tokens, max_samples=max_samples)
+    typer.echo(json.dumps(scores.to_dict(), indent=2, ensure_ascii=False) if as_json else table(scores))
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="Run folder, model folder, built-in name or hub id")],
+    prompt: Annotated[str | None, typer.Option(help="Answer this once and leave")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt of the conversation")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token")] = 0.0,
+) -> None:
+    """Talk to a model in the terminal; answers stream as they are made."""
+    from ft_dist.chat import chat as talk
+
+    talk(model, prompt=prompt, system=system, max_new_tokens=max_new_tokens, temperature=temperature)
+
+
+@app.command()
+def export(
+    run_dir: Annotated[Path, typer.Argument(help="Folder of a finished run")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="New folder to write")],
+    to: Annotated[str, typer.Option(help="merged: one plain model; adapter: the LoRA weights alone")] = "merged",
+) -> None:
+    """Write a run's result as a folder that plain transformers (and peft) load."""
+    from ft_dist.model.export import export_run
+
+    if to not in ("merged", "adapter"):
+        raise UserError(f"--to={to}: should be merged or adapter.")
+    export_run(run_dir, kind=to, to=folder)
+    typer.echo(f"{to} model written to {folder}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of the config."""
+    from ft_dist.config import json_schema
+
+    typer.echo(json_schema())
+
+
+@app.command()
+def fetch(
+    name: Annotated[str | None, typer.Argument(help="Built-in name (smollm2-135m, tiny-llama, ...) or hub id")] = None,
+    names: Annotated[bool, typer.Option("--list", help="List the built-in names")] = False,
+) -> None:
+    """Bring a model onto this machine, whole or not at all, and print its folder."""
+    from ft_dist.model.builtin import builtin_names
+    from ft_dist.model.builtin import fetch as fetch_model
+
+    if names:
+        typer.echo("\n".join(builtin_names()))
+        return
+    if name is None:
+        raise UserError("no model named. Usage: ft-dist fetch NAME, or ft-dist fetch --list.")
+    typer.echo(str(fetch_model(name, progress=lambda line: typer.echo(line, err=True))))
+
+
+def main() -> None:
+    """Entry point: typer's usage errors and our user errors both exit 2, in one line each."""
+    try:
+        code = app(standalone_mode=False)
+    except UserError as error:
+        typer.echo(f"ft-dist: error: {error}", err=True)
+        sys.exit(EXIT_USER)
+    except typer.TyperException as error:  # type: ignore[attr-defined]
+        error.show()
+        sys.exit(EXIT_USER)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else EXIT_FINISHED)
+
+
+if __name__ == "__main__":
+    main()

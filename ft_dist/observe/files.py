@@ -1,0 +1,54 @@
+"""The run folder's JSON lines: one writer (rank 0), appended and flushed line by line.
+
+A resumed run first drops the lines of steps that were not committed, so that every step stands there once.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import IO, Any
+
+
+class JsonLines:
+    """Append-only `path`; `keep_until` truncates it to steps <= that number when a run resumes."""
+
+    def __init__(self, path: Path, *, keep_until: int | None = None) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and keep_until is not None:
+            _drop_after(path, keep_until)
+        self._file: IO[str] = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class EventLog(JsonLines):
+    """events.jsonl: start, resume, preempted, saved, evaluated, skipped, end."""
+
+    def event(self, name: str, **fields: Any) -> None:
+        self.write({"time": round(time.time(), 3), "event": name} | fields)
+
+
+def _drop_after(path: Path, step: int) -> None:
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            # the process was killed in the middle of this line
+            continue
+        if record.get("step", 0) <= step:
+            kept.append(line)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    partial.replace(path)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,67 @@
+"""Metrics to wandb and TensorBoard, where the config asks for them. Rank 0 only."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from ft_dist.config.schema import RunConfig
+
+
+class Tracker(Protocol):
+    def log(self, record: dict[str, Any], step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class WandbTracker:
+    """One wandb run for the whole life of an output_dir: its id is kept there, so that a resumed run goes on in it."""
+
+    def __init__(self, config: RunConfig) -> None:
+        import wandb
+
+        id_file = config.run_dir / "wandb_run_id"
+        run_id = id_file.read_text().strip() if id_file.exists() else wandb.util.generate_id()
+        id_file.write_text(run_id)
+        self.run = wandb.init(
+            project=config.observe.wandb_project,
+            name=config.observe.run_name or config.run_dir.name,
+            id=run_id,
+            resume="allow",
+            mode=config.observe.wandb,
+            dir=str(config.run_dir),
+            config=config.model_dump(mode="json"),
+            settings=wandb.Settings(silent=True),
+        )
+
+    def log(self, record: dict[str, Any], step: int) -> None:
+        self.run.log({key: value for key, value in record.items() if key != "step"}, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class TensorBoardTracker:
+    def __init__(self, config: RunConfig, *, resumed_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(config.run_dir / "tensorboard"), purge_step=resumed_step + 1)
+
+    def log(self, record: dict[str, Any], step: int) -> None:
+        for key, value in record.items():
+            if key != "step" and isinstance(value, int | float):
+                self.writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def open_trackers(config: RunConfig, *, resumed_step: int) -> list[Tracker]:
+    trackers: list[Tracker] = []
+    if config.observe.wandb != "off":
+        trackers.append(WandbTracker(config))
+    if config.observe.tensorboard:
+        trackers.append(TensorBoardTracker(config, resumed_step=resumed_step))
+    return trackers
+
+
+def rank_log(output_dir: Path, rank: int) -> Path:
+    return output_dir / "logs" / f"rank-{rank}.log"

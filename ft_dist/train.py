@@ -1,0 +1,80 @@
+"""A run from its config to its final weights. `python -m ft_dist.train CONFIG [key=value ...]` is one rank of it.
+
+torchrun, srun and `ft-dist train` all start this module; it reads top to bottom: check, prepare data, join the world,
+build the engine, resume, step until done, evaluate, write the result.
+"""
+
+import sys
+from typing import Any
+
+from ft_dist.config import RunConfig, load_config
+from ft_dist.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USER, Preempted, TrainingError, UserError
+from ft_dist.preemption.signals import StopSignal
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one rank; returns its exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    stop = StopSignal()
+    try:
+        if not arguments:
+            raise UserError("no config given. Usage: python -m ft_dist.train CONFIG [key=value ...]")
+        train(load_config(arguments[0], arguments[1:]), stop)
+    except (UserError, TrainingError) as error:
+        from ft_dist.observe.console import tell_error
+
+        tell_error(str(error))
+        return EXIT_USER if isinstance(error, UserError) else EXIT_FAILED
+    except Preempted:
+        return EXIT_PREEMPTED
+    return EXIT_FINISHED
+
+
+def train(config: RunConfig, stop: StopSignal) -> None:
+    """Train on this rank, with the other ranks that the environment names. Raises UserError, Preempted, TrainingError."""
+    from ft_dist.model.quiet import quiet_process
+
+    quiet_process()
+    from ft_dist.run import prepare_run
+
+    run = prepare_run(config)
+    try:
+        before = run.evaluate("before") if config.evaluate.before else None
+        stop.training_started()
+        step_until_done(run, stop)
+        run.write_final()
+        after = run.evaluate("after")
+        run.summarise(before=before, after=after)
+    finally:
+        run.close()
+
+
+def step_until_done(run: Any, stop: StopSignal) -> None:
+    """The training loop: from the step resumed at to the last one."""
+    from ft_dist.optim import learning_rate
+
+    config = run.config
+    for batch in run.batches():
+        waited_s = run.clock.lap()
+        run.seed_step()
+        rate = learning_rate(config.optim, step=run.step + 1, total_steps=run.total_steps)
+        padded = sum(micro_batch.padded_tokens for micro_batch in batch.micro_batches)
+        result = run.engine.train_step(
+            batch.micro_batches,
+            labelled_tokens=batch.batch.labelled_tokens,
+            learning_rate=rate,
+            to_sum=[float(stop.requested), float(padded)],
+        )
+        run.finish_step(batch, result, learning_rate=rate, waited_s=waited_s, step_s=run.clock.lap())
+        stopping = result.sums[0] > 0
+        if stopping or run.commit_is_due():
+            run.commit()
+        if stopping:
+            run.note_preempted(stop.reason)
+            raise Preempted
+        if run.evaluation_is_due():
+            run.evaluate("during")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
