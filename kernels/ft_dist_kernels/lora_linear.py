@@ -57,7 +57,7 @@ class Pieces(NamedTuple):
 def _pieces(triton: bool) -> Pieces:
     if not triton:
         return Pieces(down_torch, up_backward_torch, down_backward_torch)
-    from ft_dist_kernels import lora_linear_kernels as kernels
+    from ft_dist_kernels import lora_linear_triton as kernels
 
     return Pieces(kernels.down, kernels.up_backward, kernels.down_backward)
 

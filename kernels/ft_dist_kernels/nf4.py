@@ -7,8 +7,8 @@ Two elements share a byte of `packed`: the first in the high half. The weight is
 two rows. Products are made in fp32 and rounded once to the wanted dtype, as bitsandbytes does.
 
 Shapes: N elements, O out, I in. Sources: QLoRA (arXiv 2305.14314) for NF4 and double quantisation; the 8-bit dynamic
-code is "8-bit Optimizers via Block-wise Quantization" (arXiv 2110.02861); layout as bitsandbytes 0.43 and later stores it
-(`weight`, `weight.absmax`, `weight.nested_absmax`, `nested_offset`).
+code is "8-bit Optimizers via Block-wise Quantization" (arXiv 2110.02861); layout as bitsandbytes 0.43 and later stores
+it (`weight`, `weight.absmax`, `weight.nested_absmax`, `nested_offset`).
 """
 
 import math

@@ -1,8 +1,8 @@
 """Sums of matrix products, out = L1 R1 + L2 R2 + ... (+ bias), rounded once where that is also the faster way.
 
 Shapes: M rows, K contracted, N columns. On a GPU, and on CPUs with bf16 or fp16 matrix instructions, these are the
-vendor's GEMMs. An x86 CPU without them runs a 16-bit GEMM 3 to 10 times slower than fp32 (measured: 2048x576x1536 on one
-AVX-512 core, fp32 44 ms, bf16 149 ms, fp16 432 ms), so there the operands are widened block by block and the sum
+vendor's GEMMs. An x86 CPU without them runs a 16-bit GEMM 3 to 10 times slower than fp32 (measured: 2048x576x1536 on
+one AVX-512 core, fp32 44 ms, bf16 149 ms, fp16 432 ms), so there the operands are widened block by block and the sum
 leaves fp32 once.
 """
 
@@ -40,17 +40,14 @@ def sum_products(
     out: Tensor | None = None,
     alpha: float = 1.0,
 ) -> Tensor:
-    """alpha * sum of left (M, K) @ right (K, N), plus `bias_N`, plus `out` where it is given (and then updated in place).
+    """alpha * sum of left (M, K) @ right (K, N), plus `bias_N`, plus `out` where given (and then updated in place).
 
     All operands share one dtype, which is the result's.
     """
     left, right = products[0]
     if widens(left):
-        if out is None:
-            return _widened(
-                products, bias_N, torch.empty(left.shape[0], right.shape[1], dtype=left.dtype), False, alpha
-            )
-        return _widened(products, bias_N, out, True, alpha)
+        target = left.new_empty(left.shape[0], right.shape[1]) if out is None else out
+        return _widened(products, bias_N, target, out is not None, alpha)
     if out is None and bias_N is not None:
         out = torch.addmm(bias_N, left, right, alpha=alpha)
     elif out is None:
