@@ -9,12 +9,11 @@ folder, which the next call removes.
 import difflib
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from ft_dist.errors import ModelError
+from ft_dist.model.folder import whole_folder
 from ft_dist.model.tiny import tiny_names
 
 SMOLLM2 = "smollm2-135m"
@@ -97,30 +96,10 @@ def _make_once(name: str, progress: Progress) -> Path:
 
 
 def _make(name: str, final: Path, progress: Progress) -> None:
-    """Caller holds the lock, so every other temporary folder of this name was left by a process that died."""
-    prefix = f".{name}-partial-"
-    for stale in final.parent.glob(f"{prefix}*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=final.parent))
-    try:
-        if name == SMOLLM2:
-            from ft_dist.model.smollm import make_smollm2 as make
-        else:
-            from ft_dist.model.tiny import make_tiny as make
+    """Caller holds the lock."""
+    if name == SMOLLM2:
+        from ft_dist.model.smollm import make_smollm2 as make
+    else:
+        from ft_dist.model.tiny import make_tiny as make
+    with whole_folder(final) as temporary:
         make(name, temporary, progress)
-        for path in [temporary, *temporary.rglob("*")]:  # made private, but a cache may be shared by several users
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        commit_folder(temporary, final)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def commit_folder(temporary: Path, final: Path) -> None:
-    """Sync every file to disk, then rename: after a power cut the folder is whole or absent. Same file system."""
-    for path in [*temporary.rglob("*"), temporary]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    os.replace(temporary, final)

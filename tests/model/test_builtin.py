@@ -88,7 +88,7 @@ def test_kill_9_half_way_leaves_nothing_that_is_used(cache: Path) -> None:
     killed = subprocess.run([sys.executable, "-c", code], env=dict(os.environ), check=False)
     assert killed.returncode == -signal.SIGKILL
     [partial] = visible(cache)
-    assert partial.startswith(".tiny-llama-partial-")
+    assert partial.startswith(".tiny-llama-1-partial-")
     folder = Path(resolve_model("tiny-llama"))
     assert (folder / "model.safetensors").is_file()
     assert visible(cache) == [folder.name]

@@ -1,0 +1,41 @@
+"""Folders that are whole or absent: written beside their place, synced to disk, renamed into it."""
+
+import contextlib
+import glob
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def whole_folder(final: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `final` (absent, or empty) when the block ends, and vanishes if it raises.
+
+    A kill at any moment leaves only the temporary folder, which the next call removes; so two processes must not
+    write the same `final` at a time.
+    """
+    prefix = f".{final.name}-partial-"
+    for stale in final.parent.glob(f"{glob.escape(prefix)}*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=final.parent))
+    try:
+        yield temporary
+        _commit(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _commit(temporary: Path, final: Path) -> None:
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in [*temporary.rglob("*"), temporary]:
+        # temporary files are made private; the result is for whom the user's umask says
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    os.replace(temporary, final)
