@@ -1,0 +1,92 @@
+"""Greedy answers to many prompts at once, and whether an answer is the reference."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ft_dist.model.quiet import quietly
+from ft_dist.model.tokenizer import stop_token_ids
+
+Progress = Callable[[int, int], None]
+"""(prompts answered, prompts in all) on this rank"""
+
+
+def answer_prompts(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    tokenizer: Any,
+    max_new_tokens: int,
+    batch_rows: int,
+    device: torch.device | str,
+    synced: bool = False,
+    progress: Progress | None = None,
+) -> list[str]:
+    """The model's greedy answers, in the order of `prompts` (token ids each), without special tokens.
+
+    Prompts of like length share a batch, longest first, so that memory runs out at once or never. An answer ends at
+    any of `stop_token_ids` or after `max_new_tokens`. `synced` keeps a rank that is done generating until all are,
+    which ZeRO-3 needs because each forward gathers weights; then all ranks must bring the same number of batches.
+    The model's training mode is put back afterwards.
+    """
+    answers = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    settings = _greedy(model, tokenizer, max_new_tokens)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), quietly():
+            for start in range(0, len(order), batch_rows):
+                rows = order[start : start + batch_rows]
+                inputs = _left_padded([prompts[index] for index in rows], settings.pad_token_id, device)
+                output = model.generate(**inputs, generation_config=settings, synced_gpus=synced)
+                generated = output[:, inputs["input_ids"].shape[1] :].tolist()
+                for index, ids in zip(rows, generated, strict=True):
+                    kept = _up_to_stop(ids, settings.eos_token_id)
+                    answers[index] = tokenizer.decode(kept, skip_special_tokens=True)
+                if progress is not None:
+                    progress(min(start + batch_rows, len(order)), len(order))
+    finally:
+        model.train(was_training)
+    return answers
+
+
+def exact_match(answer: str, reference: str) -> bool:
+    """Equal once case, surrounding space and quotes, repeated space and trailing punctuation are left out."""
+    return _normalised(answer) == _normalised(reference)
+
+
+def _normalised(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip(" \"'`*").rstrip(".,;:!? \"'`*").casefold()
+
+
+def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Any:
+    from transformers import GenerationConfig
+
+    own = getattr(model, "generation_config", None)
+    return GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        use_cache=True,  # training switches it off in the model's config
+        eos_token_id=stop_token_ids(tokenizer, own.eos_token_id if own is not None else None),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _left_padded(rows: list[Sequence[int]], pad_id: int, device: torch.device | str) -> dict[str, torch.Tensor]:
+    """Every prompt must end where its answer begins, so the padding goes in front."""
+    width = max(len(row) for row in rows)
+    input_ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    for number, row in enumerate(rows):
+        input_ids[number, width - len(row) :] = torch.tensor(row, dtype=torch.int64)
+        attention_mask[number, width - len(row) :] = 1
+    return {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
+
+
+def _up_to_stop(ids: list[int], stops: list[int]) -> list[int]:
+    """A stop token need not be a special one, so it is cut off here and not left to the decoder."""
+    end = next((position for position, token in enumerate(ids) if token in stops), len(ids))
+    return ids[:end]

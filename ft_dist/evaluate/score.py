@@ -1,0 +1,172 @@
+"""Held-out loss and accuracy over all ranks. Numbers and text travel as tensors; nothing is pickled."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ft_dist.data.batch import MicroBatch
+from ft_dist.data.formats import Sample
+from ft_dist.data.template import Encoder
+from ft_dist.evaluate.answers import Progress, answer_prompts, exact_match
+
+EXAMPLES = 8
+_EXAMPLE_BYTES = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledPrompt:
+    """A question with a known answer: token ids up to where the answer begins, the last user turn, the reference."""
+
+    tokens: list[int]
+    text: str
+    reference: str
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One prompt and what the model said to it."""
+
+    prompt: str
+    answer: str
+    reference: str
+    correct: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """Exact matches over the prompts of all ranks, and the first few of them in the data's order."""
+
+    accuracy: float | None
+    answered: int
+    examples: list[Example]
+
+
+@dataclass(slots=True)
+class Scores:
+    """Of a model on held-out data. `loss` is the mean over `labelled_tokens` in nats; accuracy is None where nothing
+    was generated."""
+
+    loss: float
+    labelled_tokens: int
+    accuracy: float | None = None
+    answered: int = 0
+    examples: list[Example] = field(default_factory=list)
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that overflows."""
+        try:
+            return math.exp(self.loss)
+        except OverflowError:
+            return math.inf
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON, which knows no infinity: a perplexity or loss that is not finite becomes None."""
+        tree = asdict(self)
+        tree["perplexity"] = self.perplexity
+        return {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in tree.items()
+        }
+
+
+def held_out_loss(
+    objective: Callable[[MicroBatch], tuple[torch.Tensor, torch.Tensor | int]],
+    batches: Iterable[MicroBatch],
+    *,
+    device: torch.device | str = "cpu",
+) -> tuple[float, int]:
+    """(mean loss in nats, labelled tokens) over all ranks: sums in float64, divided once.
+
+    `objective` gives a micro-batch's summed loss and its count of labelled tokens. Under ZeRO-3 every rank must bring
+    the same number of batches; a dummy without labels adds nothing. No labels at all give NaN.
+    """
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    with torch.no_grad():
+        for batch in batches:
+            loss_sum, count = objective(batch)
+            total[0] += loss_sum.detach().to(total)
+            total[1] += count
+    _add_over_ranks(total)
+    loss_sum, count = total.tolist()
+    return (loss_sum / count if count else math.nan), int(count)
+
+
+def labelled_prompts(samples: Iterable[Sample], tokenizer: Any) -> list[LabelledPrompt]:
+    """The samples that can be answered: conversations that end with the assistant's turn; others are left out."""
+    encoder = Encoder(tokenizer)
+    prompts = []
+    for sample in samples:
+        if not sample.messages or sample.messages[-1]["role"] != "assistant" or len(sample.messages) < 2:
+            continue
+        before, last = sample.messages[:-1], sample.messages[-1]
+        text = str(before[-1].get("content", ""))
+        prompts.append(LabelledPrompt(encoder.encode_prompt(before, sample.tools), text, str(last["content"])))
+    return prompts
+
+
+def score_answers(
+    model: Any,
+    prompts: Sequence[LabelledPrompt],
+    *,
+    tokenizer: Any,
+    max_new_tokens: int,
+    batch_rows: int,
+    device: torch.device | str,
+    synced: bool = False,
+    progress: Progress | None = None,
+) -> Answered:
+    """Answer every prompt on one of the ranks and compare. Every rank calls this with the same prompts.
+
+    Rank r takes prompts r, r + world, ...; ranks that have one less answer the first prompt once more, so that all
+    generate the same number of batches, as ZeRO-3 needs.
+    """
+    if not prompts:
+        return Answered(None, 0, [])
+    rank, world = (dist.get_rank(), dist.get_world_size()) if _joined() else (0, 1)
+    mine = list(range(rank, len(prompts), world))
+    share = -(-len(prompts) // world)
+    dummies = share - len(mine)
+    answers = answer_prompts(
+        model,
+        [prompts[index].tokens for index in [*mine, *[0] * dummies]],
+        tokenizer=tokenizer,
+        max_new_tokens=max_new_tokens,
+        batch_rows=batch_rows,
+        device=device,
+        synced=synced,
+        progress=progress,
+    )
+    return _gather(prompts, dict(zip(mine, answers, strict=False)), device)
+
+
+def _gather(prompts: Sequence[LabelledPrompt], answers: dict[int, str], device: torch.device | str) -> Answered:
+    """Each rank fills in what it knows and leaves zeros elsewhere; a sum then gives everyone everything."""
+    correct = torch.zeros(len(prompts), dtype=torch.int64, device=device)
+    shown = min(EXAMPLES, len(prompts))
+    text = torch.zeros(shown, _EXAMPLE_BYTES, dtype=torch.int32, device=device)
+    for index, answer in answers.items():
+        correct[index] = int(exact_match(answer, prompts[index].reference))
+        if index < shown:
+            data = answer.encode()[:_EXAMPLE_BYTES]
+            text[index, : len(data)] = torch.tensor(list(data), dtype=torch.int32)
+    _add_over_ranks(correct)
+    _add_over_ranks(text)
+    examples = []
+    for index in range(shown):
+        answer = bytes(text[index].tolist()).rstrip(b"\0").decode(errors="ignore")
+        prompt = prompts[index]
+        examples.append(Example(prompt.text, answer, prompt.reference, bool(correct[index])))
+    return Answered(float(correct.sum()) / len(prompts), len(prompts), examples)
+
+
+def _joined() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _add_over_ranks(tensor: torch.Tensor) -> None:
+    if _joined():
+        dist.all_reduce(tensor)

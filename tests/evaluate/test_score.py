@@ -1,0 +1,114 @@
+"""Loss is a sum over a count however it is cut, and every rank count gives the same scores."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from transformers import AutoModelForCausalLM
+
+from ft_dist.data.batch import MicroBatch
+from ft_dist.data.formats import Sample
+from ft_dist.evaluate.score import Scores, held_out_loss, labelled_prompts, score_answers
+from ft_dist.model.tiny import byte_tokenizer, make_tiny
+
+
+def micro_batch(labelled: int) -> MicroBatch:
+    ids = torch.zeros(1, 8, dtype=torch.int64)
+    return MicroBatch(ids, ids, ids, real_tokens=8, labelled_tokens=labelled, padded_tokens=0)
+
+
+def test_loss_weighs_tokens_not_batches() -> None:
+    counts = [1, 99, 0]
+    loss, tokens = held_out_loss(
+        lambda batch: (
+            torch.tensor(3.0 if batch.labelled_tokens == 1 else 1.0) * batch.labelled_tokens,
+            batch.labelled_tokens,
+        ),
+        [micro_batch(count) for count in counts],
+    )
+    assert tokens == 100
+    assert loss == pytest.approx((3.0 + 99.0) / 100)
+    assert math.isnan(held_out_loss(lambda batch: (torch.tensor(0.0), 0), [micro_batch(0)])[0])
+
+
+def test_loss_adds_in_double_precision() -> None:
+    loss, _ = held_out_loss(
+        lambda batch: (torch.tensor(1e8 if batch.labelled_tokens else 1.0), 1), [micro_batch(1)] + [micro_batch(0)] * 50
+    )
+    assert loss * 51 == pytest.approx(1e8 + 50, abs=1e-3)
+
+
+def chat(*turns: tuple[str, str]) -> Sample:
+    return Sample([{"role": role, "content": content} for role, content in turns], None, "here")
+
+
+def test_only_conversations_that_end_with_an_answer_are_asked() -> None:
+    tokenizer = byte_tokenizer()
+    samples = [
+        chat(("system", "sort"), ("user", "mail"), ("assistant", "spam")),
+        chat(("user", "mail"), ("assistant", "spam"), ("user", "sure?")),
+        Sample(None, "plain text", "here"),
+    ]
+    [prompt] = labelled_prompts(samples, tokenizer)
+    assert (prompt.text, prompt.reference) == ("mail", "spam")
+    assert tokenizer.decode(prompt.tokens).endswith("mail<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_scores_are_json_even_where_they_are_not_finite() -> None:
+    scores = Scores(loss=math.log(4), labelled_tokens=3)
+    assert scores.to_dict()["perplexity"] == pytest.approx(4)
+    assert scores.to_dict()["accuracy"] is None
+    assert json.loads(json.dumps(Scores(1e9, 3).to_dict(), allow_nan=False))["perplexity"] is None
+    assert json.loads(json.dumps(Scores(math.nan, 0).to_dict(), allow_nan=False))["loss"] is None
+
+
+def answered(folder: str) -> dict[str, Any]:
+    """The scores of seven prompts, half of whose references are what the model says."""
+    tokenizer = byte_tokenizer()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    settings: dict[str, Any] = {"tokenizer": tokenizer, "max_new_tokens": 5, "batch_rows": 2, "device": "cpu"}
+    samples = [chat(("user", "word " * number), ("assistant", "é")) for number in range(1, 8)]
+    prompts = labelled_prompts(samples, tokenizer)
+    first = score_answers(model, prompts, **settings)
+    for number, example in enumerate(first.examples):
+        if number % 2 == 0:
+            object.__setattr__(prompts[number], "reference", example.answer)
+    again = score_answers(model, prompts, **settings)
+    loss, tokens = held_out_loss(
+        lambda batch: (torch.tensor(float(batch.labelled_tokens)) / 3, batch.labelled_tokens),
+        [micro_batch(count) for count in range(1, 8)][(dist.get_rank() if dist.is_initialized() else 0) :: _world()],
+    )
+    return Scores(loss, tokens, again.accuracy, again.answered, again.examples).to_dict()
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _rank(rank: int, world: int, folder: str, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=world)
+    Path(out, f"{rank}.json").write_text(json.dumps(answered(folder)))
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo over a file store")
+def test_two_ranks_agree_with_one(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    make_tiny("tiny-llama", model)
+    alone = answered(str(model))
+    assert alone["accuracy"] == pytest.approx(4 / 7)
+    assert [example["correct"] for example in alone["examples"]] == [True, False] * 3 + [True]
+    mp.spawn(_rank, args=(2, str(model), str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        together = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert together.pop("loss") == pytest.approx(alone["loss"], rel=1e-12)
+        assert together.pop("perplexity") == pytest.approx(alone["perplexity"], rel=1e-12)
+        assert together == {key: value for key, value in alone.items() if key not in ("loss", "perplexity")}
