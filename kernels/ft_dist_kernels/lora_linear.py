@@ -41,7 +41,7 @@ from ft_dist_kernels.nf4 import NF4Weight
 from ft_dist_kernels.products import sum_products, transposed_product
 
 MAX_GROUP = 3  # members that one kernel launch handles (q, k, v); larger groups run in slices
-MAX_TRITON_RANK = 256
+MAX_TRITON_RANKS = 192  # of a group, each member padded to a power of two; more do not fit on chip beside a tile
 
 __all__ = ["LoraWeights", "lora_linear", "lora_linear_group", "lora_linear_reference"]
 
@@ -200,7 +200,10 @@ def _run_slice(x_TI: Tensor, group: Sequence[LoraWeights], backend: Backend) -> 
     for weights in group:
         members.append(_member(weights, sum(member.rank for member in members)))
     quantized = tuple(w.weight if isinstance(w.weight, NF4Weight) else None for w in group)
-    triton = use_triton(x_TI, backend) and x_TI.numel() > 0 and max(m.rank for m in members) <= MAX_TRITON_RANK
+    # Triton's fp32 product is TF32 or slow; the vendor's GEMM follows torch's precision settings.
+    suits = x_TI.dtype in (torch.bfloat16, torch.float16) if backend == "auto" else x_TI.dtype != torch.float64
+    padded = len(members) * max(16, *(1 << (member.rank - 1).bit_length() for member in members))
+    triton = use_triton(x_TI, backend) and suits and x_TI.numel() > 0 and padded <= MAX_TRITON_RANKS
     flat = [
         tensor
         for w in group

@@ -1,4 +1,5 @@
-"""The pieces of `lora_linear` in PyTorch: what runs on CPU, and what the Triton form falls back on for ranks above 256.
+"""The pieces of `lora_linear` in PyTorch: what runs on CPU, and what takes over where ranks are too large for the
+Triton form.
 
 Shapes: T tokens, t a block of them, I in, O out, R rank, S the ranks of a group side by side.
 """

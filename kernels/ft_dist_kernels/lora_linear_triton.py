@@ -30,25 +30,36 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# Keyed by the padded ranks held on chip (members * rank for the two `down` kernels, rank for `up`), largest that fits.
-# Chosen so that no chip spills or exceeds its shared memory (`python -m benchmarks.kernels.resources`).
-_DOWN = {32: Blocks(64, 128, 4, 3), 96: Blocks(64, 64, 4, 3), 192: Blocks(64, 64, 8, 3), 768: Blocks(16, 32, 8, 2)}
-_UP_BACKWARD = {16: Blocks(32, 512, 8, 2), 32: Blocks(32, 256, 8, 3), 64: Blocks(32, 256, 8, 3)}
-_DOWN_BACKWARD = {
-    32: Blocks(64, 128, 8, 3),
-    96: Blocks(64, 64, 8, 3),
-    192: Blocks(32, 64, 8, 2),
-    768: Blocks(16, 16, 8, 2),
+# Keyed by the padded ranks held on chip (members * rank for the two `down` kernels, rank for `up`), the first that is
+# large enough. Chosen so that no chip spills or exceeds its shared memory (`python -m benchmarks.kernels.resources`);
+# CDNA3 gives a lane 512 registers at four warps and 256 at eight, and its 64 KiB of LDS hold two stages at most.
+_Table = dict[int, Blocks]
+_DOWN: dict[str, _Table] = {
+    "cuda": {
+        32: Blocks(64, 128, 4, 3),
+        48: Blocks(64, 64, 8, 3),
+        64: Blocks(64, 64, 4, 3),
+        128: Blocks(64, 64, 8, 3),
+        192: Blocks(32, 64, 8, 3),
+    },
+    "hip": {48: Blocks(64, 128, 4, 2), 96: Blocks(64, 64, 4, 2), 192: Blocks(64, 64, 8, 2)},
+}
+_UP_BACKWARD: dict[str, _Table] = {
+    "cuda": {16: Blocks(32, 512, 8, 2), 32: Blocks(32, 256, 8, 3), 64: Blocks(32, 256, 8, 3)},
+    "hip": {16: Blocks(32, 512, 8, 2), 32: Blocks(32, 256, 8, 2), 64: Blocks(32, 128, 8, 2)},
+}
+_DOWN_BACKWARD: dict[str, _Table] = {
+    "cuda": {32: Blocks(64, 128, 8, 3), 96: Blocks(64, 64, 8, 3), 192: Blocks(64, 32, 8, 2)},
+    "hip": {32: Blocks(64, 128, 8, 2), 96: Blocks(64, 64, 4, 2), 192: Blocks(64, 32, 4, 2)},
 }
 
 
-def _blocks(table: dict[int, Blocks], ranks: int, *, hip: bool, itemsize: int) -> Blocks:
-    chosen = next(blocks for limit, blocks in table.items() if ranks <= limit)
+def _blocks(tables: dict[str, _Table], ranks: int, *, hip: bool, itemsize: int) -> Blocks:
+    chosen = next(blocks for limit, blocks in tables["hip" if hip else "cuda"].items() if ranks <= limit)
     if itemsize > 2:
         # fp32 operands take twice the shared memory, and their products run on registers.
         return chosen._replace(features=max(16, chosen.features // 4), stages=1)
-    # 64 KiB of shared memory on CDNA3 hold one tile in flight beside the one in use.
-    return chosen._replace(stages=min(chosen.stages, 2)) if hip else chosen
+    return chosen
 
 
 def _padded(rank: int) -> int:
@@ -84,10 +95,10 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(1) == 1 else tensor.contiguous()
 
 
-def _group_blocks(table: dict[int, Blocks], x_TI: Tensor, members: Sequence[Member]) -> tuple[Blocks, int]:
+def _group_blocks(tables: dict[str, _Table], x_TI: Tensor, members: Sequence[Member]) -> tuple[Blocks, int]:
     rank = max(_padded(member.rank) for member in members)
     hip = torch.version.hip is not None
-    return _blocks(table, rank * len(members), hip=hip, itemsize=x_TI.element_size()), rank
+    return _blocks(tables, rank * len(members), hip=hip, itemsize=x_TI.element_size()), rank
 
 
 def down(x_TI: Tensor, lora_a: Sequence[Tensor], members: Sequence[Member]) -> Tensor:
@@ -243,12 +254,12 @@ def _case(name: str, kernel: Any, constexprs: dict[str, Any], warps: int, stages
 
 
 def aot_cases(chip: Chip) -> list[AotCase]:
-    """Ranks 8 to 64, alone and in groups, and the largest rank; every size with dropout, some also without."""
+    """Ranks 8 to 64, alone and in groups, and 128 alone; every size with dropout, some also without."""
     cases = [_case("sum of parts", sum_kernel, {"BLOCK": _SUM_BLOCK}, 4, 3)]
     hip = chip == "gfx942"
-    for rank, members in ((8, 1), (16, 1), (16, 3), (32, 2), (64, 1), (64, 2), (64, 3), (256, 1)):
+    for rank, members in ((8, 1), (16, 1), (16, 3), (32, 2), (64, 1), (64, 2), (64, 3), (128, 1)):
         padded = _padded(rank)
-        for dropout in (True, False) if (rank, members) in ((16, 1), (16, 3), (64, 3)) else (True,):
+        for dropout in (True, False) if (rank, members) in ((16, 1), (64, 3)) else (True,):
             label = f"rank {rank} x {members}{' dropout' if dropout else ''}"
             common = {"N": members, "RP": padded, "DROPOUT": dropout, "P": "tf32"}
             blocks = _blocks(_DOWN, padded * members, hip=hip, itemsize=2)

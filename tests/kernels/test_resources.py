@@ -1,0 +1,41 @@
+"""Every kernel compiles for every chip, within its shared memory and without spills."""
+
+import importlib.util
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import ft_dist_kernels
+import pytest
+from ft_dist_kernels.aot import CHIPS
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+def resources(*arguments, **variables):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
+    command = [sys.executable, "-m", "benchmarks.kernels.resources", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("form", ["--quick", pytest.param("", marks=pytest.mark.slow)])
+def test_every_kernel_fits_every_chip(tmp_path, form):
+    result = resources("--json", str(tmp_path / "resources.json"), *form.split())
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    rows = json.loads((tmp_path / "resources.json").read_text())
+    modules = {info.name for info in pkgutil.iter_modules(ft_dist_kernels.__path__)}
+    with_kernels = {name.removesuffix("_kernels") for name in modules if name.endswith("_kernels")}
+    with_kernels -= {"dropout"}  # functions that other kernels call, no kernel of its own
+    assert {(row["op"], row["chip"]) for row in rows} >= {(op, chip) for op in with_kernels for chip in CHIPS}
+    assert all(row["registers"] > 0 and row["spill_bytes"] == 0 and not row["problem"] for row in rows)
+
+
+def test_refuses_the_interpreter_and_unknown_ops():
+    assert "Unset it" in resources(TRITON_INTERPRET="1").stderr
+    unknown = resources("--ops", "softmax")
+    assert unknown.returncode == 2
+    assert "lora_linear" in unknown.stderr
