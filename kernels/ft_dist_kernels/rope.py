@@ -1,0 +1,160 @@
+"""Rotary position embedding of queries and keys in one pass, in the half-split layout of transformers.
+
+With x1, x2 the two halves of the rotated part of a head, and c, s the tables (each of two halves as well):
+
+    y1 = x1 c1 - x2 s1        y2 = x2 c2 + x1 s2
+
+Columns past the rotated part (partial rotary: Phi, StableLM) pass through. Backward is the transpose, a rotation by
+minus the angle: dx1 = dy1 c1 + dy2 s2, dx2 = dy2 c2 - dy1 s1. Nothing is saved but the tables, and nothing is written
+over q, k or an upstream gradient: they may be views of a projection, or shared.
+
+Arithmetic is fp32, rounded once to the input's dtype. Results keep the memory order of q and k: heads next to each
+other for every position where they came as transposed views, so that the projection's backward needs no copy.
+
+Shapes: B batch, N heads, S positions, D head width, R rotated columns (even, <= D).
+Source: Su et al. (arXiv 2104.09864).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ft_dist_kernels.aot import AotCase, Chip
+from ft_dist_kernels.backend import Backend, use_triton
+from ft_dist_kernels.rope_scaling import rope_inv_freq
+
+__all__ = ["rope", "rope_inv_freq", "rope_reference", "rope_tables"]
+
+CPU_TILE_ELEMENTS = 128 * 1024
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
+    """q (B, N, S, D) and k (B, N_kv, S, D), of any strides, rotated by tables cos and sin (B or 1, S, R).
+
+    The same numbers as transformers' apply_rotary_pos_emb(q, k, cos, sin). The tables carry no gradient and may have
+    another floating dtype than q and k.
+    """
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16) or k.dtype != q.dtype:
+        raise ValueError(f"q is {q.dtype} and k {k.dtype}; both must be one of fp32, bf16, fp16.")
+    same = q.dim() == k.dim() == 4 and (q.shape[0], *q.shape[2:]) == (k.shape[0], *k.shape[2:])
+    if not same:
+        raise ValueError(
+            f"q {tuple(q.shape)} and k {tuple(k.shape)} must be (B, N, S, D) and (B, N_kv, S, D) with the same B, S, D."
+        )
+    batch, _, positions, width = q.shape
+    if cos.shape != sin.shape or cos.dim() != 3 or cos.shape[0] not in (1, batch) or cos.shape[1] != positions:
+        raise ValueError(
+            f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must both be ({batch} or 1, {positions}, R) for q "
+            f"{tuple(q.shape)}."
+        )
+    if cos.shape[2] % 2 or not 0 < cos.shape[2] <= width:
+        raise ValueError(f"cos has {cos.shape[2]} columns; the rotated part must be even and within 2..{width}.")
+    return _run(q, k, cos.detach(), sin.detach(), use_triton(q, backend))
+
+
+def rope_tables(
+    position_ids: Tensor,
+    inv_freq: Tensor,
+    *,
+    attention_scaling: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """cos and sin (..., S, R) of position_ids (..., S) and inv_freq (R / 2,); angles in fp32 whatever the autocast."""
+    angles = position_ids[..., None].float() * inv_freq.to(device=position_ids.device, dtype=torch.float32)
+    angles = torch.cat((angles, angles), dim=-1)
+    return (angles.cos() * attention_scaling).to(dtype), (angles.sin() * attention_scaling).to(dtype)
+
+
+def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in plain PyTorch."""
+    cos, sin = cos.to(q.dtype).unsqueeze(1), sin.to(q.dtype).unsqueeze(1)
+    rotated = cos.shape[-1]
+
+    def embed(x: Tensor) -> Tensor:
+        turning, passing = x[..., :rotated], x[..., rotated:]
+        first, second = turning.chunk(2, -1)
+        return torch.cat((turning * cos + torch.cat((-second, first), -1) * sin, passing), -1)
+
+    return embed(q), embed(k)
+
+
+@torch._disable_dynamo
+def _run(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return _Rope.apply(*arguments)
+
+
+def _positions_first(x: Tensor) -> bool:
+    """Whether memory holds (B, S, N, D)."""
+    return x.stride(1) < x.stride(2)
+
+
+def _empty(x: Tensor, positions_first: bool) -> Tensor:
+    batch, heads, positions, width = x.shape
+    if positions_first:
+        return torch.empty(batch, positions, heads, width, dtype=x.dtype, device=x.device).transpose(1, 2)
+    return torch.empty(batch, heads, positions, width, dtype=x.dtype, device=x.device)
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, triton: bool) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        ctx.orders, ctx.triton = (_positions_first(q), _positions_first(k)), triton
+        return _rotate(q, k, cos, sin, ctx.orders, inverse=False, triton=triton)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return *_rotate(dq, dk, cos, sin, ctx.orders, inverse=True, triton=ctx.triton), None, None, None
+
+
+def _rotate(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    orders: tuple[bool, bool],
+    *,
+    inverse: bool,
+    triton: bool,
+) -> tuple[Tensor, Tensor]:
+    q_out, k_out = _empty(q, orders[0]), _empty(k, orders[1])
+    if triton:
+        _triton_kernels().rotate_triton(q, k, cos, sin, q_out, k_out, inverse)
+    else:
+        for x, y in ((q, q_out), (k, k_out)):
+            rotate_torch(x, cos, sin, y, inverse)
+    return q_out, k_out
+
+
+def rotate_torch(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor, inverse: bool) -> None:
+    """Blocks of positions small enough to stay in a CPU core's cache."""
+    batch, heads, positions, width = x.shape
+    half = cos.shape[-1] // 2
+    step = max(1, CPU_TILE_ELEMENTS // max(batch * heads * width, 1))
+    for start in range(0, positions, step):
+        tile = slice(start, min(start + step, positions))
+        c1, c2 = cos[:, None, tile].float().split(half, -1)
+        s1, s2 = sin[:, None, tile].float().split(half, -1)
+        x1, x2 = x[:, :, tile, :half].float(), x[:, :, tile, half : 2 * half].float()
+        if inverse:
+            y[:, :, tile, :half] = (x1 * c1).addcmul_(x2, s2)
+            y[:, :, tile, half : 2 * half] = (x2 * c2).addcmul_(x1, s1, value=-1)
+        else:
+            y[:, :, tile, :half] = (x1 * c1).addcmul_(x2, s1, value=-1)
+            y[:, :, tile, half : 2 * half] = (x2 * c2).addcmul_(x1, s2)
+        if 2 * half < width:
+            y[:, :, tile, 2 * half :] = x[:, :, tile, 2 * half :]
+
+
+def _triton_kernels() -> Any:
+    from ft_dist_kernels import rope_kernels
+
+    return rope_kernels
+
+
+def aot_cases(chip: Chip) -> list[AotCase]:
+    """Llama-3-8B (32 and 8 heads of 128), Gemma 3 (8 and 4 of 256), Phi-style partial rotary (24 and 8, 96 of 128)."""
+    return _triton_kernels().aot_cases(chip)
