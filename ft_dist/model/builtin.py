@@ -21,6 +21,7 @@ SMOLLM2 = "smollm2-135m"
 _VERSIONS = {SMOLLM2: "0.1.2-1", **dict.fromkeys(tiny_names(), "1")}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+_HUB_TIMEOUT_S = 2.5
 
 Progress = Callable[[str], None]
 
@@ -68,6 +69,43 @@ def fetch(name: str, progress: Progress = print) -> Path:
     except (OSError, ValueError) as error:  # huggingface_hub's own errors derive from these
         reason = (str(error).splitlines() or ["no reason given"])[0]
         raise ModelError(f"model.path={name}: the hub did not deliver it ({type(error).__name__}: {reason}).") from None
+
+
+def check_hub(hub_id: str, revision: str | None = None) -> None:
+    """Ask the hub once, and wait at most a few seconds, whether it has this model; one already cached is not asked for.
+
+    transformers itself retries for more than a minute before it gives up on a name that does not exist or a network
+    that is not there. Raises ModelError saying which of the two it is.
+    """
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if isinstance(try_to_load_from_cache(hub_id, "config.json", revision=revision), str):
+        return
+    if constants.HF_HUB_OFFLINE:
+        raise ModelError(
+            f"model.path={hub_id}: no such folder, and not in the hub's cache on this machine (HF_HUB_OFFLINE is set). "
+            f"Run ft-dist fetch {hub_id} online, or name a folder."
+        )
+    try:
+        HfApi().model_info(hub_id, revision=revision, timeout=_HUB_TIMEOUT_S)
+    except GatedRepoError:
+        raise ModelError(
+            f"model.path={hub_id}: the hub wants its licence accepted. Do so on its page, then run hf auth login."
+        ) from None
+    except RevisionNotFoundError:
+        raise ModelError(f"model.path={hub_id}: has no revision {revision} on the hub. Check model.revision.") from None
+    except RepositoryNotFoundError:
+        raise ModelError(
+            f"model.path={hub_id}: no such folder, and the hub has no model of that name that you may see. "
+            "Check the spelling; for a private one run hf auth login."
+        ) from None
+    except Exception as error:  # whatever the HTTP library calls a network that is not there
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        raise ModelError(
+            f"model.path={hub_id}: no such folder, and the hub cannot be asked ({type(error).__name__}: {reason}). "
+            "Name a folder or a built-in model, or mend the network."
+        ) from None
 
 
 def cache_dir() -> Path:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ft_dist.errors import ModelError
+from ft_dist.model.builtin import check_hub
 from ft_dist.model.quiet import quietly
 
 # Reserved tokens that no text produces, most fitting first. `<|endoftext|>` separates documents in pretraining and
@@ -44,6 +45,8 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
+    if not Path(path).is_dir():
+        check_hub(path, revision)
     try:
         with quietly():
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision)

@@ -10,7 +10,8 @@ import pytest
 
 from ft_dist.errors import ModelError
 from ft_dist.model import builtin
-from ft_dist.model.builtin import builtin_names, fetch, resolve_model
+from ft_dist.model.builtin import builtin_names, check_hub, fetch, resolve_model
+from ft_dist.model.tokenizer import load_tokenizer
 
 
 @pytest.fixture
@@ -128,6 +129,40 @@ def test_smollm2_knows_the_capital_of_france() -> None:
     ids = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(ids)
     assert ids[-1] == tokenizer.eos_token_id
+
+
+def test_an_unknown_hub_id_is_told_at_once(monkeypatch) -> None:
+    """transformers would retry for more than a minute."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    asked: list[str] = []
+
+    def answer(self: object, repo: str, **_: object) -> None:
+        asked.append(repo)
+        raise errors.pop()
+
+    errors: list[Exception] = [
+        OSError("Name or service not known"),
+        RepositoryNotFoundError("404", response=Response()),
+    ]
+    monkeypatch.setattr(HfApi, "model_info", answer)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(ModelError, match="the hub has no model of that name"):
+        check_hub("no-org/no-such")
+    with pytest.raises(ModelError, match="the hub cannot be asked"):
+        load_tokenizer("no-org/no-such")
+    assert asked == ["no-org/no-such"] * 2
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match="HF_HUB_OFFLINE"):
+        load_tokenizer("no-org/no-such")
+
+
+class Response:
+    """As much of an HTTP response as huggingface_hub's errors look at."""
+
+    headers: dict[str, str] = {}  # noqa: RUF012 - a stand-in
+    request = None
 
 
 def test_every_builtin_has_a_version() -> None:
