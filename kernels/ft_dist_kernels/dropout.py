@@ -93,12 +93,25 @@ def keep_mask(rows: int, columns: int, *, p: float, seed: int, device: torch.dev
     return keep_bits(torch.arange(rows, device=device), columns, p, seed).bool()
 
 
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits_for(x_TI: Tensor, keep_TI: Tensor) -> Tensor:
+    """`keep_bits` as wide as x's elements, for more than one masking."""
+    return keep_TI.to(_BITS[x_TI.element_size()])
+
+
 def masked_copy(x_TI: Tensor, keep_TI: Tensor) -> Tensor:
     """x with dropped elements zeroed (not rescaled); `keep_TI` comes from `keep_bits`."""
-    if x_TI.element_size() == 2:
-        return (x_TI.view(torch.int16) & keep_TI).view(x_TI.dtype)
-    wide = torch.int32 if x_TI.element_size() == 4 else torch.int64
-    return (x_TI.view(wide) & keep_TI.to(wide)).view(x_TI.dtype)
+    bits = bits_for(x_TI, keep_TI)
+    return (x_TI.view(bits.dtype) & bits).view(x_TI.dtype)
+
+
+def mask_(x_TI: Tensor, keep_TI: Tensor) -> Tensor:
+    """`masked_copy` in place."""
+    bits = bits_for(x_TI, keep_TI)
+    x_TI.view(bits.dtype).bitwise_and_(bits)
+    return x_TI
 
 
 def dropout_reference(x_TI: Tensor, *, p: float, seed: int) -> Tensor:

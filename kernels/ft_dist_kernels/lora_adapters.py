@@ -3,7 +3,9 @@
     y_t = W x_t + b + scale_k B_k A_k (m_t * x_t) / (1 - p_k),   k = rows[t]; k = -1 is the layer alone
 
 Rows are grouped by adapter; S of each group is saved, and x once. A row's dropout mask is that of its place in the
-whole x, whatever its neighbours use. The products run in PyTorch on every device. Shapes: T tokens, I in, O out, R rank.
+whole x, whatever its neighbours use. The products run in PyTorch on every device.
+
+Shapes: T tokens, t those of one adapter, I in, O out, R rank.
 Source: batched adapters as in PEFT's `adapter_names` (inference only there; here with gradients).
 """
 

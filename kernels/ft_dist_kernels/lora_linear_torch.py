@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ft_dist_kernels.dropout import keep_bits, masked_copy
+from ft_dist_kernels.dropout import bits_for, keep_bits, mask_, masked_copy
 from ft_dist_kernels.nf4 import NF4Weight, dequantize_nf4
 from ft_dist_kernels.products import sum_products, transposed_product
 
@@ -95,18 +95,19 @@ def down_backward_torch(
     """(sum over members of M * (dS A) or None, each member's dA = dS^T (X * M) or None)."""
     if all(member.dropout_p == 0 for member in members):
         return _down_backward_unmasked(x_TI, ds_TS, lora_a, members, need_dx, grad_dtypes)
-    dx_TI = torch.zeros_like(x_TI) if need_dx else None
+    dx_TI = torch.empty_like(x_TI) if need_dx else None
     totals: list[Tensor | None] = [
         None if dtype is None else torch.zeros_like(a_RI, dtype=wide(dtype))
         for a_RI, dtype in zip(lora_a, grad_dtypes, strict=True)
     ]
     for block in row_blocks(x_TI):
-        for member, a_RI, total in zip(members, lora_a, totals, strict=True):
+        for index, (member, a_RI, total) in enumerate(zip(members, lora_a, totals, strict=True)):
             ds_tR = ds_TS[block, member.columns]
-            keep = keep_block(x_TI, block, member) if member.dropout_p else None
+            keep = bits_for(x_TI, keep_block(x_TI, block, member)) if member.dropout_p else None
             if dx_TI is not None:
                 part = sum_products([(ds_tR, a_RI)])
-                dx_TI[block].add_(part if keep is None else masked_copy(part, keep))
+                part = part if keep is None else mask_(part, keep)
+                dx_TI[block] = part if index == 0 else part.add_(dx_TI[block])
             if total is not None:
                 masked = x_TI[block] if keep is None else masked_copy(x_TI[block], keep)
                 total.addmm_(ds_tR.t().to(total.dtype), masked.to(total.dtype))

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command and under ten minutes: parity of the kernels in bf16, their benchmarks,
+# and an end-to-end step where that benchmark exists. Offline, from a source tree that is not installed.
+#   [OUT=DIR] [PYTHON=python3] benchmarks/gpu.sh [--quick]
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+OUT=${OUT:-benchmarks/results}
+export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+unset TRITON_INTERPRET
+mkdir -p "$OUT"
+chip=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-").replace("/", "-"))') || {
+    echo "torch sees no GPU; this script needs one" >&2
+    exit 2
+}
+name="$OUT/$(date -u +%Y-%m-%d)-$chip"
+failed=0
+run() { # run LIMIT_SECONDS MODULE ARGUMENTS...
+    echo "== python -m ${*:2}"
+    timeout "$1" "$PYTHON" -m "${@:2}" || { echo "FAILED ($?): ${*:2}" >&2; failed=1; }
+}
+run 150 benchmarks.kernels.parity --device cuda --json "$name-parity.json"
+run 270 benchmarks.kernels --device cuda --json "$name-kernels.json" "$@"
+if [ -f benchmarks/training/__main__.py ] || [ -f benchmarks/training.py ]; then
+    run 160 benchmarks.training --json "$name-training.json"
+fi
+exit "$failed"
