@@ -22,7 +22,8 @@ from torch import Tensor
 LEVELS = 1 << 15
 _GOLDEN_64 = 0x9E3779B97F4A7C15
 _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-_WORD, _LONG = (1 << 32) - 1, (1 << 64) - 1
+_LONG = (1 << 64) - 1
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _signed(value: int, bits: int) -> int:
@@ -65,52 +66,61 @@ def _row_keys(seed: int, rows: Tensor) -> tuple[Tensor, Tensor]:
     return pair[..., 0], pair[..., 1]
 
 
-def _hash_pairs(k0_T1: Tensor, k1_T1: Tensor, pairs: int) -> Tensor:
-    """One 32-bit hash for every (row, pair of columns): int32 (T, pairs)."""
-    column = torch.arange(pairs, dtype=torch.int32, device=k0_T1.device).mul_(_signed(0x9E3779B9, 32))
-    h = column ^ k0_T1
-    shifted = torch.bitwise_right_shift(h, 16).bitwise_and_(0xFFFF)
-    h.bitwise_xor_(shifted).mul_(0x7FEB352D).bitwise_xor_(k1_T1)
-    torch.bitwise_right_shift(h, 15, out=shifted)
-    h.bitwise_xor_(shifted.bitwise_and_(0x1FFFF)).mul_(_signed(0x846CA68B, 32))
-    torch.bitwise_right_shift(h, 16, out=shifted)
-    return h.bitwise_xor_(shifted.bitwise_and_(0xFFFF))
+class BlockMask:
+    """The mask of a matrix a block of rows at a time, in scratch memory that the next block reuses.
 
-
-def keep_bits(rows: Tensor, columns: int, p: float, seed: int) -> Tensor:
-    """int16 (T, columns): -1 (all bits set) where kept, 0 where dropped, so that masking is one bitwise `and`.
-
-    `rows` is int64 (T,): the row indices in the whole matrix, which lets a caller work on chunks or on selected rows.
+    Fresh temporaries of a megabyte each would be mapped and faulted in anew for every block, which took longer than the
+    hash itself.
     """
-    k0, k1 = _row_keys(seed, rows)
-    h = _hash_pairs(k0[:, None], k1[:, None], (columns + 1) // 2)
-    draw = h.view(torch.int16)[:, :columns]
-    return draw.bitwise_and_(LEVELS - 1).sub_(threshold(p)).bitwise_right_shift_(15).bitwise_not_()
+
+    def __init__(self, rows: Tensor, columns: int, *, p: float, seed: int, dtype: torch.dtype, block_rows: int) -> None:
+        self.columns, self.limit, self.kind = columns, threshold(p), _BITS[dtype.itemsize]
+        self.k0_T1, self.k1_T1 = (key[:, None].contiguous() for key in _row_keys(seed, rows))
+        pairs, device = (columns + 1) // 2, rows.device
+        self.column_P = torch.arange(pairs, dtype=torch.int32, device=device).mul_(_signed(0x9E3779B9, 32))
+        self.hash, self.shifted = (torch.empty(block_rows, pairs, dtype=torch.int32, device=device) for _ in range(2))
+        self.wide = None
+        if self.kind is not torch.int16:
+            self.wide = torch.empty(block_rows, columns, dtype=self.kind, device=device)
+
+    def bits(self, block: slice) -> Tensor:
+        """(rows, columns) as wide as the dtype's elements: -1 (all bits set) where kept, 0 where dropped."""
+        k0, k1 = self.k0_T1[block], self.k1_T1[block]
+        h, shifted = self.hash[: k0.shape[0]], self.shifted[: k0.shape[0]]
+        torch.bitwise_xor(self.column_P, k0, out=h)
+        torch.bitwise_right_shift(h, 16, out=shifted)
+        h.bitwise_xor_(shifted.bitwise_and_(0xFFFF)).mul_(0x7FEB352D).bitwise_xor_(k1)
+        torch.bitwise_right_shift(h, 15, out=shifted)
+        h.bitwise_xor_(shifted.bitwise_and_(0x1FFFF)).mul_(_signed(0x846CA68B, 32))
+        torch.bitwise_right_shift(h, 16, out=shifted)
+        h.bitwise_xor_(shifted.bitwise_and_(0xFFFF))
+        draw = h.view(torch.int16)[:, : self.columns]
+        draw.bitwise_and_(LEVELS - 1).sub_(self.limit).bitwise_right_shift_(15).bitwise_not_()
+        return draw if self.wide is None else self.wide[: draw.shape[0]].copy_(draw)
+
+
+def keep_bits(rows: Tensor, columns: int, p: float, seed: int, dtype: torch.dtype) -> Tensor:
+    """All ones in the bits of an element of `dtype` where kept, zeros where dropped: an integer (T, columns).
+
+    `rows` is int64 (T,): the row indices in the whole matrix, which lets a caller work on selected rows.
+    """
+    mask = BlockMask(rows, columns, p=p, seed=seed, dtype=dtype, block_rows=rows.numel())
+    return mask.bits(slice(0, rows.numel()))
 
 
 def keep_mask(rows: int, columns: int, *, p: float, seed: int, device: torch.device | str = "cpu") -> Tensor:
     """The bool (rows, columns) mask that every op here applies for this p and seed; True is kept."""
-    return keep_bits(torch.arange(rows, device=device), columns, p, seed).bool()
+    return keep_bits(torch.arange(rows, device=device), columns, p, seed, torch.bfloat16).bool()
 
 
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+def masked_copy(x_TI: Tensor, bits_TI: Tensor) -> Tensor:
+    """x with dropped elements zeroed (not rescaled), whatever they held; the bits are of x's dtype."""
+    return (x_TI.view(bits_TI.dtype) & bits_TI).view(x_TI.dtype)
 
 
-def bits_for(x_TI: Tensor, keep_TI: Tensor) -> Tensor:
-    """`keep_bits` as wide as x's elements, for more than one masking."""
-    return keep_TI.to(_BITS[x_TI.element_size()])
-
-
-def masked_copy(x_TI: Tensor, keep_TI: Tensor) -> Tensor:
-    """x with dropped elements zeroed (not rescaled); `keep_TI` comes from `keep_bits`."""
-    bits = bits_for(x_TI, keep_TI)
-    return (x_TI.view(bits.dtype) & bits).view(x_TI.dtype)
-
-
-def mask_(x_TI: Tensor, keep_TI: Tensor) -> Tensor:
+def mask_(x_TI: Tensor, bits_TI: Tensor) -> Tensor:
     """`masked_copy` in place."""
-    bits = bits_for(x_TI, keep_TI)
-    x_TI.view(bits.dtype).bitwise_and_(bits)
+    x_TI.view(bits_TI.dtype).bitwise_and_(bits_TI)
     return x_TI
 
 

@@ -45,7 +45,7 @@ class _Part(NamedTuple):
         return masked_copy(x_tI, self.keep(x_tI)) if self.dropout_p else x_tI
 
     def keep(self, x_tI: Tensor) -> Tensor:
-        return keep_bits(self.rows, x_tI.shape[1], self.dropout_p, self.seed)
+        return keep_bits(self.rows, x_tI.shape[1], self.dropout_p, self.seed, x_tI.dtype)
 
 
 class _LoraAdapters(torch.autograd.Function):

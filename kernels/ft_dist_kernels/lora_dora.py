@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ft_dist_kernels.dropout import effective_p, masked_copy
-from ft_dist_kernels.lora_linear_torch import LoraWeights, Member, dense_weight, down_torch, keep_block, wide
+from ft_dist_kernels.dropout import BlockMask, effective_p, masked_copy
+from ft_dist_kernels.lora_linear_torch import LoraWeights, Member, dense_weight, down_torch, mask_of, wide
 from ft_dist_kernels.nf4 import NF4Weight
 from ft_dist_kernels.products import sum_products
 
@@ -45,9 +45,17 @@ def dora_norm(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Te
     return norm_O
 
 
+def _block_rows(x_TI: Tensor) -> int:
+    return max(1, min(x_TI.shape[0], _ROWS_CPU if x_TI.device.type == "cpu" else _ROWS_GPU))
+
+
 def _row_blocks(x_TI: Tensor) -> list[slice]:
-    step = _ROWS_CPU if x_TI.device.type == "cpu" else _ROWS_GPU
+    step = _block_rows(x_TI)
     return [slice(top, min(top + step, x_TI.shape[0])) for top in range(0, x_TI.shape[0], step)]
+
+
+def _mask(plan: _Plan, x_TI: Tensor) -> BlockMask | None:
+    return mask_of(x_TI, plan.member, _block_rows(x_TI))
 
 
 def _scaled_part(base_tO: Tensor | None, x_tI: Tensor, w_OI: Tensor, s_tR: Tensor, b_OR: Tensor) -> Tensor:
@@ -57,12 +65,11 @@ def _scaled_part(base_tO: Tensor | None, x_tI: Tensor, w_OI: Tensor, s_tR: Tenso
     return sum_products([(s_tR, b_OR.t())], out=base_tO.clone())
 
 
-def _masked_base(plan: _Plan, x_TI: Tensor, block: slice, w_OI: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """(Xd W^T, the mask's bits) of a block of rows; (None, None) without dropout."""
-    if plan.member.dropout_p == 0:
-        return None, None
-    keep = keep_block(x_TI, block, plan.member)
-    return sum_products([(masked_copy(x_TI[block], keep), w_OI.t())], alpha=1.0 / plan.kept), keep
+def _masked_base(plan: _Plan, x_tI: Tensor, keep: Tensor | None, w_OI: Tensor) -> Tensor | None:
+    """Xd W^T of a block of rows; None without dropout."""
+    if keep is None:
+        return None
+    return sum_products([(masked_copy(x_tI, keep), w_OI.t())], alpha=1.0 / plan.kept)
 
 
 class _DoraLinear(torch.autograd.Function):
@@ -76,8 +83,10 @@ class _DoraLinear(torch.autograd.Function):
         c_O = magnitude.to(norm_O.dtype).view(-1) / norm_O
         s_TR = down_torch(x_TI, [a_RI], [plan.member])
         y_TO = x_TI.new_empty(x_TI.shape[0], w_OI.shape[0])
+        mask = _mask(plan, x_TI)
         for block in _row_blocks(x_TI):
-            base_tO, _ = _masked_base(plan, x_TI, block, w_OI)
+            keep = None if mask is None else mask.bits(block)
+            base_tO = _masked_base(plan, x_TI[block], keep, w_OI)
             y_tO = _scaled_part(base_tO, x_TI[block], w_OI, s_TR[block], b_OR).to(c_O.dtype)
             y_tO.mul_(c_O)
             if base_tO is not None:
@@ -108,15 +117,14 @@ def _backward(ctx: Any, dy_TO: Tensor) -> list[Tensor | None]:
 
     dw, da, db, dc = zeros(w_OI, need_w), zeros(lora_a, need_a), zeros(lora_b, need_b), zeros(norm_O, need_m)
     dx_TI = torch.empty_like(x_TI) if need_x else None
+    mask = _mask(plan, x_TI)
     for block in _row_blocks(x_TI):
         x_tI, dy_tO = x_TI[block], dy_TO[block]
-        keep = None
+        keep = None if mask is None else mask.bits(block)
         if dc is not None:
-            base_tO, keep = _masked_base(plan, x_TI, block, w_OI)
+            base_tO = _masked_base(plan, x_tI, keep, w_OI)
             scaled_part_tO = _scaled_part(base_tO, x_tI, w_OI, s_TR[block], b_OR)
             dc.add_((scaled_part_tO.to(dtype) * dy_tO).sum(0))
-        elif plan.member.dropout_p:
-            keep = keep_block(x_TI, block, plan.member)
         scaled_tO = (dy_tO * c_O).to(x_TI.dtype)
         masked_tI = x_tI if keep is None else masked_copy(x_tI, keep)
         ds_tR = sum_products([(scaled_tO, b_OR)], alpha=plan.member.alpha)

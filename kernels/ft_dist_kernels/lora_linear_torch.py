@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ft_dist_kernels.dropout import bits_for, keep_bits, mask_, masked_copy
+from ft_dist_kernels.dropout import BlockMask, mask_, masked_copy
 from ft_dist_kernels.nf4 import NF4Weight, dequantize_nf4
 from ft_dist_kernels.products import sum_products, transposed_product
 
@@ -48,14 +48,28 @@ def dense_weight(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
     return dequantize_nf4(weight, dtype) if isinstance(weight, NF4Weight) else weight
 
 
+def _block_rows(x_TI: Tensor) -> int:
+    return max(1, min(x_TI.shape[0], _MASK_BLOCK // max(x_TI.shape[1], 1)))
+
+
 def row_blocks(x_TI: Tensor) -> list[slice]:
-    step = max(1, _MASK_BLOCK // max(x_TI.shape[1], 1))
+    step = _block_rows(x_TI)
     return [slice(top, min(top + step, x_TI.shape[0])) for top in range(0, x_TI.shape[0], step)]
 
 
-def keep_block(x_TI: Tensor, block: slice, member: Member) -> Tensor:
-    rows = torch.arange(block.start, block.stop, device=x_TI.device)
-    return keep_bits(rows, x_TI.shape[1], member.dropout_p, member.seed)
+def mask_of(x_TI: Tensor, member: Member, block_rows: int | None = None) -> BlockMask | None:
+    """The member's mask over x; None without dropout."""
+    if member.dropout_p == 0:
+        return None
+    rows = torch.arange(x_TI.shape[0], device=x_TI.device)
+    return BlockMask(
+        rows,
+        x_TI.shape[1],
+        p=member.dropout_p,
+        seed=member.seed,
+        dtype=x_TI.dtype,
+        block_rows=_block_rows(x_TI) if block_rows is None else block_rows,
+    )
 
 
 def down_torch(x_TI: Tensor, lora_a: Sequence[Tensor], members: Sequence[Member]) -> Tensor:
@@ -65,11 +79,12 @@ def down_torch(x_TI: Tensor, lora_a: Sequence[Tensor], members: Sequence[Member]
         return sum_products([(x_TI, stacked.t())], alpha=members[0].alpha)
     s_TS = x_TI.new_empty(x_TI.shape[0], sum(member.rank for member in members))
     for member, a_RI in zip(members, lora_a, strict=True):
-        if member.dropout_p == 0:
+        mask = mask_of(x_TI, member)
+        if mask is None:
             s_TS[:, member.columns] = sum_products([(x_TI, a_RI.t())], alpha=member.alpha)
             continue
         for block in row_blocks(x_TI):
-            masked = masked_copy(x_TI[block], keep_block(x_TI, block, member))
+            masked = masked_copy(x_TI[block], mask.bits(block))
             s_TS[block, member.columns] = sum_products([(masked, a_RI.t())], alpha=member.alpha)
     return s_TS
 
@@ -100,16 +115,17 @@ def down_backward_torch(
         None if dtype is None else torch.zeros_like(a_RI, dtype=wide(dtype))
         for a_RI, dtype in zip(lora_a, grad_dtypes, strict=True)
     ]
+    masks = [mask_of(x_TI, member) for member in members]
     for block in row_blocks(x_TI):
-        for index, (member, a_RI, total) in enumerate(zip(members, lora_a, totals, strict=True)):
+        for index, (member, a_RI, total, mask) in enumerate(zip(members, lora_a, totals, masks, strict=True)):
             ds_tR = ds_TS[block, member.columns]
-            keep = bits_for(x_TI, keep_block(x_TI, block, member)) if member.dropout_p else None
+            bits = None if mask is None else mask.bits(block)
             if dx_TI is not None:
                 part = sum_products([(ds_tR, a_RI)])
-                part = part if keep is None else mask_(part, keep)
+                part = part if bits is None else mask_(part, bits)
                 dx_TI[block] = part if index == 0 else part.add_(dx_TI[block])
             if total is not None:
-                masked = x_TI[block] if keep is None else masked_copy(x_TI[block], keep)
+                masked = x_TI[block] if bits is None else masked_copy(x_TI[block], bits)
                 total.addmm_(ds_tR.t().to(total.dtype), masked.to(total.dtype))
     grads = [None if t is None else t.to(dtype) for t, dtype in zip(totals, grad_dtypes, strict=True)]
     return dx_TI, grads

@@ -40,7 +40,7 @@ def test_the_documented_formula(seed):
 
 def test_rows_beyond_32_bits_and_any_choice_of_rows():
     rows = torch.tensor([5, 2**33 + 5, 2**40])
-    bits = keep_bits(rows, 64, 0.5, 3)
+    bits = keep_bits(rows, 64, 0.5, 3, torch.bfloat16)
     assert torch.equal(bits[0].bool(), keep_mask(6, 64, p=0.5, seed=3)[5])
     assert not torch.equal(bits[0], bits[1])
     assert [bool(bit) for bit in bits[2]] == [draw(2**40, c, 3) >= threshold(0.5) for c in range(64)]
@@ -94,7 +94,7 @@ def test_thresholds_nest_in_p():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_masked_copy_zeroes_even_what_is_not_finite(dtype):
     x = torch.full((4, 7), float("inf"), dtype=dtype)
-    keep = keep_bits(torch.arange(4), 7, 0.5, 5)
+    keep = keep_bits(torch.arange(4), 7, 0.5, 5, dtype)
     masked = masked_copy(x, keep)
     assert torch.equal(masked.isinf(), keep.bool())
     assert not masked[~keep.bool()].any()
