@@ -66,7 +66,7 @@ def forward_kernel(
     inside = (row < rows) & (column < width)
     gate = tl.load(gate_ptr + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
-    value, slope = _activate(gate, ACTIVATION)
+    value, _slope = _activate(gate, ACTIVATION)
     tl.store(y_ptr + row * width + column, (value * up).to(y_ptr.dtype.element_ty), mask=inside)
 
 

@@ -88,7 +88,7 @@ def softmax_step_kernel(
     label = tl.load(labels_ptr + row)
     valid = (label >= 0) & (label < vocabulary)
     label = tl.where(valid, label, 0)
-    z_label, t_label = _logits(logits_ptr, bias_ptr, label, valid, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP)
+    z_label, _t_label = _logits(logits_ptr, bias_ptr, label, valid, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP)
 
     peak = -float("inf")
     total = 0.0
@@ -96,7 +96,7 @@ def softmax_step_kernel(
     for start in range(0, vocabulary, BLOCK_V):
         columns = start + tl.arange(0, BLOCK_V)
         inside = columns < vocabulary
-        z, t_block = _logits(logits_ptr, bias_ptr, columns, inside, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP)
+        z, _t_block = _logits(logits_ptr, bias_ptr, columns, inside, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP)
         higher = tl.maximum(peak, tl.max(z, 0))
         total = total * tl.exp(peak - higher) + tl.sum(tl.exp(z - higher), 0)
         peak = higher

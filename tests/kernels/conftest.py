@@ -53,11 +53,11 @@ class InterpreterProcess(pytest.Item):
         self.node_ids = node_ids
 
     def runtest(self):
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *self.node_ids]
+        command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:xdist"]
         result = subprocess.run(
-            command,
+            command + self.node_ids,
             cwd=self.config.rootpath,
-            env={**os.environ, "TRITON_INTERPRET": "1"},
+            env={**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""},
             capture_output=True,
             text=True,
             check=False,
