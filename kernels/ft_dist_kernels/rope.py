@@ -8,8 +8,9 @@ Columns past the rotated part (partial rotary: Phi, StableLM) pass through. Back
 minus the angle: dx1 = dy1 c1 + dy2 s2, dx2 = dy2 c2 - dy1 s1. Nothing is saved but the tables, and nothing is written
 over q, k or an upstream gradient: they may be views of a projection, or shared.
 
-Arithmetic is fp32, rounded once to the input's dtype. Results keep the memory order of q and k: heads next to each
-other for every position where they came as transposed views, so that the projection's backward needs no copy.
+The Triton kernel computes in fp32 and rounds once; the CPU form rounds each of its two steps. Results keep the memory
+order of q and k: heads next to each other for every position where they came as transposed views, so that the
+projection's backward needs no copy.
 
 Shapes: B batch, N heads, S positions, D head width, R rotated columns (even, <= D).
 Source: Su et al. (arXiv 2104.09864).
@@ -32,8 +33,8 @@ CPU_TILE_ELEMENTS = 128 * 1024
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
     """q (B, N, S, D) and k (B, N_kv, S, D), of any strides, rotated by tables cos and sin (B or 1, S, R).
 
-    The same numbers as transformers' apply_rotary_pos_emb(q, k, cos, sin). The tables carry no gradient and may have
-    another floating dtype than q and k.
+    The same numbers as transformers' apply_rotary_pos_emb(q, k, cos, sin). The tables carry no gradient. In another
+    floating dtype than q and k they are rounded to it on CPU, as transformers does, and used as they are by Triton.
     """
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16) or k.dtype != q.dtype:
         raise ValueError(f"q is {q.dtype} and k {k.dtype}; both must be one of fp32, bf16, fp16.")
@@ -134,19 +135,17 @@ def rotate_torch(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor, inverse: bool) 
     batch, heads, positions, width = x.shape
     half = cos.shape[-1] // 2
     step = max(1, CPU_TILE_ELEMENTS // max(batch * heads * width, 1))
+    cos, sin = cos.to(x.dtype)[:, None], sin.to(x.dtype)[:, None]
+    sign = 1 if inverse else -1
     for start in range(0, positions, step):
         tile = slice(start, min(start + step, positions))
-        c1, c2 = cos[:, None, tile].float().split(half, -1)
-        s1, s2 = sin[:, None, tile].float().split(half, -1)
-        x1, x2 = x[:, :, tile, :half].float(), x[:, :, tile, half : 2 * half].float()
-        if inverse:
-            y[:, :, tile, :half] = (x1 * c1).addcmul_(x2, s2)
-            y[:, :, tile, half : 2 * half] = (x2 * c2).addcmul_(x1, s1, value=-1)
-        else:
-            y[:, :, tile, :half] = (x1 * c1).addcmul_(x2, s1, value=-1)
-            y[:, :, tile, half : 2 * half] = (x2 * c2).addcmul_(x1, s2)
-        if 2 * half < width:
-            y[:, :, tile, 2 * half :] = x[:, :, tile, 2 * half :]
+        c1, c2 = cos[:, :, tile].split(half, -1)
+        s1, s2 = sin[:, :, tile].split(half, -1)
+        x1, x2, passing = x[:, :, tile].split((half, half, width - 2 * half), -1)
+        y1, y2, passed = y[:, :, tile].split((half, half, width - 2 * half), -1)
+        torch.mul(x1, c1, out=y1).addcmul_(x2, s2 if inverse else s1, value=sign)
+        torch.mul(x2, c2, out=y2).addcmul_(x1, s1 if inverse else s2, value=-sign)
+        passed.copy_(passing)
 
 
 def _triton_kernels() -> Any:

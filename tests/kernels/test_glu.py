@@ -66,6 +66,13 @@ def test_any_shape(rows, width, seed, kind):
     check(kind, "torch", make_inputs((rows, width), torch.float32, seed=seed), (rows, width))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_of_the_operators_it_replaces(dtype):
+    inputs = make_inputs((40, 96), dtype)
+    assert torch.equal(swiglu(**inputs), swiglu_reference(**inputs))
+    assert torch.equal(geglu(**inputs), geglu_reference(**inputs))
+
+
 def test_upstream_that_is_expanded_or_transposed():
     inputs = make_inputs((6, 10), torch.float32)
     grads = []
