@@ -93,12 +93,12 @@ def _lora(label: str, tokens: int, inner: int, outers: tuple[int, ...], dropout:
         tokens=tokens,
         make=make,
         ours=ours,
-        eager=seeded if dropout else eager,
+        eager=eager,
         cost=cost,
         formula="bytes 4IO + 4TO + 6TI; FLOPs 4TIO + 6TR(I+O)",
         floor=floor,
-        peers={"PEFT with its dropout": eager} if dropout else {},
         truth=seeded,
+        yardstick=seeded,
     )
 
 

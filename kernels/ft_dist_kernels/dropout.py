@@ -73,13 +73,27 @@ class BlockMask:
     hash itself.
     """
 
-    def __init__(self, rows: Tensor, columns: int, *, p: float, seed: int, dtype: torch.dtype, block_rows: int) -> None:
+    def __init__(
+        self,
+        rows: Tensor,
+        columns: int,
+        *,
+        p: float,
+        seed: int,
+        dtype: torch.dtype,
+        block_rows: int,
+        share: "BlockMask | None" = None,
+    ) -> None:
+        """`rows` int64 (T,) are indices in the whole matrix. `share`: a mask of the same sizes whose scratch to use."""
         self.columns, self.limit, self.kind = columns, threshold(p), _BITS[dtype.itemsize]
         self.k0_T1, self.k1_T1 = (key[:, None].contiguous() for key in _row_keys(seed, rows))
         pairs, device = (columns + 1) // 2, rows.device
         self.column_P = torch.arange(pairs, dtype=torch.int32, device=device).mul_(_signed(0x9E3779B9, 32))
+        if share is not None:
+            self.hash, self.shifted, self.wide = share.hash, share.shifted, share.wide
+            return
         self.hash, self.shifted = (torch.empty(block_rows, pairs, dtype=torch.int32, device=device) for _ in range(2))
-        self.wide = None
+        self.wide: Tensor | None = None
         if self.kind is not torch.int16:
             self.wide = torch.empty(block_rows, columns, dtype=self.kind, device=device)
 

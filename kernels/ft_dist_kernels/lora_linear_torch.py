@@ -57,7 +57,9 @@ def row_blocks(x_TI: Tensor) -> list[slice]:
     return [slice(top, min(top + step, x_TI.shape[0])) for top in range(0, x_TI.shape[0], step)]
 
 
-def mask_of(x_TI: Tensor, member: Member, block_rows: int | None = None) -> BlockMask | None:
+def mask_of(
+    x_TI: Tensor, member: Member, block_rows: int | None = None, share: BlockMask | None = None
+) -> BlockMask | None:
     """The member's mask over x; None without dropout."""
     if member.dropout_p == 0:
         return None
@@ -69,6 +71,7 @@ def mask_of(x_TI: Tensor, member: Member, block_rows: int | None = None) -> Bloc
         seed=member.seed,
         dtype=x_TI.dtype,
         block_rows=_block_rows(x_TI) if block_rows is None else block_rows,
+        share=share,
     )
 
 
@@ -115,7 +118,9 @@ def down_backward_torch(
         None if dtype is None else torch.zeros_like(a_RI, dtype=wide(dtype))
         for a_RI, dtype in zip(lora_a, grad_dtypes, strict=True)
     ]
-    masks = [mask_of(x_TI, member) for member in members]
+    masks: list[BlockMask | None] = []
+    for member in members:
+        masks.append(mask_of(x_TI, member, share=next((mask for mask in masks if mask is not None), None)))
     for block in row_blocks(x_TI):
         for index, (member, a_RI, total, mask) in enumerate(zip(members, lora_a, totals, masks, strict=True)):
             ds_tR = ds_TS[block, member.columns]
