@@ -10,22 +10,26 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from ft_dist_kernels.backend import Backend
+from ft_dist_kernels.linear_cross_entropy import linear_cross_entropy
 from torch import nn
 
-from ft_dist.data.batch import MicroBatch
-
-IGNORED = -100
+from ft_dist.data.batch import IGNORED, MicroBatch
+from ft_dist.model.fused import register_parameters
+from ft_dist.model.fused_forward import lora_weights
 
 
 class CausalObjective(nn.Module):
     """Wraps a causal language model (bare or with adapters) so that its forward is the summed loss.
 
-    Raises nothing of its own; a batch without labels has loss 0 and zero gradients.
+    `fused` names the kernels that compute head and loss in one, without T x V logits; None takes the model's own head
+    and PyTorch's loss. A batch without labels has loss 0 and zero gradients.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, fused: Backend | None = None, zero3: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.head = LossHead(self.causal_lm, fused=fused, zero3=zero3)
 
     @property
     def causal_lm(self) -> Any:
@@ -40,19 +44,57 @@ class CausalObjective(nn.Module):
         every sample, by which the attention mask keeps samples apart.
         """
         causal_lm = self.causal_lm
+        if str(causal_lm.config._attn_implementation).startswith("flash"):
+            # its variable-length form looks for restarting positions in a single row only, and would otherwise let
+            # the samples of packed rows see each other
+            input_ids, labels, position_ids = (rows.view(1, -1) for rows in (input_ids, labels, position_ids))
         hidden = causal_lm.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-        labelled = labels != IGNORED
-        logits_TV = causal_lm.get_output_embeddings()(hidden.last_hidden_state[labelled])
-        return summed_cross_entropy(logits_TV, labels[labelled], causal_lm.config)
+        return self.head(hidden.last_hidden_state, labels)
 
     def batch_loss(self, batch: MicroBatch) -> torch.Tensor:
         return self(batch.input_ids, batch.labels, batch.position_ids)
 
 
-def summed_cross_entropy(logits_TV: torch.Tensor, labels_T: torch.Tensor, config: Any) -> torch.Tensor:
-    """Cross-entropy in fp32, after the model's own soft-cap of its logits (Gemma 2)."""
-    logits_TV = logits_TV.float()
-    softcap = getattr(config, "final_logit_softcapping", None)
-    if softcap:
-        logits_TV = torch.tanh(logits_TV / softcap) * softcap
-    return F.cross_entropy(logits_TV, labels_T, reduction="sum")
+class LossHead(nn.Module):
+    """Output embedding and loss. It owns no parameter: it reads those of the model's head, tied or not."""
+
+    def __init__(self, causal_lm: Any, *, fused: Backend | None, zero3: bool) -> None:
+        super().__init__()
+        # in a tuple, so that the head does not become a submodule here and its parameters get no second name
+        self._head = (causal_lm.get_output_embeddings(),)
+        config = causal_lm.config.get_text_config()
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+        self.logit_scale = float(getattr(config, "logit_scale", None) or 1.0)
+        self.logit_scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+        self.fused = fused if self.reason_unfused() is None else None
+        if self.fused and zero3:
+            register_parameters(self, list(self._head[0].parameters()))
+
+    def reason_unfused(self) -> str | None:
+        """Why the kernel cannot compute this head, or None."""
+        head = self._head[0]
+        base = head.get_base_layer() if hasattr(head, "get_base_layer") else head
+        if type(base) is not nn.Linear:
+            return f"output head of type {type(base).__name__}"
+        if hasattr(head, "lora_A") and getattr(head, "lora_magnitude_vector", {}):
+            return "output head with DoRA"
+        return None
+
+    def forward(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        head = self._head[0]
+        if self.fused is None:
+            labelled = labels != IGNORED
+            logits_TV = head(hidden[labelled]).float() * self.logit_scale
+            if self.softcap:
+                logits_TV = torch.tanh(logits_TV / self.softcap) * self.softcap
+            return F.cross_entropy(logits_TV, labels[labelled], reduction="sum")
+        options: dict[str, Any] = {"softcap": self.softcap, "logit_scale": self.logit_scale, "backend": self.fused}
+        weight, bias = head.weight, head.bias
+        if hasattr(head, "lora_A"):
+            lora = lora_weights(head)
+            assert lora is not None, "training runs with one active, unmerged adapter"
+            weight, bias = lora.weight, lora.bias
+            options |= {"lora_a": lora.lora_a, "lora_b": lora.lora_b, "lora_scale": lora.scale}
+            if lora.dropout_p:
+                options["lora_hidden"] = F.dropout(hidden, lora.dropout_p)
+        return linear_cross_entropy(hidden, weight, labels, bias=bias, **options).loss

@@ -9,6 +9,7 @@ from ft_dist.distributed import World
 from ft_dist.engine.settings import deepspeed_config, effective_stage
 from ft_dist.engine.step import Engine
 from ft_dist.loss import CausalObjective
+from ft_dist.model.fused import fuse
 from ft_dist.model.load import add_adapters, enable_activation_checkpointing, load_model
 from ft_dist.model.quiet import quietly
 
@@ -29,7 +30,13 @@ def build_engine(config: RunConfig, world: World, *, folder: str, tokenizer: Any
             model = add_adapters(model, config.method, new_token_ids=new_ids)
         if stage != 3:
             model.to(world.device)
-        return Engine(CausalObjective(model), config, world)
+        causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+        report = fuse(causal_lm, kernels=config.model.kernels, device_type=world.device.type, zero3=stage == 3)
+        objective = CausalObjective(model, fused=report.head_backend, zero3=stage == 3)
+        report.add_head(objective.head.reason_unfused())
+        engine = Engine(objective, config, world)
+        engine.kernels = report.line()
+        return engine
 
 
 def _share_process_group() -> None:

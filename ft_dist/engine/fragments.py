@@ -32,6 +32,7 @@ class Fragment:
 
 def fragments(engine: Engine) -> Iterator[Fragment]:
     """This rank's fragments, in parameter order. The optimizer's moments must exist: see `ensure_moments`."""
+    fragment: Fragment | None
     for index, (name, parameter) in enumerate(engine.trainable()):
         if engine.stage == 0:
             fragment = _replicated(engine, name, parameter, owned=index % engine.world.size == engine.world.rank)
@@ -46,11 +47,10 @@ def fragments(engine: Engine) -> Iterator[Fragment]:
 def ensure_moments(engine: Engine) -> None:
     """Create zero moments, with step 0, where the optimizer has not stepped yet: Adam's own starting point."""
     optimizer = engine.base_optimizer
-    is_torch = isinstance(optimizer, torch.optim.AdamW)
     for flat in _state_keys(engine):
         state = optimizer.state[flat]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device) if is_torch else 0
+            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
             for key in MOMENTS:
                 state[key] = torch.zeros_like(flat, memory_format=torch.preserve_format)
     if engine.stage in (1, 2):
@@ -77,10 +77,7 @@ def adam_step(engine: Engine) -> int:
 
 def set_adam_step(engine: Engine, step: int) -> None:
     for state in engine.base_optimizer.state.values():
-        if torch.is_tensor(state["step"]):
-            state["step"].fill_(step)
-        else:
-            state["step"] = step
+        state["step"].fill_(step)
 
 
 @torch.no_grad()

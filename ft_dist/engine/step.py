@@ -43,8 +43,9 @@ class Engine:
         self.world = world
         self.stage = effective_stage(config)
         self.objective = objective
+        self.kernels = ""
         groups = parameter_groups(objective.model.named_parameters(), config.optim.weight_decay)
-        optimizer = build_optimizer(groups, config.optim, on_cpu=config.engine.offload != "none")
+        optimizer = build_optimizer(groups, config.optim)
         self.deepspeed, *_ = deepspeed.initialize(
             model=objective,
             optimizer=optimizer,

@@ -48,11 +48,12 @@ def load_model(
     return causal_lm
 
 
-def attention_implementation(model: ModelConfig) -> str:
+def attention_implementation(model: ModelConfig) -> str | None:
+    """None leaves the choice to transformers: SDPA for architectures that have it, eager for the others."""
     if model.attention != "auto":
         return model.attention
     flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if flash and model.dtype == "bf16" else "sdpa"
+    return "flash_attention_2" if flash and model.dtype == "bf16" else None
 
 
 def grow_embeddings(causal_lm: nn.Module, vocabulary: int) -> None:

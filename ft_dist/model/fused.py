@@ -1,0 +1,118 @@
+"""The one place that swaps layers: module instances of known architectures get the forward passes of our kernels.
+
+Classes of transformers and peft are never patched, and what is not known stays as it is and is named: nothing falls
+back in silence. Under ZeRO-3 a LoRA layer reads the weights of its inner layers itself, past their gathering hooks, so
+each of these parameters is registered with the layer that reads it.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ft_dist_kernels.backend import HAS_TRITON, Backend
+from torch import nn
+
+from ft_dist.errors import ModelError
+from ft_dist.model.fused_forward import attention_forward, lora_forward, mlp_forward, norm_forward
+
+# SmolLM and SmolLM2 are Llama models
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3_text", "phi3")
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
+
+
+@dataclass
+class FusedReport:
+    """What runs on our kernels, by kind, and what was left to Hugging Face and why."""
+
+    backend: Backend | Literal["off"]
+    fused: Counter[str] = field(default_factory=Counter)
+    left: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def head_backend(self) -> Backend | None:
+        """The kernels for output head and loss; None leaves both to PyTorch."""
+        return None if self.backend == "off" else self.backend
+
+    def add_head(self, reason_unfused: str | None) -> None:
+        if self.backend != "off" and reason_unfused is None:
+            self.fused["output head with loss"] += 1
+        elif reason_unfused:
+            self.left[reason_unfused] += 1
+
+    def line(self) -> str:
+        if self.backend == "off":
+            return "kernels: off, Hugging Face's own layers run"
+        done = ", ".join(f"{count} {kind}" for kind, count in self.fused.items()) or "nothing"
+        rest = "; ".join(f"{count} x {why}" if count > 1 else why for why, count in self.left.items())
+        return f"kernels ({self.backend}): {done} fused" + (f"; left as they are: {rest}" if rest else "")
+
+
+def chosen_backend(kernels: str, *, device_type: str) -> Backend:
+    """`auto` is Triton on a GPU and PyTorch elsewhere. Raises ModelError where Triton was asked for and cannot run."""
+    if kernels == "triton" and (device_type != "cuda" or not HAS_TRITON):
+        missing = "a GPU" if device_type != "cuda" else "the triton package"
+        raise ModelError(f"model.kernels=triton needs {missing}. Use auto, which takes PyTorch kernels here.")
+    if kernels == "auto":
+        return "triton" if device_type == "cuda" and HAS_TRITON else "torch"
+    return "triton" if kernels == "triton" else "torch"
+
+
+def fuse(causal_lm: Any, *, kernels: str, device_type: str, zero3: bool) -> FusedReport:
+    """Swap the forward of every module instance that is known; `causal_lm` may carry peft adapters already."""
+    if kernels == "off":
+        return FusedReport("off")
+    backend = chosen_backend(kernels, device_type=device_type)
+    report = FusedReport(backend)
+    family = causal_lm.config.model_type
+    known = family in FAMILIES
+    if not known:
+        report.left[f"layers of architecture {family}, which is not among {', '.join(FAMILIES)}"] += 1
+    for module in causal_lm.get_decoder().modules():
+        _fuse_lora(module, report, backend, zero3)
+        if known:
+            _fuse_part(module, report, backend, together=not zero3)
+    return report
+
+
+def _fuse_lora(module: nn.Module, report: FusedReport, backend: Backend, zero3: bool) -> None:
+    if not hasattr(module, "lora_A") or not hasattr(module, "get_base_layer"):
+        return
+    base = module.get_base_layer()
+    if type(base) is not nn.Linear or not isinstance(module, nn.Module) or type(module).__name__ != "Linear":
+        report.left[f"LoRA on {type(base).__name__}: no kernel for it"] += 1
+        return
+    if zero3:
+        register_parameters(module, list(module.parameters()))
+    _swap(module, lora_forward(module, backend=backend))
+    report.fused["LoRA linears"] += 1
+
+
+def _fuse_part(module: Any, report: FusedReport, backend: Backend, *, together: bool) -> None:
+    name = type(module).__name__
+    if name.endswith("RMSNorm"):
+        _swap(module, norm_forward(module, gemma=name.startswith("Gemma"), backend=backend))
+        report.fused["RMSNorm"] += 1
+    elif name.endswith("MLP"):
+        # Gemma's configs carry both names, and its layers read the second
+        activation = getattr(module.config, "hidden_activation", None) or module.config.hidden_act
+        if activation not in ACTIVATIONS:
+            report.left[f"MLP with activation {activation}"] += 1
+            return
+        _swap(module, mlp_forward(module, activation=activation, together=together, backend=backend))
+        report.fused["gated MLP"] += 1
+    elif name.endswith("Attention") and hasattr(module, "o_proj"):
+        _swap(module, attention_forward(module, together=together, backend=backend))
+        report.fused["attention (qkv, rotary)"] += 1
+
+
+def register_parameters(module: nn.Module, parameters: list[nn.Parameter]) -> None:
+    """Have ZeRO-3 gather `parameters` one by one when `module` runs, forward and backward."""
+    import deepspeed
+
+    for parameter in parameters:
+        deepspeed.zero.register_external_parameter(module, parameter)
+
+
+def _swap(module: nn.Module, forward: Any) -> None:
+    # on the instance: the class, and every other model of it, keeps its own
+    module.forward = forward

@@ -1,0 +1,140 @@
+"""Forward passes of decoder parts on our kernels: norms, LoRA linears, gated MLPs, attention with rotary embedding.
+
+Each function takes the place of one module instance's `forward`; parameters, names and the module itself stay as they
+are, so that saving, merging and DeepSpeed's hooks see nothing new. H: hidden, B: batch, S: sequence.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from ft_dist_kernels.backend import Backend
+from ft_dist_kernels.glu import geglu, swiglu
+from ft_dist_kernels.lora_linear import LoraWeights, lora_linear_group
+from ft_dist_kernels.rms_norm import rms_norm
+from ft_dist_kernels.rope import rope
+from torch import nn
+
+
+def norm_forward(module: Any, *, gemma: bool, backend: Backend) -> Any:
+    """RMSNorm; Gemma's multiplies by 1 + weight before it casts, the others by weight after."""
+    eps = float(getattr(module, "variance_epsilon", getattr(module, "eps", 1e-6)))
+    offset, cast_first = (1.0, False) if gemma else (0.0, True)
+
+    def forward(hidden_states: torch.Tensor) -> torch.Tensor:
+        return rms_norm(
+            hidden_states, module.weight, eps=eps, offset=offset, cast_before_weight=cast_first, backend=backend
+        )
+
+    return forward
+
+
+def lora_weights(layer: Any) -> LoraWeights | None:
+    """What the kernel needs of a peft LoRA layer, or None while it must run peft's own way: adapters switched off,
+    merged, or several active."""
+    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+        return None
+    name = layer.active_adapters[0]
+    base = layer.get_base_layer()
+    dropout = layer.lora_dropout[name]
+    dora = getattr(layer, "lora_magnitude_vector", {})
+    return LoraWeights(
+        weight=base.weight,
+        bias=base.bias,
+        lora_a=layer.lora_A[name].weight,
+        lora_b=layer.lora_B[name].weight,
+        scale=layer.scaling[name],
+        dropout_p=dropout.p if isinstance(dropout, nn.Dropout) and layer.training else 0.0,
+        dora_magnitude=dora[name].weight if name in dora else None,
+    )
+
+
+def lora_forward(layer: Any, *, backend: Backend) -> Any:
+    original = layer.forward
+
+    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        weights = lora_weights(layer)
+        if weights is None or kwargs.get("adapter_names") is not None:
+            return original(x, *args, **kwargs)
+        return lora_linear_group(x, [weights], backend=backend)[0]
+
+    return forward
+
+
+def linears(layers: Sequence[Any], x: torch.Tensor, *, together: bool, backend: Backend) -> list[torch.Tensor]:
+    """Outputs of layers that read the same x: in one group where all carry adapters, one by one otherwise.
+
+    `together` is off under ZeRO-3, where each layer's weights are gathered at its own boundary.
+    """
+    if together and all(hasattr(layer, "lora_A") for layer in layers):
+        members = [lora_weights(layer) for layer in layers]
+        if all(member is not None for member in members):
+            return lora_linear_group(x, [member for member in members if member is not None], backend=backend)
+    return [layer(x) for layer in layers]
+
+
+def mlp_forward(module: Any, *, activation: str, together: bool, backend: Backend) -> Any:
+    """Gated MLP: down(act(gate(x)) * up(x)), with gate and up apart or as halves of one layer (Phi-3)."""
+
+    def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        if activation == "silu":
+            return swiglu(gate, up, backend=backend)
+        return geglu(gate, up, approximate="tanh" if activation == "gelu_pytorch_tanh" else "none", backend=backend)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if hasattr(module, "gate_up_proj"):
+            gate, up = module.gate_up_proj(x).chunk(2, dim=-1)
+        else:
+            gate, up = linears([module.gate_proj, module.up_proj], x, together=together, backend=backend)
+        return module.down_proj(gated(gate, up))
+
+    return forward
+
+
+def attention_forward(module: Any, *, together: bool, backend: Backend) -> Any:
+    """Self-attention of the Llama family: q, k, v in one group, optional norms of q and k, rotary embedding fused.
+
+    The attention product itself stays with the backend that the model's config names.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    config = module.config
+    # Mistral and Phi-3 keep the window in the config; Qwen and Gemma set it for each layer
+    window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
+    options = {"sliding_window": window} if not type(module).__name__.startswith("Llama") else {}
+    if getattr(module, "attn_logit_softcapping", None) is not None:
+        options["softcap"] = module.attn_logit_softcapping
+
+    def forward(
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, Any]:
+        shape = hidden_states.shape[:-1]
+        q, k, v = (part.view(*shape, -1, module.head_dim) for part in _qkv(module, hidden_states, together, backend))
+        if hasattr(module, "q_norm"):
+            q, k = module.q_norm(q), module.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        q, k = rope(q, k, *position_embeddings, backend=backend)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, module.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
+        dropout = module.attention_dropout if module.training else 0.0
+        output, weights = attend(
+            module, q, k, v, attention_mask, dropout=dropout, scaling=module.scaling, **options, **kwargs
+        )
+        return module.o_proj(output.reshape(*shape, -1).contiguous()), weights
+
+    return forward
+
+
+def _qkv(module: Any, x: torch.Tensor, together: bool, backend: Backend) -> Sequence[torch.Tensor]:
+    if not hasattr(module, "qkv_proj"):
+        return linears([module.q_proj, module.k_proj, module.v_proj], x, together=together, backend=backend)
+    kv_width = module.num_key_value_heads * module.head_dim
+    q_width = module.config.num_attention_heads * module.head_dim
+    return module.qkv_proj(x).split([q_width, kv_width, kv_width], dim=-1)
