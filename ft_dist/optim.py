@@ -53,21 +53,11 @@ def _ndim(parameter: torch.nn.Parameter) -> int:
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def build_optimizer(groups: list[dict[str, Any]], optim: OptimConfig, *, on_cpu: bool) -> torch.optim.Optimizer:
-    """AdamW: DeepSpeed's CPU Adam for offloaded state where it compiles, torch's fused form otherwise.
+def build_optimizer(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW in torch's fused form, on GPUs and, for offloaded state, on the host.
 
-    `on_cpu` says that the optimizer state lives on the host while the model is on a GPU. The rate is 0 until the first
+    DeepSpeed's own Adams do the same arithmetic, but are compiled on first use: that needs a compiler on every node,
+    and a build that is interrupted leaves a lock on which every later run waits for ever. The rate is 0 until the first
     step sets it: DeepSpeed takes a trial step to create its state, which must not decay any weight.
     """
-    settings: dict[str, Any] = {"lr": 0.0, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
-    if on_cpu and _cpu_adam_builds():
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
-    return torch.optim.AdamW(groups, fused=not on_cpu, **settings)
-
-
-def _cpu_adam_builds() -> bool:
-    from deepspeed.ops.op_builder import CPUAdamBuilder
-
-    return bool(CPUAdamBuilder().is_compatible(verbose=False))
+    return torch.optim.AdamW(groups, lr=0.0, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
