@@ -1,0 +1,44 @@
+"""Fine-tuning in plain PyTorch, the yardstick of ft_dist's step. It shares no code with ft_dist: one sample a forward,
+no padding, no packing, gradients added up and divided once by the labelled tokens of the step."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+def labelled(messages: list[dict[str, str]], tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and targets of a ChatML conversation that ends with the assistant's turn."""
+    head = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages[:-1])
+    prompt = tokenizer(f"{head}<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
+    answer = tokenizer(f"{messages[-1]['content']}<|im_end|>", add_special_tokens=False)["input_ids"]
+    tail = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    labels = [-100] * len(prompt) + answer + [-100] * len(tail)
+    return torch.tensor([prompt + answer + tail]), torch.tensor(labels)
+
+
+def plain_losses(
+    model: Any, tokenizer: Any, data: Path, steps: list[list[int]], rates: list[float], max_norm: float
+) -> list[tuple[float, float]]:
+    """(loss, gradient norm before clipping) of every step; `steps` holds the sample ids that each one takes."""
+    samples = [labelled(json.loads(line)["messages"], tokenizer) for line in data.read_text().splitlines()]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
+    results = []
+    for ids, rate in zip(steps, rates, strict=True):
+        total = torch.zeros(())
+        count = sum(int((samples[index][1] != -100).sum()) for index in ids)
+        for index in ids:
+            tokens, labels = samples[index]
+            logits = model(input_ids=tokens).logits[0]
+            loss = F.cross_entropy(logits[:-1], labels[1:], reduction="sum", ignore_index=-100)
+            (loss / count).backward()
+            total += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(trained, max_norm)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        results.append((float(total) / count, float(norm)))
+    return results

@@ -1,0 +1,109 @@
+"""Every mistake is told in one line, with exit code 2, before anything is written."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+
+
+def write(folder: Path, *lines: str) -> Path:
+    path = folder / "train.jsonl"
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def refused(cli, tmp_path):
+    """Train with these overrides; the run must be refused. Returns the one line that says why."""
+
+    def run(*overrides: str, nproc: int = 1) -> str:
+        output = tmp_path / "run"
+        done = cli("train", "smoke", f"output_dir={output}", *overrides, "--nproc", str(nproc))
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr + done.stdout
+        assert not output.exists()
+        lines = done.stderr.strip().splitlines()
+        assert len(lines) == 1, lines
+        return lines[0]
+
+    return run
+
+
+def test_unknown_key_names_the_nearest(refused):
+    assert "unknown key. Did you mean optim.warmup_steps?" in refused("optim.warmup_step=3")
+
+
+def test_wrong_type(refused):
+    assert 'batch.global_rows="many"' in refused("batch.global_rows=many")
+
+
+def test_missing_model(refused):
+    assert "model.path=./no/such/model: no such folder" in refused("model.path=./no/such/model")
+
+
+def test_missing_data_file(refused):
+    assert "nowhere.jsonl" in refused("data.train=[{path: nowhere.jsonl}]")
+
+
+def test_empty_data(refused, tmp_path):
+    path = write(tmp_path)
+    assert str(path) in refused(f"data.train=[{path}]")
+
+
+def test_broken_json_names_file_and_line(refused, tmp_path):
+    path = write(tmp_path, json.dumps(CHAT), json.dumps(CHAT), '{"messages": [')
+    assert f"{path} line 3" in refused(f"data.train=[{path}]")
+
+
+def test_sample_without_an_assistant_turn(refused, tmp_path):
+    path = write(tmp_path, json.dumps(CHAT), json.dumps({"messages": CHAT["messages"][:1]}))
+    message = refused(f"data.train=[{path}]")
+    assert f"{path} line 2" in message
+    assert "assistant" in message
+
+
+def test_unknown_format(refused, tmp_path):
+    path = write(tmp_path, json.dumps({"question": "?", "reply": "!"}))
+    assert "question" in refused(f"data.train=[{path}]")
+
+
+def test_zero_stage_7(refused):
+    assert "engine.zero_stage=7: should be 0, 1, 2 or 3" in refused("engine.zero_stage=7")
+
+
+def test_target_module_that_matches_nothing(refused):
+    message = refused("method.target_modules=[q_prok]")
+    assert "method.target_modules=q_prok" in message
+    assert "q_proj" in message
+
+
+def test_fewer_rows_than_ranks(refused):
+    assert "batch.global_rows=2 is less than the world size 3" in refused("batch.global_rows=2", nproc=3)
+
+
+def test_output_folder_not_writable(cli, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    done = cli("train", "smoke", f"output_dir={blocked / 'run'}")
+    assert done.returncode == 2
+    assert f"{blocked} is a file, not a folder" in done.stderr
+
+
+def test_output_folder_where_nothing_can_be_created(cli):
+    # not even root makes folders there
+    done = cli("train", "smoke", "output_dir=/proc/run")
+    assert done.returncode == 2
+    assert "output_dir=/proc/run: cannot write in /proc" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_no_such_recipe(cli):
+    done = cli("train", "smoky")
+    assert done.returncode == 2
+    assert "smoke" in done.stderr
+
+
+def test_rows_longer_than_the_model(refused):
+    assert "positions" in refused("data.max_length=1000000")

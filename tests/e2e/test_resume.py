@@ -1,0 +1,120 @@
+"""Kill it anywhere, start it again: the same steps, to the last bit."""
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from ft_dist.checkpoint.format import commits
+from tests.conftest import SMALL_RUN, read_lines, start_cli
+
+STEPS = 24
+ARGUMENTS = [
+    *(argument for argument in SMALL_RUN if "packing" not in argument),
+    f"optim.max_steps={STEPS}",
+    "checkpoint.interval_steps=5",
+    "method.dropout=0.1",
+]
+FEW = [("full", 0), ("lora", 1), ("lora", 2), ("full", 3)]
+ALL = [(kind, stage) for kind in ("full", "lora") for stage in range(4)]
+
+
+def arguments(folder: Path, kind: str, stage: int, nproc: int = 2) -> list[str]:
+    method = [f"method.kind={kind}", f"engine.zero_stage={stage}", f"output_dir={folder}"]
+    return ["train", *ARGUMENTS, *method, "--nproc", str(nproc)]
+
+
+def workers_of(launcher: subprocess.Popen[str]) -> list[int]:
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text()
+    return [int(pid) for pid in children.split()]
+
+
+def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int, timeout_s: float = 240) -> None:
+    deadline = time.monotonic() + timeout_s
+    metrics = folder / "metrics.jsonl"
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        if metrics.exists() and metrics.read_text().count("\n") >= step:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} not reached in {timeout_s} s")
+
+
+def history(folder: Path) -> list[tuple]:
+    keys = ("step", "loss", "grad_norm", "lr", "labelled_tokens", "samples_seen", "epoch")
+    metrics = [tuple(line[key] for key in keys) for line in read_lines(folder / "metrics.jsonl")]
+    samples = [(line["step"], line["rows"]) for line in read_lines(folder / "samples.jsonl")]
+    assert [line[0] for line in metrics] == [line[0] for line in samples] == list(range(1, STEPS + 1))
+    return [*metrics, *samples]
+
+
+def check_killed_run_repeats(cli, tmp_path, kind, stage):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert cli(*arguments(whole, kind, stage)).returncode == 0
+    process = start_cli(*arguments(killed, kind, stage))
+    wait_for_step(process, killed, 12)
+    subprocess.run(["kill", "-9", str(workers_of(process)[1])], check=True)
+    process.communicate(timeout=60)
+    assert process.returncode == 1
+    resumed = cli(*arguments(killed, kind, stage))
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed from step" in resumed.stdout
+    assert history(killed) == history(whole)
+
+
+@pytest.mark.parametrize("kind, stage", FEW)
+def test_a_killed_rank_changes_no_bit(cli, tmp_path, kind, stage):
+    check_killed_run_repeats(cli, tmp_path, kind, stage)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, stage", [case for case in ALL if case not in FEW])
+def test_every_stage_survives_a_killed_rank(cli, tmp_path, kind, stage):
+    check_killed_run_repeats(cli, tmp_path, kind, stage)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_commits_and_exits_75(cli, tmp_path, number):
+    folder = tmp_path / "run"
+    process = start_cli(*arguments(folder, "lora", 2))
+    wait_for_step(process, folder, 7)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, out
+    done = len(read_lines(folder / "metrics.jsonl"))
+    assert commits(folder / "checkpoints")[-1].step == done < STEPS
+    assert read_lines(folder / "events.jsonl")[-1]["event"] == "preempted"
+    # on another number of ranks and another stage it goes on from that very step
+    resumed = cli(*arguments(folder, "lora", 3, nproc=1))
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"resumed from step {done}" in resumed.stdout
+    assert [line["step"] for line in read_lines(folder / "metrics.jsonl")] == list(range(1, STEPS + 1))
+
+
+def test_no_worker_outlives_a_killed_launcher(tmp_path):
+    folder = tmp_path / "run"
+    process = start_cli(*arguments(folder, "lora", 2))
+    wait_for_step(process, folder, 2)
+    workers = workers_of(process)
+    assert len(workers) == 2
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline, "workers are still there 10 s after their launcher was killed"
+        time.sleep(0.05)
+
+
+def test_a_damaged_commit_is_named_and_the_one_before_it_taken(cli, tmp_path):
+    folder = tmp_path / "run"
+    assert cli(*arguments(folder, "lora", 2, nproc=1), "optim.max_steps=10").returncode == 0
+    newest = commits(folder / "checkpoints")[-1].folder / "rank-00000.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    resumed = cli(*arguments(folder, "lora", 2, nproc=1))
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"{newest}: its checksum is not the committed one" in resumed.stdout
+    assert "resumed from step 5" in resumed.stdout

@@ -1,0 +1,131 @@
+"""The run folder's contract on the smoke recipe: files, their fields, and that they agree with each other."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.conftest import ROOT, read_lines
+
+METRICS = {
+    "step",
+    "loss",
+    "lr",
+    "grad_norm",
+    "labelled_tokens",
+    "real_tokens",
+    "padded_tokens",
+    "tokens_per_s",
+    "step_s",
+    "data_wait_s",
+    "checkpoint_stall_s",
+    "peak_memory_bytes",
+    "epoch",
+    "samples_seen",
+}
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """A finished smoke run with two ranks, wandb offline and TensorBoard; its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("smoke") / "run"
+    command = [sys.executable, "-m", "ft_dist.cli", "train", "smoke", f"output_dir={folder}", "--nproc", "2"]
+    settings = ["observe.wandb=offline", "observe.tensorboard=true", "evaluate.generate=true", "optim.epochs=1"]
+    done = subprocess.run([*command, *settings], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done
+
+
+def test_a_normal_run_warns_of_nothing(smoke):
+    _, done = smoke
+    assert done.stderr == ""
+    assert "Warning" not in done.stdout
+
+
+def test_metrics_have_their_fields_and_their_parts_fill_the_loop(smoke):
+    folder, _ = smoke
+    lines = read_lines(folder / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert all(set(line) == METRICS for line in lines)
+    parts = sum(line["step_s"] + line["data_wait_s"] + line["checkpoint_stall_s"] for line in lines[1:])
+    for line in lines:
+        seconds = line["real_tokens"] / line["tokens_per_s"]
+        assert seconds == pytest.approx(line["step_s"] + line["data_wait_s"], rel=1e-3)
+    events = {event["event"]: event for event in read_lines(folder / "events.jsonl")}
+    assert parts < events["end"]["time"] - events["start"]["time"]
+
+
+def test_the_parts_of_the_loop_are_its_wall_time(smoke):
+    folder, _ = smoke
+    lines = read_lines(folder / "metrics.jsonl")
+    events = read_lines(folder / "events.jsonl")
+    loop_starts = next(e["time"] for e in events if e.get("when") == "before")
+    loop_ends = next(e["time"] for e in events if e["event"] == "saved" and e["step"] == 12)
+    parts = sum(line["step_s"] + line["data_wait_s"] + line["checkpoint_stall_s"] for line in lines)
+    parts += events[[e["event"] for e in events].index("saved") + 2]["seconds"]
+    assert parts == pytest.approx(loop_ends - loop_starts, rel=0.1)
+
+
+def test_summary_holds_both_scores(smoke):
+    folder, _ = smoke
+    summary = json.loads((folder / "summary.json").read_text())
+    for when in ("before", "after"):
+        assert 0 <= summary[when]["accuracy"] <= 1
+        assert summary[when]["answered"] == 16
+    assert summary["after"]["loss"] < summary["before"]["loss"]
+    assert summary["steps"] == 12
+
+
+def test_final_loads_in_plain_peft(smoke):
+    import peft
+    from transformers import AutoTokenizer
+
+    folder, _ = smoke
+    model = peft.AutoPeftModelForCausalLM.from_pretrained(str(folder / "final"))
+    tokenizer = AutoTokenizer.from_pretrained(str(folder / "final"))
+    ids = tokenizer("Hello", return_tensors="pt")
+    assert torch.isfinite(model(**ids).logits).all()
+
+
+def test_trackers_wrote_offline(smoke):
+    folder, _ = smoke
+    assert list(folder.glob("wandb/offline-run-*"))
+    assert list((folder / "tensorboard").iterdir())
+
+
+def test_no_pickle_is_written(smoke):
+    folder, _ = smoke
+    kinds = {path.suffix for path in folder.rglob("*") if path.is_file() and "wandb" not in path.parts}
+    assert kinds <= {".safetensors", ".json", ".jsonl", ".yaml", ".log", ".jinja", ".md", ".0", ""}
+
+
+def test_a_finished_run_started_again_stays_finished(smoke, cli):
+    folder, _ = smoke
+    before = (folder / "metrics.jsonl").read_text()
+    done = cli("train", str(folder / "config.yaml"), "--nproc", "1")
+    assert done.returncode == 0, done.stderr
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_torchrun_is_the_same_job(cli, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29717"]
+    overrides = ["smoke", "optim.max_steps=3", "data.eval=[]"]
+    subprocess.run(
+        [*torchrun, "-m", "ft_dist.train", *overrides, f"output_dir={tmp_path / 'a'}"],
+        cwd=ROOT,
+        env=os.environ,
+        check=True,
+        capture_output=True,
+    )
+    assert cli("train", *overrides, f"output_dir={tmp_path / 'b'}", "--nproc", "2").returncode == 0
+    runs = [[(x["loss"], x["grad_norm"]) for x in read_lines(tmp_path / r / "metrics.jsonl")] for r in "ab"]
+    assert runs[0] == runs[1]
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys, ft_dist.cli; print({'torch', 'transformers', 'pydantic', 'datasets'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
