@@ -1,0 +1,52 @@
+# `make quickstart` needs Python 3.10+ and nothing else; every target makes what it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# A machine with a GPU brings its own torch: TORCH= leaves the choice to pip.
+TORCH ?= torch==2.13.0
+WORKERS ?= 2
+export PYTHONUNBUFFERED := 1
+
+.PHONY: quickstart install test check format equivalence clean
+
+# The versions that were tested together; another torch is the user's own choice, so then nothing is pinned.
+CONSTRAINTS := $(if $(filter torch==2.13.0,$(TORCH)),-c constraints.txt)
+
+$(VENV)/.base: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing ft_dist (a minute or two) ..."
+	$(PIP) install --no-compile "setuptools>=69,<82" wheel ninja $(TORCH)
+	$(PIP) install --no-compile --no-build-isolation $(CONSTRAINTS) -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(PIP) install --no-compile --no-build-isolation $(CONSTRAINTS) -e ".[dev,triton]"
+	touch $@
+
+install: $(VENV)/.dev
+
+quickstart: $(VENV)/.base
+	$(BIN)/ft-dist fetch smollm2-135m
+	$(BIN)/ft-dist train quickstart --nproc 2
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu"
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PYTHONPATH=kernels $(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# every method, stage, world size and micro-batch against a plain PyTorch loop; every stage killed and resumed
+equivalence: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m slow tests/e2e/test_equivalence.py tests/e2e/test_resume.py
+
+clean:
+	rm -rf runs .cache build *.egg-info
