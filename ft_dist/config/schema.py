@@ -19,15 +19,23 @@ class ModelConfig(Section):
     """Which pretrained model, in which precision."""
 
     path: str = Field(description="Folder, hub id, or built-in name (see `ft-dist fetch --list`)")
-    revision: str | None = Field(None, description="Branch, tag or commit on the hub; None takes the default branch")
-    dtype: Literal["bf16", "fp32"] = Field("bf16", description="Compute precision; optimizer state is always fp32")
+    revision: str | None = Field(
+        default=None, description="Branch, tag or commit on the hub; None takes the default branch"
+    )
+    dtype: Literal["bf16", "fp32"] = Field(
+        default="bf16", description="Compute precision; optimizer state is always fp32"
+    )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
     kernels: Literal["auto", "triton", "torch", "off"] = Field(
-        "auto", description="Fused layers: triton on GPU and torch on CPU for auto; off runs Hugging Face's own"
+        default="auto", description="Fused layers: triton on GPU and torch on CPU for auto; off runs Hugging Face's own"
     )
-    trust_remote_code: bool = Field(False, description="Let the model folder or hub repository execute its own code")
+    trust_remote_code: bool = Field(
+        default=False, description="Let the model folder or hub repository execute its own code"
+    )
     new_tokens: list[str] = Field(default_factory=list, description="Special tokens to add; embeddings grow as needed")
-    chat_template: str | None = Field(None, description="Path of a Jinja file that replaces the tokenizer's template")
+    chat_template: str | None = Field(
+        default=None, description="Path of a Jinja file that replaces the tokenizer's template"
+    )
 
 
 class MethodConfig(Section):
@@ -35,8 +43,10 @@ class MethodConfig(Section):
 
     kind: Literal["full", "lora"] = "lora"
     rank: PositiveInt = 16
-    alpha: float = Field(32.0, gt=0, description="The update is scaled by alpha / rank (alpha / sqrt(rank): rslora)")
-    dropout: float = Field(0.0, ge=0, lt=1)
+    alpha: float = Field(
+        default=32.0, gt=0, description="The update is scaled by alpha / rank (alpha / sqrt(rank): rslora)"
+    )
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
     rslora: bool = False
     dora: bool = False
@@ -54,12 +64,12 @@ class SourceConfig(Section):
 
     path: str
     format: DataFormat = "auto"
-    weight: float = Field(1.0, gt=0, description="Times that each sample is seen in an epoch, on average")
+    weight: float = Field(default=1.0, gt=0, description="Times that each sample is seen in an epoch, on average")
     columns: dict[str, str] = Field(
         default_factory=dict, description="Our field name -> the column's name, for example {prompt: text}"
     )
-    split: str = Field("train", description="Split of a hub or saved dataset")
-    name: str | None = Field(None, description="Configuration name of a hub dataset")
+    split: str = Field(default="train", description="Split of a hub or saved dataset")
+    name: str | None = Field(default=None, description="Configuration name of a hub dataset")
 
 
 class DataConfig(Section):
@@ -67,13 +77,15 @@ class DataConfig(Section):
 
     train: Annotated[list[SourceConfig], Field(min_length=1)]
     eval: list[SourceConfig] = Field(default_factory=list)
-    max_length: Annotated[int, Field(ge=8)] = Field(2048, description="Tokens in a row")
+    max_length: Annotated[int, Field(ge=8)] = Field(default=2048, description="Tokens in a row")
     too_long: Literal["drop", "truncate", "error"] = Field(
-        "drop", description="A sample over max_length is dropped and counted, cut at the end, or an error"
+        default="drop", description="A sample over max_length is dropped and counted, cut at the end, or an error"
     )
-    packing: bool = Field(True, description="Fill rows with several samples; attention never crosses them")
-    log_samples: bool = Field(False, description="Write the sample ids of every step to samples.jsonl")
-    cache_dir: str | None = Field(None, description="Tokenised data; None is $FT_DIST_CACHE or ~/.cache/ft_dist")
+    packing: bool = Field(default=True, description="Fill rows with several samples; attention never crosses them")
+    log_samples: bool = Field(default=False, description="Write the sample ids of every step to samples.jsonl")
+    cache_dir: str | None = Field(
+        default=None, description="Tokenised data; None is $FT_DIST_CACHE or ~/.cache/ft_dist"
+    )
 
     @field_validator("train", "eval", mode="before")
     @classmethod
@@ -96,31 +108,33 @@ class BatchConfig(Section):
 class OptimConfig(Section):
     """AdamW, its schedule and the length of the run."""
 
-    lr: float = Field(2e-4, gt=0)
+    lr: float = Field(default=2e-4, gt=0)
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     decay_steps: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="wsd only: length of the final decay; None is a tenth of the run"
+        default=None, description="wsd only: length of the final decay; None is a tenth of the run"
     )
-    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Where cosine, linear and wsd end, as a share of lr")
-    weight_decay: float = Field(0.0, ge=0)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
-    max_grad_norm: float = Field(1.0, ge=0, description="Global L2 norm to clip at; 0 switches clipping off")
+    min_lr_ratio: float = Field(
+        default=0.0, ge=0, le=1, description="Where cosine, linear and wsd end, as a share of lr"
+    )
+    weight_decay: float = Field(default=0.0, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    max_grad_norm: float = Field(default=1.0, ge=0, description="Global L2 norm to clip at; 0 switches clipping off")
     epochs: PositiveInt = 1
-    max_steps: PositiveInt | None = Field(None, description="Stop after this many optimizer steps")
-    max_skipped_steps: PositiveInt = Field(5, description="Non-finite steps in a row after which the run stops")
+    max_steps: PositiveInt | None = Field(default=None, description="Stop after this many optimizer steps")
+    max_skipped_steps: PositiveInt = Field(default=5, description="Non-finite steps in a row after which the run stops")
 
 
 class EngineConfig(Section):
     """How DeepSpeed shards the work."""
 
     zero_stage: Literal[0, 1, 2, 3] = 2
-    offload: Literal["none", "cpu", "nvme"] = Field("none", description="Where optimizer state lives")
+    offload: Literal["none", "cpu", "nvme"] = Field(default="none", description="Where optimizer state lives")
     nvme_path: str | None = None
     activation_checkpointing: bool = False
-    timeout_s: PositiveInt = Field(1800, description="Collective operations that take longer end the run")
+    timeout_s: PositiveInt = Field(default=1800, description="Collective operations that take longer end the run")
 
     @model_validator(mode="after")
     def _nvme_needs_a_path(self) -> "EngineConfig":
@@ -136,20 +150,22 @@ class EngineConfig(Section):
 class CheckpointConfig(Section):
     """When to commit, how many to keep, what to start from."""
 
-    interval_steps: Annotated[int, Field(ge=0)] = Field(100, description="0 commits only at the end and on a signal")
-    keep: PositiveInt = Field(2, description="Newest commits that stay on disk")
-    resume: str = Field("auto", description="auto: newest complete commit of output_dir; never; or a path")
+    interval_steps: Annotated[int, Field(ge=0)] = Field(
+        default=100, description="0 commits only at the end and on a signal"
+    )
+    keep: PositiveInt = Field(default=2, description="Newest commits that stay on disk")
+    resume: str = Field(default="auto", description="auto: newest complete commit of output_dir; never; or a path")
 
 
 class EvaluateConfig(Section):
     """Held-out loss, and answers compared with the references, on `data.eval`."""
 
-    before: bool = Field(True, description="Evaluate the untouched model first")
-    interval_steps: Annotated[int, Field(ge=0)] = Field(0, description="0 evaluates only before and after")
-    generate: bool = Field(False, description="Also answer each prompt and count exact matches")
+    before: bool = Field(default=True, description="Evaluate the untouched model first")
+    interval_steps: Annotated[int, Field(ge=0)] = Field(default=0, description="0 evaluates only before and after")
+    generate: bool = Field(default=False, description="Also answer each prompt and count exact matches")
     max_new_tokens: PositiveInt = 32
     batch_rows: PositiveInt = 8
-    max_samples: PositiveInt | None = Field(None, description="None takes all of data.eval")
+    max_samples: PositiveInt | None = Field(default=None, description="None takes all of data.eval")
 
 
 class ObserveConfig(Section):
