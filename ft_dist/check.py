@@ -1,10 +1,10 @@
 """Everything that can be known before training, in seconds and without torch: told before any GPU is held.
 
 Files and formats of the data, the model folder and its layers, batch against world size, what a resume would find, and
-whether the output folder can be written. Creates nothing.
+whether the output folder can be written. Leaves nothing behind.
 """
 
-import os
+import tempfile
 from pathlib import Path
 
 from ft_dist.config import RunConfig
@@ -46,8 +46,13 @@ def _check_output(run_dir: Path) -> str:
         existing = existing.parent
     if not existing.is_dir():
         raise ConfigError(f"output_dir={run_dir}: {existing} is a file, not a folder. Choose another output_dir.")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"output_dir={run_dir}: {existing} is not writable by this user. Choose another output_dir.")
+    try:
+        # permission bits say nothing about root, quotas and read-only file systems; a try does
+        Path(tempfile.mkdtemp(prefix=".ft_dist-", dir=existing)).rmdir()
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir={run_dir}: cannot write in {existing} ({error.strerror}). Choose another output_dir."
+        ) from None
     return f"output: {run_dir}{'' if run_dir.exists() else ' (new)'}"
 
 

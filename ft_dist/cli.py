@@ -6,11 +6,11 @@ Imports of anything heavy stay inside the verbs: `ft-dist --help` answers at onc
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from ft_dist.errors import EXIT_FINISHED, EXIT_USER, UserError
+from ft_dist.errors import EXIT_USER, UserError
 
 app = typer.Typer(
     name="ft-dist",
@@ -87,13 +87,13 @@ def chat(
 def export(
     run_dir: Annotated[Path, typer.Argument(help="Folder of a finished run")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="New folder to write")],
-    to: Annotated[str, typer.Option(help="merged: one plain model; adapter: the LoRA weights alone")] = "merged",
+    to: Annotated[
+        Literal["merged", "adapter"], typer.Option(help="One plain model, or the LoRA weights alone")
+    ] = "merged",
 ) -> None:
     """Write a run's result as a folder that plain transformers (and peft) load."""
     from ft_dist.model.export import export_run
 
-    if to not in ("merged", "adapter"):
-        raise UserError(f"--to={to}: should be merged or adapter.")
     export_run(run_dir, kind=to, to=folder)
     typer.echo(f"{to} model written to {folder}")
 
@@ -124,18 +124,12 @@ def fetch(
 
 
 def main() -> None:
-    """Entry point: typer's usage errors and our user errors both exit 2, in one line each."""
+    """Entry point: what the user can mend is told in one line, with exit code 2 as for typer's own usage errors."""
     try:
-        code = app(standalone_mode=False)
+        app()
     except UserError as error:
         typer.echo(f"ft-dist: error: {error}", err=True)
         sys.exit(EXIT_USER)
-    except typer.TyperException as error:  # type: ignore[attr-defined]
-        error.show()
-        sys.exit(EXIT_USER)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(code if isinstance(code, int) else EXIT_FINISHED)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from ft_dist.engine.build import build_engine
 from ft_dist.engine.final import write_final
 from ft_dist.engine.step import Engine, StepResult
 from ft_dist.errors import TrainingError
+from ft_dist.evaluate.comparison import comparison
 from ft_dist.evaluate.held_out import HeldOut
 from ft_dist.model.builtin import resolve_model
 from ft_dist.model.tokenizer import load_tokenizer
@@ -101,10 +102,9 @@ class Run:
         self.tokenizer = tokenizer
         self.held_out = held_out
         self.log_file: Any = None
-        self.total_steps = min(
-            config.optim.max_steps or math.inf,  # type: ignore[assignment]
-            stream.total_steps(config.optim.epochs),
-        )
+        self.total_steps = stream.total_steps(config.optim.epochs)
+        if config.optim.max_steps:
+            self.total_steps = min(self.total_steps, config.optim.max_steps)
         self.step = 0
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
@@ -128,6 +128,7 @@ class Run:
         console = self.recorder.console
         for fact in facts:
             console.say(fact)
+        console.say(self.engine.kernels)
         for line in self._passed_over:
             console.note(f"damaged checkpoint passed over: {line}")
         trainable = sum(getattr(p, "ds_numel", p.numel()) for _, p in self.engine.trainable())
@@ -279,7 +280,10 @@ class Run:
             }
         )
         self.recorder.event("end", step=self.step)
+        for line in comparison(before, after) if after else []:
+            self.recorder.console.say(line)
         self.recorder.console.say(f"finished: {self.config.run_dir / 'final'}")
+        self.recorder.console.say(f"talk to it:  ft-dist chat {self.config.run_dir}")
 
     def close(self) -> None:
         self.recorder.close()

@@ -31,7 +31,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(config: RunConfig, stop: StopSignal) -> None:
-    """Train on this rank, with the other ranks that the environment names. Raises UserError, Preempted, TrainingError."""
+    """Train on this rank, with whatever others the environment names.
+
+    Raises UserError, Preempted or TrainingError.
+    """
     from ft_dist.model.quiet import quiet_process
 
     quiet_process()

@@ -5,6 +5,7 @@ from typing import Any
 
 from ft_dist.config.schema import DataConfig, SourceConfig
 from ft_dist.errors import ConfigError
+from ft_dist.evaluate.comparison import one_line
 from ft_dist.evaluate.score import Scores
 from ft_dist.model.builtin import Progress
 
@@ -44,8 +45,8 @@ def table(scores: Scores) -> str:
     if scores.accuracy is not None:
         lines.append(f"accuracy {scores.accuracy:.1%} of {scores.answered} answers")
         for example in scores.examples:
-            mark = "right" if example.correct else f"wrong, should be {_one_line(example.reference, 30)}"
-            lines.append(f"  {_one_line(example.prompt, 60)}  ->  {_one_line(example.answer, 40)}  ({mark})")
+            mark = "right" if example.correct else f"wrong, should be {one_line(example.reference, 30)}"
+            lines.append(f"  {one_line(example.prompt, 60)}  ->  {one_line(example.answer, 40)}  ({mark})")
     return "\n".join(lines)
 
 
@@ -99,11 +100,6 @@ def _score(
         progress=lambda done, whole: tell(f"answered {done} of {whole}"),
     )
     return Scores(loss, labelled_tokens, answered.accuracy, answered.answered, answered.examples)
-
-
-def _one_line(text: str, width: int) -> str:
-    flat = " ".join(text.split())
-    return flat if len(flat) <= width else f"{flat[: width - 3]}..."
 
 
 def _quiet(line: str) -> None:

@@ -84,8 +84,8 @@ def log_rank_output(config: RunConfig, *, rank: int) -> IO[str]:
     file = path.open("a", encoding="utf-8", buffering=1)
     faulthandler.enable(file)
     if rank == 0:
-        sys.stdout = _Tee(sys.stdout, file)  # type: ignore[assignment]
-        sys.stderr = _Tee(sys.stderr, file)  # type: ignore[assignment]
+        sys.stdout = _Tee(sys.stdout, file)
+        sys.stderr = _Tee(sys.stderr, file)
     else:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
