@@ -89,11 +89,11 @@ class BlockMask:
         self.k0_T1, self.k1_T1 = (key[:, None].contiguous() for key in _row_keys(seed, rows))
         pairs, device = (columns + 1) // 2, rows.device
         self.column_P = torch.arange(pairs, dtype=torch.int32, device=device).mul_(_signed(0x9E3779B9, 32))
+        self.wide: Tensor | None = None
         if share is not None:
             self.hash, self.shifted, self.wide = share.hash, share.shifted, share.wide
             return
         self.hash, self.shifted = (torch.empty(block_rows, pairs, dtype=torch.int32, device=device) for _ in range(2))
-        self.wide: Tensor | None = None
         if self.kind is not torch.int16:
             self.wide = torch.empty(block_rows, columns, dtype=self.kind, device=device)
 
