@@ -89,6 +89,8 @@ class BlockMask:
         self.k0_T1, self.k1_T1 = (key[:, None].contiguous() for key in _row_keys(seed, rows))
         pairs, device = (columns + 1) // 2, rows.device
         self.column_P = torch.arange(pairs, dtype=torch.int32, device=device).mul_(_signed(0x9E3779B9, 32))
+        self.hash: Tensor
+        self.shifted: Tensor
         self.wide: Tensor | None = None
         if share is not None:
             self.hash, self.shifted, self.wide = share.hash, share.shifted, share.wide
