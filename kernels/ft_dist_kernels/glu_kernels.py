@@ -5,15 +5,15 @@ One tile a program; every byte is read once and written once (forward 3 T I item
 
 # mypy: disallow-incomplete-defs=False
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ft_dist_kernels.aot import AotCase, Chip
+from ft_dist_kernels.chips import chip_of
 
 # (elements of a tile, warps): two 16-byte loads of bf16 a thread and tensor.
-TILES: dict[str, tuple[int, int]] = {
+TILES: dict[Chip, tuple[int, int]] = {
     "sm_80": (2048, 4),
     "sm_90": (2048, 4),
     "sm_100": (2048, 4),
@@ -100,18 +100,9 @@ def backward_kernel(
     tl.store(dup_ptr + row * dup_stride + column, (dy * value).to(dtype), mask=inside)
 
 
-def _chip(tensor: Tensor) -> str:
-    if not tensor.is_cuda:
-        return "sm_90"
-    if torch.version.hip is not None:
-        return "gfx942"
-    major, minor = torch.cuda.get_device_capability(tensor.device)
-    return f"sm_{major}{minor}"
-
-
-def _tile(width: int, chip: str) -> tuple[int, int, int]:
+def _tile(width: int, chip: Chip) -> tuple[int, int, int]:
     """(rows, columns, warps) of a tile."""
-    elements, warps = TILES.get(chip, TILES["sm_80"])
+    elements, warps = TILES[chip]
     block = min(elements, triton.next_power_of_2(width))
     return elements // block, block, warps
 
@@ -121,7 +112,7 @@ def forward_triton(gate_TI: Tensor, up_TI: Tensor, y_TI: Tensor, activation: str
     rows, width = gate_TI.shape
     if gate_TI.numel() == 0:
         return
-    tile_rows, block, warps = _tile(width, _chip(gate_TI))
+    tile_rows, block, warps = _tile(width, chip_of(gate_TI.device))
     forward_kernel[(triton.cdiv(rows, tile_rows), triton.cdiv(width, block))](
         gate_TI, up_TI, y_TI, gate_TI.stride(0), up_TI.stride(0), rows, width,
         ACTIVATION=activation, ROWS=tile_rows, BLOCK_I=block, num_warps=warps,
@@ -140,7 +131,7 @@ def backward_triton(
     rows, width = gate_TI.shape
     if gate_TI.numel() == 0:
         return
-    tile_rows, block, warps = _tile(width, _chip(gate_TI))
+    tile_rows, block, warps = _tile(width, chip_of(gate_TI.device))
     strides = [tensor.stride(0) for tensor in (gate_TI, up_TI, dy_TI, dgate_TI, dup_TI)]
     backward_kernel[(triton.cdiv(rows, tile_rows), triton.cdiv(width, block))](
         gate_TI, up_TI, dy_TI, dgate_TI, dup_TI, *strides, rows, width,

@@ -296,8 +296,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         head = Head(weight, bias, lora_a, lora_b, options)
         tokens, grads = run_chunks(head, hidden, lora_hidden, rows_N, labels_N, weights_N, wanted)
         if any(wanted):
-            ctx.save_for_backward(hidden, weight, bias, lora_a, lora_b, lora_hidden, rows_N, labels_N, weights_N)
-            ctx.options, ctx.wanted, ctx.grads = options, wanted, grads
+            ctx.save_for_backward(hidden, weight, bias, lora_a, lora_b, lora_hidden, labels_N, weights_N)
+            ctx.options, ctx.wanted, ctx.grads, ctx.rows_N, ctx.shape = options, wanted, grads, rows_N, hidden.shape
+            ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (weight, bias, lora_a, lora_b)]
         outputs = (
             tokens.loss.sum(),
             tokens.nll.sum(),
@@ -311,14 +312,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """Gives the gradients of the forward pass away, so that a trained head never holds two of its weight's size;
-        a second backward through a retained graph makes them anew."""
-        hidden, weight, bias, lora_a, lora_b, lora_hidden, rows_N, labels_N, weights_N = ctx.saved_tensors
+        a second backward through a retained graph makes them anew. Only then are the saved tensors asked for: under
+        activation checkpointing asking costs another forward pass."""
         grads, ctx.grads = ctx.grads, None
         if grads is None:
+            hidden, weight, bias, lora_a, lora_b, lora_hidden, labels_N, weights_N = ctx.saved_tensors
             with torch.autocast(hidden.device.type, enabled=False):
                 head = Head(weight, bias, lora_a, lora_b, ctx.options)
-                _, grads = run_chunks(head, hidden, lora_hidden, rows_N, labels_N, weights_N, ctx.wanted)
-        return input_gradients(grads, rows_N, hidden.shape, (weight, bias, lora_a, lora_b), grad_loss)
+                _, grads = run_chunks(head, hidden, lora_hidden, ctx.rows_N, labels_N, weights_N, ctx.wanted)
+        return input_gradients(grads, ctx.rows_N, ctx.shape, ctx.dtypes, grad_loss)
 
 
 class _LinearLogProbs(torch.autograd.Function):
@@ -357,7 +359,8 @@ class _LinearLogProbs(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             head, wanted = Head(weight, bias, lora_a, lora_b, ctx.options), Wanted(*ctx.needs_input_grad[:6])
             _, grads = run_chunks(head, hidden, lora_hidden, rows_N, labels_N, weights_N, wanted)
-        return input_gradients(grads, rows_N, hidden.shape, (weight, bias, lora_a, lora_b), None)
+        dtypes = [None if tensor is None else tensor.dtype for tensor in (weight, bias, lora_a, lora_b)]
+        return input_gradients(grads, rows_N, hidden.shape, dtypes, None)
 
 
 def aot_cases(chip: Chip) -> list[AotCase]:

@@ -138,15 +138,15 @@ def input_gradients(
     grads: Gradients,
     rows_N: Tensor | None,
     shape: torch.Size,
-    parameters: tuple[Tensor | None, ...],
+    dtypes: list[torch.dtype | None],
     scale: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """What backward returns. Consumes `grads`: they are scaled in place and given away."""
     shared = []
-    for grad, parameter in zip(grads[1:5], parameters, strict=True):
+    for grad, dtype in zip(grads[1:5], dtypes, strict=True):
         if grad is not None and scale is not None:
             grad.mul_(scale)
-        shared.append(None if grad is None or parameter is None else grad.to(parameter.dtype))
+        shared.append(None if grad is None else grad.to(dtype))
     tokenwise = [_take_back(grad, rows_N, shape, scale) for grad in (grads.hidden, grads.lora_hidden)]
     return (tokenwise[0], *shared, tokenwise[1], None, None, None, None, None)
 

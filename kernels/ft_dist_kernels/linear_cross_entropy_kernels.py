@@ -10,16 +10,16 @@ Shapes: N labelled tokens, n rows of a chunk, V vocabulary.
 
 # mypy: disallow-incomplete-defs=False
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ft_dist_kernels.aot import AotCase, Chip
+from ft_dist_kernels.chips import chip_of
 from ft_dist_kernels.linear_cross_entropy_chunks import Options, PerToken
 
 # (largest vocabulary block, warps). 16 fp32 values a thread: two passes of loads in flight and no spills.
-BLOCKS: dict[str, tuple[int, int]] = {
+BLOCKS: dict[Chip, tuple[int, int]] = {
     "sm_80": (8192, 16),
     "sm_90": (8192, 16),
     "sm_100": (8192, 16),
@@ -151,7 +151,7 @@ def softmax_step_triton(
     rows, vocabulary = logits_nV.shape
     if rows == 0:
         return
-    block, warps = _block(_chip(logits_nV), vocabulary)
+    block, warps = _block(chip_of(logits_nV.device), vocabulary)
     softmax_step_kernel[(rows,)](
         logits_nV, labels_n, weights_n, bias_V, out.loss, out.nll, out.correct,
         logits_nV.stride(0), vocabulary,
@@ -162,17 +162,8 @@ def softmax_step_triton(
     )  # fmt: skip
 
 
-def _chip(tensor: Tensor) -> str:
-    if not tensor.is_cuda:
-        return "sm_90"
-    if torch.version.hip is not None:
-        return "gfx942"
-    major, minor = torch.cuda.get_device_capability(tensor.device)
-    return f"sm_{major}{minor}"
-
-
-def _block(chip: str, vocabulary: int) -> tuple[int, int]:
-    largest, warps = BLOCKS.get(chip, BLOCKS["sm_80"])
+def _block(chip: Chip, vocabulary: int) -> tuple[int, int]:
+    largest, warps = BLOCKS[chip]
     block = min(largest, triton.next_power_of_2(vocabulary))
     return block, max(1, warps * block // largest)
 

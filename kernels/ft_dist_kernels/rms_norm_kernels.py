@@ -13,13 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ft_dist_kernels.aot import AotCase, Chip
+from ft_dist_kernels.chips import chip_of, processors_of
 
 WHOLE_WIDTH = 8192
 TILE_ELEMENTS = 2048
 LOOPED_BLOCK = 4096
 COLUMN_TILE = (16, 256)
 # (fp32 values a thread holds of one tile, threads of a warp)
-THREADS: dict[str, tuple[int, int]] = {
+THREADS: dict[Chip, tuple[int, int]] = {
     "sm_80": (16, 32),
     "sm_90": (16, 32),
     "sm_100": (16, 32),
@@ -208,17 +209,9 @@ def weight_kernel(
     tl.store(partial_ptr + tl.program_id(1).to(tl.int64) * width + column, partial, mask=column < width)
 
 
-def _chip_and_processors(tensor: Tensor) -> tuple[str, int]:
-    if not tensor.is_cuda:
-        return "sm_90", 1
-    properties = torch.cuda.get_device_properties(tensor.device)
-    chip = "gfx942" if torch.version.hip is not None else f"sm_{properties.major}{properties.minor}"
-    return chip, properties.multi_processor_count
-
-
-def _tile(width: int, chip: str) -> tuple[int, int, int]:
+def _tile(width: int, chip: Chip) -> tuple[int, int, int]:
     """(rows, columns, warps) of a tile."""
-    values, lanes = THREADS.get(chip, THREADS["sm_80"])
+    values, lanes = THREADS[chip]
     block = triton.next_power_of_2(width) if width <= WHOLE_WIDTH else min(LOOPED_BLOCK, triton.next_power_of_2(width))
     rows = max(1, TILE_ELEMENTS // block) if width <= WHOLE_WIDTH else 1
     return rows, block, max(1, min(16, rows * block // (values * lanes)))
@@ -239,7 +232,7 @@ def forward_triton(
     rows, width = x_TH.shape
     if x_TH.numel() == 0:
         return
-    tile_rows, block, warps = _tile(width, _chip_and_processors(x_TH)[0])
+    tile_rows, block, warps = _tile(width, chip_of(x_TH.device))
     forward_kernel[(triton.cdiv(rows, tile_rows),)](
         x_TH, residual_TH, weight_H.contiguous(), y_TH, sum_TH, rstd_T,
         x_TH.stride(0), 0 if residual_TH is None else residual_TH.stride(0), rows, width, eps, offset,
@@ -264,8 +257,8 @@ def backward_triton(
     if sum_TH.numel() == 0:
         return torch.zeros_like(weight_H) if want_weight else None
     weight_H = weight_H.contiguous()
-    chip, processors = _chip_and_processors(sum_TH)
-    tile_rows, block, warps = _tile(width, chip)
+    processors = processors_of(sum_TH.device)
+    tile_rows, block, warps = _tile(width, chip_of(sum_TH.device))
     strides = (sum_TH.stride(0), dy_TH.stride(0), 0 if dsum_TH is None else dsum_TH.stride(0))
     partial_PH = None
     if block >= width:

@@ -6,15 +6,15 @@ once and written once (2 B S (N + N_kv) D itemsize in each direction).
 
 # mypy: disallow-incomplete-defs=False
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ft_dist_kernels.aot import AotCase, Chip
+from ft_dist_kernels.chips import chip_of
 
 # (heads times columns of a half in registers at once, warps)
-TILES: dict[str, tuple[int, int]] = {
+TILES: dict[Chip, tuple[int, int]] = {
     "sm_80": (2048, 4),
     "sm_90": (2048, 4),
     "sm_100": (2048, 4),
@@ -142,18 +142,9 @@ def rope_kernel(
     )
 
 
-def _chip(tensor: Tensor) -> str:
-    if not tensor.is_cuda:
-        return "sm_90"
-    if torch.version.hip is not None:
-        return "gfx942"
-    major, minor = torch.cuda.get_device_capability(tensor.device)
-    return f"sm_{major}{minor}"
-
-
-def _configuration(q_heads: int, k_heads: int, width: int, rotated: int, chip: str) -> tuple[dict[str, int], int]:
+def _configuration(q_heads: int, k_heads: int, width: int, rotated: int, chip: Chip) -> tuple[dict[str, int], int]:
     """(constexprs, warps)"""
-    elements, warps = TILES.get(chip, TILES["sm_80"])
+    elements, warps = TILES[chip]
     block_half = triton.next_power_of_2(rotated // 2)
     block_pass = triton.next_power_of_2(max(width - rotated, 1))
     most = max(1, elements // max(block_half, block_pass))
@@ -186,7 +177,7 @@ def rotate_triton(
     if batch * positions == 0:
         return
     q, k, cos, sin = (_dense_columns(tensor) for tensor in (q, k, cos, sin))
-    constexprs, warps = _configuration(q_heads, k_heads, width, rotated, _chip(q))
+    constexprs, warps = _configuration(q_heads, k_heads, width, rotated, chip_of(q.device))
     tables = [
         stride
         for table in (cos, sin)
