@@ -21,7 +21,7 @@ import yaml
 SEED = 20240601
 CLASSES = ("invoice", "order", "support", "spam")
 ROWS = {"train": 480, "test": 120}
-SYSTEM = "Sort the e-mail. Answer with one word: invoice, order, support or spam."
+SYSTEM = "Sort the e-mail: invoice, order, support or spam?"
 
 
 def generate(split: str, templates: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -78,8 +78,8 @@ def _slots(lists: dict[str, list[str]], rng: random.Random) -> dict[str, str]:
         "date": f"{rng.choice(lists['month'])} {rng.randint(1, 28)}",
         "n": str(rng.randint(4, 9)),
         "amount": rng.choice(["{} euros", "${}", "EUR {}", "{} dollars"]).format(rng.randint(11, 999)),
-        "order": rng.choice(["order {}", "order no. {}", "#{}"]).format(rng.randint(100, 9999)),
-        "invoice": rng.choice(["INV-{}", "invoice {}", "no. {}"]).format(rng.randint(100, 9999)),
+        "order": rng.choice(["#{}", "no. {}", "A-{}"]).format(rng.randint(100, 9999)),
+        "invoice": rng.choice(["INV-{}", "no. {}", "R{}"]).format(rng.randint(100, 9999)),
     }
 
 
