@@ -3,7 +3,7 @@
     checkpoints/step-00000100/
         rank-00000.safetensors    this rank's fragments: KIND/PARAMETER@START, flat fp32
         state.json                step, data position, counters, Adam's step, hash of the config
-        manifest.json             every file with its size and xxh3-128 checksum; written last
+        manifest.json             every file with its size and xxh3-128 checksum, and its own; written last
 
 KIND is `master`, `exp_avg` or `exp_avg_sq`; START counts elements of the flattened parameter. The folder is a commit
 exactly when `manifest.json` exists: every rank has written and synced its file before rank 0 renames the manifest into
@@ -60,16 +60,20 @@ def commits(root: Path) -> list[Commit]:
 def write_manifest(folder: Path, step: int) -> None:
     """Seal the folder: from the rename on it is a commit."""
     files = {path.name: _fingerprint(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
-    write_synced(folder / MANIFEST, json.dumps({"version": FORMAT_VERSION, "step": step, "files": files}, indent=1))
+    content = {"version": FORMAT_VERSION, "step": step, "files": files}
+    write_synced(folder / MANIFEST, json.dumps(content | {"xxh3": _own_checksum(content)}, indent=1))
 
 
 def verify(commit: Commit) -> None:
     """Raise CheckpointError naming the first file that is missing, cut short or altered."""
     try:
         manifest = json.loads((commit.folder / MANIFEST).read_text())
+        checksum = manifest.pop("xxh3")
         version, files = manifest["version"], manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{commit.folder / MANIFEST}: not readable ({error}).") from None
+    if checksum != _own_checksum(manifest):
+        raise CheckpointError(f"{commit.folder / MANIFEST}: its checksum is not the committed one.")
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{commit.folder}: format version {version}, but this ft_dist reads {FORMAT_VERSION}.")
     for name, expected in files.items():
@@ -110,6 +114,10 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _own_checksum(manifest: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

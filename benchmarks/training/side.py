@@ -1,0 +1,134 @@
+"""One contestant in a process of its own, so that its peak memory is its own: prints one line of JSON.
+
+`ours` runs the objective on our kernels, `hf` the same model with Hugging Face's forward and loss and peft's LoRA; both
+with torch's AdamW, the same rows, labels and precision.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import time
+from typing import Any
+
+import torch
+
+import benchmarks.training  # noqa: F401
+from benchmarks.training.shapes import build
+
+
+def main() -> None:
+    options = parse()
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
+    model = build(options.model, dtype=dtype, device=options.device)
+    if options.method == "lora":
+        import peft
+
+        settings = peft.LoraConfig(task_type="CAUSAL_LM", r=options.rank, lora_alpha=32, target_modules="all-linear")
+        model = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
+    if options.checkpointing:
+        base = model.get_base_model() if options.method == "lora" else model
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    forward = our_forward(model, options) if options.side == "ours" else hugging_face_forward(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+    batch = rows(options)
+    resident = memory_now(options.device)
+    losses, seconds = [], []
+    for number in range(options.warmup + options.steps):
+        started = now(options.device)
+        loss = forward(batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+        if number >= options.warmup:
+            seconds.append(now(options.device) - started)
+    tokens = options.rows * options.tokens
+    result = {
+        "side": options.side,
+        "step_s": statistics.median(seconds),
+        "tokens_per_s": tokens / statistics.median(seconds),
+        "peak_bytes": peak(options.device),
+        "peak_above_weights_bytes": peak(options.device) - resident,
+        "first_loss": losses[0],
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+    print(json.dumps(result))
+
+
+def our_forward(model: Any, options: argparse.Namespace) -> Any:
+    from ft_dist.loss import CausalObjective
+    from ft_dist.model.fused import fuse
+
+    causal_lm = model.get_base_model() if options.method == "lora" else model
+    report = fuse(causal_lm, kernels="auto", device_type=options.device, zero3=False)
+    objective = CausalObjective(model, fused=report.head_backend)
+
+    def forward(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return objective(**batch) / (batch["labels"] != -100).sum()
+
+    return forward
+
+
+def hugging_face_forward(model: Any) -> Any:
+    def forward(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        # transformers shifts labels itself: give back the first column that the shifted form lacks
+        first = torch.full_like(batch["labels"][:, :1], -100)
+        labels = torch.cat([first, batch["labels"][:, :-1]], dim=1)
+        return model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], labels=labels).loss
+
+    return forward
+
+
+def rows(options: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """Random tokens; the last `labelled` share of every row carries labels, except its very last token."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 400, (options.rows, options.tokens), generator=generator)
+    labels = ids.roll(-1, dims=1)
+    labels[:, : int(options.tokens * (1 - options.labelled))] = -100
+    labels[:, -1] = -100
+    positions = torch.arange(options.tokens).repeat(options.rows, 1)
+    batch = {"input_ids": ids, "labels": labels, "position_ids": positions}
+    return {name: tensor.to(options.device) for name, tensor in batch.items()}
+
+
+def now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def memory_now(device: str) -> int:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def peak(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("side", choices=["ours", "hf"])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--method", default="lora", choices=["lora", "full"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--labelled", type=float, default=1.0)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--checkpointing", action="store_true")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""What a config may say, and how each mistake in it is told."""
+
+import pytest
+import yaml
+
+from ft_dist.config import dump_config, load_config, validate
+from ft_dist.errors import ConfigError
+
+SMALL = {"model": {"path": "m"}, "data": {"train": [{"path": "a.jsonl"}]}, "output_dir": "runs/x"}
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(SMALL))
+    return path
+
+
+def test_overrides_reach_any_depth_and_keep_their_type(recipe):
+    overrides = ["optim.lr=2e-4", "data.train.0.weight=2", "method.target_modules=q_proj,v_proj", "engine.zero_stage=3"]
+    config = load_config(str(recipe), overrides)
+    assert config.optim.lr == 2e-4
+    assert config.data.train[0].weight == 2.0
+    assert config.method.target_modules == ["q_proj", "v_proj"]
+    assert config.engine.zero_stage == 3
+
+
+@pytest.mark.parametrize(
+    "override, told",
+    [
+        ("optim.warmup_step=1", "unknown key. Did you mean optim.warmup_steps?"),
+        ("zero_stage=2", "unknown key. Did you mean engine.zero_stage?"),
+        ("data.train.0.wieght=2", "Did you mean data.train.weight?"),
+        ("engine.zero_stage=7", "engine.zero_stage=7: should be 0, 1, 2 or 3."),
+        ("batch.global_rows=many", 'batch.global_rows="many": should be'),
+        ("method.rank=0", "method.rank=0: should be greater than 0."),
+        ("engine.offload=nvme", "engine: offload=nvme needs engine.nvme_path"),
+        ("engine", "override 'engine' is not of the form key.sub=value."),
+        ("data.train.3.weight=1", "the list has 1 entries, numbered from 0"),
+        ("data.train=[]", "data.train=[]"),
+    ],
+)
+def test_a_mistake_names_key_rule_and_fix(recipe, override, told):
+    with pytest.raises(ConfigError) as error:
+        load_config(str(recipe), [override])
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_yaml_mistakes_name_the_line(tmp_path):
+    path = tmp_path / "broken.yaml"
+    path.write_text("model:\n  path: [1\ndata: x\n")
+    with pytest.raises(ConfigError, match=r"broken.yaml line 3"):
+        load_config(str(path))
+
+
+def test_a_missing_required_key_is_named():
+    with pytest.raises(ConfigError, match="output_dir: required"):
+        validate({"model": {"path": "m"}, "data": {"train": ["a"]}})
+
+
+def test_data_is_looked_up_beside_the_config_too(recipe):
+    (recipe.parent / "a.jsonl").write_text("{}")
+    assert load_config(str(recipe)).data.train[0].path == str(recipe.parent / "a.jsonl")
+
+
+def test_the_resolved_config_loads_as_itself(recipe, tmp_path):
+    config = load_config(str(recipe), ["optim.lr=1e-5"])
+    again = tmp_path / "config.yaml"
+    again.write_text(dump_config(config))
+    assert load_config(str(again)) == config
