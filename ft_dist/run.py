@@ -53,7 +53,6 @@ def prepare_run(config: RunConfig) -> "Run":
     """Everything up to the first step. Raises UserError."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     facts = check(config, world_size=size)
-    log_file = log_rank_output(config, rank=rank)
     folder = resolve_model(config.model.path)
     tokenizer, notes = load_tokenizer(
         folder,
@@ -67,6 +66,8 @@ def prepare_run(config: RunConfig) -> "Run":
         config.data.train, tokenizer, data=config.data, model_path=config.model.path, progress=progress_printer(say)
     )
     held_out = HeldOut.prepare(config, tokenizer) if config.data.eval else None
+    # nothing is written below output_dir before all that one process can find wrong has been told
+    log_file = log_rank_output(config, rank=rank)
     world = join_world(timeout_s=config.engine.timeout_s)
     engine = build_engine(config, world, folder=folder, tokenizer=tokenizer)
     stream = DataStream(

@@ -4,6 +4,7 @@ torchrun, srun and `ft-dist train` all start this module; it reads top to bottom
 build the engine, resume, step until done, evaluate, write the result.
 """
 
+import os
 import sys
 from typing import Any
 
@@ -21,9 +22,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError("no config given. Usage: python -m ft_dist.train CONFIG [key=value ...]")
         train(load_config(arguments[0], arguments[1:]), stop)
     except (UserError, TrainingError) as error:
-        from ft_dist.observe.console import tell_error
-
-        tell_error(str(error))
+        tell(error)
         return EXIT_USER if isinstance(error, UserError) else EXIT_FAILED
     except Preempted:
         return EXIT_PREEMPTED
@@ -45,11 +44,22 @@ def train(config: RunConfig, stop: StopSignal) -> None:
         before = run.evaluate("before") if config.evaluate.before else None
         stop.training_started()
         step_until_done(run, stop)
+        stop.training_ended()
         run.write_final()
         after = run.evaluate("after")
         run.summarise(before=before, after=after)
     finally:
         run.close()
+
+
+def tell(error: Exception) -> None:
+    """One line on the console. Before the world is joined every rank of a node meets the same mistake: one tells it."""
+    import torch.distributed as dist
+
+    from ft_dist.observe.console import tell_error
+
+    if dist.is_initialized() or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        tell_error(str(error))
 
 
 def step_until_done(run: Any, stop: StopSignal) -> None:

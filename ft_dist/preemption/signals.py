@@ -18,18 +18,22 @@ class StopSignal:
     def __init__(self) -> None:
         self.requested = False
         self.reason = ""
-        self._started = False
+        self._training = False
         for number in SIGNALS:
             signal.signal(number, self._handle)
 
     def training_started(self) -> None:
         """From here on a signal waits for a commit; before it there is nothing to save and it ends the process."""
-        self._started = True
+        self._training = True
+
+    def training_ended(self) -> None:
+        """Every step is committed: a signal need not wait for the evaluation that follows."""
+        self._training = False
         if self.requested:
             os._exit(EXIT_PREEMPTED)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested or not self._started:
+        if self.requested or not self._training:
             # os._exit: no clean-up may wait here for a rank that is already gone; the last commit is on disk
             os._exit(EXIT_PREEMPTED)
         self.requested = True

@@ -43,6 +43,10 @@ def test_missing_model(refused):
     assert "model.path=./no/such/model: no such folder" in refused("model.path=./no/such/model")
 
 
+def test_a_hub_id_that_cannot_be_reached_is_told_once(refused):
+    assert "model.path=nobody/nothing" in refused("model.path=nobody/nothing", nproc=2)
+
+
 def test_missing_data_file(refused):
     assert "nowhere.jsonl" in refused("data.train=[{path: nowhere.jsonl}]")
 

@@ -129,3 +129,28 @@ def test_help_imports_nothing_heavy():
     code = "import sys, ft_dist.cli; print({'torch', 'transformers', 'pydantic', 'datasets'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_the_verbs_work_on_a_finished_run(smoke, cli, tmp_path):
+    folder, _ = smoke
+    scores = cli("eval", str(folder), "--max-samples", "16", "--max-new-tokens", "4", "--json")
+    assert scores.returncode == 0, scores.stderr
+    summary = json.loads((folder / "summary.json").read_text())
+    assert json.loads(scores.stdout)["loss"] == pytest.approx(summary["after"]["loss"], rel=2e-2)
+    answer = cli("chat", str(folder), "--prompt", "Hello", "--max-new-tokens", "8")
+    assert answer.returncode == 0, answer.stderr
+    merged = cli("export", str(folder), str(tmp_path / "merged"))
+    assert merged.returncode == 0, merged.stderr
+    plain = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1]); "
+    plain += "assert not any(name.startswith('ft_dist') for name in sys.modules)"
+    subprocess.run([sys.executable, "-c", plain, str(tmp_path / "merged")], check=True, cwd=tmp_path)
+    again = cli("export", str(folder), str(tmp_path / "merged"))
+    assert again.returncode == 2
+    assert "already there" in again.stderr
+
+
+def test_check_and_schema_speak_json(cli):
+    facts = json.loads(cli("check", "smoke", "--json").stdout)
+    assert facts["ok"]
+    assert any("format chat, 480 samples" in fact for fact in facts["facts"])
+    assert json.loads(cli("schema").stdout)["additionalProperties"] is False

@@ -1,7 +1,6 @@
 """Merged exports answer as the adapter does, load without ft_dist, and are whole or absent."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,17 +19,6 @@ from ft_dist.model.export import export_run
 from ft_dist.model.finished import find_weights, load_finished, load_weights
 from ft_dist.model.load import grow_embeddings
 from ft_dist.model.tokenizer import load_tokenizer
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory) -> Any:
-    """One cache of tiny models for the whole file."""
-    before = os.environ.get("FT_DIST_CACHE")
-    os.environ["FT_DIST_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    yield
-    del os.environ["FT_DIST_CACHE"]
-    if before is not None:
-        os.environ["FT_DIST_CACHE"] = before
 
 
 def finished_run(folder: Path, model: str, *, dtype: str = "fp32", kind: str = "lora", **lora: Any) -> Path:
