@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,12 +112,12 @@ def test_a_finished_run_started_again_stays_finished(smoke, cli):
 
 
 def test_torchrun_is_the_same_job(cli, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29717"]
     overrides = ["smoke", "optim.max_steps=3", "data.eval=[]"]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     subprocess.run(
-        [*torchrun, "-m", "ft_dist.train", *overrides, f"output_dir={tmp_path / 'a'}"],
+        ["launch/torchrun.sh", *overrides, f"output_dir={tmp_path / 'a'}"],
         cwd=ROOT,
-        env=os.environ,
+        env=os.environ | {"PATH": path, "WORKERS": "2", "PORT": "29717"},
         check=True,
         capture_output=True,
     )
