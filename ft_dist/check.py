@@ -10,7 +10,7 @@ from pathlib import Path
 from ft_dist.config import RunConfig
 from ft_dist.data.check import check_sources
 from ft_dist.errors import ConfigError
-from ft_dist.model.builtin import resolve_model
+from ft_dist.model.builtin import check_hub, resolve_model
 from ft_dist.model.facts import match_target_modules, model_facts
 
 
@@ -59,6 +59,7 @@ def _check_output(run_dir: Path) -> str:
 def _check_model(config: RunConfig, folder: str) -> list[str]:
     targets = config.method.target_modules
     if not Path(folder).is_dir():
+        check_hub(folder, config.model.revision)
         return [f"model: {folder} from the hub; its layers are looked at when it is there"]
     facts = model_facts(folder)
     if config.method.kind == "lora" and targets != "all-linear":

@@ -312,7 +312,8 @@ class Run:
 
 
 def summary_line(scores: dict[str, Any]) -> str:
-    parts = [f"loss {scores['loss']:.4f}", f"perplexity {scores['perplexity']:.2f}"]
+    parts = [f"{key} {scores[key]:.4f}" for key in ("loss", "perplexity") if scores[key] is not None]
+    parts = parts or ["loss not finite"]
     if scores.get("accuracy") is not None:
         parts.append(f"accuracy {scores['accuracy']:.1%}")
     return ", ".join(parts)

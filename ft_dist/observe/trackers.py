@@ -1,5 +1,6 @@
 """Metrics to wandb and TensorBoard, where the config asks for them. Rank 0 only."""
 
+import secrets
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ class WandbTracker:
         import wandb
 
         id_file = config.run_dir / "wandb_run_id"
-        run_id = id_file.read_text().strip() if id_file.exists() else wandb.util.generate_id()
+        run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
         id_file.write_text(run_id)
         self.run = wandb.init(
             project=config.observe.wandb_project,
