@@ -25,6 +25,14 @@ def test_overrides_reach_any_depth_and_keep_their_type(recipe):
     assert config.engine.zero_stage == 3
 
 
+def test_off_is_a_word_and_not_a_truth_value(tmp_path):
+    path = tmp_path / "off.yaml"
+    path.write_text(yaml.safe_dump(SMALL) + "observe: {wandb: off, tensorboard: true}\n")
+    config = load_config(str(path), ["model.kernels=off", "data.packing=false"])
+    assert (config.observe.wandb, config.model.kernels) == ("off", "off")
+    assert (config.observe.tensorboard, config.data.packing) == (True, False)
+
+
 @pytest.mark.parametrize(
     "override, told",
     [
