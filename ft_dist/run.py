@@ -110,7 +110,6 @@ class Run:
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
         self.first_step = 0
-        self.committed_step = 0
         self.clock = Clock()
         self._state_after: dict[str, int] = stream.state_dict()
         self._checkpoint_stall_s = 0.0
@@ -238,7 +237,6 @@ class Run:
             "versions": versions(),
         }
         save(self.engine, self.checkpoints, step=self.step, state=state, keep=self.config.checkpoint.keep)
-        self.committed_step = self.step
         self._checkpoint_stall_s = self.clock.lap()
         self.recorder.event("saved", step=self.step, seconds=round(self._checkpoint_stall_s, 3))
 
@@ -303,7 +301,7 @@ class Run:
 
     def _resume(self, commit: Commit) -> None:
         state = load(self.engine, commit)
-        self.step = self.first_step = self.committed_step = state["step"]
+        self.step = self.first_step = state["step"]
         self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
         self._tokens_done, self._last_loss = state["tokens"], state["loss"]
         self._state_after = state["data"]
