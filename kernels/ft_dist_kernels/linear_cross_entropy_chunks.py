@@ -268,9 +268,12 @@ def _logits_into(logits_nV: Tensor, head: Head, hidden_nH: Tensor, source_nH: Te
     s_nR = None if head.lora_a is None else source_nH @ head.lora_a.to(dtype).T
     for tile in _tiles(head.weight, dtype):
         tile_nv = logits_nV[:, tile]
-        torch.mm(hidden_nH, head.weight[tile].to(dtype).T, out=tile_nv)
-        if s_nR is not None and head.lora_b is not None:
-            tile_nv.addmm_(s_nR, head.lora_b[tile].to(dtype).T, alpha=head.options.lora_scale)
+        weight_Hv = head.weight[tile].to(dtype).T
+        if s_nR is None or head.lora_b is None:
+            torch.mm(hidden_nH, weight_Hv, out=tile_nv)
+        else:  # the small term first: its rounding is small, and the sum is rounded once
+            torch.mm(s_nR, head.lora_b[tile].to(dtype).T * head.options.lora_scale, out=tile_nv)
+            tile_nv.addmm_(hidden_nH, weight_Hv)
     return s_nR
 
 
@@ -313,7 +316,9 @@ def _accumulate(
     if s_nR is not None and head.lora_a is not None and head.lora_b is not None:
         if grads.lora_b is not None:
             add_product(grads.lora_b, d_nV.T, s_nR * scale)
-        ds_nR = product(d_nV, head.lora_b.to(dtype)).mul_(scale).to(dtype)
+        ds_nR = product(d_nV, head.lora_b.to(dtype)).mul_(scale)
+        if ds_nR.device.type != "cpu":  # where a product of two dtypes does not exist
+            ds_nR = ds_nR.to(dtype)
         if grads.lora_a is not None:
             add_product(grads.lora_a, ds_nR.T, source_nH)
         if own_source and grads.lora_hidden is not None:
@@ -335,15 +340,15 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left right, where `total` is fp32 and the factors may be in half precision.
 
     A partial product rounded to half precision before it is added costs accuracy: partial sums are larger than their
-    total. cuBLAS adds into fp32 itself, a CPU without half-precision units widens tiles of the factors; the others
-    (ROCm, AMX) do round, once for each chunk.
+    total. cuBLAS adds into fp32 itself; torch has no such product on CPU, which widens tiles of the factors; ROCm does
+    round, once for each chunk.
     """
     halves = left.dtype is right.dtype and left.dtype is not torch.float32
     if not halves and right.dtype is torch.float32:
         total.addmm_(left, right)
     elif halves and total.is_cuda and torch.version.hip is None:
         torch.ops.aten.addmm.dtype_out(total, left, right, torch.float32, out=total)
-    elif halves and (total.device.type != "cpu" or _native_half(left.dtype)):
+    elif halves and total.device.type != "cpu":
         total.add_(left @ right)
     else:
         step = max(256, WIDENED_TILE_BYTES // (4 * max(min(left.shape), right.shape[1], 1)))

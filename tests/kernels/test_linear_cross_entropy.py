@@ -51,6 +51,20 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(chunks, "WIDENED_TILE_BYTES", 1)
 
 
+def by_token(**options):
+    """The outputs of every row by itself: the terms of the sums."""
+    per_row = ("hidden", "labels", "lora_hidden", "token_weights")
+
+    def terms(labels, **tensors):
+        rows = []
+        for row in range(labels.numel()):
+            one = {k: v[row : row + 1] if k in per_row else v for k, v in {**tensors, "labels": labels}.items()}
+            rows.append(linear_cross_entropy_reference(**one, **options))
+        return tuple(torch.stack(outputs) for outputs in zip(*rows, strict=True))
+
+    return terms
+
+
 OPTIONS = {
     "plain": ({}, ()),
     "smooth-z": ({"label_smoothing": 0.1, "z_loss": 1e-2}, ("token_weights",)),
@@ -71,6 +85,7 @@ def test_loss_parity(backend, dtype, name):
         inputs,
         upstream=UPSTREAM,
         frozen=("token_weights",),
+        terms=by_token(**options),
     )
 
 
@@ -83,6 +98,7 @@ def test_loss_shapes(backend, dtype, shape, ignored):
         linear_cross_entropy_reference,
         make_inputs(shape, dtype, ignored=ignored),
         upstream=UPSTREAM,
+        terms=by_token(),
     )
 
 
@@ -112,6 +128,7 @@ def test_loss_any_shape(rows, width, vocabulary, seed, smoothing, softcap):
         lambda **kw: linear_cross_entropy_reference(**kw, **options),
         make_inputs((rows, width, vocabulary), torch.float32, extras=("bias",), seed=seed),
         upstream=UPSTREAM,
+        terms=by_token(**options),
     )
 
 
@@ -141,6 +158,7 @@ def test_leading_shape_and_strides(backend):
         linear_cross_entropy_reference,
         inputs,
         upstream=UPSTREAM,
+        terms=by_token(),
     )
 
 
@@ -224,6 +242,7 @@ def test_native_half_products_stay_close(monkeypatch):
         lambda **kw: linear_cross_entropy_reference(**kw, softcap=4.0),
         make_inputs((200, 96, 301), torch.bfloat16, extras=("bias", "lora_a", "lora_b")),
         upstream=UPSTREAM,
+        terms=by_token(softcap=4.0),
     )
 
 
