@@ -82,6 +82,17 @@ class DataConfig(Section):
         default="drop", description="A sample over max_length is dropped and counted, cut at the end, or an error"
     )
     packing: bool = Field(default=True, description="Fill rows with several samples; attention never crosses them")
+    curriculum: Literal["none", "length"] = Field(
+        default="none", description="length: the rows of each window of samples go from short to long samples"
+    )
+    temperature: float = Field(
+        default=1.0, gt=0, description="Sources are seen in proportion to (weight * samples) ** (1 / temperature)"
+    )
+    shuffle_samples: Annotated[int, Field(ge=16)] = Field(
+        default=2**20,
+        description="Larger sets are shuffled in groups of 16 blocks of samples, this many in all: a cache of remote "
+        "shards has to hold about so much",
+    )
     log_samples: bool = Field(default=False, description="Write the sample ids of every step to samples.jsonl")
     cache_dir: str | None = Field(
         default=None, description="Tokenised data; None is $FT_DIST_CACHE or ~/.cache/ft_dist"

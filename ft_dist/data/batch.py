@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -112,7 +112,7 @@ class Prefetched(NamedTuple):
 
     batch: GlobalBatch
     micro_batches: list[MicroBatch]
-    state_after: dict[str, int]
+    state_after: dict[str, Any]
     """The stream's position after this batch, however far ahead the thread is: what a checkpoint stores"""
 
 

@@ -23,6 +23,7 @@ from filelock import FileLock
 
 from ft_dist.config.schema import DataConfig, SourceConfig
 from ft_dist.data.formats import Sample, read_samples
+from ft_dist.data.mixture import Source
 from ft_dist.data.sources import is_saved_dataset, local_files
 from ft_dist.data.store import INDEX, JoinedStore, StoreWriter, TokenStore
 from ft_dist.data.template import Encoded, Encoder, tokenizer_identity
@@ -74,9 +75,10 @@ class Prepared:
         return JoinedStore(self.stores)
 
     @property
-    def weighted(self) -> list[tuple[TokenStore, float]]:
+    def sources(self) -> list[Source]:
         """What `DataStream` takes."""
-        return list(zip(self.stores, self.weights, strict=True))
+        parts = zip(self.counts, self.stores, self.weights, strict=True)
+        return [Source(counts.name, store, weight) for counts, store, weight in parts]
 
     @property
     def report(self) -> dict[str, Any]:

@@ -47,6 +47,30 @@ class Lengths(ListStore):
         raise AssertionError("order needs no sample")
 
 
+class Virtual:
+    """A set too large to hold: lengths are a function of the id."""
+
+    fingerprint = "virtual"
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def lengths_of(self, ids):
+        return ids % 97 + 4
+
+    def labelled_of(self, ids):
+        return self.lengths_of(ids) // 2
+
+    def gather(self, ids):
+        raise AssertionError("order needs no sample")
+
+    def expect(self, ids):
+        assert len(ids) < 10**5
+
+
 def random_store(samples: int, longest: int, seed: int = 0) -> ListStore:
     generator = np.random.default_rng(seed)
     lengths = generator.integers(2, longest + 1, samples).tolist()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ft_dist.data.batch import IGNORED, Prefetcher, collate, deal
+from ft_dist.data.mixture import Source
 from ft_dist.data.stream import DataStream
 from tests.data.stores import ListStore, random_store
 
@@ -30,7 +31,7 @@ def test_dummy_predicts_nothing():
 @pytest.mark.parametrize("world", [1, 2, 3, 7, 8, 64])
 def test_deal_gives_every_row_once_and_every_rank_as_many_micro_batches(world, packing):
     store = random_store(100, 50)
-    stream = DataStream([(store, 1.0)], seed=1, global_rows=16, max_length=50, packing=packing)
+    stream = DataStream([Source("a", store)], seed=1, global_rows=16, max_length=50, packing=packing)
     for _ in range(8):
         batch = stream.next_batch()
         for micro_rows in (1, 2, 5):
@@ -46,7 +47,7 @@ def test_deal_gives_every_row_once_and_every_rank_as_many_micro_batches(world, p
 
 def test_deal_balances_tokens():
     store = random_store(2000, 500)
-    stream = DataStream([(store, 1.0)], seed=1, global_rows=64, max_length=500, packing=False)
+    stream = DataStream([Source("a", store)], seed=1, global_rows=64, max_length=500, packing=False)
     batch = stream.next_batch()
     tokens = [
         sum(store.lengths[sample] for rows in deal(batch, rank=rank, world=4, micro_rows=2) for (sample,) in rows)
@@ -57,7 +58,7 @@ def test_deal_balances_tokens():
 
 def test_prefetched_state_is_the_position_after_its_own_batch():
     def make() -> DataStream:
-        return DataStream([(random_store(50, 20), 1.0)], seed=3, global_rows=4, max_length=32, packing=True)
+        return DataStream([Source("a", random_store(50, 20))], seed=3, global_rows=4, max_length=32, packing=True)
 
     walked = make()
     with Prefetcher(make(), rank=1, world=2, micro_rows=1, depth=3) as prefetcher:
@@ -75,7 +76,7 @@ def test_error_on_the_thread_reaches_the_consumer():
             raise OSError("disk gone")
 
     store = Broken([([1, 2], [True, True])] * 3)
-    stream = DataStream([(store, 1.0)], seed=0, global_rows=2, max_length=8, packing=False)
+    stream = DataStream([Source("a", store)], seed=0, global_rows=2, max_length=8, packing=False)
     prefetcher = Prefetcher(stream, rank=0, world=1, micro_rows=1)
     with pytest.raises(OSError, match="disk gone"):
         next(prefetcher)
