@@ -13,6 +13,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -134,7 +135,7 @@ class DataStream:
                 at.window, at.row = at.window + 1, 0
                 if at.window == self.windows:
                     at.epoch, at.window = epoch + 1, 0
-        ids = np.array([sample for row in rows for sample in row], np.int64)
+        ids = np.fromiter(chain.from_iterable(rows), np.int64)
         at.epoch_samples += len(ids)
         progress = epoch + at.epoch_samples / self.epoch_samples
         if at.epoch > epoch:
@@ -304,7 +305,8 @@ class DataStream:
             lengths = self.store.lengths_of(ids)
             means = np.array([lengths[row].mean() for row in packed])
             order = order[np.argsort(means[order], kind="stable")]
-        return [ids[packed[row]].tolist() for row in order.tolist()]
+        listed = ids.tolist()
+        return [[listed[at] for at in packed[row]] for row in order.tolist()]
 
     def _following(self, epoch: int, window: int) -> list[npt.NDArray[np.int64]]:
         """The samples of the next windows; the next epoch's first one counts as next to the last."""
