@@ -8,6 +8,7 @@ other conversation is an error that says so. Plain text takes the tokenizer's ow
 and all of it is learnt.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -271,8 +272,8 @@ def encode_prompt(messages: Messages, tokenizer: Any) -> list[int]:
     return Encoder(tokenizer).encode_prompt(messages)
 
 
-def tokenizer_identity(tokenizer: Any) -> str:
-    """Everything of a tokenizer that decides the ids: equal text, equal tokenisation."""
+def tokenizer_identity(tokenizer: Any) -> dict[str, str]:
+    """Digests of everything of a tokenizer that decides the ids: equal digests, equal tokenisation."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         backend.no_truncation()
@@ -282,4 +283,8 @@ def tokenizer_identity(tokenizer: Any) -> str:
         core = json.dumps(sorted(tokenizer.get_vocab().items()))
     special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
     template = json.dumps(getattr(tokenizer, "chat_template", None), sort_keys=True)
-    return "\n".join((core, special, template))
+    return {"tokenizer": _digest(f"{core}\n{special}"), "chat_template": _digest(template)}
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
