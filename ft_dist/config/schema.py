@@ -60,7 +60,7 @@ class MethodConfig(Section):
 
 
 class SourceConfig(Section):
-    """One data source: a file, a folder, a glob, a hub dataset, or a set that `ft-dist prepare` wrote (folder or URL)."""
+    """One data source: a file, a folder, a glob, a hub dataset, or a prepared set (folder or URL)."""
 
     path: str
     format: DataFormat = "auto"

@@ -1,11 +1,12 @@
 """A chunk of records -> tokens, masks and what a report needs to know: the work of one worker process.
 
 A sample over `max_length` tokens follows `too_long`; plain text and ready tokens are instead split into consecutive
-blocks of `max_length` that overlap by one token, so that every token but the document's first is predicted exactly once.
+blocks of `max_length` that overlap by one token, so that every token but a document's first is predicted exactly once.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ COUNTED = tuple(f.name for f in fields(SourceCounts) if f.name not in ("name", "
 
 @dataclass(frozen=True, slots=True)
 class EncodedChunk:
-    """Samples end to end. tokens (T,) uint16 or uint32, mask (T,) bool, lengths and labelled (S,) uint32, keys (K, 4)."""
+    """Samples end to end: tokens (T,) uint16 or uint32, mask (T,), lengths and labelled (S,), keys (K, KEYS)."""
 
     tokens: npt.NDArray[Any]
     mask: npt.NDArray[np.bool_]
@@ -158,5 +159,5 @@ def _count_turns(sample: Sample, counts: SourceCounts) -> None:
     if sample.messages is None:
         return
     roles = [message["role"] for message in sample.messages]
-    counts.roles_repeated += any(a == b != "tool" for a, b in zip(roles, roles[1:], strict=False))
+    counts.roles_repeated += any(a == b != "tool" for a, b in pairwise(roles))
     counts.unanswered += roles[-1] != "assistant"

@@ -33,12 +33,14 @@ def content_of(source: SourceConfig, cache: Path) -> list[str]:
             return [source.path, source.name or "", source.split, hub_revision(source)]
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         return [source.split, *_digests(files, cache)]
-    pairs = [[file.with_suffix(MEGATRON_SUFFIX), file.with_suffix(".bin")] if _is_half(file) else [file] for file in files]
-    return _digests([file for pair in pairs for file in pair if file.is_file()], cache)
+    return _digests([part for file in files for part in _halves(file) if part.is_file()], cache)
 
 
-def _is_half(file: Path) -> bool:
-    return file.suffix.lower() in (MEGATRON_SUFFIX, ".bin")
+def _halves(file: Path) -> list[Path]:
+    """A Megatron set is two files of one name."""
+    if file.suffix.lower() in (MEGATRON_SUFFIX, ".bin"):
+        return [file.with_suffix(MEGATRON_SUFFIX), file.with_suffix(".bin")]
+    return [file]
 
 
 def _digests(files: list[Path], cache: Path) -> list[str]:

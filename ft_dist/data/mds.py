@@ -3,7 +3,7 @@
 `index.json` lists the shards with their columns (names, encodings, fixed sizes) and files; a shard may be compressed
 whole (`zip_data`). A shard is: uint32 samples; uint32 offsets, samples + 1, from the start of the file; a JSON copy of
 its header; the samples. A sample is: uint32 sizes of its variable columns, then all columns end to end.
-Source: github.com/mosaicml/streaming, docs/source/preparing_datasets/dataset_format.md and base/format/mds/encodings.py.
+Source: github.com/mosaicml/streaming, docs/source/preparing_datasets/dataset_format.md, base/format/mds/encodings.py.
 """
 
 import gzip
@@ -69,7 +69,7 @@ def _unpack(path: Path, compression: str) -> bytes:
         raise DataError(f"{path}: zstd data needs a package. Run: pip install zstandard.") from None
     except Exception as error:  # each library raises kinds of its own for damaged data
         raise DataError(f"{path}: damaged {algorithm} data ({error}). Fetch it again.") from None
-    raise DataError(f"{path}: compression {compression!r} is not read here (zstd, gz, none). Write it with one of them.")
+    raise DataError(f"{path}: compression {compression!r} is not read here. Write it with zstd, gz or none.")
 
 
 def _samples(content: Any, shard: dict[str, Any], name: str) -> Iterator[Record]:

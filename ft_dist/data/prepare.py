@@ -31,7 +31,7 @@ from ft_dist.data.store import INDEX, JoinedStore, TokenStore, files_of
 from ft_dist.data.template import tokenizer_identity
 from ft_dist.data.text_files import RawRecord, Record
 from ft_dist.data.workers import available_cores, ordered_map
-from ft_dist.errors import DataError
+from ft_dist.errors import DataError, UserError
 from ft_dist.storage import Storage, open_storage
 
 ENCODING_VERSION = 2
@@ -200,7 +200,12 @@ def _find_or_build(place: str, fingerprint: str, job: _Job, *, rebuild: bool) ->
         )
     if storage.local is not None and (storage.local / INDEX).exists():  # damaged
         shutil.rmtree(storage.local)
-    _build(storage, fingerprint, job)
+    try:
+        _build(storage, fingerprint, job)
+    except UserError:
+        if rebuild and storage.local is not None:  # mended data have another fingerprint: nobody would go on with this
+            shutil.rmtree(storage.local, ignore_errors=True)
+        raise
     return False
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ft_dist.data.chunk import EncodedChunk, SourceCounts
-from ft_dist.data.sketch import BUCKETS
+from ft_dist.data.sketch import BUCKETS, KEYS
 from ft_dist.data.store import INDEX, LENGTHS, VERSION, checksum_of, map_safetensors
 from ft_dist.errors import DataError
 from ft_dist.storage import Storage
@@ -33,7 +33,7 @@ PROGRESS = "progress.json"
 _PARTS: dict[str, tuple[str, Any, tuple[int, ...]]] = {
     "lengths": ("U32", np.uint32, ()),
     "labelled": ("U32", np.uint32, ()),
-    "keys": ("U64", np.uint64, (4,)),
+    "keys": ("U64", np.uint64, (KEYS,)),
     "signatures": ("U32", np.uint32, (BUCKETS,)),
 }
 
@@ -74,10 +74,22 @@ class ShardWriter:
             self._flush()
 
     def parts(self, name: str) -> Iterator[npt.NDArray[Any]]:
-        """One array of every finished shard in order: lengths, labelled, keys or signatures."""
+        """One array of every finished shard in order: lengths, labelled, keys (n, KEYS) or signatures (n, BUCKETS)."""
         with tempfile.TemporaryDirectory(prefix="ft_dist-") as folder:
             for number in range(len(self._parts)):
-                yield map_safetensors(self._part(number, Path(folder)), [name])[name]
+                flat = map_safetensors(self._local(_part_name(number), Path(folder)), [name])[name]
+                yield flat.reshape(-1, *_PARTS[name][2])
+
+    def first_samples(self, count: int) -> list[tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]]:
+        """(tokens, mask) of `count` samples spread over the first shard."""
+        with tempfile.TemporaryDirectory(prefix="ft_dist-") as folder:
+            path = self._local(self._shards[0]["file"], Path(folder))
+            shard = map_safetensors(path, ["tokens", "mask", "offsets"])
+            mask = np.unpackbits(shard["mask"], count=len(shard["tokens"])).astype(np.bool_)
+            last = len(shard["offsets"]) - 2
+            chosen = dict.fromkeys(last * number // max(1, count - 1) for number in range(count))
+            ranges = [slice(*shard["offsets"][number : number + 2].tolist()) for number in chosen]
+            return [(shard["tokens"][one].copy(), mask[one]) for one in ranges]
 
     def commit(self, report: dict[str, Any]) -> None:
         """Write the sidecars and report, then the index, and remove what only an unfinished set needs."""
@@ -160,11 +172,10 @@ class ShardWriter:
         checksum = hashlib.blake2b(content, digest_size=16).hexdigest()
         return {"file": name, "bytes": len(content), "checksum": checksum}
 
-    def _part(self, number: int, scratch: Path) -> Path:
-        name = _part_name(number)
+    def _local(self, name: str, scratch: Path) -> Path:
         if self.storage.local is not None:
             return self.storage.local / name
-        path = scratch / "part"
+        path = scratch / "fetched"
         path.unlink(missing_ok=True)
         self.storage.fetch(name, path)
         return path

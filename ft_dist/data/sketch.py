@@ -16,6 +16,9 @@ import xxhash
 
 from ft_dist.data.formats import Sample
 
+WHOLE, PROMPT, ANSWER, RECORD = range(4)
+"""Columns of the keys"""
+KEYS = 4
 BUCKETS = 64
 SHINGLE_BYTES = 8
 MIN_SHINGLES = 100
@@ -28,12 +31,12 @@ Signatures = npt.NDArray[np.uint32]
 
 
 def sketch(samples: Sequence[Sample], numbers: Sequence[int], *, signatures: bool) -> tuple[Keys, Signatures]:
-    """(n, 4) uint64: hashes of whole, prompt and answer, then the record's number; (n or 0, BUCKETS) uint32.
+    """(n, KEYS) uint64: hashes of whole, prompt and answer, then the record's number; (n or 0, BUCKETS) uint32.
 
     The answer is the last assistant turn, the prompt all before it; plain text and tokens have the prompt key 0. A
     text with fewer than MIN_SHINGLES shingles gets a signature of EMPTY buckets.
     """
-    keys = np.zeros((len(samples), 4), np.uint64)
+    keys = np.zeros((len(samples), KEYS), np.uint64)
     wholes = []
     for row, (sample, number) in enumerate(zip(samples, numbers, strict=True)):
         prompt, answer, compared = _texts(sample)

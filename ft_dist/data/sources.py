@@ -18,7 +18,6 @@ from ft_dist.config.schema import SourceConfig
 from ft_dist.data.text_files import RawRecord, Record, read_csv, read_json, read_jsonl, read_text
 from ft_dist.errors import DataError
 
-
 TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
 TABLE_SUFFIXES = (".parquet", ".arrow")
 MEGATRON_SUFFIX = ".idx"
@@ -134,21 +133,17 @@ def may_be_hub_id(path: str) -> bool:
     name = path.removeprefix("hf://datasets/").removeprefix("hf://")
     parent = Path(path).parent
     looks_local = (
-        _suffix(Path(name)) in SUFFIXES
+        suffix_of(Path(name)) in SUFFIXES
         or name.startswith(".")
         or (str(parent) != "." and parent.is_dir())  # a slip in a local path, not a hub owner
     )
     return bool(_HUB_ID.fullmatch(name)) and not looks_local
 
 
-def is_table(file: Path) -> bool:
-    return _suffix(file) in TABLE_SUFFIXES
-
-
 def _folder_files(folder: Path, split: str) -> list[Path]:
     """Every data file below a folder; where names tell splits apart, those of `split` only, so that none leaks."""
     found = [file for file in sorted(folder.rglob("*")) if file.is_file() and not _hidden(file, folder)]
-    found = [file for file in found if _suffix(file) in SUFFIXES]
+    found = [file for file in found if suffix_of(file) in SUFFIXES]
     if not found:
         known = " ".join(SUFFIXES)
         raise DataError(f"{folder}: the folder holds no data file ({known}, also with .gz). Point data.*.path at one.")
@@ -172,13 +167,13 @@ def _split_of(file: Path, folder: Path) -> str | None:
     return next((name for name, aliases in _SPLITS.items() if words.intersection(aliases)), None)
 
 
-def _suffix(file: Path) -> str:
+def suffix_of(file: Path) -> str:
     name = file.name.lower().removesuffix(".gz")
     return name[name.rfind(".") :] if "." in name else ""
 
 
 def _reader(file: Path) -> Callable[[Path], Iterator[Record | RawRecord]]:
-    suffix = _suffix(file)
+    suffix = suffix_of(file)
     if suffix in TABLE_SUFFIXES:
         return _read_table
     if suffix in (MEGATRON_SUFFIX, ".bin"):

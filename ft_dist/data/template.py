@@ -23,7 +23,6 @@ from ft_dist.data.formats import Sample
 from ft_dist.data.spans import Messages, Render, Skeleton, Spans, TurnMarks, find_marks, find_spans, make_skeleton
 from ft_dist.errors import DataError, ModelError
 
-
 DATE = datetime(2024, 7, 26)
 """Today, for templates that print the date: prepared data must be the same tomorrow. Llama 3.1's own default."""
 

@@ -45,7 +45,6 @@ def ordered_map(function: Callable[..., Any], jobs: Iterator[tuple[Any, ...]], *
     try:
         for _ in range(workers):
             ours, theirs = context.Pipe()
-            # no daemon: these would be refused where our own process is one
             process = context.Process(target=_work, args=(theirs, payload), name="tokenise")
             process.start()
             theirs.close()
@@ -62,12 +61,10 @@ def ordered_map(function: Callable[..., Any], jobs: Iterator[tuple[Any, ...]], *
 
 def _deal(jobs: Iterator[tuple[Any, ...]], pipes: list[Connection]) -> Iterator[Any]:
     waiting: deque[Connection] = deque()
-    turn = 0
-    for job in jobs:
+    for turn, job in enumerate(jobs):
         if len(waiting) == AHEAD * len(pipes):
             yield _receive(waiting.popleft())
         pipe = pipes[turn % len(pipes)]
-        turn += 1
         try:
             pipe.send(job)
         except OSError:
@@ -91,8 +88,8 @@ def _receive(pipe: Connection) -> Any:
 
 def _died() -> RuntimeError:
     return RuntimeError(
-        "a tokenising process died, most likely for want of memory. Run again with fewer (ft-dist prepare --workers N): "
-        "it goes on where it stopped."
+        "a tokenising process died, most likely for want of memory. Run ft-dist prepare with fewer --workers: it goes "
+        "on where it stopped."
     )
 
 
