@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
-DataFormat = Literal["auto", "chat", "prompt_completion", "alpaca", "sharegpt", "text"]
+DataFormat = Literal["auto", "chat", "prompt_completion", "alpaca", "sharegpt", "text", "tokens"]
 
 
 class Section(BaseModel):
@@ -60,7 +60,7 @@ class MethodConfig(Section):
 
 
 class SourceConfig(Section):
-    """One data source: a file, a folder, a glob or a hub dataset."""
+    """One data source: a file, a folder, a glob, a hub dataset, or a prepared set (folder or URL)."""
 
     path: str
     format: DataFormat = "auto"
