@@ -19,7 +19,9 @@ from ft_dist.checkpoint.format import Commit, verify
 from ft_dist.checkpoint.load import load, newest_intact
 from ft_dist.checkpoint.save import save
 from ft_dist.config import RunConfig
-from ft_dist.data.batch import Prefetched, Prefetcher
+from ft_dist.data.batch import BatchStream, Prefetched, Prefetcher
+from ft_dist.data.live import LiveStream
+from ft_dist.data.prepare import Prepared
 from ft_dist.data.report import prepare_data, report_lines
 from ft_dist.data.stream import DataStream
 from ft_dist.distributed import World, barrier, join_world, leave_world
@@ -67,20 +69,28 @@ def prepare_run(config: RunConfig) -> "Run":
     log_file = log_rank_output(config, rank=rank)
     world = join_world(timeout_s=config.engine.timeout_s)
     engine = build_engine(config, world, folder=folder, tokenizer=tokenizer)
-    stream = DataStream(
-        train_set.sources,
-        seed=config.seed,
-        global_rows=config.batch.global_rows,
-        max_length=config.data.max_length,
-        packing=config.data.packing,
-        temperature=config.data.temperature,
-        shuffle_samples=config.data.shuffle_samples,
-        curriculum=config.data.curriculum,
-    )
+    stream = open_stream(config, tokenizer, train_set)
     run = Run(config, world, engine, stream, tokenizer=tokenizer, held_out=held_out)
     run.log_file = log_file
     run.start(facts=[*facts, *notes, *report_lines(report)], data_report=report)
     return run
+
+
+def open_stream(config: RunConfig, tokenizer: Any, train_set: Prepared) -> BatchStream:
+    """Global batches of the prepared sets, or of the live source."""
+    data, rows = config.data, config.batch.global_rows
+    if data.live:
+        return LiveStream(data.live, tokenizer, data=data, seed=config.seed, global_rows=rows)
+    return DataStream(
+        train_set.sources,
+        seed=config.seed,
+        global_rows=rows,
+        max_length=data.max_length,
+        packing=data.packing,
+        temperature=data.temperature,
+        shuffle_samples=data.shuffle_samples,
+        curriculum=data.curriculum,
+    )
 
 
 class Run:
@@ -91,7 +101,7 @@ class Run:
         config: RunConfig,
         world: World,
         engine: Engine,
-        stream: DataStream,
+        stream: BatchStream,
         *,
         tokenizer: Any,
         held_out: HeldOut | None,
@@ -304,6 +314,7 @@ class Run:
 
     def _sources(self) -> list[dict[str, Any]]:
         """Which sample ids are whose."""
+        assert isinstance(self.stream, DataStream), "only a mixture changes"
         starts = self.stream.store.starts.tolist()
         return [
             {"path": source.name, "first_id": first, "samples": len(source.store), "weight": source.weight}

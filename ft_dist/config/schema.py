@@ -65,6 +65,11 @@ class SourceConfig(Section):
     path: str
     format: DataFormat = "auto"
     weight: float = Field(default=1.0, gt=0, description="Times that each sample is seen in an epoch, on average")
+    live: bool = Field(
+        default=False,
+        description="Tokenise while training reads, without preparing: for streams too large to keep. The only source "
+        "of data.train then, in its own order, shuffled within windows; needs optim.max_steps",
+    )
     columns: dict[str, str] = Field(
         default_factory=dict, description="Our field name -> the column's name, for example {prompt: text}"
     )
@@ -107,6 +112,19 @@ class DataConfig(Section):
         if isinstance(value, list):
             return [{"path": item} if isinstance(item, str) else item for item in value]
         return value
+
+    @model_validator(mode="after")
+    def _live_stands_alone(self) -> "DataConfig":
+        if any(source.live for source in self.train) and len(self.train) > 1:
+            raise ValueError("a live source has to be the only one of data.train; prepare the others with it instead")
+        if any(source.live for source in self.eval):
+            raise ValueError("a source of data.eval cannot be live: the same samples are scored again and again")
+        return self
+
+    @property
+    def live(self) -> SourceConfig | None:
+        """The live source, if data.train is one."""
+        return self.train[0] if self.train[0].live else None
 
 
 class BatchConfig(Section):
@@ -202,6 +220,12 @@ class RunConfig(Section):
     observe: ObserveConfig = Field(default_factory=ObserveConfig)
     output_dir: str
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    @model_validator(mode="after")
+    def _live_needs_an_end(self) -> "RunConfig":
+        if self.data.live and not self.optim.max_steps:
+            raise ValueError("a live source of data.train has no known length: set optim.max_steps")
+        return self
 
     @property
     def run_dir(self) -> Path:

@@ -9,13 +9,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from ft_dist.data.store import SampleStore, end_to_end
-from ft_dist.data.stream import DataStream, GlobalBatch, Row
+from ft_dist.data.stream import GlobalBatch, Row
 
 IGNORED = -100
 """Label of a token that predicts nothing (the default of torch's cross entropy)"""
@@ -116,6 +116,25 @@ class Prefetched(NamedTuple):
     """The stream's position after this batch, however far ahead the thread is: what a checkpoint stores"""
 
 
+class BatchStream(Protocol):
+    """What the loop reads from: a `DataStream`, or a `LiveStream`."""
+
+    store: Any
+    """The `SampleStore` that the last batch's rows name samples of"""
+
+    def next_batch(self) -> GlobalBatch: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> list[str]: ...
+
+    def total_steps(self, epochs: int, *, at_most: int | None = None) -> int: ...
+
+    def counts_exactly(self, epochs: int) -> bool: ...
+
+    def close(self) -> None: ...
+
+
 class Prefetcher:
     """Iterates over `Prefetched`, at most `depth` batches ahead; `close` (or the end of `with`) stops the thread.
 
@@ -124,7 +143,7 @@ class Prefetcher:
 
     def __init__(
         self,
-        stream: DataStream,
+        stream: BatchStream,
         *,
         rank: int,
         world: int,
@@ -168,6 +187,7 @@ class Prefetcher:
                 self._ready.get_nowait()  # the thread may wait for room
             except queue.Empty:
                 self._thread.join(timeout=0.01)
+        self._stream.close()
 
     def _run(self) -> None:
         try:

@@ -44,7 +44,7 @@ def prepare_data(
             workers=workers,
             tell=progress_printer(say),
         )
-        for kind, sources in (("train", config.data.train), ("eval", config.data.eval))
+        for kind, sources in (("train", [] if config.data.live else config.data.train), ("eval", config.data.eval))
     )
     return train, held_out, data_report(config, train, held_out)
 
@@ -67,8 +67,9 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     lines = []
     for kind in ("train", "eval"):
         lines += [f"{kind} {source['path']}: {_totals(source)}" for source in report[kind]["sources"]]
-    steps, epochs = report["estimated_steps"], report["recommended_epochs"]
-    lines.append(f"about {steps:,} steps; for this many samples {epochs} epochs are a good start")
+    if report["train"]["sources"]:
+        steps, epochs = report["estimated_steps"], report["recommended_epochs"]
+        lines.append(f"about {steps:,} steps; for this many samples {epochs} epochs are a good start")
     lines += [f"note: {note}" for note in report["notes"]]
     return [*lines, *(f"warning: {warning}" for warning in report["warnings"])]
 

@@ -163,7 +163,7 @@ class TokenStore:
         """
         lengths = self.lengths_of(ids)
         shard_of = np.searchsorted(self._starts, ids, side="right") - 1
-        return _gather_parts(
+        return gather_parts(
             shard_of, lengths, lambda number, mine: self._gather_shard(number, ids[mine], lengths[mine])
         )
 
@@ -233,7 +233,7 @@ class JoinedStore:
 
     def gather(self, ids: Int64Array) -> tuple[Int64Array, BoolArray, Int64Array]:
         store_of = np.searchsorted(self.starts, ids, side="right") - 1
-        return _gather_parts(
+        return gather_parts(
             store_of,
             self.lengths_of(ids),
             lambda number, mine: self.stores[number].gather(ids[mine] - self.starts[number])[:2],
@@ -260,7 +260,7 @@ def end_to_end(starts: Int64Array, lengths: Int64Array) -> Int64Array:
     return np.repeat(starts - ends + lengths, lengths) + np.arange(ends[-1] if len(ends) else 0)
 
 
-def _gather_parts(
+def gather_parts(
     part_of: Int64Array, lengths: Int64Array, gather: Callable[[int, Int64Array], tuple[Int64Array, BoolArray]]
 ) -> tuple[Int64Array, BoolArray, Int64Array]:
     """Samples that lie in several parts, in the order asked for; `gather(part, places of its samples)` reads one."""

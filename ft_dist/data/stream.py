@@ -22,6 +22,7 @@ import numpy.typing as npt
 from ft_dist.data.mixture import Mixture, Source
 from ft_dist.data.order import Permutation
 from ft_dist.data.packing import DEFAULT_WINDOW, pack_window
+from ft_dist.data.store import SampleStore
 from ft_dist.errors import DataError
 
 COUNTED_WINDOWS = 64
@@ -94,11 +95,11 @@ class DataStream:
         self.store = self.mixture.store
         self.seed = seed
         self.global_rows = global_rows
-        self.max_length = max_length
         self.packing = packing
+        self._cut: dict[str, Any] = {"max_length": max_length, "packing": packing}
         self.by_length = curriculum == "length"
         packed_to = max_length if packing else 0
-        self._rules = _digest(seed, packed_to, self.by_length, shuffle_samples, window)
+        self._rules = digest(seed, packed_to, self.by_length, shuffle_samples, window)
         self._position = _Position()
         self._draws = [0] * len(sources)
         """Samples of each source before the mixture began"""
@@ -145,19 +146,7 @@ class DataStream:
         source_of = np.searchsorted(self.store.starts, ids, side="right") - 1
         counts = np.bincount(source_of, minlength=len(self._drawn)).tolist()
         self._drawn = [drawn + count for drawn, count in zip(self._drawn, counts, strict=True)]
-        lengths = self.store.lengths_of(ids)
-        ends = np.cumsum([len(row) for row in rows])
-        row_tokens = np.add.reduceat(lengths, np.concatenate([[0], ends[:-1]]))
-        return GlobalBatch(
-            index=at.batches - 1,
-            epoch=epoch,
-            progress=progress,
-            rows=rows,
-            row_tokens=row_tokens.tolist(),
-            samples=len(ids),
-            labelled_tokens=int(self.store.labelled_of(ids).sum()),
-            real_tokens=int(lengths.sum()),
-        )
+        return global_batch(self.store, rows, index=at.batches - 1, epoch=epoch, progress=progress)
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last batch: a few integers, and for each source its name and three more."""
@@ -202,6 +191,9 @@ class DataStream:
         begun |= {"first_epoch": position["epoch"], "first_batch": position["batches"]}
         self._position = _Position(**{**position, **begun})
         return changes
+
+    def close(self) -> None:
+        """Nothing runs beside the stream."""
 
     def steps_in_epoch(self, epoch: int) -> int:
         """Batches of an epoch, exact; packs all of its windows once."""
@@ -277,7 +269,9 @@ class DataStream:
 
     def _count_rows(self, epoch: int, window: int) -> int:
         if (epoch, window) not in self._row_counts:
-            self._row_counts[epoch, window] = len(self._pack(self._window_ids(epoch, window)))
+            self._row_counts[epoch, window] = len(
+                pack_rows(self.store.lengths_of(self._window_ids(epoch, window)), **self._cut)
+            )
         return self._row_counts[epoch, window]
 
     def _window_ids(self, epoch: int, window: int) -> npt.NDArray[np.int64]:
@@ -285,28 +279,14 @@ class DataStream:
         draws = [before + passed * taken for before, taken in zip(self._draws, self.mixture.taken, strict=True)]
         return self.mixture.window_ids(epoch, window, draws)
 
-    def _pack(self, ids: npt.NDArray[np.int64]) -> list[list[int]]:
-        """Rows of indices into `ids`."""
-        lengths = self.store.lengths_of(ids)
-        if lengths.max() > self.max_length:
-            raise DataError(
-                f"a sample has {lengths.max()} tokens, but data.max_length={self.max_length}. Prepare the data again."
-            )
-        return pack_window(lengths, self.max_length) if self.packing else [[at] for at in range(len(ids))]
-
     def _window_rows(self, epoch: int, window: int) -> list[Row]:
         """The rows of a window in the order they are dealt."""
         ids = self._ids_of(epoch, window)
         self.store.expect(np.concatenate([ids, *self._following(epoch, window)]))
-        packed = self._pack(ids)
-        # packing begins with the longest samples; unshuffled, the first batches of a window would hold them all
-        order = Permutation(len(packed), (self.seed, "rows", epoch, window)).take(0, len(packed))
-        if self.by_length:
-            lengths = self.store.lengths_of(ids)
-            means = np.array([lengths[row].mean() for row in packed])
-            order = order[np.argsort(means[order], kind="stable")]
+        key = (self.seed, "rows", epoch, window)
+        rows = rows_of_window(self.store.lengths_of(ids), key=key, by_length=self.by_length, **self._cut)
         listed = ids.tolist()
-        return [[listed[at] for at in packed[row]] for row in order.tolist()]
+        return [[listed[at] for at in row] for row in rows]
 
     def _following(self, epoch: int, window: int) -> list[npt.NDArray[np.int64]]:
         """The samples of the next windows; the next epoch's first one counts as next to the last."""
@@ -316,9 +296,53 @@ class DataStream:
         ]
 
 
+def global_batch(store: SampleStore, rows: list[Row], *, index: int, epoch: int, progress: float) -> GlobalBatch:
+    """Rows with their counts."""
+    ids = np.fromiter(chain.from_iterable(rows), np.int64)
+    lengths = store.lengths_of(ids)
+    ends = np.cumsum([len(row) for row in rows])
+    row_tokens = np.add.reduceat(lengths, np.concatenate([[0], ends[:-1]]))
+    return GlobalBatch(
+        index=index,
+        epoch=epoch,
+        progress=progress,
+        rows=rows,
+        row_tokens=row_tokens.tolist(),
+        samples=len(ids),
+        labelled_tokens=int(store.labelled_of(ids).sum()),
+        real_tokens=int(lengths.sum()),
+    )
+
+
+def rows_of_window(
+    lengths: npt.NDArray[np.int64], *, max_length: int, packing: bool, by_length: bool, key: tuple[int | str, ...]
+) -> list[list[int]]:
+    """Rows of indices into `lengths` in the order they are dealt: shuffled by the key, or from short to long samples.
+
+    Raises DataError where a sample is longer than `max_length`.
+    """
+    packed = pack_rows(lengths, max_length=max_length, packing=packing)
+    # packing begins with the longest samples; unshuffled, the first batches of a window would hold them all
+    order = Permutation(len(packed), key).take(0, len(packed))
+    if by_length:
+        means = np.array([lengths[row].mean() for row in packed])
+        order = order[np.argsort(means[order], kind="stable")]
+    return [packed[row] for row in order.tolist()]
+
+
+def pack_rows(lengths: npt.NDArray[np.int64], *, max_length: int, packing: bool) -> list[list[int]]:
+    """Rows of indices into `lengths`, in no order to train in. Raises DataError as `rows_of_window` does."""
+    if lengths.max() > max_length:
+        raise DataError(
+            f"a sample has {lengths.max()} tokens, but data.max_length={max_length}. Prepare the data again."
+        )
+    return pack_window(lengths, max_length) if packing else [[at] for at in range(len(lengths))]
+
+
 def _at_most(steps: int, limit: int | None) -> int:
     return steps if limit is None else min(steps, limit)
 
 
-def _digest(*parts: object) -> int:
+def digest(*parts: object) -> int:
+    """48 bits of what the arguments print as."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=6).digest(), "little")

@@ -55,7 +55,7 @@ def ordered_map(function: Callable[..., Any], jobs: Iterator[tuple[Any, ...]], *
         for pipe in pipes:
             pipe.close()
         for process in processes:
-            process.terminate()
+            process.kill()
             process.join()
 
 
@@ -94,7 +94,9 @@ def _died() -> RuntimeError:
 
 
 def _work(pipe: Connection, payload: bytes) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends us
+    # what stops a job reaches its whole process group: the parent decides what becomes of us
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     # read once when the tokenizer is first used: a process a core, not cores times cores
     os.environ.update({"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"})
     jobs: queue.Queue[tuple[Any, ...] | None] = queue.Queue()
