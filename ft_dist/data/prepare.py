@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -49,7 +50,7 @@ class Progress(NamedTuple):
     records: int
     tokens: int
     share: float | None
-    """Of the current source's bytes that are read; None where they cannot be counted"""
+    """Of the current source's bytes that is done; None where it cannot be counted"""
 
 
 Tell = Callable[[Progress], None]
@@ -215,7 +216,8 @@ def _finished(storage: Storage) -> str | None:
         return None
     try:
         index = json.loads(storage.read_bytes(INDEX))
-        whole = all(storage.exists(e["file"]) and storage.size(e["file"]) == e["bytes"] for e in files_of(index))
+        sizes = {entry["file"]: entry["bytes"] for entry in (*files_of(index), index["sketches"])}
+        whole = all(storage.exists(file) and storage.size(file) == size for file, size in sizes.items())
         return str(index["fingerprint"]) if whole and storage.exists(REPORT) else ""
     except (ValueError, KeyError, TypeError, DataError):
         return ""
@@ -234,7 +236,7 @@ def _build(storage: Storage, fingerprint: str, job: _Job) -> None:
     with closing(_encoded(encoder, jobs, job.workers)) as chunks:
         for chunk in chunks:
             writer.add(chunk)
-            job.tell(Progress(writer.counts.records, writer.counts.tokens, reading.share))
+            job.tell(Progress(writer.counts.records, writer.counts.tokens, reading.share_done()))
     writer.flush_rest()
     _check_usable(writer.counts, job)
     report = {"counts": asdict(writer.counts), **source_report(writer, job.tokenizer)}
@@ -242,37 +244,39 @@ def _build(storage: Storage, fingerprint: str, job: _Job) -> None:
 
 
 class _Reading:
-    """Cuts records into jobs for a `ChunkEncoder` and counts what is read."""
+    """Cuts records into jobs for a `ChunkEncoder` and knows how much of the input those that are done are."""
 
     def __init__(self, raws: Iterator[Raw], total_bytes: int | None) -> None:
         self._raws = raws
         self._total = total_bytes
-        self._read = 0
+        self._done = 0
+        self._sizes: deque[int] = deque()
 
-    @property
-    def share(self) -> float | None:
-        return min(1.0, self._read / self._total) if self._total else None
+    def share_done(self) -> float | None:
+        """Called once a job that is done, in their order."""
+        self._done += self._sizes.popleft()
+        return min(1.0, self._done / self._total) if self._total else None
 
     def jobs(self, *, skip: int) -> Iterator[tuple[int, list[Raw], bool]]:
         """(number of the first record from 1, records, whether to sign them); the same cuts wherever it starts."""
         for raw in islice(self._raws, skip):
-            self._read += _size(raw)
+            self._done += _size(raw)
         number, chunk, size = skip + 1, [], 0
         for raw in self._raws:
             chunk.append(raw)
             size += _size(raw)
             if len(chunk) == CHUNK_RECORDS or size >= CHUNK_CHARACTERS:
-                self._read += size
+                self._sizes.append(size)
                 yield number, chunk, number <= NEAR_SAMPLES
                 number, chunk, size = number + len(chunk), [], 0
-        self._read += size
         if chunk:
+            self._sizes.append(size)
             yield number, chunk, number <= NEAR_SAMPLES
 
 
 def _encoded(
     encoder: ChunkEncoder, jobs: Iterator[tuple[int, list[Raw], bool]], workers: int | None
-) -> Iterator[EncodedChunk]:
+) -> Generator[EncodedChunk, None, None]:
     """Encoded chunks in order, by this process first or only, by `workers` where there is enough to do."""
     count = available_cores() if workers is None else workers
     # code of a model's own repository cannot be sent to another process

@@ -100,7 +100,7 @@ def files_of(index: dict[str, Any]) -> list[dict[str, Any]]:
     """The entries {file, bytes, checksum, ...} of a set. Raises DataError where the set is of another version."""
     if index["version"] != VERSION:
         raise DataError(f"token set of version {index['version']}, this is {VERSION}. Delete it and prepare again.")
-    return [index["lengths"], index["sketches"], *index["shards"]]
+    return [index["lengths"], *index["shards"]]
 
 
 class TokenStore:
