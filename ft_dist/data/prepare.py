@@ -23,7 +23,8 @@ from filelock import FileLock
 
 from ft_dist.config.schema import DataConfig, SourceConfig
 from ft_dist.data.formats import Sample, read_samples
-from ft_dist.data.sources import is_saved_dataset, local_files
+from ft_dist.data.shard_cache import open_store
+from ft_dist.data.sources import is_remote_set, is_saved_dataset, local_files
 from ft_dist.data.store import INDEX, JoinedStore, StoreWriter, TokenStore
 from ft_dist.data.template import Encoded, Encoder, tokenizer_identity
 from ft_dist.errors import DataError
@@ -68,6 +69,12 @@ class Prepared:
     reused: list[bool]
     """Whether each was found in the cache"""
 
+    def add(self, store: TokenStore, source: SourceConfig, *, reused: bool) -> None:
+        self.stores.append(store)
+        self.weights.append(source.weight)
+        self.counts.append(SourceCounts(**{**store.index["report"], "name": source.path}))
+        self.reused.append(reused)
+
     @property
     def store(self) -> JoinedStore:
         """All sources as one."""
@@ -106,14 +113,21 @@ def prepare(
     folder = cache_folder(data)
     prepared = Prepared([], [], [], [])
     for source in sources:
+        if is_remote_set(source.path):
+            store = open_store(
+                source.path,
+                cache=folder / "remote",
+                cache_bytes=data.cache_bytes,
+                wait_s=data.remote_wait_s,
+                tell=lambda line: print(f"note: {line}", flush=True),
+            )
+            prepared.add(store, source, reused=True)
+            continue
         fingerprint = _fingerprint(source, identity, data)
         done_before = (sum(counts.records for counts in prepared.counts), sum(c.tokens for c in prepared.counts))
         step = None if progress is None else _shifted(progress, *done_before)
         store, reused = _find_or_build(folder / fingerprint, source, tokenizer, data, model_path, step)
-        prepared.stores.append(store)
-        prepared.weights.append(source.weight)
-        prepared.counts.append(SourceCounts(**{**store.index["report"], "name": source.path}))
-        prepared.reused.append(reused)
+        prepared.add(store, source, reused=reused)
     return prepared
 
 

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, cast
 
 from ft_dist.config.schema import SourceConfig
 from ft_dist.errors import DataError
+from ft_dist.storage import is_url
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,11 @@ def may_be_hub_id(path: str) -> bool:
         or (str(parent) != "." and parent.is_dir())  # a slip in a local path, not a hub owner
     )
     return bool(_HUB_ID.fullmatch(name)) and not looks_local
+
+
+def is_remote_set(path: str) -> bool:
+    """Whether a source's path is the URL of a prepared set; records are read from files here and from the hub."""
+    return is_url(path) and not may_be_hub_id(path)
 
 
 def is_table(file: Path) -> bool:
