@@ -20,8 +20,7 @@ from ft_dist.checkpoint.load import load, newest_intact
 from ft_dist.checkpoint.save import save
 from ft_dist.config import RunConfig
 from ft_dist.data.batch import Prefetched, Prefetcher
-from ft_dist.data.prepare import prepare
-from ft_dist.data.report import progress_printer, report_lines
+from ft_dist.data.report import prepare_data, report_lines
 from ft_dist.data.stream import DataStream
 from ft_dist.distributed import World, barrier, join_world, leave_world
 from ft_dist.engine.build import build_engine
@@ -62,10 +61,8 @@ def prepare_run(config: RunConfig) -> "Run":
         revision=config.model.revision,
     )
     say = Console(enabled=rank == 0).say
-    train_set = prepare(
-        config.data.train, tokenizer, data=config.data, model_path=config.model.path, progress=progress_printer(say)
-    )
-    held_out = HeldOut.prepare(config, tokenizer) if config.data.eval else None
+    train_set, eval_set, report = prepare_data(config, tokenizer, say=say)
+    held_out = HeldOut.prepare(config, tokenizer, eval_set.store) if config.data.eval else None
     # nothing is written below output_dir before all that one process can find wrong has been told
     log_file = log_rank_output(config, rank=rank)
     world = join_world(timeout_s=config.collective_timeout_s)
@@ -79,7 +76,7 @@ def prepare_run(config: RunConfig) -> "Run":
     )
     run = Run(config, world, engine, stream, tokenizer=tokenizer, held_out=held_out)
     run.log_file = log_file
-    run.start(facts=[*facts, *notes, *report_lines(train_set, "train")])
+    run.start(facts=[*facts, *notes, *report_lines(report)], data_report=report)
     return run
 
 
@@ -124,7 +121,8 @@ class Run:
     def checkpoints(self) -> Path:
         return self.config.run_dir / "checkpoints"
 
-    def start(self, *, facts: list[str]) -> None:
+    def start(self, *, facts: list[str], data_report: dict[str, Any]) -> None:
+        self.recorder.data_report(data_report)
         console = self.recorder.console
         for fact in facts:
             console.say(fact)

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator,
 
 from ft_dist.storage import is_url
 
-DataFormat = Literal["auto", "chat", "prompt_completion", "alpaca", "sharegpt", "text"]
+DataFormat = Literal["auto", "chat", "prompt_completion", "alpaca", "sharegpt", "text", "tokens"]
 
 
 class Section(BaseModel):
@@ -62,7 +62,7 @@ class MethodConfig(Section):
 
 
 class SourceConfig(Section):
-    """One data source: a file, a folder, a glob or a hub dataset."""
+    """One data source: a file, a folder, a glob, a hub dataset, or a prepared set (folder or URL)."""
 
     path: str
     format: DataFormat = "auto"

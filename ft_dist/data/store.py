@@ -3,19 +3,15 @@
 A shard holds `tokens` (uint16 or uint32, the samples end to end), `mask` (one bit a token, set where it is learnt,
 `numpy.packbits` order) and `offsets` (int64, samples + 1). `lengths.safetensors` holds `lengths` and `labelled`
 (uint32, tokens and targets of every sample of the set), which is all that order and packing read. The index names the
-files with their bytes and BLAKE2b checksums. A set appears under its name only when all of it is on disk (written
-beside, synced, renamed), so whatever is found under the name is whole or damaged later; `open` sees a wrong size,
-`verify` a wrong byte.
+files with their bytes and BLAKE2b checksums. It is written last, after every file it names (`shard_writer`), so a set
+that has one is whole or was damaged later; `open` sees a wrong size, `verify` a wrong byte.
 
 Where the files come from is `ShardFiles`' business: a folder here, or a cache of a remote one.
 """
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,13 +22,12 @@ import numpy.typing as npt
 from ft_dist.errors import DataError
 
 VERSION = 2
-SHARD_TOKENS = 2**25
 INDEX = "index.json"
 LENGTHS = "lengths.safetensors"
 OPEN_SHARDS = 64
 """Shards mapped at a time; the least recently used is unmapped first"""
 
-_DTYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "I32": np.int32, "I64": np.int64}
+_DTYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "I32": np.int32, "I64": np.int64, "U64": np.uint64}
 
 Int64Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
@@ -116,7 +111,7 @@ def files_of(index: dict[str, Any]) -> list[dict[str, Any]]:
     """The entries {file, bytes, checksum, ...} of a set. Raises DataError where the set is of another version."""
     if index["version"] != VERSION:
         raise DataError(f"token set of version {index['version']}, this is {VERSION}. Delete it and prepare again.")
-    return [index["lengths"], *index["shards"]]
+    return [index["lengths"], index["sketches"], *index["shards"]]
 
 
 class TokenStore:
@@ -200,7 +195,7 @@ class TokenStore:
         """Read every byte. Raises DataError naming a file whose checksum differs."""
         for entry in files_of(self.index):
             path = self._files.path(entry["file"])
-            found = _checksum(path)
+            found = checksum_of(path)
             if found != entry["checksum"]:
                 raise DataError(f"{path}: damaged (checksum {found}). Delete its folder.")
 
@@ -313,122 +308,10 @@ def map_safetensors(path: Path, names: Sequence[str]) -> dict[str, npt.NDArray[A
     return arrays
 
 
-@dataclass(slots=True)
-class _Pending:
-    tokens: list[npt.NDArray[Any]]
-    masks: list[BoolArray]
-    size: int = 0
-
-
-class StoreWriter:
-    """Writes a set beside its name and puts it there in one rename; at most one shard is held in memory."""
-
-    def __init__(self, folder: Path, *, vocabulary: int, fingerprint: str) -> None:
-        self.folder = folder
-        self.fingerprint = fingerprint
-        self.samples = self.tokens = self.labelled = 0
-        self._dtype = np.uint16 if vocabulary <= 2**16 else np.uint32
-        self._building = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-        shutil.rmtree(self._building, ignore_errors=True)
-        self._building.mkdir(parents=True)
-        self._shards: list[dict[str, Any]] = []
-        self._pending = _Pending([], [])
-        self._lengths: list[npt.NDArray[np.uint32]] = []
-        self._labelled: list[npt.NDArray[np.uint32]] = []
-
-    def add(self, tokens: Sequence[int], mask: Sequence[bool]) -> None:
-        self._pending.tokens.append(np.asarray(tokens, self._dtype))
-        self._pending.masks.append(np.asarray(mask, np.bool_))
-        self._pending.size += len(tokens)
-        if self._pending.size >= SHARD_TOKENS:
-            self._flush()
-
-    def commit(self, report: dict[str, Any]) -> None:
-        """Sync everything, then rename into place; a damaged set of the same name is replaced."""
-        self._flush()
-        index = {
-            "version": VERSION,
-            "fingerprint": self.fingerprint,
-            "samples": self.samples,
-            "tokens": self.tokens,
-            "labelled_tokens": self.labelled,
-            "lengths": self._write_lengths(),
-            "shards": self._shards,
-            "report": report,
-        }
-        _write_synced(self._building / INDEX, json.dumps(index, indent=1).encode())
-        _sync_folder(self._building)
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
-        self._building.rename(self.folder)
-        _sync_folder(self.folder.parent)
-
-    def abort(self) -> None:
-        shutil.rmtree(self._building, ignore_errors=True)
-
-    def _write_lengths(self) -> dict[str, Any]:
-        from safetensors.numpy import save
-
-        none = np.zeros(0, np.uint32)
-        arrays = {
-            "lengths": np.concatenate([none, *self._lengths]),
-            "labelled": np.concatenate([none, *self._labelled]),
-        }
-        content = save(arrays)
-        _write_synced(self._building / LENGTHS, content)
-        checksum = hashlib.blake2b(content, digest_size=16).hexdigest()
-        return {"file": LENGTHS, "bytes": len(content), "checksum": checksum}
-
-    def _flush(self) -> None:
-        from safetensors.numpy import save
-
-        if not self._pending.tokens:
-            return
-        lengths = np.array([len(tokens) for tokens in self._pending.tokens], np.int64)
-        labelled = np.array([np.count_nonzero(mask[1:]) for mask in self._pending.masks], np.uint32)
-        arrays = {
-            "tokens": np.concatenate(self._pending.tokens),
-            "mask": np.packbits(np.concatenate(self._pending.masks)),
-            "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        }
-        self._lengths.append(lengths.astype(np.uint32))
-        self._labelled.append(labelled)
-        name = f"tokens-{len(self._shards):05d}.safetensors"
-        content = save(arrays)
-        _write_synced(self._building / name, content)
-        self._shards.append(
-            {
-                "file": name,
-                "bytes": len(content),
-                "samples": len(lengths),
-                "tokens": int(lengths.sum()),
-                "checksum": hashlib.blake2b(content, digest_size=16).hexdigest(),
-            }
-        )
-        self.samples += len(lengths)
-        self.tokens += int(lengths.sum())
-        self.labelled += int(labelled.sum())
-        self._pending = _Pending([], [])
-
-
-def _checksum(path: Path) -> str:
+def checksum_of(path: Path) -> str:
+    """BLAKE2b of a file, 32 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         while block := file.read(2**22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

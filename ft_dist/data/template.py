@@ -8,10 +8,12 @@ other conversation is an error that says so. Plain text takes the tokenizer's ow
 and all of it is learnt.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -20,6 +22,9 @@ from jinja2.exceptions import TemplateError
 from ft_dist.data.formats import Sample
 from ft_dist.data.spans import Messages, Render, Skeleton, Spans, TurnMarks, find_marks, find_spans, make_skeleton
 from ft_dist.errors import DataError, ModelError
+
+DATE = datetime(2024, 7, 26)
+"""Today, for templates that print the date: prepared data must be the same tomorrow. Llama 3.1's own default."""
 
 
 @dataclass(slots=True)
@@ -34,7 +39,8 @@ class Encoder:
     """Encodes samples for one tokenizer; `notes` counts what a report should tell.
 
     notes: `turns_rewritten` assistant turns that the template rewrites (not learnt), `end_token_added` samples whose
-    template ends turns with no token of its own, `system_folded` samples whose system text moved into the user turn.
+    template ends turns with no token of its own, `system_folded` samples whose system text moved into the user turn,
+    `dates_pinned` samples whose template asked for today's date and got DATE.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -45,6 +51,7 @@ class Encoder:
         self._marks: TurnMarks | None = None
         self._system_role: bool | None = None
         self._skeletons: dict[tuple[str, ...], Skeleton | None] = {}
+        self._asked_for_date = False
 
     def encode(self, sample: Sample) -> Encoded:
         return self.encode_batch([sample])[0]
@@ -57,7 +64,7 @@ class Encoder:
         return self.tokenise([self.render(sample) for sample in samples])
 
     def render(self, sample: Sample) -> Spans:
-        """The text of a sample and the characters of it that are learnt."""
+        """The text of a sample and the characters of it that are learnt; not for samples of token ids."""
         if sample.messages is None:
             assert sample.text is not None
             return Spans(sample.text, [(0, len(sample.text))], plain=True)
@@ -77,6 +84,8 @@ class Encoder:
                 "or set model.chat_template."
             ) from None
         self.notes["turns_rewritten"] += spans.rewritten
+        self.notes["dates_pinned"] += self._asked_for_date
+        self._asked_for_date = False
         return spans
 
     def tokenise(self, rendered: Sequence[Spans]) -> list[Encoded]:
@@ -98,8 +107,16 @@ class Encoder:
 
     def _render(self, messages: Messages, add_generation_prompt: bool, tools: Any = None) -> str:
         return self.tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+            messages,
+            tools=tools,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            strftime_now=self._date,
         )
+
+    def _date(self, form: str) -> str:
+        self._asked_for_date = True
+        return DATE.strftime(form)
 
     def _skeleton(self, messages: Messages, tools: Any, render: Render) -> Skeleton | None:
         """One for each sequence of roles, unless the template is also given tools or keys of their own."""
@@ -254,8 +271,8 @@ def encode_prompt(messages: Messages, tokenizer: Any) -> list[int]:
     return Encoder(tokenizer).encode_prompt(messages)
 
 
-def tokenizer_identity(tokenizer: Any) -> str:
-    """Everything of a tokenizer that decides the ids: equal text, equal tokenisation."""
+def tokenizer_identity(tokenizer: Any) -> dict[str, str]:
+    """Digests of everything of a tokenizer that decides the ids: equal digests, equal tokenisation."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         backend.no_truncation()
@@ -265,4 +282,8 @@ def tokenizer_identity(tokenizer: Any) -> str:
         core = json.dumps(sorted(tokenizer.get_vocab().items()))
     special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
     template = json.dumps(getattr(tokenizer, "chat_template", None), sort_keys=True)
-    return "\n".join((core, special, template))
+    return {"tokenizer": _digest(f"{core}\n{special}"), "chat_template": _digest(template)}
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()

@@ -9,7 +9,6 @@ import numpy as np
 from ft_dist.config.schema import RunConfig
 from ft_dist.data.batch import MicroBatch, collate
 from ft_dist.data.formats import read_samples
-from ft_dist.data.prepare import prepare
 from ft_dist.data.store import SampleStore
 from ft_dist.distributed import World
 from ft_dist.engine.step import Engine
@@ -25,9 +24,8 @@ class HeldOut:
         self.prompts = prompts
 
     @classmethod
-    def prepare(cls, config: RunConfig, tokenizer: Any) -> "HeldOut":
-        """Raises DataError as preparing the training data does."""
-        store = prepare(config.data.eval, tokenizer, data=config.data, model_path=config.model.path).store
+    def prepare(cls, config: RunConfig, tokenizer: Any, store: SampleStore) -> "HeldOut":
+        """`store` holds data.eval. Raises DataError where answers are asked for and a source holds only tokens."""
         prompts: list[LabelledPrompt] = []
         if config.evaluate.generate:
             samples = chain.from_iterable(read_samples(source) for source in config.data.eval)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ft_dist.config.schema import DataConfig
-from ft_dist.data.prepare import prepare
+from ft_dist.data.prepare import Progress, prepare
 from ft_dist.errors import DataError
 
 
@@ -24,6 +24,11 @@ def write_chats(path: Path, answers: list[str]) -> Path:
 def run(tmp_path: Path, path: Path, tokenizer, **options):
     data = DataConfig(train=[str(path)], cache_dir=str(tmp_path / "cache"), **options)
     return prepare(data.train, tokenizer, data=data, model_path="tiny")
+
+
+def small_shards(monkeypatch):
+    monkeypatch.setattr("ft_dist.data.shard_writer.SHARD_TOKENS", 100)
+    monkeypatch.setattr("ft_dist.data.prepare.CHUNK_RECORDS", 3)
 
 
 def test_store_holds_what_the_encoder_gives(tmp_path, tokenizer_of):
@@ -93,7 +98,7 @@ def test_flipped_byte_is_named_by_verify(tmp_path, tokenizer_of, name):
 def test_shards_join_without_a_seam(tmp_path, tokenizer_of, monkeypatch):
     path = write_chats(tmp_path / "a.jsonl", [f"answer {'x' * n}" for n in range(30)])
     whole = run(tmp_path, path, tokenizer_of("chatml")).store
-    monkeypatch.setattr("ft_dist.data.store.SHARD_TOKENS", 100)
+    small_shards(monkeypatch)
     prepared = run(tmp_path / "again", path, tokenizer_of("chatml"))
     assert len(prepared.stores[0].index["shards"]) > 5
     for index in range(30):
@@ -166,10 +171,11 @@ def test_progress_counts_over_all_sources(tmp_path, tokenizer_of):
     paths = [write_chats(tmp_path / name, ["one"] * 600) for name in ("a.jsonl", "b.jsonl")]
     write_chats(paths[1], ["two"] * 600)
     data = DataConfig(train=[str(path) for path in paths], cache_dir=str(tmp_path / "cache"))
-    seen: list[tuple[int, int]] = []
-    prepare(data.train, tokenizer_of("chatml"), data=data, model_path="tiny", progress=lambda *a: seen.append(a))
-    assert [records for records, _ in seen] == [512, 600, 1112, 1200]
-    assert [tokens for _, tokens in seen] == sorted(tokens for _, tokens in seen)
+    seen: list[Progress] = []
+    prepare(data.train, tokenizer_of("chatml"), data=data, model_path="tiny", tell=seen.append)
+    assert [now.records for now in seen] == [512, 600, 1112, 1200]
+    assert [now.tokens for now in seen] == sorted(now.tokens for now in seen)
+    assert [now.share for now in seen] == pytest.approx([512 / 600, 1, 512 / 600, 1], abs=0.01)
 
 
 def test_unwritable_cache_is_named(tmp_path, tokenizer_of):

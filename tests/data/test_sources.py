@@ -102,7 +102,7 @@ FAULTS = {
     "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', r"line 2: not UTF-8 text \(byte 0xe9 at offset 24\)"),
     "utf16.jsonl": ('{"text": "a"}'.encode("utf-16"), r"line 1: UTF-16 text. Save the file as UTF-8"),
     "broken.json": (b'[{"text": "a"},\n{"text" "b"}]', r"line 2: not valid JSON"),
-    "list.json": (b'[{"text": "a"}, ["b"]]', r"record 2: holds list"),
+    "list.json": (b'[{"text": "a"}, ["b"]]', r"line 1 \(record 2\): holds list"),
     "short.csv": (b"text,label\na,b\nc\n", r"line 3: 1 values, but the header has 2 \(text, label\)"),
     "quote.csv": (b'text,label\na,"b"x\n', r"line 2: not valid CSV"),
     "twice.csv": (b"text,text\na,b\n", r"line 1: two columns of the header have one name"),
