@@ -16,13 +16,14 @@ import ft_dist.data.shard_cache as cache_module
 import ft_dist.data.store as store_module
 import ft_dist.storage as storage_module
 from ft_dist.data.shard_cache import ShardCache, open_store
-from ft_dist.data.store import StoreWriter, TokenStore
+from ft_dist.data.store import TokenStore
 from ft_dist.data.stream import DataStream
 from ft_dist.errors import DataError, StorageError
 from ft_dist.storage import open_storage
+from tests.data.test_store import write_set
 from tests.object_store import ObjectStore, Proxy, Rule, fault_proxy, object_store
 
-SAMPLES, SHARDS = 600, 12
+SAMPLES, SHARDS, TOKENS = 600, 12, 200
 ROOMY = 10**8
 
 
@@ -43,19 +44,10 @@ def proxy(server: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prox
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
-    """600 samples in twelve shards."""
-    folder = tmp_path_factory.mktemp("sets") / "set"
+    """600 samples of 200 tokens in twelve shards."""
     random = np.random.default_rng(0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store_module, "SHARD_TOKENS", 10**9)
-        writer = StoreWriter(folder, vocabulary=1000, fingerprint="numbers")
-        for number in range(SAMPLES):
-            length = int(random.integers(10, 400))
-            writer.add(random.integers(0, 1000, length).tolist(), (random.random(length) < 0.5).tolist())
-            if (number + 1) % (SAMPLES // SHARDS) == 0:
-                writer._flush()
-        writer.commit({})
-    return TokenStore.open(folder)
+    samples = [(random.integers(0, 1000, TOKENS), random.random(TOKENS) < 0.5) for _ in range(SAMPLES)]
+    return write_set(tmp_path_factory.mktemp("sets") / "set", samples, shard_tokens=TOKENS * SAMPLES // SHARDS)
 
 
 @pytest.fixture
@@ -197,9 +189,7 @@ def test_a_changed_set_of_the_same_name_is_not_taken_from_the_cache(
 ) -> None:
     options = {"cache": tmp_path / "cache", "cache_bytes": ROOMY, "wait_s": 30.0}
     first = open_store(url, **options).sample(0)[0].tolist()
-    writer = StoreWriter(tmp_path / "other", vocabulary=1000, fingerprint="others")
-    writer.add([7, 8, 9], [True, True, True])
-    writer.commit({})
+    write_set(tmp_path / "other", [([7, 8, 9], [True, True, True])], shard_tokens=1)
     for file in (tmp_path / "other").iterdir():
         open_storage(url).write(file.name, file)
     assert open_store(url, **options).sample(0)[0].tolist() == [7, 8, 9] != first
