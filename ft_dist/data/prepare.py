@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from ft_dist.data.chunk import COUNTED, ChunkEncoder, EncodedChunk, SourceCounts
 from ft_dist.data.digests import content_of
 from ft_dist.data.formats import shape_of
 from ft_dist.data.quality import NEAR_SAMPLES, source_report
+from ft_dist.data.shard_cache import open_store
 from ft_dist.data.shard_writer import REPORT, ShardWriter
 from ft_dist.data.sources import local_files, prepared_set, read_raw_records
 from ft_dist.data.store import INDEX, JoinedStore, TokenStore, files_of
@@ -71,13 +72,14 @@ class PreparedSet:
 
 @dataclass
 class Prepared:
-    """The sets of the sources, in their order."""
+    """The sets of the sources, in their order, and how to open one."""
 
+    open_set: Callable[[str], TokenStore] = TokenStore.open
     sets: list[PreparedSet] = field(default_factory=list)
 
     @cached_property
     def stores(self) -> list[TokenStore]:
-        return [TokenStore.open(one.place) for one in self.sets]
+        return [self.open_set(one.place) for one in self.sets]
 
     @property
     def store(self) -> JoinedStore:
@@ -129,10 +131,18 @@ def prepare(
         "too_long": data.too_long,
     }
     cache = cache_folder(data)
-    prepared = Prepared()
+    prepared = Prepared(
+        partial(
+            open_store,
+            cache=cache / "remote",
+            cache_bytes=data.cache_bytes,
+            wait_s=data.remote_wait_s,
+            tell=_note,
+        )
+    )
     for number, source in enumerate(sources):
         if prepared_set(source.path) is not None:
-            prepared.sets.append(_taken_as_it_is(source, made_with))
+            prepared.sets.append(_taken_as_it_is(source, made_with, wait_s=data.remote_wait_s))
             continue
         fingerprint = _fingerprint(source, made_with, cache)
         place = str(cache / fingerprint) if to is None else f"{to}-{number}"
@@ -169,8 +179,13 @@ class _Job(NamedTuple):
     tell: Tell
 
 
-def _taken_as_it_is(source: SourceConfig, made_with: dict[str, Any]) -> PreparedSet:
-    storage = open_storage(source.path)
+def _note(line: str) -> None:
+    """Told while training, from any thread: rank 0's console, another rank's log."""
+    print(f"note: {line}", flush=True)
+
+
+def _taken_as_it_is(source: SourceConfig, made_with: dict[str, Any], *, wait_s: float) -> PreparedSet:
+    storage = open_storage(source.path, wait_s=wait_s, tell=_note)
     try:
         index = json.loads(storage.read_bytes(INDEX))
         report = json.loads(storage.read_bytes(REPORT))
