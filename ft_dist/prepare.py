@@ -40,7 +40,5 @@ def prepare_config(
             say(f"{kind} {one.name}: {'found' if one.reused else 'written'} at {one.place}")
     if strict and report["warnings"]:
         found = "; ".join(report["warnings"])
-        raise DataError(
-            f"--strict and {len(report['warnings'])} warnings: {found}. Mend the data, or leave --strict out."
-        )
+        raise DataError(f"--strict does not accept: {found}. Mend the data, or leave --strict out.")
     return report

@@ -67,7 +67,7 @@ def prepare_run(config: RunConfig) -> "Run":
     held_out = HeldOut.prepare(config, tokenizer, eval_set.store) if config.data.eval else None
     # nothing is written below output_dir before all that one process can find wrong has been told
     log_file = log_rank_output(config, rank=rank)
-    world = join_world(timeout_s=config.engine.timeout_s)
+    world = join_world(timeout_s=config.collective_timeout_s)
     engine = build_engine(config, world, folder=folder, tokenizer=tokenizer)
     stream = open_stream(config, tokenizer, train_set)
     run = Run(config, world, engine, stream, tokenizer=tokenizer, held_out=held_out)

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
+from ft_dist.storage import is_url
+
 DataFormat = Literal["auto", "chat", "prompt_completion", "alpaca", "sharegpt", "text", "tokens"]
 
 
@@ -102,6 +104,12 @@ class DataConfig(Section):
     cache_dir: str | None = Field(
         default=None, description="Tokenised data; None is $FT_DIST_CACHE or ~/.cache/ft_dist"
     )
+    cache_bytes: PositiveInt = Field(
+        default=100 * 10**9, description="Disk space on a node for shards of remote sets; the least recently used go"
+    )
+    remote_wait_s: Annotated[float, Field(gt=0)] = Field(
+        default=1800.0, description="Training waits this long for an answer of a remote store before it ends"
+    )
 
     @field_validator("train", "eval", mode="before")
     @classmethod
@@ -163,7 +171,10 @@ class EngineConfig(Section):
     offload: Literal["none", "cpu", "nvme"] = Field(default="none", description="Where optimizer state lives")
     nvme_path: str | None = None
     activation_checkpointing: bool = False
-    timeout_s: PositiveInt = Field(default=1800, description="Collective operations that take longer end the run")
+    timeout_s: PositiveInt = Field(
+        default=1800,
+        description="Collective operations that take longer end the run; with remote data data.remote_wait_s is added",
+    )
 
     @model_validator(mode="after")
     def _nvme_needs_a_path(self) -> "EngineConfig":
@@ -226,6 +237,12 @@ class RunConfig(Section):
         if self.data.live and not self.optim.max_steps:
             raise ValueError("a live source of data.train has no known length: set optim.max_steps")
         return self
+
+    @property
+    def collective_timeout_s(self) -> float:
+        """Seconds that a rank waits for the others: they may themselves be waiting for a remote store."""
+        remote = any(is_url(source.path) for source in (*self.data.train, *self.data.eval))
+        return self.engine.timeout_s + (self.data.remote_wait_s if remote else 0)
 
     @property
     def run_dir(self) -> Path:

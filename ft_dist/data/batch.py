@@ -182,6 +182,7 @@ class Prefetcher:
     def close(self) -> None:
         """Stop and join the thread; batches collated ahead are thrown away. May be called twice."""
         self._closing.set()
+        self._stream.store.close()  # the thread may be waiting for a remote shard
         while self._thread.is_alive():
             try:
                 self._ready.get_nowait()  # the thread may wait for room

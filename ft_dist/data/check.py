@@ -4,18 +4,31 @@ Imports neither torch, transformers, numpy nor `datasets`. Parquet, Arrow, saved
 here; their records are checked when they are prepared.
 """
 
+import json
 import time
 from pathlib import Path
 
 from ft_dist.config.schema import DataConfig, SourceConfig
 from ft_dist.data.formats import Shape, shape_of
-from ft_dist.data.sources import TEXT_SUFFIXES, is_mds, is_url, local_files, prepared_set, read_records, suffix_of
+from ft_dist.data.sources import (
+    INDEX,
+    TEXT_SUFFIXES,
+    is_mds,
+    is_url,
+    local_files,
+    prepared_set,
+    read_records,
+    suffix_of,
+)
 from ft_dist.data.text_files import Record
-from ft_dist.errors import DataError
+from ft_dist.errors import DataError, MissingFileError
+from ft_dist.storage import open_storage
 
 MAX_RECORDS = 200_000
 MAX_SECONDS = 5.0
 MAX_FAULTS = 8
+REMOTE_SECONDS = 30.0
+"""A store that does not answer for so long before training is told; while training, data.remote_wait_s counts"""
 
 
 def check_sources(data: DataConfig) -> list[str]:
@@ -23,7 +36,8 @@ def check_sources(data: DataConfig) -> list[str]:
 
     Looks at no more than MAX_RECORDS records or MAX_SECONDS seconds of each source; the fact says so.
     Raises DataError for a missing or empty file, broken lines, unknown or mixed formats, a sample without an assistant
-    turn, roles out of order, null or empty content: up to MAX_FAULTS records of a source in one message.
+    turn, roles out of order, null or empty content: up to MAX_FAULTS records of a source in one message. A remote set
+    without an index is a DataError too, a store that does not answer a StorageError.
     """
     kinds = (("train", data.train), ("eval", data.eval))
     return [f"{kind} {_check(source)}" for kind, sources in kinds for source in sources]
@@ -32,8 +46,8 @@ def check_sources(data: DataConfig) -> list[str]:
 def _check(source: SourceConfig) -> str:
     index = prepared_set(source.path)
     if index is not None:
-        size = "opened when the run starts" if is_url(source.path) else f"{index['samples']:,} samples"
-        return f"{source.path}: prepared set, {size}"
+        samples = _remote_samples(source.path) if is_url(source.path) else index["samples"]
+        return f"{source.path}: prepared set, {samples:,} samples"
     files = local_files(source)
     if files is None:
         folder = Path(source.path).expanduser()
@@ -73,6 +87,15 @@ def _note_fault(shape: Shape, record: Record, faults: list[str]) -> None:
         shape.sample(record)
     except DataError as error:
         faults.append(str(error))
+
+
+def _remote_samples(url: str) -> int:
+    try:
+        return int(json.loads(open_storage(url, wait_s=REMOTE_SECONDS).read_bytes(INDEX))["samples"])
+    except MissingFileError:
+        raise DataError(f"{url}: no {INDEX} there, so it is not a prepared set. Check the URL.") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{url}/{INDEX}: damaged ({error}). Prepare the set again.") from None
 
 
 def _of(files: list[Path]) -> str:

@@ -22,6 +22,11 @@ _NUMBERS = {
     "int8": "i1", "int16": "<i2", "int32": "<i4", "int64": "<i8",
     "float16": "<f2", "float32": "<f4", "float64": "<f8",
 }  # fmt: skip
+# the one byte before an array whose type is not fixed: bits, plus 0 unsigned, 1 signed, 2 float
+_ARRAY_TYPES = {
+    8: "uint8", 9: "int8", 16: "uint16", 17: "int16", 18: "float16", 32: "uint32", 33: "int32", 34: "float32",
+    64: "uint64", 65: "int64", 66: "float64",
+}  # fmt: skip
 _SHAPE_BYTES = {0: 1, 1: 2, 2: 4, 3: 8}
 
 
@@ -120,13 +125,12 @@ def _decoder(encoding: str, where: str) -> Callable[[bytes], Any]:
 def _array(spec: str) -> Callable[[bytes], Any]:
     """`ndarray`, `ndarray:dtype` or `ndarray:dtype:shape`: what is not fixed stands before the values."""
     dtype, _, shape = spec.partition(":")
-    order = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float16", "float32", "float64")
 
     def decode(data: bytes) -> Any:
         at = 0
         kind = dtype
         if not kind:
-            kind, at = order[data[0]], 1
+            kind, at = _ARRAY_TYPES[data[0]], 1
         if not shape:
             dimensions, size_bytes = data[at] >> 2, _SHAPE_BYTES[data[at] & 3]
             at += 1 + dimensions * size_bytes

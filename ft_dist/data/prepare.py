@@ -10,10 +10,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from ft_dist.data.digests import content_of
 from ft_dist.data.formats import shape_of
 from ft_dist.data.mixture import Source
 from ft_dist.data.quality import NEAR_SAMPLES, source_report
+from ft_dist.data.shard_cache import open_store
 from ft_dist.data.shard_writer import REPORT, ShardWriter
 from ft_dist.data.sources import local_files, prepared_set, read_raw_records
 from ft_dist.data.store import INDEX, JoinedStore, TokenStore, files_of
@@ -50,7 +52,7 @@ class Progress(NamedTuple):
     records: int
     tokens: int
     share: float | None
-    """Of the current source's bytes that are read; None where they cannot be counted"""
+    """Of the current source's bytes that is done; None where it cannot be counted"""
 
 
 Tell = Callable[[Progress], None]
@@ -71,13 +73,14 @@ class PreparedSet:
 
 @dataclass
 class Prepared:
-    """The sets of the sources, in their order."""
+    """The sets of the sources, in their order, and how to open one."""
 
+    open_set: Callable[[str], TokenStore] = TokenStore.open
     sets: list[PreparedSet] = field(default_factory=list)
 
     @cached_property
     def stores(self) -> list[TokenStore]:
-        return [TokenStore.open(one.place) for one in self.sets]
+        return [self.open_set(one.place) for one in self.sets]
 
     @property
     def store(self) -> JoinedStore:
@@ -129,10 +132,18 @@ def prepare(
         "too_long": data.too_long,
     }
     cache = cache_folder(data)
-    prepared = Prepared()
+    prepared = Prepared(
+        partial(
+            open_store,
+            cache=cache / "remote",
+            cache_bytes=data.cache_bytes,
+            wait_s=data.remote_wait_s,
+            tell=_note,
+        )
+    )
     for number, source in enumerate(sources):
         if prepared_set(source.path) is not None:
-            prepared.sets.append(_taken_as_it_is(source, made_with))
+            prepared.sets.append(_taken_as_it_is(source, made_with, wait_s=data.remote_wait_s))
             continue
         fingerprint = _fingerprint(source, made_with, cache)
         place = str(cache / fingerprint) if to is None else f"{to}-{number}"
@@ -169,8 +180,13 @@ class _Job(NamedTuple):
     tell: Tell
 
 
-def _taken_as_it_is(source: SourceConfig, made_with: dict[str, Any]) -> PreparedSet:
-    storage = open_storage(source.path)
+def _note(line: str) -> None:
+    """Told while training, from any thread: rank 0's console, another rank's log."""
+    print(f"note: {line}", flush=True)
+
+
+def _taken_as_it_is(source: SourceConfig, made_with: dict[str, Any], *, wait_s: float) -> PreparedSet:
+    storage = open_storage(source.path, wait_s=wait_s, tell=_note)
     try:
         index = json.loads(storage.read_bytes(INDEX))
         report = json.loads(storage.read_bytes(REPORT))
@@ -216,7 +232,8 @@ def _finished(storage: Storage) -> str | None:
         return None
     try:
         index = json.loads(storage.read_bytes(INDEX))
-        whole = all(storage.exists(e["file"]) and storage.size(e["file"]) == e["bytes"] for e in files_of(index))
+        sizes = {entry["file"]: entry["bytes"] for entry in (*files_of(index), index["sketches"])}
+        whole = all(storage.exists(file) and storage.size(file) == size for file, size in sizes.items())
         return str(index["fingerprint"]) if whole and storage.exists(REPORT) else ""
     except (ValueError, KeyError, TypeError, DataError):
         return ""
@@ -235,7 +252,7 @@ def _build(storage: Storage, fingerprint: str, job: _Job) -> None:
     with closing(_encoded(encoder, jobs, job.workers)) as chunks:
         for chunk in chunks:
             writer.add(chunk)
-            job.tell(Progress(writer.counts.records, writer.counts.tokens, reading.share))
+            job.tell(Progress(writer.counts.records, writer.counts.tokens, reading.share_done()))
     writer.flush_rest()
     _check_usable(writer.counts, job)
     report = {"counts": asdict(writer.counts), **source_report(writer, job.tokenizer)}
@@ -243,37 +260,39 @@ def _build(storage: Storage, fingerprint: str, job: _Job) -> None:
 
 
 class _Reading:
-    """Cuts records into jobs for a `ChunkEncoder` and counts what is read."""
+    """Cuts records into jobs for a `ChunkEncoder` and knows how much of the input those that are done are."""
 
     def __init__(self, raws: Iterator[Raw], total_bytes: int | None) -> None:
         self._raws = raws
         self._total = total_bytes
-        self._read = 0
+        self._done = 0
+        self._sizes: deque[int] = deque()
 
-    @property
-    def share(self) -> float | None:
-        return min(1.0, self._read / self._total) if self._total else None
+    def share_done(self) -> float | None:
+        """Called once a job that is done, in their order."""
+        self._done += self._sizes.popleft()
+        return min(1.0, self._done / self._total) if self._total else None
 
     def jobs(self, *, skip: int) -> Iterator[tuple[int, list[Raw], bool]]:
         """(number of the first record from 1, records, whether to sign them); the same cuts wherever it starts."""
         for raw in islice(self._raws, skip):
-            self._read += _size(raw)
+            self._done += _size(raw)
         number, chunk, size = skip + 1, [], 0
         for raw in self._raws:
             chunk.append(raw)
             size += _size(raw)
             if len(chunk) == CHUNK_RECORDS or size >= CHUNK_CHARACTERS:
-                self._read += size
+                self._sizes.append(size)
                 yield number, chunk, number <= NEAR_SAMPLES
                 number, chunk, size = number + len(chunk), [], 0
-        self._read += size
         if chunk:
+            self._sizes.append(size)
             yield number, chunk, number <= NEAR_SAMPLES
 
 
 def _encoded(
     encoder: ChunkEncoder, jobs: Iterator[tuple[int, list[Raw], bool]], workers: int | None
-) -> Iterator[EncodedChunk]:
+) -> Generator[EncodedChunk, None, None]:
     """Encoded chunks in order, by this process first or only, by `workers` where there is enough to do."""
     count = available_cores() if workers is None else workers
     # code of a model's own repository cannot be sent to another process

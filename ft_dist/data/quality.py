@@ -191,9 +191,9 @@ def _alike(signatures: Signatures) -> Pairs:
     candidates = np.unique(np.concatenate(found), axis=0)
     likeness = [np.zeros(0)]
     for start in range(0, len(candidates), BLOCK_PAIRS):
-        later, first = (signatures[candidates[start : start + BLOCK_PAIRS, side]] for side in (0, 1))
-        filled = (later != EMPTY) | (first != EMPTY)
-        likeness.append(((later == first) & filled).sum(axis=1) / filled.sum(axis=1))
+        one, other = (signatures[candidates[start : start + BLOCK_PAIRS, side]] for side in (0, 1))
+        filled = (one != EMPTY) | (other != EMPTY)
+        likeness.append(((one == other) & filled).sum(axis=1) / filled.sum(axis=1))
     return candidates[np.concatenate(likeness) >= NEAR_SHARE]
 
 

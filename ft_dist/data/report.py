@@ -110,7 +110,7 @@ def progress_printer(say: Callable[[str], None]) -> Callable[[Progress], None]:
         left = ""
         if now.share is not None and first.share is not None and now.share > first.share:
             eta_s = (moment - started) * (1 - now.share) / (now.share - first.share)
-            left = f", {now.share:.0%} read, ETA {_duration(eta_s)}"
+            left = f", {now.share:.0%} done, ETA {_duration(eta_s)}"
         say(f"tokenising: {now.records:,} records, {now.tokens:,} tokens, {rate:,.0f} tokens/s{left}")
 
     return tell
@@ -200,7 +200,7 @@ def _few(train: Prepared) -> list[str]:
     if samples >= FEW_GOOD_SAMPLES:
         return []
     return [
-        f"only {samples} training samples; fine-tuning needs at least {FEW_SAMPLES} to {FEW_GOOD_SAMPLES} good ones."
+        f"only {samples} training samples; fine-tuning needs at least {FEW_SAMPLES} to {FEW_GOOD_SAMPLES} good ones"
     ]
 
 

@@ -59,6 +59,10 @@ class SampleStore(Protocol):
         """A hint: these samples are gathered soon."""
         ...
 
+    def close(self) -> None:
+        """Nothing more is asked for; a `gather` that waits in another thread gives up."""
+        ...
+
 
 class ShardFiles(Protocol):
     """Where the files of one set come from."""
@@ -74,6 +78,10 @@ class ShardFiles(Protocol):
 
     def expect(self, files: Sequence[str]) -> None:
         """A hint: these files are asked for next, in this order. Returns at once."""
+        ...
+
+    def close(self) -> None:
+        """Whatever waits for a file in another thread gives up."""
         ...
 
 
@@ -95,12 +103,15 @@ class LocalFolder:
     def expect(self, files: Sequence[str]) -> None:
         """Everything is here already."""
 
+    def close(self) -> None:
+        """Nothing waits."""
+
 
 def files_of(index: dict[str, Any]) -> list[dict[str, Any]]:
     """The entries {file, bytes, checksum, ...} of a set. Raises DataError where the set is of another version."""
     if index["version"] != VERSION:
         raise DataError(f"token set of version {index['version']}, this is {VERSION}. Delete it and prepare again.")
-    return [index["lengths"], index["sketches"], *index["shards"]]
+    return [index["lengths"], *index["shards"]]
 
 
 class TokenStore:
@@ -177,6 +188,9 @@ class TokenStore:
         first_use = np.unique(numbers, return_index=True)[1]
         self._files.expect([self._shards[numbers[at]]["file"] for at in np.sort(first_use)])
 
+    def close(self) -> None:
+        self._files.close()
+
     def verify(self) -> None:
         """Read every byte. Raises DataError naming a file whose checksum differs."""
         for entry in files_of(self.index):
@@ -247,6 +261,10 @@ class JoinedStore:
     def expect(self, ids: Int64Array) -> None:
         for number, mine in self._by_store(ids):
             self.stores[number].expect(ids[mine] - self.starts[number])
+
+    def close(self) -> None:
+        for store in self.stores:
+            store.close()
 
     def _by_store(self, ids: Int64Array) -> list[tuple[int, Int64Array]]:
         """(store, places in `ids` that are its own) of every store that is asked."""

@@ -10,6 +10,7 @@ and all of it is learnt.
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from ft_dist.errors import DataError, ModelError
 
 DATE = datetime(2024, 7, 26)
 """Today, for templates that print the date: prepared data must be the same tomorrow. Llama 3.1's own default."""
+
+_TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 
 
 @dataclass(slots=True)
@@ -51,7 +54,8 @@ class Encoder:
         self._marks: TurnMarks | None = None
         self._system_role: bool | None = None
         self._skeletons: dict[tuple[str, ...], Skeleton | None] = {}
-        self._asked_for_date = False
+        self._pinned_templates: dict[str, str] = {}
+        self._prints_date = False
 
     def encode(self, sample: Sample) -> Encoded:
         return self.encode_batch([sample])[0]
@@ -84,8 +88,7 @@ class Encoder:
                 "or set model.chat_template."
             ) from None
         self.notes["turns_rewritten"] += spans.rewritten
-        self.notes["dates_pinned"] += self._asked_for_date
-        self._asked_for_date = False
+        self.notes["dates_pinned"] += self._prints_date
         return spans
 
     def tokenise(self, rendered: Sequence[Spans]) -> list[Encoded]:
@@ -111,12 +114,16 @@ class Encoder:
             tools=tools,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
-            strftime_now=self._date,
+            chat_template=self._pinned(self.tokenizer.get_chat_template(tools=tools)),
         )
 
-    def _date(self, form: str) -> str:
-        self._asked_for_date = True
-        return DATE.strftime(form)
+    def _pinned(self, template: str) -> str:
+        """The template with DATE written where it asks for today."""
+        if template not in self._pinned_templates:
+            self._pinned_templates[template] = _TODAY.sub(lambda call: repr(DATE.strftime(call[2])), template)
+        pinned = self._pinned_templates[template]
+        self._prints_date = pinned != template
+        return pinned
 
     def _skeleton(self, messages: Messages, tools: Any, render: Render) -> Skeleton | None:
         """One for each sequence of roles, unless the template is also given tools or keys of their own."""

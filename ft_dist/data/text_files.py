@@ -21,6 +21,7 @@ MAX_RECORD_BYTES = 2**24
 """Largest line or record. Its tokens with their offsets take some 50 times as much while it is tokenised."""
 
 BLOCK_BYTES = 2**20
+FIRST_BYTES = 2**12
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ def read_jsonl(file: Path) -> Iterator[RawRecord]:
 def read_json(file: Path) -> Iterator[Record | RawRecord]:
     """An array of objects, or, as many `.json` files really are, JSON lines."""
     with _open(file) as stream:
-        start = stream.read(BLOCK_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
+        start = stream.read(FIRST_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
     if start.startswith(b"["):
         yield from _JsonArray(file).records()
     else:
@@ -134,7 +135,7 @@ class _Gzip(gzip.GzipFile):
     def read(self, size: int | None = -1) -> bytes:
         return self._guard(super().read, size)
 
-    def readline(self, size: int | None = -1) -> bytes:  # type: ignore[override]
+    def readline(self, size: int | None = -1) -> bytes:
         line = self._guard(super().readline, size)
         self._lines += 1
         return line

@@ -104,6 +104,7 @@ def _work(pipe: Connection, payload: bytes) -> None:
     threading.Thread(target=_listen, args=(pipe, jobs), daemon=True).start()
     function = pickle.loads(payload)
     while (job := jobs.get()) is not None:
+        answer: tuple[Any, UserError | str | None]
         try:
             answer = (function(*job), None)
         except UserError as error:

@@ -31,6 +31,9 @@ class ListStore:
     def expect(self, ids):
         pass
 
+    def close(self):
+        pass
+
 
 class Lengths(ListStore):
     """A store of which only the lengths matter."""
