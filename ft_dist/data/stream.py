@@ -7,6 +7,8 @@ smaller; nothing is dropped.
 The position is a window and a row in it, so it does not depend on `global_rows`, the world size or the micro-batches,
 and going there costs one window's work wherever it is. When sources are added, removed or reweighted between two starts
 of a run, an epoch of the new mixture begins at that step, and every source that stays goes on with its own next draw.
+Inside the window that was under way, whose rows had been shuffled, that is true in number only: what had not been dealt
+of it comes in the source's next pass, and as many of its samples come twice. At an epoch's end it is exact.
 """
 
 import hashlib
