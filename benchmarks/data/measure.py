@@ -17,7 +17,8 @@ from benchmarks.data.inputs import train_tokenizer, write_chats
 from benchmarks.data.side import SIDES
 from ft_dist.config.schema import DataConfig
 from ft_dist.data.batch import Prefetcher
-from ft_dist.data.packing import pack_window
+from ft_dist.data.mixture import Source
+from ft_dist.data.packing import DEFAULT_WINDOW, pack_window
 from ft_dist.data.prepare import prepare
 from ft_dist.data.stream import DataStream
 
@@ -44,7 +45,7 @@ def memory(megabytes: int, workers: int) -> dict[str, Any]:
 def fullness(lengths: np.ndarray) -> dict[str, float]:
     """Share of the rows that holds tokens: ours, and TRL's `bfd` (best-fit decreasing, in batches of its own size)."""
     sizes = np.minimum(lengths, CAPACITY)
-    windows = [sizes[start : start + 8192] for start in range(0, len(sizes), 8192)]
+    windows = np.array_split(sizes, max(1, len(sizes) // DEFAULT_WINDOW))
     ours = sum(len(pack_window(window, CAPACITY)) for window in windows)
     theirs = sum(_best_fit_decreasing(sizes[at : at + TRL_BATCH].tolist()) for at in range(0, len(sizes), TRL_BATCH))
     total = int(sizes.sum())
@@ -82,7 +83,7 @@ def loader(megabytes: int, batches: int) -> dict[str, float]:
         data = DataConfig.model_validate({"train": [str(folder / "chats.jsonl")], "cache_dir": name})
         tokenizer = train_tokenizer(folder / "chats.jsonl")
         prepared = prepare(data.train, tokenizer, data=data, model_path="benchmark")
-        stream = DataStream(prepared.weighted, seed=0, global_rows=64, max_length=CAPACITY, packing=True)
+        stream = DataStream(prepared.sources, seed=0, global_rows=64, max_length=CAPACITY, packing=True)
         with Prefetcher(stream, rank=0, world=1, micro_rows=8) as batches_ahead:
             next(batches_ahead)
             started = time.perf_counter()
@@ -114,9 +115,10 @@ class _Virtual:
 def seek(position: int) -> float:
     """Seconds from nothing to the first batch behind `position` samples."""
     started = time.perf_counter()
-    stream = DataStream([(_Virtual(), 1.0)], seed=0, global_rows=64, max_length=CAPACITY, packing=True)
+    sources = [Source("virtual", _Virtual())]
+    stream = DataStream(sources, seed=0, global_rows=64, max_length=CAPACITY, packing=True)
     state = stream.state_dict()
-    stream.load_state_dict(state | {"window": position // 8192})
+    stream.load_state_dict(state | {"window": position // DEFAULT_WINDOW})
     stream.next_batch()
     return time.perf_counter() - started
 
