@@ -131,9 +131,7 @@ def test_what_is_shown_is_what_is_learnt(tmp_path, tokenizer_of):
     report = report_of(tmp_path, tokenizer_of("chatml"), clean(101))
     first, middle, last = report["train"]["sources"][0]["shown"]
     assert "".join(run["text"] for run in middle if run["learnt"]) == "It is 2500.<|im_end|>"
-    XX
-        0
-    ] == "<|im_start|>user\nWhat is 0 times 0?<|im_end|>\n<|im_start|>assistant\n"
+    assert first[0]["text"] == "<|im_start|>user\nWhat is 0 times 0?<|im_end|>\n<|im_start|>assistant\n"
     assert "What is 100 times 100?" in last[0]["text"]
     assert "  | [[It is 2500.<|im_end|>]]" in shown_lines(report)
     lengths = report["train"]["sources"][0]["lengths"]
