@@ -132,7 +132,12 @@ def _inputs(folder: Path, megabytes: int) -> Path:
 def _side(side: str, folder: Path, workers: int) -> tuple[dict[str, float], int]:
     """(its result, the largest resident memory of its processes together in bytes)."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": paths, "RAYON_NUM_THREADS": str(workers), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": paths,
+        "RAYON_NUM_THREADS": str(workers),
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    }
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.data.side", side, str(folder), str(workers)]
     with tempfile.TemporaryFile("w+") as out, subprocess.Popen(command, env=environment, stdout=out) as process:
         peak = 0

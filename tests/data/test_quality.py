@@ -12,8 +12,9 @@ from tests.conftest import ROOT
 
 SHARED = ROOT.parent / "shared" / "data"
 STORY = (
-    "Once there was a miller who had three sons, a mill, a donkey and a cat number {n}, as they say. The sons had to grind, the donkey "
-    "had to carry the corn and fetch the flour, and the cat had to catch the mice, all of the mice of them in a row."
+    "Once there was a miller who had three sons, a mill, a donkey and a cat number {n}, as they say. The sons had to "
+    "grind, the donkey had to carry the corn and fetch the flour, and the cat had to catch the mice, all of the mice "
+    "of them in a row."
 )
 
 
@@ -121,7 +122,8 @@ def test_a_template_that_prints_the_date_prints_the_same_one_for_ever(tmp_path, 
         tokenizer.chat_template = template
     assert report["train"]["sources"][0]["shown"][0][0]["text"].startswith("Today is 26 Jul 2024.")
     assert report["notes"] == [
-        f"train {tmp_path / 'train.jsonl'}: 100 samples whose template prints today's date: it is 26 July 2024 in all of them"
+        f"train {tmp_path / 'train.jsonl'}: 100 samples whose template prints today's date: "
+        "it is 26 July 2024 in all of them"
     ]
 
 
@@ -129,9 +131,7 @@ def test_what_is_shown_is_what_is_learnt(tmp_path, tokenizer_of):
     report = report_of(tmp_path, tokenizer_of("chatml"), clean(101))
     first, middle, last = report["train"]["sources"][0]["shown"]
     assert "".join(run["text"] for run in middle if run["learnt"]) == "It is 2500.<|im_end|>"
-    assert [run["text"] for run in first][
-        0
-    ] == "<|im_start|>user\nWhat is 0 times 0?<|im_end|>\n<|im_start|>assistant\n"
+    assert first[0]["text"] == "<|im_start|>user\nWhat is 0 times 0?<|im_end|>\n<|im_start|>assistant\n"
     assert "What is 100 times 100?" in last[0]["text"]
     assert "  | [[It is 2500.<|im_end|>]]" in shown_lines(report)
     lengths = report["train"]["sources"][0]["lengths"]
