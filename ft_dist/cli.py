@@ -54,6 +54,30 @@ def check(config: Config, overrides: Overrides = None, nproc: Nproc = None, as_j
     typer.echo(json.dumps({"ok": True, "facts": facts}, indent=2) if as_json else "\n".join([*facts, "ready to train"]))
 
 
+@app.command()
+def prepare(
+    config: Config,
+    overrides: Overrides = None,
+    to: Annotated[str | None, typer.Option(metavar="DIR_OR_URL", help="Where the sets go [default: the cache]")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Tokenising processes [default: one a core]")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit 2 on warnings too")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tokenise CONFIG's data and tell what it is like; run again to go on where it stopped."""
+    from ft_dist.config import load_config
+    from ft_dist.prepare import prepare_config
+
+    report = prepare_config(
+        load_config(config, overrides or []),
+        to=to,
+        workers=workers,
+        strict=strict,
+        say=lambda line: typer.echo(line, err=as_json),
+    )
+    if as_json:
+        typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
+
+
 @app.command(name="eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="Run folder, model folder, built-in name or hub id")],

@@ -28,7 +28,7 @@ class World:
         return self.rank == 0
 
 
-def join_world(*, timeout_s: int) -> World:
+def join_world(*, timeout_s: float) -> World:
     """Initialise the process group: NCCL on GPUs, gloo on CPU. Call `leave_world` at the end."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", rank))

@@ -29,6 +29,14 @@ class CheckpointError(UserError):
     """A checkpoint that is incomplete, damaged or belongs to another run."""
 
 
+class StorageError(UserError):
+    """A folder or object store that cannot be read or written; names the URL."""
+
+
+class MissingFileError(StorageError):
+    """A file that is not in its storage."""
+
+
 class TrainingError(Exception):
     """The run itself went wrong (for example non-finite losses in a row): exit 1."""
 

@@ -19,9 +19,10 @@ from ft_dist.checkpoint.format import Commit, verify
 from ft_dist.checkpoint.load import load, newest_intact
 from ft_dist.checkpoint.save import save
 from ft_dist.config import RunConfig
-from ft_dist.data.batch import Prefetched, Prefetcher
-from ft_dist.data.prepare import prepare
-from ft_dist.data.report import progress_printer, report_lines
+from ft_dist.data.batch import BatchStream, Prefetched, Prefetcher
+from ft_dist.data.live import LiveStream
+from ft_dist.data.prepare import Prepared
+from ft_dist.data.report import prepare_data, report_lines
 from ft_dist.data.stream import DataStream
 from ft_dist.distributed import World, barrier, join_world, leave_world
 from ft_dist.engine.build import build_engine
@@ -62,25 +63,34 @@ def prepare_run(config: RunConfig) -> "Run":
         revision=config.model.revision,
     )
     say = Console(enabled=rank == 0).say
-    train_set = prepare(
-        config.data.train, tokenizer, data=config.data, model_path=config.model.path, progress=progress_printer(say)
-    )
-    held_out = HeldOut.prepare(config, tokenizer) if config.data.eval else None
+    train_set, eval_set, report = prepare_data(config, tokenizer, say=say)
+    held_out = HeldOut.prepare(config, tokenizer, eval_set.store) if config.data.eval else None
     # nothing is written below output_dir before all that one process can find wrong has been told
     log_file = log_rank_output(config, rank=rank)
-    world = join_world(timeout_s=config.engine.timeout_s)
+    world = join_world(timeout_s=config.collective_timeout_s)
     engine = build_engine(config, world, folder=folder, tokenizer=tokenizer)
-    stream = DataStream(
-        train_set.weighted,
-        seed=config.seed,
-        global_rows=config.batch.global_rows,
-        max_length=config.data.max_length,
-        packing=config.data.packing,
-    )
+    stream = open_stream(config, tokenizer, train_set)
     run = Run(config, world, engine, stream, tokenizer=tokenizer, held_out=held_out)
     run.log_file = log_file
-    run.start(facts=[*facts, *notes, *report_lines(train_set, "train")])
+    run.start(facts=[*facts, *notes, *report_lines(report)], data_report=report)
     return run
+
+
+def open_stream(config: RunConfig, tokenizer: Any, train_set: Prepared) -> BatchStream:
+    """Global batches of the prepared sets, or of the live source."""
+    data, rows = config.data, config.batch.global_rows
+    if data.live:
+        return LiveStream(data.live, tokenizer, data=data, seed=config.seed, global_rows=rows)
+    return DataStream(
+        train_set.sources,
+        seed=config.seed,
+        global_rows=rows,
+        max_length=data.max_length,
+        packing=data.packing,
+        temperature=data.temperature,
+        shuffle_samples=data.shuffle_samples,
+        curriculum=data.curriculum,
+    )
 
 
 class Run:
@@ -91,7 +101,7 @@ class Run:
         config: RunConfig,
         world: World,
         engine: Engine,
-        stream: DataStream,
+        stream: BatchStream,
         *,
         tokenizer: Any,
         held_out: HeldOut | None,
@@ -103,28 +113,35 @@ class Run:
         self.tokenizer = tokenizer
         self.held_out = held_out
         self.log_file: Any = None
-        self.total_steps = stream.total_steps(config.optim.epochs)
-        if config.optim.max_steps:
-            self.total_steps = min(self.total_steps, config.optim.max_steps)
         self.step = 0
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
         self.first_step = 0
         self.clock = Clock()
-        self._state_after: dict[str, int] = stream.state_dict()
+        self._state_after: dict[str, Any] = stream.state_dict()
+        self._data_changes: list[str] = []
         self._checkpoint_stall_s = 0.0
         self._tokens_done = 0
         self._last_loss: float | None = None
         commit, self._passed_over = self._find_commit()
         if commit:
             self._resume(commit)
+        # what rates and estimates of time go by; the run itself ends with its data, or at optim.max_steps
+        self.total_steps = stream.total_steps(config.optim.epochs, at_most=config.optim.max_steps)
         self.recorder = Recorder(config, world, resumed_step=self.step)
+
+    @property
+    def finished(self) -> bool:
+        """Whether optim.max_steps is reached, or optim.epochs epochs of the data are done."""
+        limit = self.config.optim.max_steps
+        return self._state_after["epoch"] >= self.config.optim.epochs or (limit is not None and self.step >= limit)
 
     @property
     def checkpoints(self) -> Path:
         return self.config.run_dir / "checkpoints"
 
-    def start(self, *, facts: list[str]) -> None:
+    def start(self, *, facts: list[str], data_report: dict[str, Any]) -> None:
+        self.recorder.data_report(data_report)
         console = self.recorder.console
         for fact in facts:
             console.say(fact)
@@ -132,18 +149,24 @@ class Run:
         for line in self._passed_over:
             console.note(f"damaged checkpoint passed over: {line}")
         trainable = sum(getattr(p, "ds_numel", p.numel()) for _, p in self.engine.trainable())
+        exact = self.total_steps == self.config.optim.max_steps or self.stream.counts_exactly(self.config.optim.epochs)
+        steps = f"{'' if exact else 'about '}{self.total_steps} steps"
         console.say(
             f"training {trainable / 1e6:,.2f} M parameters ({self.config.method.kind}, ZeRO {self.engine.stage}, "
-            f"{self.config.model.dtype}) for {self.total_steps} steps on {self.world.size} x {self.world.device.type}"
+            f"{self.config.model.dtype}) for {steps} on {self.world.size} x {self.world.device.type}"
         )
         name = "resume" if self.step else "start"
         self.recorder.event(name, step=self.step, world_size=self.world.size, versions=versions())
         if self.step:
             console.say(f"resumed from step {self.step}")
+        if self._data_changes:
+            for change in self._data_changes:
+                console.note(f"data.train has changed: {change}; a new epoch begins")
+            self.recorder.event("data_changed", step=self.step, changes=self._data_changes, sources=self._sources())
 
     def batches(self) -> Iterator[Prefetched]:
         """This rank's share of every step that is left."""
-        if self.step >= self.total_steps:
+        if self.finished:
             return
         self.clock.lap()
         with Prefetcher(
@@ -156,7 +179,7 @@ class Run:
         ) as prefetcher:
             for batch in prefetcher:
                 yield batch
-                if self.step >= self.total_steps:
+                if self.finished:
                     return
 
     def seed_step(self) -> None:
@@ -214,17 +237,18 @@ class Run:
                 total_parameters=self.engine.total_parameters, trainable_share=self.engine.trainable_share
             )
             mfu = record["real_tokens"] * per_token / seconds / (peak * self.world.size)
-        eta_s = (self.total_steps - self.step) * seconds
-        last = self.step in (self.first_step + 1, self.total_steps)
-        self.recorder.console.step(record, total_steps=self.total_steps, eta_s=eta_s, mfu=mfu, last=last)
+        total_steps = self.step if self.finished else max(self.total_steps, self.step + 1)
+        last = self.finished or self.step == self.first_step + 1
+        eta_s = (total_steps - self.step) * seconds
+        self.recorder.console.step(record, total_steps=total_steps, eta_s=eta_s, mfu=mfu, last=last)
 
     def commit_is_due(self) -> bool:
         interval = self.config.checkpoint.interval_steps
-        return self.step == self.total_steps or (interval > 0 and self.step % interval == 0)
+        return self.finished or (interval > 0 and self.step % interval == 0)
 
     def evaluation_is_due(self) -> bool:
         interval = self.config.evaluate.interval_steps
-        return bool(self.held_out) and interval > 0 and self.step % interval == 0 and self.step < self.total_steps
+        return bool(self.held_out) and interval > 0 and self.step % interval == 0 and not self.finished
 
     def commit(self) -> None:
         """Save the state after the current step."""
@@ -288,6 +312,15 @@ class Run:
         self.recorder.close()
         leave_world()
 
+    def _sources(self) -> list[dict[str, Any]]:
+        """Which sample ids are whose."""
+        assert isinstance(self.stream, DataStream), "only a mixture changes"
+        starts = self.stream.store.starts.tolist()
+        return [
+            {"path": source.name, "first_id": first, "samples": len(source.store), "weight": source.weight}
+            for source, first in zip(self.stream.mixture.sources, starts[:-1], strict=True)
+        ]
+
     def _find_commit(self) -> tuple[Commit | None, list[str]]:
         resume = self.config.checkpoint.resume
         if resume == "never":
@@ -305,7 +338,7 @@ class Run:
         self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
         self._tokens_done, self._last_loss = state["tokens"], state["loss"]
         self._state_after = state["data"]
-        self.stream.load_state_dict(state["data"])
+        self._data_changes = self.stream.load_state_dict(state["data"])
         barrier(self.world)
 
 

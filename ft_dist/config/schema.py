@@ -8,7 +8,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
-DataFormat = Literal["auto", "chat", "prompt_completion", "alpaca", "sharegpt", "text"]
+from ft_dist.storage import is_url
+
+DataFormat = Literal["auto", "chat", "prompt_completion", "alpaca", "sharegpt", "text", "tokens"]
 
 
 class Section(BaseModel):
@@ -60,11 +62,16 @@ class MethodConfig(Section):
 
 
 class SourceConfig(Section):
-    """One data source: a file, a folder, a glob or a hub dataset."""
+    """One data source: a file, a folder, a glob, a hub dataset, or a prepared set (folder or URL)."""
 
     path: str
     format: DataFormat = "auto"
     weight: float = Field(default=1.0, gt=0, description="Times that each sample is seen in an epoch, on average")
+    live: bool = Field(
+        default=False,
+        description="Tokenise while training reads, without preparing: for streams too large to keep. The only source "
+        "of data.train then, in its own order, shuffled within windows; needs optim.max_steps",
+    )
     columns: dict[str, str] = Field(
         default_factory=dict, description="Our field name -> the column's name, for example {prompt: text}"
     )
@@ -82,9 +89,26 @@ class DataConfig(Section):
         default="drop", description="A sample over max_length is dropped and counted, cut at the end, or an error"
     )
     packing: bool = Field(default=True, description="Fill rows with several samples; attention never crosses them")
+    curriculum: Literal["none", "length"] = Field(
+        default="none", description="length: the rows of each window of samples go from short to long samples"
+    )
+    temperature: float = Field(
+        default=1.0, gt=0, description="Sources are seen in proportion to (weight * samples) ** (1 / temperature)"
+    )
+    shuffle_samples: Annotated[int, Field(ge=16)] = Field(
+        default=2**20,
+        description="Larger sets are shuffled in groups of 16 blocks of samples, this many in all: a cache of remote "
+        "shards has to hold about so much",
+    )
     log_samples: bool = Field(default=False, description="Write the sample ids of every step to samples.jsonl")
     cache_dir: str | None = Field(
         default=None, description="Tokenised data; None is $FT_DIST_CACHE or ~/.cache/ft_dist"
+    )
+    cache_bytes: PositiveInt = Field(
+        default=100 * 10**9, description="Disk space on a node for shards of remote sets; the least recently used go"
+    )
+    remote_wait_s: Annotated[float, Field(gt=0)] = Field(
+        default=1800.0, description="Training waits this long for an answer of a remote store before it ends"
     )
 
     @field_validator("train", "eval", mode="before")
@@ -96,6 +120,19 @@ class DataConfig(Section):
         if isinstance(value, list):
             return [{"path": item} if isinstance(item, str) else item for item in value]
         return value
+
+    @model_validator(mode="after")
+    def _live_stands_alone(self) -> "DataConfig":
+        if any(source.live for source in self.train) and len(self.train) > 1:
+            raise ValueError("a live source has to be the only one of data.train; prepare the others with it instead")
+        if any(source.live for source in self.eval):
+            raise ValueError("a source of data.eval cannot be live: the same samples are scored again and again")
+        return self
+
+    @property
+    def live(self) -> SourceConfig | None:
+        """The live source, if data.train is one."""
+        return self.train[0] if self.train[0].live else None
 
 
 class BatchConfig(Section):
@@ -134,7 +171,10 @@ class EngineConfig(Section):
     offload: Literal["none", "cpu", "nvme"] = Field(default="none", description="Where optimizer state lives")
     nvme_path: str | None = None
     activation_checkpointing: bool = False
-    timeout_s: PositiveInt = Field(default=1800, description="Collective operations that take longer end the run")
+    timeout_s: PositiveInt = Field(
+        default=1800,
+        description="Collective operations that take longer end the run; with remote data data.remote_wait_s is added",
+    )
 
     @model_validator(mode="after")
     def _nvme_needs_a_path(self) -> "EngineConfig":
@@ -191,6 +231,18 @@ class RunConfig(Section):
     observe: ObserveConfig = Field(default_factory=ObserveConfig)
     output_dir: str
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    @model_validator(mode="after")
+    def _live_needs_an_end(self) -> "RunConfig":
+        if self.data.live and not self.optim.max_steps:
+            raise ValueError("a live source of data.train has no known length: set optim.max_steps")
+        return self
+
+    @property
+    def collective_timeout_s(self) -> float:
+        """Seconds that a rank waits for the others: they may themselves be waiting for a remote store."""
+        remote = any(is_url(source.path) for source in (*self.data.train, *self.data.eval))
+        return self.engine.timeout_s + (self.data.remote_wait_s if remote else 0)
 
     @property
     def run_dir(self) -> Path:

@@ -7,6 +7,7 @@
 | alpaca            | instruction, output; input, system                                                      |
 | sharegpt          | conversations: [{from, value}], from human/user, gpt/assistant, system or tool; tools   |
 | text              | text                                                                                    |
+| tokens            | tokens: ids of this model's tokenizer, all of them learnt (tokenised elsewhere)         |
 
 `source.columns` maps our key to the column's own name first. The format is detected from the first record and holds
 for the whole source.
@@ -24,13 +25,14 @@ from ft_dist.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A checked record: either `messages` ([{role, content}], content never empty) or `text` is set."""
+    """A checked record: `messages` ([{role, content}], content never empty), `text` or `tokens` is set."""
 
     messages: list[dict[str, Any]] | None
     text: str | None
     where: str
     format: DataFormat = "chat"
     tools: list[dict[str, Any]] | None = None
+    tokens: list[int] | None = None
 
 
 REQUIRED: dict[DataFormat, tuple[str, ...]] = {
@@ -39,6 +41,7 @@ REQUIRED: dict[DataFormat, tuple[str, ...]] = {
     "alpaca": ("instruction", "output"),
     "sharegpt": ("conversations",),
     "text": ("text",),
+    "tokens": ("tokens",),
 }
 OUR_KEYS = (*(key for keys in REQUIRED.values() for key in keys), "input", "system", "tools")
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -55,18 +58,36 @@ _SHAREGPT_ROLES = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How the records of one source become samples: fixed by the config, or by the first record for all."""
+
+    format: DataFormat
+    columns: dict[str, str]
+    first: str = ""
+    """Where the record is that the format was detected from; "" if the config says it"""
+
+    def sample(self, record: Record) -> Sample:
+        """Raises DataError with file and line for a record that does not fit."""
+        return _build(_rename(record, self.columns), record.where, self.format, self.first)
+
+
+def shape_of(source: SourceConfig, first: Record) -> Shape:
+    """The shape of a source whose first record this is. Raises DataError where it fits no format."""
+    if source.format != "auto":
+        return Shape(source.format, source.columns)
+    return Shape(_detect(_rename(first, source.columns), first.where), source.columns, first.where)
+
+
 def read_samples(source: SourceConfig, *, limit: int | None = None) -> Iterator[Sample]:
     """The checked samples of a source, its format taken from the config or the first record.
 
     Raises DataError with file and line at the first record that does not fit.
     """
-    format_: DataFormat | None = None if source.format == "auto" else source.format
-    first = ""
+    shape: Shape | None = None
     for record in read_records(source, limit=limit):
-        fields = _rename(record, source.columns)
-        if format_ is None:
-            format_, first = _detect(fields, record.where), record.where
-        yield _build(fields, record.where, format_, first)
+        shape = shape or shape_of(source, record)
+        yield shape.sample(record)
 
 
 def detect_format(fields: dict[str, Any]) -> DataFormat:
@@ -122,6 +143,8 @@ def _build(fields: dict[str, Any], where: str, format_: DataFormat, first: str) 
     tools = _tools(fields.get("tools"), where)
     if format_ == "text":
         return Sample(None, _string(fields["text"], "text", where), where, "text")
+    if format_ == "tokens":
+        return Sample(None, None, where, "tokens", tokens=_token_ids(fields["tokens"], where))
     if format_ == "chat":
         messages = _messages(fields["messages"], "messages", where)
     elif format_ == "sharegpt":
@@ -144,6 +167,15 @@ def _raise_other_format(fields: dict[str, Any], where: str, format_: str, first:
         f"{where}: a {other} record in a source of format {format_} ({origin}). "
         "One source holds one format: split the file in two."
     )
+
+
+def _token_ids(value: Any, where: str) -> list[int]:
+    ids = value.tolist() if hasattr(value, "tolist") else value  # numpy comes from binary formats
+    if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
+        raise DataError(f"{where}: tokens is {_kind(ids)}, but should be a list of token ids.")
+    if not ids:
+        raise DataError(f"{where}: tokens is empty. Remove the record.")
+    return ids
 
 
 def _messages(value: Any, key: str, where: str) -> list[dict[str, Any]]:

@@ -4,15 +4,20 @@ A Feistel network permutes the smallest range of whole bits that holds `size`; i
 again until they land inside (cycle walking: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). The
 range is less than twice `size`, so that takes less than two rounds on average. The round function is MurmurHash3's
 64-bit finaliser. This shuffles, it does not encrypt.
+
+A large set is permuted in two levels, so that a cache that holds a small part of it serves long stretches of the order.
 """
 
 import hashlib
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
 _ROUNDS = 10  # even, so that the two halves end with their own widths; 6 already pass the tests of mixing
 _U64 = np.uint64
+
+BLOCKS_A_GROUP = 16
 
 
 class Permutation:
@@ -58,6 +63,48 @@ class Permutation:
             left, right = right, left ^ (_mix(right, key) & _U64((1 << left_bits) - 1))
             left_bits, right_bits = right_bits, left_bits
         return (left << _U64(right_bits)) | right
+
+
+class BlockPermutation:
+    """A bijection of [0, size) in which neighbours in the order come from few places of the range.
+
+    Blocks of shuffle_samples / 16 consecutive indices are permuted by the key (a short last block stays last); the
+    indices of each group of 16 blocks are permuted together. So shuffle_samples consecutive positions of the order lead
+    to 16 stretches of the range, or 32 where they lie across two groups.
+    """
+
+    def __init__(self, size: int, key: tuple[int | str, ...], shuffle_samples: int) -> None:
+        assert shuffle_samples >= BLOCKS_A_GROUP, f"shuffle_samples={shuffle_samples}"
+        self.size = size
+        self._key = key
+        self._block = shuffle_samples // BLOCKS_A_GROUP
+        self._group = self._block * BLOCKS_A_GROUP
+        self._whole_blocks = size // self._block
+        self._blocks = Permutation(self._whole_blocks, (*key, "blocks")) if self._whole_blocks else None
+        self._in_group = lru_cache(maxsize=8)(self._group_permutation)
+
+    def at(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Where these positions lead, int64, same shape (n,). Positions must lie in [0, size)."""
+        group_of = indices // self._group
+        places = np.empty_like(indices)
+        for group in np.unique(group_of).tolist():
+            mine = np.flatnonzero(group_of == group)
+            start = group * self._group
+            places[mine] = self._in_group(group).at(indices[mine] - start) + start
+        block_of = places // self._block
+        whole = np.flatnonzero(block_of < self._whole_blocks)
+        if self._blocks is not None:
+            places[whole] += (self._blocks.at(block_of[whole]) - block_of[whole]) * self._block
+        return places
+
+    def _group_permutation(self, group: int) -> Permutation:
+        size = min(self._group, self.size - group * self._group)
+        return Permutation(size, (*self._key, "group", group))
+
+
+def shuffled(size: int, key: tuple[int | str, ...], shuffle_samples: int) -> Permutation | BlockPermutation:
+    """The order of a set: one permutation up to `shuffle_samples`, in two levels above."""
+    return Permutation(size, key) if size <= shuffle_samples else BlockPermutation(size, key, shuffle_samples)
 
 
 def _mix(values: npt.NDArray[np.uint64], key: np.uint64) -> npt.NDArray[np.uint64]:

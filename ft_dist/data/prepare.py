@@ -2,71 +2,85 @@
 
 The fingerprint covers a source's bytes (path, split and revision for a hub dataset), the tokenizer with its chat
 template, and the options that shape samples. One process a node tokenises under a file lock; the others wait for the
-lock, outside of any process group and its timeout, and then open what is there.
-
-A sample over `max_length` tokens follows `data.too_long`; plain text is instead split into consecutive blocks of
-`max_length` that overlap by one token, so that every token but the document's first is predicted exactly once.
+lock, outside of any process group and its timeout, and then open what is there. Interrupted, the next start goes on
+behind the last finished shard (`shard_writer`); the bytes are the same for any number of workers and interruptions.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
-from itertools import islice
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock
 
 from ft_dist.config.schema import DataConfig, SourceConfig
-from ft_dist.data.formats import Sample, read_samples
-from ft_dist.data.sources import is_saved_dataset, local_files
-from ft_dist.data.store import INDEX, JoinedStore, StoreWriter, TokenStore
-from ft_dist.data.template import Encoded, Encoder, tokenizer_identity
-from ft_dist.errors import DataError
+from ft_dist.data.chunk import COUNTED, ChunkEncoder, EncodedChunk, SourceCounts
+from ft_dist.data.digests import content_of
+from ft_dist.data.formats import shape_of
+from ft_dist.data.mixture import Source
+from ft_dist.data.quality import NEAR_SAMPLES, source_report
+from ft_dist.data.shard_cache import open_store
+from ft_dist.data.shard_writer import REPORT, ShardWriter
+from ft_dist.data.sources import local_files, prepared_set, read_raw_records
+from ft_dist.data.store import INDEX, JoinedStore, TokenStore, files_of
+from ft_dist.data.template import tokenizer_identity
+from ft_dist.data.text_files import RawRecord, Record
+from ft_dist.data.workers import available_cores, ordered_map
+from ft_dist.errors import DataError, UserError
+from ft_dist.storage import Storage, open_storage
 
-ENCODING_VERSION = 1
+ENCODING_VERSION = 2
 """Part of every fingerprint: raised when the same input would give other tokens or masks."""
 
-CHUNK_SAMPLES = 512
-Progress = Callable[[int, int], None]
-"""(samples done, tokens written) of all sources so far"""
+CHUNK_RECORDS = 512
+CHUNK_CHARACTERS = 2**20
+CHUNKS_WITHOUT_WORKERS = 8
+"""Starting workers takes seconds; this much is done sooner without"""
+
+
+class Progress(NamedTuple):
+    """How far preparing is, over all sources so far."""
+
+    records: int
+    tokens: int
+    share: float | None
+    """Of the current source's bytes that is done; None where it cannot be counted"""
+
+
+Tell = Callable[[Progress], None]
+Raw = Record | RawRecord
 
 
 @dataclass(slots=True)
-class SourceCounts:
-    """What became of one source's records."""
+class PreparedSet:
+    """One source's set: where it lies and what is known of it (`report.json`)."""
 
     name: str
-    format: str = ""
-    records: int = 0
-    samples: int = 0
-    """Samples in the store; more than the records where long text was split"""
-    tokens: int = 0
-    labelled_tokens: int = 0
-    dropped_too_long: int = 0
-    truncated: int = 0
-    dropped_no_label: int = 0
-    split_texts: int = 0
-    turns_rewritten: int = 0
-    end_token_added: int = 0
-    system_folded: int = 0
-    longest: int = 0
-    """Tokens of the longest record before anything was cut"""
+    weight: float
+    place: str
+    report: dict[str, Any]
+    reused: bool
+    """Whether it was there already"""
 
 
-@dataclass(slots=True)
+@dataclass
 class Prepared:
-    """The stores of the sources in their order, with their weights and counts."""
+    """The sets of the sources, in their order, and how to open one."""
 
-    stores: list[TokenStore]
-    weights: list[float]
-    counts: list[SourceCounts]
-    reused: list[bool]
-    """Whether each was found in the cache"""
+    open_set: Callable[[str], TokenStore] = TokenStore.open
+    sets: list[PreparedSet] = field(default_factory=list)
+
+    @cached_property
+    def stores(self) -> list[TokenStore]:
+        return [self.open_set(one.place) for one in self.sets]
 
     @property
     def store(self) -> JoinedStore:
@@ -74,19 +88,24 @@ class Prepared:
         return JoinedStore(self.stores)
 
     @property
-    def weighted(self) -> list[tuple[TokenStore, float]]:
+    def sources(self) -> list[Source]:
         """What `DataStream` takes."""
-        return list(zip(self.stores, self.weights, strict=True))
+        return [Source(one.name, store, one.weight) for one, store in zip(self.sets, self.stores, strict=True)]
+
+    @property
+    def counts(self) -> list[SourceCounts]:
+        return [SourceCounts(**{**one.report["counts"], "name": one.name}) for one in self.sets]
+
+    @property
+    def reused(self) -> list[bool]:
+        return [one.reused for one in self.sets]
 
     @property
     def report(self) -> dict[str, Any]:
         """Totals and one entry a source, ready for JSON."""
-        per_source = [asdict(counts) for counts in self.counts]
-        names = [field.name for field in fields(SourceCounts) if field.type in (int, "int") and field.name != "longest"]
-        totals: dict[str, Any] = {name: sum(entry[name] for entry in per_source) for name in names}
-        totals["longest"] = max((entry["longest"] for entry in per_source), default=0)
-        totals["bytes"] = sum(store.nbytes for store in self.stores)
-        return {**totals, "sources": per_source}
+        totals: dict[str, Any] = {name: sum(getattr(counts, name) for counts in self.counts) for name in COUNTED}
+        totals["longest"] = max((counts.longest for counts in self.counts), default=0)
+        return {**totals, "sources": [{"path": one.name, "place": one.place, **one.report} for one in self.sets]}
 
 
 def prepare(
@@ -95,25 +114,44 @@ def prepare(
     *,
     data: DataConfig,
     model_path: str,
-    progress: Progress | None = None,
+    to: str | None = None,
+    workers: int | None = None,
+    tell: Tell | None = None,
 ) -> Prepared:
-    """Token stores of all sources, tokenised now or found in the cache.
+    """The token sets of all sources: tokenised now, or found where they were left.
 
-    Safe to call from every process at once. Raises DataError for what is wrong with the data (file, line and fix), or
-    when no sample is left to learn from.
+    They lie in the cache folder, or at `to` followed by the source's number: a local path or a URL. A source that is a
+    prepared set already is taken as it is. `workers` processes tokenise (None: one a core, and none for little data).
+    Safe to call from every process at once. Raises DataError for what is wrong with the data (file, line and fix), for
+    a set made with another tokenizer or other options, or when no sample is left to learn from.
     """
-    identity = tokenizer_identity(tokenizer)
-    folder = cache_folder(data)
-    prepared = Prepared([], [], [], [])
-    for source in sources:
-        fingerprint = _fingerprint(source, identity, data)
-        done_before = (sum(counts.records for counts in prepared.counts), sum(c.tokens for c in prepared.counts))
-        step = None if progress is None else _shifted(progress, *done_before)
-        store, reused = _find_or_build(folder / fingerprint, source, tokenizer, data, model_path, step)
-        prepared.stores.append(store)
-        prepared.weights.append(source.weight)
-        prepared.counts.append(SourceCounts(**{**store.index["report"], "name": source.path}))
-        prepared.reused.append(reused)
+    made_with = {
+        "encoding": ENCODING_VERSION,
+        **tokenizer_identity(tokenizer),
+        "max_length": data.max_length,
+        "too_long": data.too_long,
+    }
+    cache = cache_folder(data)
+    prepared = Prepared(
+        partial(
+            open_store,
+            cache=cache / "remote",
+            cache_bytes=data.cache_bytes,
+            wait_s=data.remote_wait_s,
+            tell=_note,
+        )
+    )
+    for number, source in enumerate(sources):
+        if prepared_set(source.path) is not None:
+            prepared.sets.append(_taken_as_it_is(source, made_with, wait_s=data.remote_wait_s))
+            continue
+        fingerprint = _fingerprint(source, made_with, cache)
+        place = str(cache / fingerprint) if to is None else f"{to}-{number}"
+        job = _Job(source, tokenizer, data, model_path, made_with, workers, _shifted(tell, prepared))
+        with FileLock(cache / f"{hashlib.blake2b(place.encode(), digest_size=16).hexdigest()}.lock"):
+            reused = _find_or_build(place, fingerprint, job, rebuild=to is None)
+        report = json.loads(open_storage(place).read_bytes(REPORT))
+        prepared.sets.append(PreparedSet(source.path, source.weight, place, report, reused))
     return prepared
 
 
@@ -132,159 +170,196 @@ def cache_folder(data: DataConfig) -> Path:
     return folder
 
 
-def _find_or_build(
-    folder: Path, source: SourceConfig, tokenizer: Any, data: DataConfig, model_path: str, progress: Progress | None
-) -> tuple[TokenStore, bool]:
-    found = _open_if_whole(folder)
-    if found is not None:
-        return found, True
-    with FileLock(folder.with_suffix(".lock")):
-        found = _open_if_whole(folder)  # another process may have built it while this one waited
-        if found is not None:
-            return found, True
-        for stale in folder.parent.glob(f"{folder.name}.tmp-*"):
-            shutil.rmtree(stale, ignore_errors=True)
-        vocabulary = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
-        writer = StoreWriter(folder, vocabulary=vocabulary, fingerprint=folder.name)
-        try:
-            counts = _tokenise(source, tokenizer, data, model_path, writer, progress)
-            writer.commit(asdict(counts))
-        except BaseException:
-            writer.abort()
-            raise
-    return TokenStore.open(folder), False
+class _Job(NamedTuple):
+    source: SourceConfig
+    tokenizer: Any
+    data: DataConfig
+    model_path: str
+    made_with: dict[str, Any]
+    workers: int | None
+    tell: Tell
 
 
-def _open_if_whole(folder: Path) -> TokenStore | None:
-    if not (folder / INDEX).is_file():
+def _note(line: str) -> None:
+    """Told while training, from any thread: rank 0's console, another rank's log."""
+    print(f"note: {line}", flush=True)
+
+
+def _taken_as_it_is(source: SourceConfig, made_with: dict[str, Any], *, wait_s: float) -> PreparedSet:
+    storage = open_storage(source.path, wait_s=wait_s, tell=_note)
+    try:
+        index = json.loads(storage.read_bytes(INDEX))
+        report = json.loads(storage.read_bytes(REPORT))
+        theirs = index["made_with"]
+    except (ValueError, KeyError) as error:
+        raise DataError(f"{source.path}: not a prepared set ({error}). Make one with ft-dist prepare.") from None
+    names = {"chat_template": "chat template", "encoding": "version of ft-dist"}
+    for key, ours in made_with.items():
+        if theirs.get(key) != ours:
+            name = names.get(key, key if key == "tokenizer" else f"data.{key}")
+            values = f" ({theirs.get(key)}, the config says {ours})" if name.startswith("data.") else ""
+            raise DataError(
+                f"{source.path}: prepared with another {name}{values} than this config's. Prepare the data again "
+                "with ft-dist prepare, or restore what it was prepared with."
+            )
+    return PreparedSet(source.path, source.weight, source.path, report, reused=True)
+
+
+def _find_or_build(place: str, fingerprint: str, job: _Job, *, rebuild: bool) -> bool:
+    """Whether a whole set of this fingerprint is there already; if not, it is when this returns."""
+    storage = open_storage(place)
+    found = _finished(storage)
+    if found == fingerprint:
+        return True
+    if found is not None and not rebuild:
+        raise DataError(
+            f"{place}: holds a set of other data, another tokenizer or other options. Delete it, or name another place."
+        )
+    if storage.local is not None and (storage.local / INDEX).exists():  # damaged
+        shutil.rmtree(storage.local)
+    try:
+        _build(storage, fingerprint, job)
+    except UserError:
+        if rebuild and storage.local is not None:  # mended data have another fingerprint: nobody would go on with this
+            shutil.rmtree(storage.local, ignore_errors=True)
+        raise
+    return False
+
+
+def _finished(storage: Storage) -> str | None:
+    """The fingerprint of a whole set; "" where one is there but damaged, None where none is."""
+    if not storage.exists(INDEX):
         return None
     try:
-        return TokenStore.open(folder)
-    except DataError:
+        index = json.loads(storage.read_bytes(INDEX))
+        sizes = {entry["file"]: entry["bytes"] for entry in (*files_of(index), index["sketches"])}
+        whole = all(storage.exists(file) and storage.size(file) == size for file, size in sizes.items())
+        return str(index["fingerprint"]) if whole and storage.exists(REPORT) else ""
+    except (ValueError, KeyError, TypeError, DataError):
+        return ""
+
+
+def _build(storage: Storage, fingerprint: str, job: _Job) -> None:
+    raws = read_raw_records(job.source)
+    first = next(raws)
+    shape = shape_of(job.source, first.parse())
+    vocabulary = max(len(job.tokenizer), 1 + max(job.tokenizer.get_vocab().values(), default=0))
+    encoder = ChunkEncoder(job.tokenizer, shape, job.data.max_length, job.data.too_long, vocabulary)
+    writer = ShardWriter(storage, fingerprint=fingerprint, made_with=job.made_with, dtype=encoder.dtype)
+    writer.counts.format = shape.format
+    reading = _Reading(chain([first], raws), _bytes_of(job.source))
+    jobs = reading.jobs(skip=writer.records)
+    with closing(_encoded(encoder, jobs, job.workers)) as chunks:
+        for chunk in chunks:
+            writer.add(chunk)
+            job.tell(Progress(writer.counts.records, writer.counts.tokens, reading.share_done()))
+    writer.flush_rest()
+    _check_usable(writer.counts, job)
+    report = {"counts": asdict(writer.counts), **source_report(writer, job.tokenizer)}
+    writer.commit(report)
+
+
+class _Reading:
+    """Cuts records into jobs for a `ChunkEncoder` and knows how much of the input those that are done are."""
+
+    def __init__(self, raws: Iterator[Raw], total_bytes: int | None) -> None:
+        self._raws = raws
+        self._total = total_bytes
+        self._done = 0
+        self._sizes: deque[int] = deque()
+
+    def share_done(self) -> float | None:
+        """Called once a job that is done, in their order."""
+        self._done += self._sizes.popleft()
+        return min(1.0, self._done / self._total) if self._total else None
+
+    def jobs(self, *, skip: int) -> Iterator[tuple[int, list[Raw], bool]]:
+        """(number of the first record from 1, records, whether to sign them); the same cuts wherever it starts."""
+        for raw in islice(self._raws, skip):
+            self._done += _size(raw)
+        number, chunk, size = skip + 1, [], 0
+        for raw in self._raws:
+            chunk.append(raw)
+            size += _size(raw)
+            if len(chunk) == CHUNK_RECORDS or size >= CHUNK_CHARACTERS:
+                self._sizes.append(size)
+                yield number, chunk, number <= NEAR_SAMPLES
+                number, chunk, size = number + len(chunk), [], 0
+        if chunk:
+            self._sizes.append(size)
+            yield number, chunk, number <= NEAR_SAMPLES
+
+
+def _encoded(
+    encoder: ChunkEncoder, jobs: Iterator[tuple[int, list[Raw], bool]], workers: int | None
+) -> Generator[EncodedChunk, None, None]:
+    """Encoded chunks in order, by this process first or only, by `workers` where there is enough to do."""
+    count = available_cores() if workers is None else workers
+    # code of a model's own repository cannot be sent to another process
+    own_code = type(encoder.tokenizer).__module__.startswith("transformers_modules")
+    alone = None if count == 1 or own_code else (CHUNKS_WITHOUT_WORKERS if workers is None else 0)
+    for job in islice(jobs, alone):
+        yield encoder(*job)
+    first = next(jobs, None)
+    if first is not None:
+        yield from ordered_map(encoder, chain([first], jobs), workers=count)
+
+
+def _size(raw: Raw) -> int:
+    """Characters, roughly: a chunk of long records must not take the memory of hundreds of them."""
+    if isinstance(raw, RawRecord):
+        return len(raw.line)
+    return sum(_extent(value) for value in raw.fields.values())
+
+
+def _extent(value: Any) -> int:
+    if isinstance(value, dict):
+        return sum(_extent(inner) for inner in value.values())
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return sum(_extent(inner) for inner in value)
+    return 8 * len(value) if isinstance(value, list) else int(getattr(value, "nbytes", 0)) or len(str(value))
+
+
+def _bytes_of(source: SourceConfig) -> int | None:
+    files = local_files(source)
+    if files is None or any(file.suffix.lower() in (".gz", ".parquet", ".arrow", ".idx", ".bin") for file in files):
         return None
+    return sum(file.stat().st_size for file in files)
 
 
-def _tokenise(
-    source: SourceConfig,
-    tokenizer: Any,
-    data: DataConfig,
-    model_path: str,
-    writer: StoreWriter,
-    progress: Progress | None,
-) -> SourceCounts:
-    counts = SourceCounts(source.path)
-    encoder = Encoder(tokenizer)
-    for samples, encoded in _encoded_chunks(source, encoder):
-        counts.format = samples[0].format
-        for sample, one in zip(samples, encoded, strict=True):
-            for piece in _fit(sample, one, data, counts):
-                writer.add(piece.tokens, piece.mask)
-                counts.samples += 1
-                counts.tokens += len(piece.tokens)
-                counts.labelled_tokens += sum(piece.mask[1:])
-        counts.records += len(samples)
-        if progress is not None:
-            progress(counts.records, counts.tokens)
-    for name, count in encoder.notes.items():
-        setattr(counts, name, count)
-    _check_usable(counts, data, model_path)
-    return counts
-
-
-def _encoded_chunks(source: SourceConfig, encoder: Encoder) -> Iterator[tuple[list[Sample], list[Encoded]]]:
-    """Chunks in order; one is tokenised on the tokenizer's threads while the next is read and rendered."""
-    samples = read_samples(source)
-    with ThreadPoolExecutor(1) as pool:
-        pending = None
-        while chunk := list(islice(samples, CHUNK_SAMPLES)):
-            rendered = [encoder.render(sample) for sample in chunk]
-            if pending is not None:
-                yield pending[0], pending[1].result()
-            pending = (chunk, pool.submit(encoder.tokenise, rendered))
-        if pending is not None:
-            yield pending[0], pending[1].result()
-
-
-def _fit(sample: Sample, encoded: Encoded, data: DataConfig, counts: SourceCounts) -> list[Encoded]:
-    """The sample as it enters the store under `data.max_length`: whole, cut, in blocks, or not at all."""
-    length, limit = len(encoded.tokens), data.max_length
-    counts.longest = max(counts.longest, length)
-    if length <= limit:
-        pieces = [encoded]
-    elif sample.text is not None:
-        counts.split_texts += 1
-        starts = range(0, length - 1, limit - 1)
-        pieces = [Encoded(encoded.tokens[at : at + limit], encoded.mask[at : at + limit]) for at in starts]
-    elif data.too_long == "error":
-        raise DataError(
-            f"{sample.where}: {length} tokens, but data.max_length={limit}. "
-            "Raise it, shorten the sample, or set data.too_long to drop or truncate."
-        )
-    elif data.too_long == "drop":
-        counts.dropped_too_long += 1
-        return []
-    else:
-        pieces = [Encoded(encoded.tokens[:limit], encoded.mask[:limit])]
-        counts.truncated += any(pieces[0].mask[1:])
-    learnable = [piece for piece in pieces if any(piece.mask[1:])]
-    counts.dropped_no_label += not learnable
-    return learnable
-
-
-def _check_usable(counts: SourceCounts, data: DataConfig, model_path: str) -> None:
+def _check_usable(counts: SourceCounts, job: _Job) -> None:
     if counts.samples:
         return
     reasons = []
+    limit = job.data.max_length
     if counts.dropped_too_long:
-        reasons.append(
-            f"{counts.dropped_too_long} over data.max_length={data.max_length} (longest: {counts.longest} tokens)"
-        )
+        reasons.append(f"{counts.dropped_too_long} over data.max_length={limit} (longest: {counts.longest} tokens)")
     if counts.dropped_no_label:
         reasons.append(f"{counts.dropped_no_label} without a token to learn")
     if counts.turns_rewritten:
-        reasons.append(f"{counts.turns_rewritten} assistant turns rewritten by the chat template of {model_path}")
+        reasons.append(f"{counts.turns_rewritten} assistant turns rewritten by the chat template of {job.model_path}")
     raise DataError(
-        f"{counts.name}: none of {counts.records} records can be used: {', '.join(reasons)}. "
+        f"{job.source.path}: none of {counts.records} records can be used: {', '.join(reasons)}. "
         "Raise data.max_length, set data.too_long=truncate, or set model.chat_template."
     )
 
 
-def _shifted(progress: Progress, records: int, tokens: int) -> Progress:
-    return lambda more_records, more_tokens: progress(records + more_records, tokens + more_tokens)
+def _shifted(tell: Tell | None, before: Prepared) -> Tell:
+    """Counts go on from source to source."""
+    records, tokens = (sum(getattr(counts, name) for counts in before.counts) for name in ("records", "tokens"))
+
+    def shifted(now: Progress) -> None:
+        if tell is not None:
+            tell(Progress(records + now.records, tokens + now.tokens, now.share))
+
+    return shifted
 
 
-def _fingerprint(source: SourceConfig, identity: str, data: DataConfig) -> str:
-    options = {
-        "version": ENCODING_VERSION,
-        "max_length": data.max_length,
-        "too_long": data.too_long,
+def _fingerprint(source: SourceConfig, made_with: dict[str, Any], cache: Path) -> str:
+    parts = {
+        **made_with,
         "format": source.format,
         "columns": source.columns,
-        "content": _content(source),
+        "content": content_of(source, cache),
     }
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps(options, sort_keys=True).encode())
-    digest.update(identity.encode())
-    return digest.hexdigest()
-
-
-def _content(source: SourceConfig) -> list[str]:
-    """What identifies the records of a source: the bytes of its files, or a hub dataset's revision."""
-    files = local_files(source)
-    if files is None:
-        saved = Path(source.path).expanduser()
-        if not is_saved_dataset(saved):
-            from ft_dist.data.tables import hub_revision
-
-            return [source.path, source.name or "", source.split, hub_revision(source)]
-        files = sorted(file for file in saved.rglob("*") if file.is_file())
-        return [source.split, *(_file_digest(file) for file in files)]
-    return [_file_digest(file) for file in files]
-
-
-def _file_digest(file: Path) -> str:
-    digest = hashlib.blake2b(file.suffix.encode(), digest_size=16)
-    with file.open("rb") as stream:
-        while block := stream.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()

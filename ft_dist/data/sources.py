@@ -1,36 +1,28 @@
 """Read the records of one source, whatever it is stored in, and always know which file and line each came from.
 
-JSONL, JSON, CSV, TSV and text are read with the standard library, a line at a time, so that a mistake is told with its
-line and nothing heavy is imported. Parquet, Arrow, saved datasets and hub datasets go through `datasets`, imported
-only then. A text file holds documents separated by blank lines; each document becomes one record `{"text": ...}`.
+JSONL, JSON, CSV, TSV and text are read with the standard library (`text_files`), so that nothing heavy is imported.
+Parquet, Arrow, saved datasets and hub datasets go through `datasets`, MDS folders and Megatron's `.bin` with `.idx`
+through readers of our own, each imported only then. A folder or URL that `ft-dist prepare` wrote is no source of
+records: `prepared_set` tells it from the others.
 """
 
-import csv
 import glob
-import gzip
 import json
 import re
-import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from ft_dist.config.schema import SourceConfig
+from ft_dist.data.text_files import RawRecord, Record, read_csv, read_json, read_jsonl, read_text
 from ft_dist.errors import DataError
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One entry of a source: its fields as they stand there, and where that is (`FILE line N`)."""
-
-    fields: dict[str, Any]
-    where: str
-
 
 TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
 TABLE_SUFFIXES = (".parquet", ".arrow")
+MEGATRON_SUFFIX = ".idx"
+SUFFIXES = (*TEXT_SUFFIXES, *TABLE_SUFFIXES, MEGATRON_SUFFIX)
+INDEX = "index.json"
 _SPLITS = {"train": ("train", "training"), "test": ("test",), "validation": ("validation", "valid", "val", "dev")}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -40,18 +32,65 @@ def read_records(source: SourceConfig, *, limit: int | None = None) -> Iterator[
 
     Raises DataError for a path that leads nowhere, an empty file, a broken line or a wrong encoding.
     """
-    return islice(_read_all(source), limit)
+    return (raw.parse() for raw in islice(read_raw_records(source), limit))
 
 
-def _read_all(source: SourceConfig) -> Iterator[Record]:
+def read_raw_records(source: SourceConfig) -> Iterator[Record | RawRecord]:
+    """As `read_records`, JSON lines left unparsed: `parse` them on another core, or pass them by.
+
+    Raises DataError as `read_records` does, for a broken line only when it is parsed.
+    """
+    if prepared_set(source.path) is not None:
+        raise DataError(
+            f"{source.path}: a prepared set holds tokens, not the text that is needed here. Name the files it was "
+            "made from."
+        )
     files = local_files(source)
     if files is None:
-        from ft_dist.data.tables import read_dataset
-
-        yield from _non_empty(read_dataset(source), source.path)
+        yield from _non_empty(_folder_reader(source), source.path)
         return
     for file in files:
         yield from _non_empty(_reader(file)(file), str(file))
+
+
+def _folder_reader(source: SourceConfig) -> Iterator[Record]:
+    """Folders that are one set in a format of their own, and hub datasets."""
+    folder = Path(source.path).expanduser()
+    if is_mds(folder):
+        from ft_dist.data.mds import read_mds
+
+        return read_mds(folder)
+    from ft_dist.data.tables import read_dataset
+
+    return read_dataset(source)
+
+
+def is_url(path: str) -> bool:
+    """Whether a path leads to an object store or server; `hf://` names a hub dataset."""
+    return "://" in path and not path.startswith(("hf://", "file://"))
+
+
+def prepared_set(path: str) -> dict[str, Any] | None:
+    """The index of a folder that `ft-dist prepare` wrote, {} for a URL (it can hold nothing else), else None."""
+    if is_url(path):
+        return {}
+    index = _read_index(Path(path.removeprefix("file://")).expanduser())
+    return index if index is not None and "fingerprint" in index else None
+
+
+def is_mds(folder: Path) -> bool:
+    """Whether mosaicml-streaming's MDSWriter wrote this folder."""
+    index = _read_index(folder)
+    shards = index.get("shards") if index else None
+    return isinstance(shards, list) and bool(shards) and shards[0].get("format") == "mds"
+
+
+def _read_index(folder: Path) -> dict[str, Any] | None:
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return index if isinstance(index, dict) else None
 
 
 def local_files(source: SourceConfig) -> list[Path] | None:
@@ -64,7 +103,7 @@ def local_files(source: SourceConfig) -> list[Path] | None:
         _reader(path)
         return [path]
     if path.is_dir():
-        return None if is_saved_dataset(path) else _folder_files(path, source.split)
+        return None if is_saved_dataset(path) or is_mds(path) else _folder_files(path, source.split)
     if glob.has_magic(source.path):
         matches = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
         if not matches:
@@ -94,23 +133,19 @@ def may_be_hub_id(path: str) -> bool:
     name = path.removeprefix("hf://datasets/").removeprefix("hf://")
     parent = Path(path).parent
     looks_local = (
-        _suffix(Path(name)) in TEXT_SUFFIXES + TABLE_SUFFIXES
+        suffix_of(Path(name)) in SUFFIXES
         or name.startswith(".")
         or (str(parent) != "." and parent.is_dir())  # a slip in a local path, not a hub owner
     )
     return bool(_HUB_ID.fullmatch(name)) and not looks_local
 
 
-def is_table(file: Path) -> bool:
-    return _suffix(file) in TABLE_SUFFIXES
-
-
 def _folder_files(folder: Path, split: str) -> list[Path]:
     """Every data file below a folder; where names tell splits apart, those of `split` only, so that none leaks."""
     found = [file for file in sorted(folder.rglob("*")) if file.is_file() and not _hidden(file, folder)]
-    found = [file for file in found if _suffix(file) in TEXT_SUFFIXES + TABLE_SUFFIXES]
+    found = [file for file in found if suffix_of(file) in SUFFIXES]
     if not found:
-        known = " ".join(TEXT_SUFFIXES + TABLE_SUFFIXES)
+        known = " ".join(SUFFIXES)
         raise DataError(f"{folder}: the folder holds no data file ({known}, also with .gz). Point data.*.path at one.")
     splits = {file: _split_of(file, folder) for file in found}
     if not any(splits.values()):
@@ -132,30 +167,32 @@ def _split_of(file: Path, folder: Path) -> str | None:
     return next((name for name, aliases in _SPLITS.items() if words.intersection(aliases)), None)
 
 
-def _suffix(file: Path) -> str:
+def suffix_of(file: Path) -> str:
     name = file.name.lower().removesuffix(".gz")
     return name[name.rfind(".") :] if "." in name else ""
 
 
-def _reader(file: Path) -> Callable[[Path], Iterator[Record]]:
-    suffix = _suffix(file)
+def _reader(file: Path) -> Callable[[Path], Iterator[Record | RawRecord]]:
+    suffix = suffix_of(file)
     if suffix in TABLE_SUFFIXES:
         return _read_table
-    readers = {
-        ".jsonl": _read_jsonl,
-        ".ndjson": _read_jsonl,
-        ".json": _read_json,
-        ".csv": _read_csv,
-        ".tsv": _read_csv,
-        ".txt": _read_text,
+    if suffix in (MEGATRON_SUFFIX, ".bin"):
+        return _read_megatron
+    readers: dict[str, Callable[[Path], Iterator[Record | RawRecord]]] = {
+        ".jsonl": read_jsonl,
+        ".ndjson": read_jsonl,
+        ".json": read_json,
+        ".csv": _read_commas,
+        ".tsv": _read_tabs,
+        ".txt": read_text,
     }
     if suffix not in readers:
-        known = " ".join(TEXT_SUFFIXES + TABLE_SUFFIXES)
+        known = " ".join(SUFFIXES)
         raise DataError(f"{file}: unknown file type {suffix or 'without a suffix'!r}. Known: {known}, also with .gz.")
     return readers[suffix]
 
 
-def _non_empty(records: Iterator[Record], name: str) -> Iterator[Record]:
+def _non_empty(records: Iterator[Record | RawRecord], name: str) -> Iterator[Record | RawRecord]:
     first = next(records, None)
     if first is None:
         raise DataError(f"{name}: holds no record. Give a file with at least one, or take it out of data.")
@@ -163,123 +200,21 @@ def _non_empty(records: Iterator[Record], name: str) -> Iterator[Record]:
     yield from records
 
 
+def _read_commas(file: Path) -> Iterator[Record]:
+    return read_csv(file, ",")
+
+
+def _read_tabs(file: Path) -> Iterator[Record]:
+    return read_csv(file, "\t")
+
+
+def _read_megatron(file: Path) -> Iterator[Record]:
+    from ft_dist.data.megatron import read_megatron
+
+    return read_megatron(file)
+
+
 def _read_table(file: Path) -> Iterator[Record]:
     from ft_dist.data.tables import read_table
 
     return read_table(file)
-
-
-def _open(file: Path) -> BinaryIO:
-    try:
-        if file.name.lower().endswith(".gz"):
-            return cast(BinaryIO, gzip.open(file))
-        return file.open("rb")
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror}). Check its permissions.") from None
-
-
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, text with its line end), decoded a line at a time so that a bad byte has a line."""
-    number, offset = 0, 0
-    with _open(file) as stream:
-        try:
-            for number, raw in enumerate(stream, start=1):
-                yield number, _decode(raw, file, number, offset)
-                offset += len(raw)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise DataError(f"{file} after line {number}: damaged gzip data ({error}). Fetch it again.") from None
-
-
-def _decode(raw: bytes, file: Path, number: int, offset: int) -> str:
-    if number == 1 and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError(f"{file} line 1: UTF-16 text. Save the file as UTF-8.")
-    try:
-        return raw.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{file} line {number}: not UTF-8 text (byte 0x{raw[error.start]:02x} at offset {offset + error.start}). "
-            "Save the file as UTF-8."
-        ) from None
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not valid JSON ({error.msg} at column {error.colno}). Mend or remove it.") from None
-    except RecursionError:
-        raise DataError(f"{where}: JSON nested too deep to read. Mend or remove it.") from None
-
-
-def _object(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: holds {type(value).__name__}, but a record is a JSON object {{...}}.")
-    return value
-
-
-def _read_jsonl(file: Path) -> Iterator[Record]:
-    for number, line in _lines(file):
-        if line.strip():
-            where = f"{file} line {number}"
-            yield Record(_object(_parse(line, where), where), where)
-
-
-def _read_json(file: Path) -> Iterator[Record]:
-    """An array of objects, or, as many `.json` files really are, JSON lines."""
-    text_of_lines = [line for _, line in _lines(file)]
-    text = "".join(text_of_lines)
-    if not text.lstrip().startswith("["):
-        yield from _read_jsonl(file)
-        return
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{file} line {error.lineno}: not valid JSON ({error.msg} at column {error.colno}). Mend or remove it."
-        ) from None
-    except RecursionError:
-        raise DataError(f"{file}: JSON nested too deep to read. Mend it.") from None
-    for number, value in enumerate(values, start=1):
-        where = f"{file} record {number}"
-        yield Record(_object(value, where), where)
-
-
-def _read_csv(file: Path) -> Iterator[Record]:
-    csv.field_size_limit(2**31 - 1)
-    delimiter = "\t" if _suffix(file) == ".tsv" else ","
-    rows = csv.reader((line for _, line in _lines(file)), delimiter=delimiter, strict=True)
-    header: list[str] | None = None
-    start = 1
-    while True:
-        try:
-            row = next(rows, None)
-        except csv.Error as error:
-            raise DataError(f"{file} line {start}: not valid CSV ({error}). Check its quotes.") from None
-        if row is None:
-            return
-        where, start = f"{file} line {start}", rows.line_num + 1
-        if not row:
-            continue
-        if header is None:
-            header = [name.strip() for name in row]
-            if len(set(header)) < len(header):
-                raise DataError(f"{where}: two columns of the header have one name ({', '.join(header)}). Rename one.")
-            continue
-        if len(row) != len(header):
-            raise DataError(f"{where}: {len(row)} values, but the header has {len(header)} ({', '.join(header)}).")
-        yield Record(dict(zip(header, row, strict=True)), where)
-
-
-def _read_text(file: Path) -> Iterator[Record]:
-    block: list[str] = []
-    start = 1
-    for number, line in _lines(file):
-        if line.strip():
-            if not block:
-                start = number
-            block.append(line)
-        elif block:
-            yield Record({"text": "".join(block).rstrip("\r\n")}, f"{file} line {start}")
-            block = []
-    if block:
-        yield Record({"text": "".join(block).rstrip("\r\n")}, f"{file} line {start}")

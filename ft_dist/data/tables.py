@@ -20,7 +20,7 @@ def read_table(file: Path) -> Iterator[Record]:
     kind = "parquet" if file.suffix.lower() == ".parquet" else "arrow"
     try:
         rows = datasets.load_dataset(kind, data_files=str(file), split="train", streaming=True)
-        yield from _rows(rows, str(file))
+        yield from numbered_rows(rows, str(file))
     except DataError:
         raise
     except Exception as error:  # pyarrow and datasets raise a dozen kinds for one damaged file
@@ -29,6 +29,11 @@ def read_table(file: Path) -> Iterator[Record]:
 
 def read_dataset(source: SourceConfig) -> Iterator[Record]:
     """Rows of a `save_to_disk` folder or of a hub dataset's split."""
+    yield from numbered_rows(open_dataset(source), source.path)
+
+
+def open_dataset(source: SourceConfig) -> Any:
+    """The `datasets.IterableDataset` of a `save_to_disk` folder or of a hub dataset's split; nothing is read yet."""
     import datasets
 
     path = Path(source.path).expanduser()
@@ -39,14 +44,12 @@ def read_dataset(source: SourceConfig) -> Iterator[Record]:
                 names = ", ".join(saved.keys())
                 raise DataError(f"{source.path}: no split {source.split!r}; it has {names}. Set split to one of them.")
             saved = saved[source.split]
-        yield from _rows(saved, source.path)
-        return
+        return saved.to_iterable_dataset()
     name = source.path.removeprefix("hf://datasets/").removeprefix("hf://")
     try:
-        rows = datasets.load_dataset(name, source.name, split=source.split, streaming=True)
+        return datasets.load_dataset(name, source.name, split=source.split, streaming=True)
     except Exception as error:  # offline, no such dataset, no such split, gated: all are one line to the user
         raise missing(source.path, _first_line(error)) from None
-    yield from _rows(rows, source.path)
 
 
 def hub_revision(source: SourceConfig) -> str:
@@ -60,8 +63,9 @@ def hub_revision(source: SourceConfig) -> str:
         return "unknown"
 
 
-def _rows(rows: Iterable[Any], name: str) -> Iterator[Record]:
-    for number, fields in enumerate(rows, start=1):
+def numbered_rows(rows: Iterable[Any], name: str, *, first: int = 1) -> Iterator[Record]:
+    """Records that know their number, which is counted from `first`."""
+    for number, fields in enumerate(rows, start=first):
         yield Record(dict(fields), f"{name} row {number}")
 
 

@@ -8,10 +8,13 @@ other conversation is an error that says so. Plain text takes the tokenizer's ow
 and all of it is learnt.
 """
 
+import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -20,6 +23,11 @@ from jinja2.exceptions import TemplateError
 from ft_dist.data.formats import Sample
 from ft_dist.data.spans import Messages, Render, Skeleton, Spans, TurnMarks, find_marks, find_spans, make_skeleton
 from ft_dist.errors import DataError, ModelError
+
+DATE = datetime(2024, 7, 26)
+"""Today, for templates that print the date: prepared data must be the same tomorrow. Llama 3.1's own default."""
+
+_TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 
 
 @dataclass(slots=True)
@@ -34,7 +42,8 @@ class Encoder:
     """Encodes samples for one tokenizer; `notes` counts what a report should tell.
 
     notes: `turns_rewritten` assistant turns that the template rewrites (not learnt), `end_token_added` samples whose
-    template ends turns with no token of its own, `system_folded` samples whose system text moved into the user turn.
+    template ends turns with no token of its own, `system_folded` samples whose system text moved into the user turn,
+    `dates_pinned` samples whose template asked for today's date and got DATE.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -45,6 +54,8 @@ class Encoder:
         self._marks: TurnMarks | None = None
         self._system_role: bool | None = None
         self._skeletons: dict[tuple[str, ...], Skeleton | None] = {}
+        self._pinned_templates: dict[str, str] = {}
+        self._prints_date = False
 
     def encode(self, sample: Sample) -> Encoded:
         return self.encode_batch([sample])[0]
@@ -57,7 +68,7 @@ class Encoder:
         return self.tokenise([self.render(sample) for sample in samples])
 
     def render(self, sample: Sample) -> Spans:
-        """The text of a sample and the characters of it that are learnt."""
+        """The text of a sample and the characters of it that are learnt; not for samples of token ids."""
         if sample.messages is None:
             assert sample.text is not None
             return Spans(sample.text, [(0, len(sample.text))], plain=True)
@@ -77,6 +88,7 @@ class Encoder:
                 "or set model.chat_template."
             ) from None
         self.notes["turns_rewritten"] += spans.rewritten
+        self.notes["dates_pinned"] += self._prints_date
         return spans
 
     def tokenise(self, rendered: Sequence[Spans]) -> list[Encoded]:
@@ -98,8 +110,20 @@ class Encoder:
 
     def _render(self, messages: Messages, add_generation_prompt: bool, tools: Any = None) -> str:
         return self.tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+            messages,
+            tools=tools,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            chat_template=self._pinned(self.tokenizer.get_chat_template(tools=tools)),
         )
+
+    def _pinned(self, template: str) -> str:
+        """The template with DATE written where it asks for today."""
+        if template not in self._pinned_templates:
+            self._pinned_templates[template] = _TODAY.sub(lambda call: repr(DATE.strftime(call[2])), template)
+        pinned = self._pinned_templates[template]
+        self._prints_date = pinned != template
+        return pinned
 
     def _skeleton(self, messages: Messages, tools: Any, render: Render) -> Skeleton | None:
         """One for each sequence of roles, unless the template is also given tools or keys of their own."""
@@ -254,8 +278,8 @@ def encode_prompt(messages: Messages, tokenizer: Any) -> list[int]:
     return Encoder(tokenizer).encode_prompt(messages)
 
 
-def tokenizer_identity(tokenizer: Any) -> str:
-    """Everything of a tokenizer that decides the ids: equal text, equal tokenisation."""
+def tokenizer_identity(tokenizer: Any) -> dict[str, str]:
+    """Digests of everything of a tokenizer that decides the ids: equal digests, equal tokenisation."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         backend.no_truncation()
@@ -265,4 +289,8 @@ def tokenizer_identity(tokenizer: Any) -> str:
         core = json.dumps(sorted(tokenizer.get_vocab().items()))
     special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
     template = json.dumps(getattr(tokenizer, "chat_template", None), sort_keys=True)
-    return "\n".join((core, special, template))
+    return {"tokenizer": _digest(f"{core}\n{special}"), "chat_template": _digest(template)}
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()

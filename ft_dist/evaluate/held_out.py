@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from typing import Any
 
+import numpy as np
+
 from ft_dist.config.schema import RunConfig
 from ft_dist.data.batch import MicroBatch, collate
 from ft_dist.data.formats import read_samples
-from ft_dist.data.prepare import prepare
 from ft_dist.data.store import SampleStore
 from ft_dist.distributed import World
 from ft_dist.engine.step import Engine
@@ -23,9 +24,8 @@ class HeldOut:
         self.prompts = prompts
 
     @classmethod
-    def prepare(cls, config: RunConfig, tokenizer: Any) -> "HeldOut":
-        """Raises DataError as preparing the training data does."""
-        store = prepare(config.data.eval, tokenizer, data=config.data, model_path=config.model.path).store
+    def prepare(cls, config: RunConfig, tokenizer: Any, store: SampleStore) -> "HeldOut":
+        """`store` holds data.eval. Raises DataError where answers are asked for and a source holds only tokens."""
         prompts: list[LabelledPrompt] = []
         if config.evaluate.generate:
             samples = chain.from_iterable(read_samples(source) for source in config.data.eval)
@@ -65,7 +65,7 @@ class HeldOut:
 
     def _batches(self, world: World, pad_id: int) -> Iterator[MicroBatch]:
         """Rows of like length together; the same number of batches on every rank, as ZeRO-3 needs."""
-        by_length = sorted(range(len(self)), key=lambda index: -int(self.store.lengths[index]))
+        by_length = np.argsort(-self.store.lengths_of(np.arange(len(self))), kind="stable").tolist()
         mine = by_length[world.rank :: world.size]
         rows = self.settings.batch_rows
         share = -(-len(by_length) // world.size)

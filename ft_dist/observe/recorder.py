@@ -62,6 +62,10 @@ class Recorder:
                     found = json.loads(line)["scores"]
         return found
 
+    def data_report(self, content: dict[str, Any]) -> None:
+        if self.world.is_main:
+            write_json(self.config.run_dir / "report.json", content)
+
     def summary(self, content: dict[str, Any]) -> None:
         if self.world.is_main:
             write_json(self.config.run_dir / "summary.json", content)

@@ -1,35 +1,12 @@
 """Rows become tensors whose labels are already shifted, and every rank gets as many micro-batches."""
 
-import numpy as np
 import pytest
 import torch
 
 from ft_dist.data.batch import IGNORED, Prefetcher, collate, deal
+from ft_dist.data.mixture import Source
 from ft_dist.data.stream import DataStream
-
-
-class ListStore:
-    """Samples held in lists, for tests."""
-
-    def __init__(self, samples: list[tuple[list[int], list[bool]]]) -> None:
-        self._samples = samples
-        self.lengths = np.array([len(tokens) for tokens, _ in samples], np.int64)
-        self.labelled = np.array([sum(mask[1:]) for _, mask in samples], np.int64)
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def sample(self, index: int):
-        tokens, mask = self._samples[index]
-        return np.array(tokens, np.int64), np.array(mask, np.bool_)
-
-
-def random_store(samples: int, longest: int, seed: int = 0) -> ListStore:
-    generator = np.random.default_rng(seed)
-    lengths = generator.integers(2, longest + 1, samples)
-    return ListStore(
-        [(generator.integers(10, 90, n).tolist(), [False] * (n // 2) + [True] * (n - n // 2)) for n in lengths.tolist()]
-    )
+from tests.data.stores import ListStore, random_store
 
 
 def test_labels_are_shifted_and_never_cross_samples():
@@ -54,7 +31,7 @@ def test_dummy_predicts_nothing():
 @pytest.mark.parametrize("world", [1, 2, 3, 7, 8, 64])
 def test_deal_gives_every_row_once_and_every_rank_as_many_micro_batches(world, packing):
     store = random_store(100, 50)
-    stream = DataStream([(store, 1.0)], seed=1, global_rows=16, max_length=50, packing=packing)
+    stream = DataStream([Source("a", store)], seed=1, global_rows=16, max_length=50, packing=packing)
     for _ in range(8):
         batch = stream.next_batch()
         for micro_rows in (1, 2, 5):
@@ -70,7 +47,7 @@ def test_deal_gives_every_row_once_and_every_rank_as_many_micro_batches(world, p
 
 def test_deal_balances_tokens():
     store = random_store(2000, 500)
-    stream = DataStream([(store, 1.0)], seed=1, global_rows=64, max_length=500, packing=False)
+    stream = DataStream([Source("a", store)], seed=1, global_rows=64, max_length=500, packing=False)
     batch = stream.next_batch()
     tokens = [
         sum(store.lengths[sample] for rows in deal(batch, rank=rank, world=4, micro_rows=2) for (sample,) in rows)
@@ -81,7 +58,7 @@ def test_deal_balances_tokens():
 
 def test_prefetched_state_is_the_position_after_its_own_batch():
     def make() -> DataStream:
-        return DataStream([(random_store(50, 20), 1.0)], seed=3, global_rows=4, max_length=32, packing=True)
+        return DataStream([Source("a", random_store(50, 20))], seed=3, global_rows=4, max_length=32, packing=True)
 
     walked = make()
     with Prefetcher(make(), rank=1, world=2, micro_rows=1, depth=3) as prefetcher:
@@ -95,11 +72,11 @@ def test_prefetched_state_is_the_position_after_its_own_batch():
 
 def test_error_on_the_thread_reaches_the_consumer():
     class Broken(ListStore):
-        def sample(self, index: int):
+        def gather(self, ids):
             raise OSError("disk gone")
 
     store = Broken([([1, 2], [True, True])] * 3)
-    stream = DataStream([(store, 1.0)], seed=0, global_rows=2, max_length=8, packing=False)
+    stream = DataStream([Source("a", store)], seed=0, global_rows=2, max_length=8, packing=False)
     prefetcher = Prefetcher(stream, rank=0, world=1, micro_rows=1)
     with pytest.raises(OSError, match="disk gone"):
         next(prefetcher)

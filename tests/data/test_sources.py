@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import tracemalloc
 
 import pytest
 
@@ -102,13 +103,18 @@ FAULTS = {
     "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', r"line 2: not UTF-8 text \(byte 0xe9 at offset 24\)"),
     "utf16.jsonl": ('{"text": "a"}'.encode("utf-16"), r"line 1: UTF-16 text. Save the file as UTF-8"),
     "broken.json": (b'[{"text": "a"},\n{"text" "b"}]', r"line 2: not valid JSON"),
-    "list.json": (b'[{"text": "a"}, ["b"]]', r"record 2: holds list"),
+    "list.json": (b'[{"text": "a"}, ["b"]]', r"line 1 \(record 2\): holds list"),
     "short.csv": (b"text,label\na,b\nc\n", r"line 3: 1 values, but the header has 2 \(text, label\)"),
     "quote.csv": (b'text,label\na,"b"x\n', r"line 2: not valid CSV"),
     "twice.csv": (b"text,text\na,b\n", r"line 1: two columns of the header have one name"),
     "header.csv": (b"text,label\n", r"holds no record"),
     "empty.jsonl": (b"", r"holds no record"),
     "blank.txt": (b"\n \n", r"holds no record"),
+    "open.json": (b'[{"text": "a"},\n{"text": "b"', r"line 2: not valid JSON"),
+    "after.json": (b'[{"text": "a"}]\n{"text": "b"}', r"line 2: not valid JSON \(text after the end of the array"),
+    "comma.json": (b'[{"text": "a"}\n{"text": "b"}]', r"line 2: not valid JSON \(Expecting ',' or '\]' at column 1"),
+    "latin.json": (b'[{"text": "a"},\n{"text": "\xe9"}]', r"line 2: not UTF-8 text \(byte 0xe9 at offset 26\)"),
+    "deep.json": (b'[{"a": ' + b"[" * 200_000, r"line 1 \(record 1\): JSON nested too deep"),
     "empty.json": (b"[]", r"holds no record"),
     "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 1000)[:-20], r"damaged gzip data"),
     "not.jsonl.gz": (b"plain", r"damaged gzip data"),
@@ -125,6 +131,53 @@ def test_fault_is_one_line_with_its_place(tmp_path, name):
         fields(tmp_path / name)
     assert str(raised.value).startswith(str(tmp_path / name))
     assert "\n" not in str(raised.value)
+
+
+LONG = {
+    "long.jsonl": (b'{"text": "a"}\n{"text": "', b'"}\n', r"line 2: a line of more than 16 MiB"),
+    "long.json": (b'[{"text": "a"},\n{"text": "', b'"}]', r"line 2 \(record 2\): a record of more than 16 MiB"),
+    "long.csv": (b'text\na\n"', b'"\n', r"line 3: a (line|row) of more than 16 MiB"),
+    "long.txt": (b"a\n\n", b"\n", r"line 3: a line of more than 16 MiB"),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize("line_end", [b"", b"\n"])
+def test_a_hundred_megabytes_in_one_record_are_refused_in_little_memory(tmp_path, name, line_end):
+    start, end, message = LONG[name]
+    if line_end and name == "long.jsonl":
+        pytest.skip("its records end at line ends")
+    with (tmp_path / name).open("wb") as file:
+        file.write(start)
+        for _ in range(100):
+            file.write(b"x" * (2**20 - 1) + (line_end or b"x"))
+        file.write(end)
+    if line_end and name == "long.json":
+        message = r"line 2: not valid JSON \(Invalid control character"
+    elif line_end and name == "long.txt":
+        message = r"line 3: a document of more than 16 MiB"
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=message):
+            fields(tmp_path / name)
+        assert tracemalloc.get_traced_memory()[1] < 150e6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("block_bytes", [1, 7, 64, 1000])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_json_arrays_are_the_same_however_the_blocks_fall(tmp_path, monkeypatch, block_bytes, indent):
+    rows = [{"n": n, "text": 'é"\\ \n' * (n % 7), "inner": [{"deep": [n, -1.5e3, None]}]} for n in range(60)]
+    (tmp_path / "rows.json").write_text(f"  {json.dumps(rows, indent=indent, ensure_ascii=indent is None)}\n", "utf-8")
+    monkeypatch.setattr("ft_dist.data.text_files.BLOCK_BYTES", block_bytes)
+    found = list(read_records(SourceConfig(path=str(tmp_path / "rows.json"))))
+    assert [record.fields for record in found] == rows
+    lines = (tmp_path / "rows.json").read_text("utf-8").splitlines()
+    if indent:
+        assert [int(record.where.split()[2]) for record in found] == [
+            number for number, line in enumerate(lines, start=1) if line == " {"
+        ]
 
 
 @pytest.mark.parametrize(

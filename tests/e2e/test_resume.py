@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ft_dist.checkpoint.format import commits
-from tests.conftest import SMALL_RUN, read_lines, start_cli
+from tests.conftest import ROOT, SMALL_RUN, read_lines, start_cli
 
 STEPS = 24
 ARGUMENTS = [
@@ -73,6 +73,50 @@ def test_a_killed_rank_changes_no_bit(cli, tmp_path, kind, stage):
 @pytest.mark.parametrize("kind, stage", [case for case in ALL if case not in FEW])
 def test_every_stage_survives_a_killed_rank(cli, tmp_path, kind, stage):
     check_killed_run_repeats(cli, tmp_path, kind, stage)
+
+
+def samples(folder: Path) -> list[tuple]:
+    return [(line["step"], line["rows"]) for line in read_lines(folder / "samples.jsonl")]
+
+
+def test_the_samples_of_every_step_are_the_same_on_any_number_of_ranks(cli, tmp_path):
+    """1, 2 and 3 ranks, and 2 killed, then 3 killed, then 1."""
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    assert cli(*arguments(alone, "lora", 2, nproc=1)).returncode == 0
+    assert len(samples(alone)) == STEPS
+    for nproc in (2, 3):
+        folder = tmp_path / f"ranks-{nproc}"
+        assert cli(*arguments(folder, "lora", 2, nproc=nproc)).returncode == 0
+        assert samples(folder) == samples(alone)
+    for nproc, until in ((2, 7), (3, 13)):
+        process = start_cli(*arguments(killed, "lora", 2, nproc=nproc))
+        wait_for_step(process, killed, until)
+        subprocess.run(["kill", "-9", str(workers_of(process)[-1])], check=True)
+        process.communicate(timeout=60)
+        assert process.returncode == 1
+    assert cli(*arguments(killed, "lora", 2, nproc=1)).returncode == 0
+    assert samples(killed) == samples(alone)
+
+
+def test_a_source_added_between_two_starts_is_told(cli, tmp_path):
+    folder, extra = tmp_path / "run", tmp_path / "extra.jsonl"
+    emails = ROOT / "configs/emails"
+    extra.write_text("".join((emails / "test.jsonl").read_text().splitlines(keepends=True)[:30]))
+    small = [*arguments(folder, "lora", 0, nproc=1), f"data.train=[{emails / 'train.jsonl'}]"]
+    assert cli(*small, "optim.max_steps=3").returncode == 0
+    more = [*small[:-1], f"data.train=[{emails / 'train.jsonl'}, {extra}]", "optim.max_steps=6"]
+    resumed = cli(*more)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"note: data.train has changed: {extra} added: 30 samples an epoch" in resumed.stdout
+    (event,) = (line for line in read_lines(folder / "events.jsonl") if line["event"] == "data_changed")
+    assert event["step"] == 3
+    assert [source["first_id"] for source in event["sources"]] == [0, 480]
+    seen = [sample for line in read_lines(folder / "samples.jsonl") for row in line["rows"] for sample in row]
+    assert max(seen[-60:]) >= 480
+    extra.write_text("".join(extra.read_text().splitlines(keepends=True)[1:]))
+    refused = cli(*more, "optim.max_steps=9")
+    assert refused.returncode == 2
+    assert f"{extra}: other samples than when the checkpoint was written" in refused.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -1,0 +1,282 @@
+"""Records of JSONL, JSON, CSV, TSV and text files with the standard library, in bounded memory.
+
+Files are read a line, or for a JSON array a block, at a time; `.gz` is opened on the way. A record of more than
+MAX_RECORD_BYTES is refused with its line, so that one broken line cannot take the machine's memory. A text file holds
+documents separated by blank lines; each document becomes one record `{"text": ...}`.
+"""
+
+import codecs
+import csv
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from ft_dist.errors import DataError
+
+MAX_RECORD_BYTES = 2**24
+"""Largest line or record. Its tokens with their offsets take some 50 times as much while it is tokenised."""
+
+BLOCK_BYTES = 2**20
+FIRST_BYTES = 2**12
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One entry of a source: its fields as they stand there, and where that is (`FILE line N`)."""
+
+    fields: dict[str, Any]
+    where: str
+
+    def parse(self) -> "Record":
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class RawRecord:
+    """A JSON line that is still to be parsed."""
+
+    line: str
+    where: str
+
+    def parse(self) -> Record:
+        """Raises DataError where the line is no JSON object."""
+        return Record(_object(_parse(self.line, self.where), self.where), self.where)
+
+
+def read_jsonl(file: Path) -> Iterator[RawRecord]:
+    for number, line in _lines(file):
+        if line.strip():
+            yield RawRecord(line, f"{file} line {number}")
+
+
+def read_json(file: Path) -> Iterator[Record | RawRecord]:
+    """An array of objects, or, as many `.json` files really are, JSON lines."""
+    with _open(file) as stream:
+        start = stream.read(FIRST_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
+    if start.startswith(b"["):
+        yield from _JsonArray(file).records()
+    else:
+        yield from read_jsonl(file)
+
+
+def read_csv(file: Path, delimiter: str) -> Iterator[Record]:
+    csv.field_size_limit(MAX_RECORD_BYTES)
+    start, row_bytes = 1, 0
+
+    def bounded() -> Iterator[str]:
+        nonlocal row_bytes
+        for _, line in _lines(file):
+            row_bytes += len(line)
+            if row_bytes > MAX_RECORD_BYTES:  # a quote that is never closed would swallow the file
+                raise _too_long(f"{file} line {start}", "row", "Is a quote left open?")
+            yield line
+
+    rows = csv.reader(bounded(), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    while True:
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            raise DataError(f"{file} line {start}: not valid CSV ({error}). Check its quotes.") from None
+        if row is None:
+            return
+        where, start, row_bytes = f"{file} line {start}", rows.line_num + 1, 0
+        if not row:
+            continue
+        if header is None:
+            header = [name.strip() for name in row]
+            if len(set(header)) < len(header):
+                raise DataError(f"{where}: two columns of the header have one name ({', '.join(header)}). Rename one.")
+            continue
+        if len(row) != len(header):
+            raise DataError(f"{where}: {len(row)} values, but the header has {len(header)} ({', '.join(header)}).")
+        yield Record(dict(zip(header, row, strict=True)), where)
+
+
+def read_text(file: Path) -> Iterator[Record]:
+    block: list[str] = []
+    start, size = 1, 0
+    for number, line in _lines(file):
+        if line.strip():
+            if not block:
+                start, size = number, 0
+            block.append(line)
+            size += len(line)
+            if size > MAX_RECORD_BYTES:
+                raise _too_long(f"{file} line {start}", "document", "Separate documents with blank lines.")
+        elif block:
+            yield Record({"text": "".join(block).rstrip("\r\n")}, f"{file} line {start}")
+            block = []
+    if block:
+        yield Record({"text": "".join(block).rstrip("\r\n")}, f"{file} line {start}")
+
+
+def _open(file: Path) -> BinaryIO:
+    try:
+        if file.name.lower().endswith(".gz"):
+            return cast(BinaryIO, _Gzip(file))
+        return file.open("rb")
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror}). Check its permissions.") from None
+
+
+class _Gzip(gzip.GzipFile):
+    """Damage is told as a mistake of the file, whichever way it is read."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(file, "rb")
+        self._file = file
+        self._lines = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        return self._guard(super().read, size)
+
+    def readline(self, size: int | None = -1) -> bytes:
+        line = self._guard(super().readline, size)
+        self._lines += 1
+        return line
+
+    def _guard(self, read: Any, size: int | None) -> bytes:
+        try:
+            return bytes(read(size))
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise DataError(
+                f"{self._file} after line {self._lines}: damaged gzip data ({error}). Fetch it again."
+            ) from None
+
+
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    """(line number from 1, text with its line end), decoded a line at a time so that a bad byte has a line."""
+    number, offset = 0, 0
+    with _open(file) as stream:
+        while raw := stream.readline(MAX_RECORD_BYTES + 1):
+            number += 1
+            if len(raw) > MAX_RECORD_BYTES:
+                raise _too_long(f"{file} line {number}", "line", "Split or remove it.")
+            yield number, _decode(raw, file, number, offset)
+            offset += len(raw)
+
+
+def _too_long(where: str, kind: str, fix: str) -> DataError:
+    return DataError(f"{where}: a {kind} of more than {MAX_RECORD_BYTES / 2**20:g} MiB, the most that is read. {fix}")
+
+
+def _decode(raw: bytes, file: Path, number: int, offset: int) -> str:
+    if number == 1 and raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise DataError(f"{file} line 1: UTF-16 text. Save the file as UTF-8.")
+    try:
+        return raw.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(file, number, raw[error.start], offset + error.start) from None
+
+
+def _not_utf8(file: Path, number: int, byte: int, offset: int) -> DataError:
+    return DataError(
+        f"{file} line {number}: not UTF-8 text (byte 0x{byte:02x} at offset {offset}). Save the file as UTF-8."
+    )
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise _not_json(where, error.msg, error.colno) from None
+    except RecursionError:
+        raise DataError(f"{where}: JSON nested too deep to read. Mend or remove it.") from None
+
+
+def _not_json(where: str, reason: str, column: int) -> DataError:
+    return DataError(f"{where}: not valid JSON ({reason} at column {column}). Mend or remove it.")
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: holds {type(value).__name__}, but a record is a JSON object {{...}}.")
+    return value
+
+
+class _JsonArray:
+    """Reads `[{...}, ...]` an element at a time, whether it stands on one line or a million."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self._scanner = json.JSONDecoder()
+        self._text = ""  # what is read and not yet done with
+        self._at = 0
+        self._line, self._counted = 1, 0  # line of the position _counted
+        self._bytes_read = 0
+        self._ended = False
+
+    def records(self) -> Iterator[Record]:
+        with _open(self.file) as stream:
+            self._stream = stream
+            self._next_is("[")
+            number, more = 0, not self._next_is("]")
+            while more:
+                number += 1
+                self._peek()
+                where = f"{self.file} line {self._line_at(self._at)} (record {number})"
+                yield Record(_object(self._element(where), where), where)
+                more = self._next_is(",")
+                if not more and not self._next_is("]"):
+                    raise self._fault("Expecting ',' or ']'", self._at)
+            if self._peek():
+                raise self._fault("text after the end of the array", self._at)
+
+    def _element(self, where: str) -> Any:
+        while True:
+            try:
+                value, self._at = self._scanner.raw_decode(self._text, self._at)
+                return value
+            except json.JSONDecodeError as error:
+                cut = error.msg.startswith("Unterminated string") or error.pos >= len(self._text) - 12
+                if not cut or self._ended:
+                    raise self._fault(error.msg, error.pos) from None
+            except RecursionError:
+                raise DataError(f"{where}: JSON nested too deep to read. Mend or remove it.") from None
+            if len(self._text) - self._at > MAX_RECORD_BYTES:
+                raise _too_long(where, "record", "Is a quote or a bracket left open?")
+            self._read_on()
+
+    def _next_is(self, wanted: str) -> bool:
+        found = self._peek() == wanted
+        self._at += found
+        return found
+
+    def _peek(self) -> str:
+        """The next character that is no white space; "" at the end."""
+        while True:
+            while self._at < len(self._text) and self._text[self._at] in " \t\r\n":
+                self._at += 1
+            if self._at < len(self._text) or self._ended:
+                return self._text[self._at : self._at + 1]
+            self._read_on()
+
+    def _read_on(self) -> None:
+        line = self._line_at(self._at)
+        raw = self._stream.read(BLOCK_BYTES)
+        self._ended = not raw
+        try:
+            more = self._decoder.decode(raw, final=self._ended)
+        except UnicodeDecodeError as error:
+            line += self._text.count("\n", self._at) + error.object.count(b"\n", 0, error.start)
+            carried = len(error.object) - len(raw)
+            byte, offset = error.object[error.start], self._bytes_read - carried + error.start
+            raise _not_utf8(self.file, line, byte, offset) from None
+        self._bytes_read += len(raw)
+        self._text, self._at, self._counted = self._text[self._at :] + more, 0, 0
+
+    def _line_at(self, position: int) -> int:
+        """Positions are asked for in rising order, so each character is looked at once."""
+        self._line += self._text.count("\n", self._counted, position)
+        self._counted = max(self._counted, position)
+        return self._line
+
+    def _fault(self, reason: str, position: int) -> DataError:
+        column = position - self._text.rfind("\n", 0, position)
+        return _not_json(f"{self.file} line {self._line_at(position)}", reason, column)

@@ -1,0 +1,125 @@
+"""A function over a stream of jobs on several processes, results in the order of the jobs.
+
+Jobs go round the workers in turn, at most AHEAD a worker, so memory is bounded and no queue has to be sorted. Workers
+are spawned: a fork would copy the threads' locks of tokenizers and torch in whatever state they are. Each runs one
+thread, and ends by itself when its parent is gone.
+"""
+
+import multiprocessing
+import os
+import pickle
+import queue
+import signal
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+from ft_dist.errors import UserError
+
+AHEAD = 3
+"""Jobs that wait for each worker: it never idles while the parent reads or writes"""
+
+MAX_WORKERS = 32
+"""One parent reads, checks and writes for about this many"""
+
+
+def available_cores() -> int:
+    """Cores that this process may use, at most MAX_WORKERS."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MAX_WORKERS)
+
+
+def ordered_map(function: Callable[..., Any], jobs: Iterator[tuple[Any, ...]], *, workers: int) -> Iterator[Any]:
+    """`function(*job)` for each job, in order; `function` is pickled once and sent to every worker.
+
+    Raises what the function raised for the first job that failed: a UserError as it is, anything else as RuntimeError
+    with the worker's traceback. Closing the iterator ends the workers.
+    """
+    context = multiprocessing.get_context("spawn")
+    payload = pickle.dumps(function)
+    pipes: list[Connection] = []
+    processes = []
+    try:
+        for _ in range(workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, payload), name="tokenise")
+            process.start()
+            theirs.close()
+            pipes.append(ours)
+            processes.append(process)
+        yield from _deal(jobs, pipes)
+    finally:
+        for pipe in pipes:
+            pipe.close()
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _deal(jobs: Iterator[tuple[Any, ...]], pipes: list[Connection]) -> Iterator[Any]:
+    waiting: deque[Connection] = deque()
+    for turn, job in enumerate(jobs):
+        if len(waiting) == AHEAD * len(pipes):
+            yield _receive(waiting.popleft())
+        pipe = pipes[turn % len(pipes)]
+        try:
+            pipe.send(job)
+        except OSError:
+            raise _died() from None
+        waiting.append(pipe)
+    while waiting:
+        yield _receive(waiting.popleft())
+
+
+def _receive(pipe: Connection) -> Any:
+    try:
+        result, error = pipe.recv()
+    except (EOFError, OSError):
+        raise _died() from None
+    if isinstance(error, UserError):
+        raise error
+    if error is not None:
+        raise RuntimeError(f"a tokenising process failed:\n{error}")
+    return result
+
+
+def _died() -> RuntimeError:
+    return RuntimeError(
+        "a tokenising process died, most likely for want of memory. Run ft-dist prepare with fewer --workers: it goes "
+        "on where it stopped."
+    )
+
+
+def _work(pipe: Connection, payload: bytes) -> None:
+    # what stops a job reaches its whole process group: the parent decides what becomes of us
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    # read once when the tokenizer is first used: a process a core, not cores times cores
+    os.environ.update({"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"})
+    jobs: queue.Queue[tuple[Any, ...] | None] = queue.Queue()
+    # the parent writes while we do: a pipe that nobody empties would block both for ever
+    threading.Thread(target=_listen, args=(pipe, jobs), daemon=True).start()
+    function = pickle.loads(payload)
+    while (job := jobs.get()) is not None:
+        answer: tuple[Any, UserError | str | None]
+        try:
+            answer = (function(*job), None)
+        except UserError as error:
+            answer = (None, error)
+        except Exception:
+            answer = (None, traceback.format_exc())
+        try:
+            pipe.send(answer)
+        except OSError:  # the parent is gone
+            return
+
+
+def _listen(pipe: Connection, jobs: "queue.Queue[tuple[Any, ...] | None]") -> None:
+    try:
+        while True:
+            jobs.put(pipe.recv())
+    except (EOFError, OSError):
+        jobs.put(None)

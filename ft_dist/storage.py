@@ -1,0 +1,386 @@
+"""Files in object stores and folders, by name: the one place that talks to fsspec.
+
+A `Storage` is a folder: a local path, or a URL such as `s3://bucket/folder`, `gs://`, `az://`, `hf://`. Endpoints and
+credentials are found the libraries' own way (`AWS_ENDPOINT_URL`, `AWS_PROFILE`, ...). What may pass by itself
+(time-outs, 408, 429, 5xx, refused or broken connections, partial bodies) is tried again with exponential back-off and
+full jitter (Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog 2015) until `wait_s` seconds without an
+answer; what cannot pass (missing, forbidden, refused as invalid) is told at once. Files appear whole or not at all.
+"""
+
+import contextlib
+import errno
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from ft_dist.errors import ConfigError, MissingFileError, StorageError
+
+PART_BYTES = 16 * 2**20
+"""Bytes of one ranged read: what a broken connection costs at most"""
+READ_BACK_BYTES = 16 * 2**20
+"""Uploads up to this size are read back and compared; larger ones by their size"""
+CALL_TIMEOUT_S = 60.0
+SLOWEST_BYTES_S = 2**18
+"""A call that moves fewer bytes a second is taken for stalled"""
+TELL_EVERY_S = 10.0
+FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 15.0
+
+Tell = Callable[[str], None]
+Result = TypeVar("Result")
+
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
+# One request is one attempt: the waiting is ours, so that it is told. Range reads of stores that answer with the
+# checksum of the whole object fail in botocore's own check; ours are in the index of what is read.
+_S3_OPTIONS = {
+    "config_kwargs": {
+        "retries": {"total_max_attempts": 1},
+        "connect_timeout": 10,
+        "read_timeout": CALL_TIMEOUT_S,
+        "response_checksum_validation": "when_required",
+    }
+}
+_OPTIONS: dict[str, dict[str, Any]] = {"s3": _S3_OPTIONS, "s3a": _S3_OPTIONS}
+
+
+def is_url(path: str | Path) -> bool:
+    """Whether a path names a remote store (or `file://`) rather than a local file."""
+    return "://" in str(path)
+
+
+def open_storage(
+    place: str | Path, *, wait_s: float = 1800.0, limit: str = "data.remote_wait_s", tell: Tell | None = None
+) -> "Storage":
+    """The folder at a local path or URL. Nothing is asked of it yet.
+
+    `wait_s` bounds the seconds that one request waits for an answer, `limit` is the config key that says so, and
+    `tell` gets a line when waiting starts, at most every 10 s of it, and when it ends. Raises ConfigError for an
+    unknown protocol or a driver that is not installed.
+    """
+    url = str(place)
+    if url.startswith("file://"):
+        url = url.removeprefix("file://")
+    files = _Objects(url) if is_url(url) else _Folder(Path(url).expanduser())
+    return Storage(files, str(place).rstrip("/"), wait_s=wait_s, limit=limit, tell=tell)
+
+
+class Digest(Protocol):
+    """A hash that takes bytes as they pass, as of `hashlib` or `xxhash`."""
+
+    def update(self, data: bytes, /) -> None: ...
+
+
+class Storage:
+    """Named files below one place. Names are relative, with `/`. Safe to use from several threads.
+
+    Every method raises StorageError (MissingFileError where a file is not there) with the URL, what failed and the fix.
+    """
+
+    def __init__(self, files: "_Files", url: str, *, wait_s: float, limit: str, tell: Tell | None) -> None:
+        self.url = url
+        self.wait_s = wait_s
+        self._files = files
+        self._limit = limit
+        self._tell = tell
+        self._closed = threading.Event()
+        self._told_at = -TELL_EVERY_S
+        self._lock = threading.Lock()
+        self._random = random.Random()  # the run seeds the global one
+
+    @property
+    def local(self) -> Path | None:
+        """The folder itself, where it is on this machine's file system."""
+        return self._files.path if isinstance(self._files, _Folder) else None
+
+    def url_of(self, name: str) -> str:
+        return f"{self.url}/{name}" if name else self.url
+
+    def read_bytes(self, name: str) -> bytes:
+        return self._retried("read", name, lambda: self._files.read(name))
+
+    def read_range(self, name: str, start: int, end: int) -> bytes:
+        """Bytes start .. end - 1; StorageError where the file is shorter."""
+
+        def read() -> bytes:
+            content = self._files.read(name, start, end)
+            if len(content) == end - start:
+                return content
+            size = self._files.size(name)
+            if size < end:
+                raise _Refused(f"it has {size} bytes, fewer than {end}")
+            raise ConnectionError(f"{len(content)} bytes came of {end - start}")
+
+        return self._retried("read", name, read) if end > start else b""
+
+    def fetch(self, name: str, to: Path, *, digest: Digest | None = None) -> None:
+        """Copy a file to local disk, by ranges so that a broken connection costs one of them; synced and whole.
+
+        `digest` sees every byte once, in order.
+        """
+        size = self.size(name)
+        part = to.with_name(f".{to.name}.part-{os.getpid()}-{threading.get_ident()}")
+        try:
+            with part.open("wb") as file:
+                for start in range(0, size, PART_BYTES):
+                    content = self.read_range(name, start, min(start + PART_BYTES, size))
+                    file.write(content)
+                    if digest is not None:
+                        digest.update(content)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(to)
+        except OSError as error:
+            raise StorageError(f"{to}: cannot be written ({error.strerror}). Free space or use another disk.") from None
+        finally:
+            part.unlink(missing_ok=True)
+
+    def write(self, name: str, content: bytes | Path) -> None:
+        """Put bytes or a local file under a name, replacing what is there; verified before this returns."""
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
+
+        def write() -> None:
+            self._files.write(name, content)
+            found = self._files.size(name)
+            if found != size:
+                raise ConnectionError(f"{found} bytes arrived of {size}")
+            if self.local is None and size <= READ_BACK_BYTES:
+                expected = content if isinstance(content, bytes) else content.read_bytes()
+                if self._files.read(name) != expected:
+                    raise ConnectionError("other bytes arrived than were sent")
+
+        self._retried("write", name, write)
+
+    def list(self, folder: str = "") -> list[str]:
+        """Names of all files below a folder, sorted; empty where there is none."""
+        return sorted(self._retried("list", folder, lambda: self._files.names(folder)))
+
+    def exists(self, name: str) -> bool:
+        try:
+            self.size(name)
+        except MissingFileError:
+            return False
+        return True
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        return self._retried("read", name, lambda: self._files.size(name))
+
+    def delete(self, name: str) -> None:
+        """Remove a file; one that is not there is fine."""
+        with contextlib.suppress(MissingFileError):
+            self._retried("delete", name, lambda: self._files.delete(name))
+
+    def close(self) -> None:
+        """Give up what waits in other threads: it raises StorageError at once."""
+        self._closed.set()
+
+    def _retried(self, what: str, name: str, call: Callable[[], Result]) -> Result:
+        started, attempts, told = time.monotonic(), 0, False
+        while True:
+            attempts += 1
+            try:
+                result = call()
+            except Exception as error:
+                if not is_transient(error):
+                    raise self._final(what, name, error) from None
+                told |= self._wait(what, name, error, attempts, started)
+                continue
+            if told:
+                self._say(f"{self.url}: answers again after {time.monotonic() - started:.0f} s")
+            return result
+
+    def _wait(self, what: str, name: str, error: Exception, attempts: int, started: float) -> bool:
+        """Sleep before the next attempt; whether it was told. Raises StorageError at the limit."""
+        waited = time.monotonic() - started
+        url = self.url_of(name)
+        if waited >= self.wait_s:
+            raise StorageError(
+                f"{url}: cannot {what}: no good answer in {waited:.0f} s and {attempts} attempts ({_short(error)}). "
+                f"Check the endpoint and the network, or raise {self._limit} ({self.wait_s:g})."
+            ) from None
+        with self._lock:
+            now = time.monotonic()
+            telling = now - self._told_at >= TELL_EVERY_S
+            if telling:
+                self._told_at = now
+        if telling:
+            self._say(
+                f"{url}: {what} failed ({_short(error)}); trying again for up to {self.wait_s - waited:.0f} s more"
+            )
+        ceiling = min(LONGEST_DELAY_S, FIRST_DELAY_S * 2.0 ** min(attempts - 1, 10))
+        if self._closed.wait(min(self._random.uniform(ceiling / 10, ceiling), self.wait_s - waited)):
+            raise StorageError(f"{url}: {what} was given up: the storage was closed.")
+        return telling
+
+    def _say(self, line: str) -> None:
+        if self._tell is not None:
+            self._tell(line)
+
+    def _final(self, what: str, name: str, error: Exception) -> StorageError:
+        url = self.url_of(name)
+        if isinstance(error, FileNotFoundError):
+            return MissingFileError(f"{url}: not there ({_short(error)}). Check the URL.")
+        if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
+            return StorageError(
+                f"{url}: not allowed to {what} ({_short(error)}). Check the credentials in the environment."
+            )
+        return StorageError(f"{url}: cannot {what} ({_short(error)}). Check the URL and what it holds.")
+
+
+class _Refused(Exception):  # noqa: N818 - an answer, not a failure of the store
+    """The store answered, and the answer will not change."""
+
+
+class _Files(Protocol):
+    """One attempt each."""
+
+    def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes: ...
+    def write(self, name: str, content: bytes | Path) -> None: ...
+    def names(self, folder: str) -> list[str]: ...
+    def size(self, name: str) -> int: ...
+    def delete(self, name: str) -> None: ...
+
+
+class _Folder:
+    """A folder of this machine. A file is written beside its name, synced and renamed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
+        with (self.path / name).open("rb") as file:
+            file.seek(start or 0)
+            return file.read(-1 if end is None else end - (start or 0))
+
+    def write(self, name: str, content: bytes | Path) -> None:
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.part-{os.getpid()}-{threading.get_ident()}")
+        try:
+            with part.open("wb") as file:
+                if isinstance(content, bytes):
+                    file.write(content)
+                else:
+                    with content.open("rb") as source:
+                        while block := source.read(PART_BYTES):
+                            file.write(block)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+        handle = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def names(self, folder: str) -> list[str]:
+        files = (path for path in (self.path / folder).rglob("*") if path.is_file())
+        return [path.relative_to(self.path).as_posix() for path in files if ".part-" not in path.name]
+
+    def size(self, name: str) -> int:
+        path = self.path / name
+        if path.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "it is a folder")
+        return path.stat().st_size
+
+    def delete(self, name: str) -> None:
+        (self.path / name).unlink()
+
+
+class _Objects:
+    """Objects of a remote store through fsspec. Nothing is cached: another process may write."""
+
+    def __init__(self, url: str) -> None:
+        protocol = url.partition("://")[0]
+        import fsspec
+
+        try:
+            driver = fsspec.get_filesystem_class(protocol)
+        except ValueError:
+            raise ConfigError(
+                f"{url}: no storage is known as {protocol}://. Use s3://, gs://, az:// or hf://."
+            ) from None
+        except ImportError as error:
+            extra = _EXTRAS.get(protocol)
+            fix = f"pip install 'ft-dist[{extra}]'" if extra else str(error)
+            raise ConfigError(f"{url}: the driver for {protocol}:// is not installed. {fix}.") from None
+        options = {"skip_instance_cache": True, "use_listings_cache": False, **_OPTIONS.get(protocol, {})}
+        # an endpoint or key of the wrong form is only seen here
+        try:
+            self._files = driver(**options)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{url}: the driver for {protocol}:// refused its settings ({error}).") from None
+        if hasattr(self._files, "retries"):
+            self._files.retries = 2  # a part of a large upload may fail once; what lasts longer is ours to tell
+        self._root = driver._strip_protocol(url).rstrip("/")
+
+    def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
+        moved = PART_BYTES if start is None or end is None else end - start
+        return bytes(self._files.cat_file(self._path(name), start=start, end=end, **self._timeout(moved)))
+
+    def write(self, name: str, content: bytes | Path) -> None:
+        if isinstance(content, bytes):
+            self._files.pipe_file(self._path(name), content, **self._timeout(len(content)))
+        else:
+            size = content.stat().st_size
+            self._files.put_file(str(content), self._path(name), **self._timeout(size))
+
+    def names(self, folder: str) -> list[str]:
+        start = self._path(folder) if folder else self._root
+        self._files.invalidate_cache()
+        found = self._files.find(start, **self._timeout(0))
+        return [path[len(self._root) + 1 :] for path in found if path.startswith(f"{self._root}/")]
+
+    def size(self, name: str) -> int:
+        self._files.invalidate_cache()
+        info = self._files.info(self._path(name), **self._timeout(0))
+        if info["type"] != "file":
+            raise FileNotFoundError(errno.ENOENT, "it is a folder")
+        return int(info["size"])
+
+    def delete(self, name: str) -> None:
+        self._files.rm_file(self._path(name), **self._timeout(0))
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def _timeout(self, moved_bytes: int) -> dict[str, float]:
+        """A limit for one call, where the driver can be interrupted."""
+        return {"timeout": CALL_TIMEOUT_S + moved_bytes / SLOWEST_BYTES_S} if self._files.async_impl else {}
+
+
+_LASTING_ERRNO = {
+    errno.EINVAL, errno.EPERM, errno.EACCES, errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENOSPC,
+    errno.EROFS, errno.ENOSYS, errno.ENAMETOOLONG, errno.EMSGSIZE, errno.ENOTEMPTY, errno.EDQUOT,
+}  # fmt: skip
+_LASTING_NAMES = ("Credentials", "ParamValidation", "Authentication", "InvalidURL", "NotFound", "UnknownService")
+_REMOTE_LIBRARIES = {"aiohttp", "aiobotocore", "botocore", "azure", "gcsfs", "google", "httpx", "huggingface_hub"}
+_REMOTE_LIBRARIES |= {"fsspec", "requests", "s3fs", "urllib3"}
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether the same request may succeed later. Statuses first, then errno, then which library raised it."""
+    response = getattr(error, "response", None)
+    for status in (getattr(holder, name, None) for holder in (error, response) for name in _STATUS_NAMES):
+        if isinstance(status, int | str) and str(status).isdigit() and 400 <= int(status) < 600:
+            return int(status) in (408, 425, 429) or int(status) >= 500
+    if any(name in type(error).__name__ for name in _LASTING_NAMES):
+        return False
+    if isinstance(error, OSError):
+        return error.errno not in _LASTING_ERRNO and not isinstance(error, FileNotFoundError | PermissionError)
+    library = type(error).__module__.partition(".")[0]
+    return isinstance(error, EOFError) or library in _REMOTE_LIBRARIES or "Timeout" in type(error).__name__
+
+
+_STATUS_NAMES = ("status", "status_code", "code")
+
+
+def _short(error: Exception) -> str:
+    """The first line of an error, for inside a sentence."""
+    text = (getattr(error, "strerror", None) or str(error) or type(error).__name__).strip().splitlines()[0]
+    return text.rstrip(".") if len(text) <= 160 else text[:157] + "..."
