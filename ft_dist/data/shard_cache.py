@@ -35,7 +35,7 @@ FETCH_THREADS = 4
 ATTEMPTS = 3
 """Arrivals with a wrong checksum before the remote copy is called damaged"""
 SMALLEST_CACHE_FILES = 2
-"""The cache holds at least so many of the set's largest file: one in use, one arriving"""
+"""The cache holds at least so many of the largest file that is streamed: one in use, one arriving"""
 LOCK_POLL_S = 0.05
 
 
@@ -62,7 +62,7 @@ class ShardCache:
         self.storage = storage
         self.index = _read_index(storage)
         self._entries: dict[str, dict[str, Any]] = {entry["file"]: entry for entry in files_of(self.index)}
-        largest = max(entry["bytes"] for entry in self._entries.values())
+        largest = max(entry["bytes"] for entry in (self.index["lengths"], *self.index["shards"]))
         if cache_bytes < SMALLEST_CACHE_FILES * largest:
             raise DataError(
                 f"data.cache_bytes={cache_bytes} is less than {SMALLEST_CACHE_FILES} of the largest file of "
@@ -91,6 +91,10 @@ class ShardCache:
         Raises DataError for a file that is missing or damaged in the store, StorageError at the limit of waiting.
         """
         path = self.folder / file
+        with self._changed:
+            previous = self._leases.pop(threading.get_ident(), None)
+        if previous is not None:
+            os.close(previous)
         while not self._lease(path):
             self._obtain(file)
         with self._changed:
@@ -146,10 +150,7 @@ class ShardCache:
             os.close(handle)
             return False
         with self._changed:
-            previous = self._leases.pop(threading.get_ident(), None)
             self._leases[threading.get_ident()] = handle
-        if previous is not None:
-            os.close(previous)
         return True
 
     def _obtain(self, file: str) -> None:
