@@ -4,13 +4,14 @@
 group exists, weights after.
 """
 
+import hashlib
 import math
 import os
 import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -23,18 +24,25 @@ from ft_dist.data.batch import Prefetched, Prefetcher
 from ft_dist.data.prepare import prepare
 from ft_dist.data.report import progress_printer, report_lines
 from ft_dist.data.stream import DataStream
-from ft_dist.distributed import World, barrier, join_world, leave_world
+from ft_dist.distributed import World, announce_stop, barrier, join_world, leave_world, stop_announced
 from ft_dist.engine.build import build_engine
 from ft_dist.engine.final import write_final
 from ft_dist.engine.step import Engine, StepResult
-from ft_dist.errors import TrainingError
+from ft_dist.errors import Preempted, TrainingError
 from ft_dist.evaluate.comparison import comparison
-from ft_dist.evaluate.held_out import HeldOut
+from ft_dist.evaluate.held_out import EvaluationStopped, HeldOut
 from ft_dist.model.builtin import resolve_model
 from ft_dist.model.tokenizer import load_tokenizer
 from ft_dist.observe.console import Console
 from ft_dist.observe.recorder import Recorder, log_rank_output
+from ft_dist.preemption.cloud import CloudPoller
+from ft_dist.preemption.slurm import TimeLimit, job_ends_at
+from ft_dist.preemption.stop import StopRequest
+from ft_dist.preemption.watchdog import Watchdog
 from ft_dist.resources import flops_per_token, peak_flops, peak_memory_bytes, versions
+
+WAIT_FOR_DATA_S = 5.0
+"""How long a rank that was asked to stop still waits for the data of its last step"""
 
 
 class Clock:
@@ -49,7 +57,7 @@ class Clock:
         return elapsed
 
 
-def prepare_run(config: RunConfig) -> "Run":
+def prepare_run(config: RunConfig, stop: StopRequest) -> "Run":
     """Everything up to the first step. Raises UserError."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     facts = check(config, world_size=size)
@@ -62,6 +70,7 @@ def prepare_run(config: RunConfig) -> "Run":
         revision=config.model.revision,
     )
     say = Console(enabled=rank == 0).say
+    facts += listen_for_notices(config, stop, rank=rank)
     train_set = prepare(
         config.data.train, tokenizer, data=config.data, model_path=config.model.path, progress=progress_printer(say)
     )
@@ -77,10 +86,32 @@ def prepare_run(config: RunConfig) -> "Run":
         max_length=config.data.max_length,
         packing=config.data.packing,
     )
-    run = Run(config, world, engine, stream, tokenizer=tokenizer, held_out=held_out)
+    run = Run(config, world, engine, stream, stop, tokenizer=tokenizer, held_out=held_out)
     run.log_file = log_file
     run.start(facts=[*facts, *notes, *report_lines(train_set, "train")])
     return run
+
+
+def listen_for_notices(config: RunConfig, stop: StopRequest, *, rank: int) -> list[str]:
+    """What is to end the run beside signals: one rank a node asks the cloud, rank 0 knows the time limit.
+
+    Returns a line for each.
+    """
+    lines = []
+    settings = config.preemption
+    if settings.cloud != "none":
+        lines.append(f"preemption: notices of {settings.cloud} end the run with a commit")
+        if int(os.environ.get("LOCAL_RANK", rank)) == 0:
+            note = Console(enabled=True).note
+            CloudPoller(settings.cloud, endpoint=settings.endpoint, ask=stop.ask, say=note)
+    ends_at = job_ends_at() if rank == 0 else None
+    if ends_at is not None:
+        stop.time_limit = TimeLimit(ends_at, settings.margin_s)
+        at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(ends_at))
+        lines.append(
+            f"preemption: the job's time limit is {at}; stops {settings.margin_s} s, a step and a commit before"
+        )
+    return lines
 
 
 class Run:
@@ -92,6 +123,7 @@ class Run:
         world: World,
         engine: Engine,
         stream: DataStream,
+        stop: StopRequest,
         *,
         tokenizer: Any,
         held_out: HeldOut | None,
@@ -100,6 +132,7 @@ class Run:
         self.world = world
         self.engine = engine
         self.stream = stream
+        self.stop = stop
         self.tokenizer = tokenizer
         self.held_out = held_out
         self.log_file: Any = None
@@ -118,7 +151,14 @@ class Run:
         commit, self._passed_over = self._find_commit()
         if commit:
             self._resume(commit)
+        self._committed_step = self.step
         self.recorder = Recorder(config, world, resumed_step=self.step)
+        self.watchdog = Watchdog(
+            timeout_s=config.engine.hang_timeout_s, run_dir=config.run_dir, rank=world.rank, stop=stop
+        )
+        self.watchdog.step = self.step
+        engine.on_progress = self.watchdog.beat
+        stop.tell_others = announce_stop
 
     @property
     def checkpoints(self) -> Path:
@@ -140,6 +180,7 @@ class Run:
         self.recorder.event(name, step=self.step, world_size=self.world.size, versions=versions())
         if self.step:
             console.say(f"resumed from step {self.step}")
+        self.watchdog.start()
 
     def batches(self) -> Iterator[Prefetched]:
         """This rank's share of every step that is left."""
@@ -153,15 +194,23 @@ class Run:
             micro_rows=self.config.batch.micro_rows,
             pad_id=self.tokenizer.pad_token_id or 0,
             pin_memory=self.world.device.type == "cuda",
+            give_up=self._is_late,
         ) as prefetcher:
             for batch in prefetcher:
                 yield batch
                 if self.step >= self.total_steps:
                     return
 
+    def _is_late(self) -> bool:
+        """Asked while data is awaited: whether the run must end before it comes."""
+        if not self.stop.wanted and stop_announced():
+            self.stop.ask("another rank")
+        return self.stop.wanted_for_s > WAIT_FOR_DATA_S
+
     def seed_step(self) -> None:
         """Random numbers (dropout) are a function of seed, step and rank: a resumed run needs no saved generators."""
-        seed = hash((self.config.seed, self.step, self.world.rank)) & (2**63 - 1)
+        place = f"{self.config.seed} {self.step} {self.world.rank}".encode()
+        seed = int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "little") >> 1
         torch.manual_seed(seed)
         random.seed(seed)
 
@@ -193,6 +242,9 @@ class Run:
         self._checkpoint_stall_s = 0.0
         self.recorder.step(record, sample_ids=batch.batch.rows)
         self._tell(record, step_s + waited_s)
+        self.watchdog.step = self.step
+        if self.stop.time_limit:
+            self.stop.time_limit.step_s = step_s + waited_s
         if self.skipped_in_a_row >= self.config.optim.max_skipped_steps:
             raise TrainingError(
                 f"loss or gradient was not finite in {self.skipped_in_a_row} steps in a row, up to step {self.step}. "
@@ -236,32 +288,48 @@ class Run:
             "loss": self._last_loss,
             "versions": versions(),
         }
-        save(self.engine, self.checkpoints, step=self.step, state=state, keep=self.config.checkpoint.keep)
+        with self.watchdog.during("a commit", timeout_s=self.config.engine.timeout_s):
+            save(self.engine, self.checkpoints, step=self.step, state=state, keep=self.config.checkpoint.keep)
+        self._committed_step = self.step
         self._checkpoint_stall_s = self.clock.lap()
+        if self.stop.time_limit:
+            self.stop.time_limit.save_s = self._checkpoint_stall_s
         self.recorder.event("saved", step=self.step, seconds=round(self._checkpoint_stall_s, 3))
 
-    def note_preempted(self, reason: str) -> None:
-        self.recorder.event("preempted", step=self.step, reason=reason or "another rank")
-        self.recorder.console.say(
-            f"stopped by {reason or 'another rank'} after step {self.step}; its state is committed"
-        )
+    def leave_preempted(self) -> NoReturn:
+        """Commit, unless this step is committed already, and end the run. All ranks call it after the same step."""
+        if self.step > self._committed_step:
+            self.commit()
+        reason = self.stop.reason or "another rank"
+        self.recorder.event("preempted", step=self.step, reason=reason)
+        self.recorder.console.say(f"stopped by {reason} after step {self.step}; its state is committed")
+        raise Preempted
 
     def evaluate(self, when: str) -> dict[str, Any] | None:
-        """Scores on data.eval, or None without held-out data. `before` is measured once in the life of a run."""
+        """Scores on data.eval, or None without held-out data. `before` is measured once in the life of a run.
+
+        Raises Preempted, with the state committed, when a rank is asked to stop meanwhile.
+        """
         if not self.held_out:
             return None
         if when == "before" and self.step > 0:
             return self.recorder.earlier_scores(when)
         self.clock.lap()
         self.recorder.console.say(f"evaluating {when} training on {len(self.held_out)} held-out samples")
-        scores = self.held_out.score(self.engine, self.tokenizer, say=self.recorder.console.say).to_dict()
+        try:
+            scores = self.held_out.score(
+                self.engine, self.tokenizer, say=self.recorder.console.say, stop_wanted=lambda: self.stop.wanted
+            ).to_dict()
+        except EvaluationStopped:
+            self.leave_preempted()
         self.recorder.console.say(f"{when}: " + summary_line(scores))
         self.recorder.scores(when, scores, self.step, self.clock.lap())
         return scores
 
     def write_final(self) -> None:
         """final/: an adapter or a model that plain peft and transformers load."""
-        write_final(self.engine, self.tokenizer, self.config.run_dir / "final")
+        with self.watchdog.during("the final write", timeout_s=self.config.engine.timeout_s):
+            write_final(self.engine, self.tokenizer, self.config.run_dir / "final")
 
     def summarise(self, *, before: dict[str, Any] | None, after: dict[str, Any] | None) -> None:
         self.recorder.summary(
@@ -285,6 +353,7 @@ class Run:
         self.recorder.console.say(f"talk to it:  ft-dist chat {self.config.run_dir}")
 
     def close(self) -> None:
+        self.watchdog.close()
         self.recorder.close()
         leave_world()
 
