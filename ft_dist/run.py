@@ -152,6 +152,7 @@ class Run:
         if commit:
             self._resume(commit)
         self._committed_step = self.step
+        self._store_asked_at = 0.0
         self.recorder = Recorder(config, world, resumed_step=self.step)
         self.watchdog = Watchdog(
             timeout_s=config.engine.hang_timeout_s, run_dir=config.run_dir, rank=world.rank, stop=stop
@@ -203,9 +204,16 @@ class Run:
 
     def _is_late(self) -> bool:
         """Asked while data is awaited: whether the run must end before it comes."""
-        if not self.stop.wanted and stop_announced():
-            self.stop.ask("another rank")
-        return self.stop.wanted_for_s > WAIT_FOR_DATA_S
+        return self._told_to_stop() and self.stop.wanted_for_s > WAIT_FOR_DATA_S
+
+    def _told_to_stop(self) -> bool:
+        """Whether any rank was told, for where no reduction says so for long: asks the store, once a second."""
+        now = time.monotonic()
+        if not self.stop.wanted and now - self._store_asked_at >= 1.0:
+            self._store_asked_at = now
+            if stop_announced():
+                self.stop.ask("another rank")
+        return self.stop.wanted
 
     def seed_step(self) -> None:
         """Random numbers (dropout) are a function of seed, step and rank: a resumed run needs no saved generators."""
@@ -318,7 +326,7 @@ class Run:
         self.recorder.console.say(f"evaluating {when} training on {len(self.held_out)} held-out samples")
         try:
             scores = self.held_out.score(
-                self.engine, self.tokenizer, say=self.recorder.console.say, stop_wanted=lambda: self.stop.wanted
+                self.engine, self.tokenizer, say=self.recorder.console.say, stop_wanted=self._told_to_stop
             ).to_dict()
         except EvaluationStopped:
             self.leave_preempted()

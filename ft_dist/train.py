@@ -78,7 +78,7 @@ def step_until_done(run: Any, stop: StopRequest) -> None:
             batch.micro_batches,
             labelled_tokens=batch.batch.labelled_tokens,
             learning_rate=rate,
-            to_sum=[float(stop.wanted), float(padded)],
+            to_sum=lambda padded=padded: [float(stop.wanted), float(padded)],
             abandon=batch.given_up,
         )
         if result.abandoned:

@@ -69,14 +69,14 @@ class Engine:
         *,
         labelled_tokens: int,
         learning_rate: float,
-        to_sum: Sequence[float] = (),
+        to_sum: Callable[[], Sequence[float]] = list,
         abandon: bool = False,
     ) -> StepResult:
         """Forward and backward over this rank's micro-batches, then one update.
 
-        `labelled_tokens` counts the global batch. `to_sum` travels with the loss's reduction: that is how a rank's wish
-        to stop reaches all ranks in the same step at no extra cost. `abandon` on any rank leaves all weights as they
-        are; gradients are then spoilt, and the run must end.
+        `labelled_tokens` counts the global batch. `to_sum`, asked for when this rank has done its part, travels with
+        the loss's reduction: that is how a rank's wish to stop reaches all ranks in the same step at no extra cost.
+        `abandon` on any rank leaves all weights as they are; gradients are then spoilt, and the run must end.
         """
         self.objective.train()
         scale = self.world.size / labelled_tokens
@@ -87,7 +87,7 @@ class Engine:
             loss_sum += loss.detach()
             self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
             self.on_progress()
-        total, abandoning, *sums = sum_over_ranks([loss_sum.item(), float(abandon), *to_sum], self.world)
+        total, abandoning, *sums = sum_over_ranks([loss_sum.item(), float(abandon), *to_sum()], self.world)
         if abandoning:
             return StepResult(loss=math.nan, grad_norm=math.nan, skipped=True, sums=sums, abandoned=True)
         grad_norm, skipped = self._update(learning_rate)

@@ -11,8 +11,8 @@ from ft_dist.model.tokenizer import stop_token_ids
 
 Progress = Callable[[int, int], None]
 """(prompts answered, prompts in all) on this rank"""
-OnToken = Callable[[], bool]
-"""Called after every generated token of a batch; True ends the batch here, with its answers cut"""
+CutShort = Callable[[], bool]
+"""Asked after every generated token of a batch; True ends the batch here, its answers incomplete"""
 
 
 def answer_prompts(
@@ -25,7 +25,7 @@ def answer_prompts(
     device: torch.device | str,
     synced: bool = False,
     progress: Progress | None = None,
-    on_token: OnToken | None = None,
+    cut_short: CutShort | None = None,
 ) -> list[str]:
     """The model's greedy answers, in the order of `prompts` (token ids each), without special tokens.
 
@@ -37,7 +37,7 @@ def answer_prompts(
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     settings = _greedy(model, tokenizer, max_new_tokens)
-    criteria = _stop_when(on_token) if on_token else None
+    criteria = _stop_when(cut_short) if cut_short else None
     was_training = model.training
     model.eval()
     try:
@@ -81,12 +81,12 @@ def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Any:
     )
 
 
-def _stop_when(on_token: OnToken) -> Any:
+def _stop_when(cut_short: CutShort) -> Any:
     from transformers import StoppingCriteria, StoppingCriteriaList
 
     class WhenAsked(StoppingCriteria):
         def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-            return torch.full((input_ids.shape[0],), on_token(), device=input_ids.device, dtype=torch.bool)
+            return torch.full((input_ids.shape[0],), cut_short(), device=input_ids.device, dtype=torch.bool)
 
     return StoppingCriteriaList([WhenAsked()])
 

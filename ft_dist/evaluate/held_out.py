@@ -15,7 +15,7 @@ from ft_dist.evaluate.score import LabelledPrompt, Scores, held_out_loss, labell
 
 
 class EvaluationStopped(Exception):  # noqa: N818 - not an error: a rank was asked to stop
-    """Raised on all ranks in front of the same batch."""
+    """Raised on all ranks in front of the same batch, or, where they generate in step, the same token."""
 
 
 class HeldOut:
@@ -44,7 +44,7 @@ class HeldOut:
     ) -> Scores:
         """Every rank takes its share and gets the scores of all. `say` hears how far answering is.
 
-        Raises EvaluationStopped, on all ranks at the same batch, soon after `stop_wanted` is true on any.
+        Raises EvaluationStopped on all ranks soon after `stop_wanted` is true on any.
         """
         world = engine.world
         stopping = _Stopping(world, stop_wanted)
@@ -60,21 +60,29 @@ class HeldOut:
             say(f"answered {done * world.size} of {total * world.size} prompts")
             stopping.check(last=done == total)
 
-        def on_token() -> bool:
-            engine.on_progress()
-            return stop_wanted()
+        synced = engine.stage == 3 and world.size > 1
 
-        answered = score_answers(
-            engine.objective.model,
-            self.prompts,
-            tokenizer=tokenizer,
-            max_new_tokens=self.settings.max_new_tokens,
-            batch_rows=self.settings.batch_rows,
-            device=world.device,
-            synced=engine.stage == 3 and world.size > 1,
-            progress=on_progress,
-            on_token=on_token,
-        )
+        def on_forward(*_: Any) -> None:
+            engine.on_progress()
+            if synced:
+                # all ranks make the same forwards, those that are done for the sake of the others
+                stopping.check(last=False)
+
+        hook = engine.objective.causal_lm.register_forward_pre_hook(on_forward)
+        try:
+            answered = score_answers(
+                engine.objective.model,
+                self.prompts,
+                tokenizer=tokenizer,
+                max_new_tokens=self.settings.max_new_tokens,
+                batch_rows=self.settings.batch_rows,
+                device=world.device,
+                synced=synced,
+                progress=on_progress,
+                cut_short=None if synced else stop_wanted,
+            )
+        finally:
+            hook.remove()
         return Scores(
             loss=loss,
             labelled_tokens=labelled,
