@@ -307,6 +307,8 @@ class Run:
     def leave_preempted(self) -> NoReturn:
         """Commit, unless this step is committed already, and end the run. All ranks call it after the same step."""
         if self.step > self._committed_step:
+            # an evaluation or a step may have been broken off
+            self.clock.lap()
             self.commit()
         reason = self.stop.reason or "another rank"
         self.recorder.event("preempted", step=self.step, reason=reason)
