@@ -67,7 +67,7 @@ def draw_layout(rng: random.Random) -> Layout:
 def draw_blow(rng: random.Random) -> Blow:
     moment = rng.choices(("save", "step", "start"), (7, 2, 1))[0]
     # a commit of this model takes some 30 ms, a start some seconds
-    delay_s = {"save": rng.uniform(0, 0.05), "step": rng.uniform(0, 0.2), "start": rng.uniform(0, 10)}[moment]
+    delay_s = {"save": rng.uniform(0, 0.025), "step": rng.uniform(0, 0.2), "start": rng.uniform(0, 10)}[moment]
     victim = rng.choices(("rank", "all", "launcher"), (6, 2, 2))[0]
     return Blow(victim, rng.randrange(4), moment, rng.randint(1, 4), delay_s)
 
