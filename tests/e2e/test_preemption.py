@@ -167,7 +167,9 @@ def test_a_run_stops_before_the_time_limit_of_its_job(tmp_path):
     limit = str(int(time.time()) + 60)
     process = start(folder, "preemption.margin_s=60", nproc=1, SLURM_JOB_END_TIME=limit, SLURM_JOB_ID="77")
     out = end_of(process, 75, within_s=120)
-    assert "before the job's time limit" in out
+    assert "the job's time limit is" in out
+    assert "stopped by the job's time limit after step 1" in out
+    assert committed(folder) == 1
 
 
 def test_a_run_that_waits_for_data_commits_and_leaves(tmp_path):
