@@ -1,8 +1,8 @@
 """Notices that a rank no longer gets anywhere, writes down where it stands, and ends it.
 
 The loop beats after every micro-batch, evaluated batch, generated token and commit. A rank without a beat for
-`timeout_s` hangs itself or waits for one that does: its threads' stacks go to logs/rank-N.stacks and it exits 76, upon
-which the launcher has the ranks that are left (one that is stopped or keeps the interpreter's lock, too) write theirs.
+`timeout_s` hangs itself or waits for one that does: its threads' stacks go to logs/rank-N-stacks.log and it exits 76.
+The launcher then has the ranks that are left write theirs, one that is stopped or keeps the interpreter's lock, too.
 
 After a request to stop the patience is shorter, since the machine goes away soon: `NOTICE_S` without a beat, or twice
 the longest silence so far if that is more, and the exit code is 75, with the last commit intact.
@@ -41,7 +41,7 @@ class Watchdog:
         self._longest_s = 0.0
         self._tick_s = min(1.0, timeout_s / 10)
         self._closed = threading.Event()
-        path = run_dir / "logs" / f"rank-{rank}.stacks"
+        path = run_dir / "logs" / f"rank-{rank}-stacks.log"
         path.parent.mkdir(parents=True, exist_ok=True)
         self._stacks = path.open("a", encoding="utf-8")
         # the launcher asks for the stacks with SIGQUIT, which is answered without the interpreter's lock
@@ -70,6 +70,8 @@ class Watchdog:
         self._closed.set()
         faulthandler.unregister(signal.SIGQUIT)
         self._stacks.close()
+        if Path(self._stacks.name).stat().st_size == 0:
+            Path(self._stacks.name).unlink()
 
     def _watch(self) -> None:
         seen, silent_s, at = self._beats, 0.0, time.monotonic()

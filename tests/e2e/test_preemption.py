@@ -106,7 +106,7 @@ def test_two_notices_are_one_and_reach_every_rank_from_a_single_one(metadata, tm
     folder = tmp_path / "run"
     process = start(folder, *LONG_STEPS, *listening_to(metadata, "azure"))
     # a rank that is told before it trains has nothing to save and takes the others along: wait for the one to be told
-    wait_until(process, lambda: happened(folder, "start") and (folder / "logs" / "rank-1.stacks").exists())
+    wait_until(process, lambda: happened(folder, "start") and (folder / "logs" / "rank-1-stacks.log").exists())
     time.sleep(0.5)
     metadata.announce("azure")
     os.kill(workers_of(process)[1], signal.SIGTERM)
@@ -155,7 +155,7 @@ def test_a_hang_ends_with_76_and_stacks_of_every_rank(cli, tmp_path):
     os.kill(workers_of(process)[1], signal.SIGSTOP)
     assert "a rank made no progress" in end_of(process, 76)
     for rank in range(2):
-        assert "step_until_done" in (folder / "logs" / f"rank-{rank}.stacks").read_text()
+        assert "step_until_done" in (folder / "logs" / f"rank-{rank}-stacks.log").read_text()
     assert happened(folder, "hung")
     resumed = cli("train", *SMALL_RUN, *settings, f"output_dir={folder}", "--nproc", "2")
     assert resumed.returncode == 0, resumed.stderr

@@ -48,7 +48,7 @@ def start(folder: Path, body: str, *, timeout_s: float = 1.5) -> subprocess.Pope
 
 
 def stacks(folder: Path) -> str:
-    return (folder / "logs" / "rank-0.stacks").read_text()
+    return (folder / "logs" / "rank-0-stacks.log").read_text()
 
 
 def test_a_hang_ends_with_76_and_the_stacks_of_all_threads(tmp_path):
@@ -70,6 +70,7 @@ def test_progress_and_long_commits_are_no_hang(tmp_path):
     process = start(tmp_path, body)
     _, err = process.communicate(timeout=20)
     assert (process.returncode, err) == (0, "")
+    assert list((tmp_path / "logs").iterdir()) == []
 
 
 def test_a_commit_that_hangs_is_noticed_too(tmp_path):
