@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 WORKERS ?= 2
 export PYTHONUNBUFFERED := 1
 
-.PHONY: quickstart install test check format equivalence clean
+.PHONY: quickstart install test check format equivalence chaos clean
 
 # The versions that were tested together; another torch is the user's own choice, so then nothing is pinned.
 CONSTRAINTS := $(if $(filter torch==2.13.0,$(TORCH)),-c constraints.txt)
@@ -47,6 +47,10 @@ format: $(VENV)/.dev
 # every method, stage, world size and micro-batch against a plain PyTorch loop; every stage killed and resumed
 equivalence: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m slow tests/e2e/test_equivalence.py tests/e2e/test_resume.py
+
+# 200 kills at random instants (KILLS=N SEED=N for others); `make test` takes 12
+chaos: $(VENV)/.dev
+	$(BIN)/python -m tests.chaos.storm $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
 
 clean:
 	rm -rf runs .cache build *.egg-info

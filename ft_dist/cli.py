@@ -31,13 +31,14 @@ def train(config: Config, overrides: Overrides = None, nproc: Nproc = None) -> N
     """Fine-tune as CONFIG says; run again to resume. Joins the world of torchrun or srun if started by them."""
     from ft_dist.check import check as check_config
     from ft_dist.config import load_config
-    from ft_dist.launcher.local import default_nproc, launched, run_workers
+    from ft_dist.launcher.local import default_nproc, launched, leave_when_told, run_workers
 
     arguments = [config, *(overrides or [])]
     if launched():
         from ft_dist.train import main as train_rank
 
         raise typer.Exit(train_rank(arguments))
+    leave_when_told()
     workers = nproc or default_nproc()
     check_config(load_config(config, overrides or []), world_size=workers)
     raise typer.Exit(run_workers(arguments, nproc=workers))

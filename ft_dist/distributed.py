@@ -76,6 +76,54 @@ def max_over_ranks(value: float, world: World) -> float:
     return float(tensor.item())
 
 
+STOP_KEY = "ft_dist/stop"
+
+
+def announce_stop() -> None:
+    """Tell the ranks that wait for data, where no reduction reaches them, that this one was asked to stop."""
+    _default_store().set(STOP_KEY, "1")
+
+
+def stop_announced() -> bool:
+    """Whether any rank has called `announce_stop`."""
+    return bool(_default_store().check([STOP_KEY]))
+
+
+def _default_store() -> Any:
+    return dist.distributed_c10d._get_default_store()
+
+
+class Agreement:
+    """Whether any rank wants something, told to all ranks at the same call.
+
+    Every rank calls `ask` equally often. The all-reduce of a call travels while the caller computes and is read by the
+    next one, so nobody waits for it; `settle` reads the last.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._pending: tuple[Any, torch.Tensor] | None = None
+
+    def ask(self, wanted: bool) -> bool:
+        """Say what this rank wants; returns whether any rank wanted it up to the call before."""
+        if self._world.size == 1:
+            return wanted
+        before = self.settle()
+        # on the host, through gloo: reading it makes no GPU wait
+        flag = torch.tensor([float(wanted or before)])
+        self._pending = dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True), flag
+        return before
+
+    def settle(self) -> bool:
+        """What the last call to `ask` came to. False where nothing is open."""
+        if self._pending is None:
+            return False
+        work, flag = self._pending
+        work.wait()
+        self._pending = None
+        return flag.item() > 0
+
+
 def barrier(world: World) -> None:
     if world.size > 1:
         max_over_ranks(0.0, world)

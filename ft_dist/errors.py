@@ -7,6 +7,8 @@ EXIT_FINISHED = 0
 EXIT_FAILED = 1
 EXIT_USER = 2
 EXIT_PREEMPTED = 75
+EXIT_HUNG = 76
+"""A rank made no progress for engine.hang_timeout_s: start it again, it goes on from the last commit"""
 
 
 class UserError(Exception):

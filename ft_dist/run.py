@@ -4,13 +4,14 @@
 group exists, weights after.
 """
 
+import hashlib
 import math
 import os
 import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -20,22 +21,27 @@ from ft_dist.checkpoint.load import load, newest_intact
 from ft_dist.checkpoint.save import save
 from ft_dist.config import RunConfig
 from ft_dist.data.batch import BatchStream, Prefetched, Prefetcher
-from ft_dist.data.live import LiveStream
-from ft_dist.data.prepare import Prepared
+from ft_dist.data.open import open_stream
 from ft_dist.data.report import prepare_data, report_lines
 from ft_dist.data.stream import DataStream
-from ft_dist.distributed import World, barrier, join_world, leave_world
+from ft_dist.distributed import World, announce_stop, barrier, join_world, leave_world, stop_announced
 from ft_dist.engine.build import build_engine
 from ft_dist.engine.final import write_final
 from ft_dist.engine.step import Engine, StepResult
-from ft_dist.errors import TrainingError
+from ft_dist.errors import Preempted, TrainingError
 from ft_dist.evaluate.comparison import comparison
-from ft_dist.evaluate.held_out import HeldOut
+from ft_dist.evaluate.held_out import EvaluationStopped, HeldOut
 from ft_dist.model.builtin import resolve_model
 from ft_dist.model.tokenizer import load_tokenizer
 from ft_dist.observe.console import Console
 from ft_dist.observe.recorder import Recorder, log_rank_output
-from ft_dist.resources import flops_per_token, peak_flops, peak_memory_bytes, versions
+from ft_dist.preemption.listen import listen_for_notices
+from ft_dist.preemption.stop import StopRequest
+from ft_dist.preemption.watchdog import Watchdog
+from ft_dist.resources import flops_per_token, keep_freed_memory, peak_flops, peak_memory_bytes, versions
+
+WAIT_FOR_DATA_S = 5.0
+"""How long a rank that was asked to stop still waits for the data of its last step"""
 
 
 class Clock:
@@ -50,7 +56,7 @@ class Clock:
         return elapsed
 
 
-def prepare_run(config: RunConfig) -> "Run":
+def prepare_run(config: RunConfig, stop: StopRequest) -> "Run":
     """Everything up to the first step. Raises UserError."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     facts = check(config, world_size=size)
@@ -63,34 +69,20 @@ def prepare_run(config: RunConfig) -> "Run":
         revision=config.model.revision,
     )
     say = Console(enabled=rank == 0).say
+    facts += listen_for_notices(config.preemption, stop, rank=rank, note=Console(enabled=True).note)
     train_set, eval_set, report = prepare_data(config, tokenizer, say=say)
     held_out = HeldOut.prepare(config, tokenizer, eval_set.store) if config.data.eval else None
     # nothing is written below output_dir before all that one process can find wrong has been told
     log_file = log_rank_output(config, rank=rank)
     world = join_world(timeout_s=config.collective_timeout_s)
+    if world.device.type == "cpu":
+        keep_freed_memory()
     engine = build_engine(config, world, folder=folder, tokenizer=tokenizer)
     stream = open_stream(config, tokenizer, train_set)
-    run = Run(config, world, engine, stream, tokenizer=tokenizer, held_out=held_out)
+    run = Run(config, world, engine, stream, stop, tokenizer=tokenizer, held_out=held_out)
     run.log_file = log_file
     run.start(facts=[*facts, *notes, *report_lines(report)], data_report=report)
     return run
-
-
-def open_stream(config: RunConfig, tokenizer: Any, train_set: Prepared) -> BatchStream:
-    """Global batches of the prepared sets, or of the live source."""
-    data, rows = config.data, config.batch.global_rows
-    if data.live:
-        return LiveStream(data.live, tokenizer, data=data, seed=config.seed, global_rows=rows)
-    return DataStream(
-        train_set.sources,
-        seed=config.seed,
-        global_rows=rows,
-        max_length=data.max_length,
-        packing=data.packing,
-        temperature=data.temperature,
-        shuffle_samples=data.shuffle_samples,
-        curriculum=data.curriculum,
-    )
 
 
 class Run:
@@ -102,6 +94,7 @@ class Run:
         world: World,
         engine: Engine,
         stream: BatchStream,
+        stop: StopRequest,
         *,
         tokenizer: Any,
         held_out: HeldOut | None,
@@ -110,6 +103,7 @@ class Run:
         self.world = world
         self.engine = engine
         self.stream = stream
+        self.stop = stop
         self.tokenizer = tokenizer
         self.held_out = held_out
         self.log_file: Any = None
@@ -128,7 +122,13 @@ class Run:
             self._resume(commit)
         # what rates and estimates of time go by; the run itself ends with its data, or at optim.max_steps
         self.total_steps = stream.total_steps(config.optim.epochs, at_most=config.optim.max_steps)
+        self._committed_step = self.step
+        self._store_asked_at = 0.0
         self.recorder = Recorder(config, world, resumed_step=self.step)
+        self.watchdog = Watchdog(timeout_s=config.hang_timeout_s, run_dir=config.run_dir, rank=world.rank, stop=stop)
+        self.watchdog.step = self.step
+        engine.on_progress = self.watchdog.beat
+        stop.tell_others = announce_stop
 
     @property
     def finished(self) -> bool:
@@ -163,6 +163,7 @@ class Run:
             for change in self._data_changes:
                 console.note(f"data.train has changed: {change}; a new epoch begins")
             self.recorder.event("data_changed", step=self.step, changes=self._data_changes, sources=self._sources())
+        self.watchdog.start()
 
     def batches(self) -> Iterator[Prefetched]:
         """This rank's share of every step that is left."""
@@ -176,15 +177,30 @@ class Run:
             micro_rows=self.config.batch.micro_rows,
             pad_id=self.tokenizer.pad_token_id or 0,
             pin_memory=self.world.device.type == "cuda",
+            give_up=self._is_late,
         ) as prefetcher:
             for batch in prefetcher:
                 yield batch
                 if self.finished:
                     return
 
+    def _is_late(self) -> bool:
+        """Asked while data is awaited: whether the run must end before it comes."""
+        return self._told_to_stop() and self.stop.wanted_for_s > WAIT_FOR_DATA_S
+
+    def _told_to_stop(self) -> bool:
+        """Whether any rank was told, for where no reduction says so for long: asks the store, once a second."""
+        now = time.monotonic()
+        if not self.stop.wanted and now - self._store_asked_at >= 1.0:
+            self._store_asked_at = now
+            if stop_announced():
+                self.stop.ask("another rank")
+        return self.stop.wanted
+
     def seed_step(self) -> None:
         """Random numbers (dropout) are a function of seed, step and rank: a resumed run needs no saved generators."""
-        seed = hash((self.config.seed, self.step, self.world.rank)) & (2**63 - 1)
+        place = f"{self.config.seed} {self.step} {self.world.rank}".encode()
+        seed = int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "little") >> 1
         torch.manual_seed(seed)
         random.seed(seed)
 
@@ -216,6 +232,9 @@ class Run:
         self._checkpoint_stall_s = 0.0
         self.recorder.step(record, sample_ids=batch.batch.rows)
         self._tell(record, step_s + waited_s)
+        self.watchdog.step = self.step
+        if self.stop.time_limit:
+            self.stop.time_limit.step_s = step_s + waited_s
         if self.skipped_in_a_row >= self.config.optim.max_skipped_steps:
             raise TrainingError(
                 f"loss or gradient was not finite in {self.skipped_in_a_row} steps in a row, up to step {self.step}. "
@@ -260,32 +279,50 @@ class Run:
             "loss": self._last_loss,
             "versions": versions(),
         }
-        save(self.engine, self.checkpoints, step=self.step, state=state, keep=self.config.checkpoint.keep)
+        with self.watchdog.during("a commit", timeout_s=self.config.engine.timeout_s):
+            save(self.engine, self.checkpoints, step=self.step, state=state, keep=self.config.checkpoint.keep)
+        self._committed_step = self.step
         self._checkpoint_stall_s = self.clock.lap()
+        if self.stop.time_limit:
+            self.stop.time_limit.save_s = self._checkpoint_stall_s
         self.recorder.event("saved", step=self.step, seconds=round(self._checkpoint_stall_s, 3))
 
-    def note_preempted(self, reason: str) -> None:
-        self.recorder.event("preempted", step=self.step, reason=reason or "another rank")
-        self.recorder.console.say(
-            f"stopped by {reason or 'another rank'} after step {self.step}; its state is committed"
-        )
+    def leave_preempted(self) -> NoReturn:
+        """Commit, unless this step is committed already, and end the run. All ranks call it after the same step."""
+        if self.step > self._committed_step:
+            # an evaluation or a step may have been broken off
+            self.clock.lap()
+            self.commit()
+        reason = self.stop.reason or "another rank"
+        self.recorder.event("preempted", step=self.step, reason=reason)
+        self.recorder.console.say(f"stopped by {reason} after step {self.step}; its state is committed")
+        raise Preempted
 
     def evaluate(self, when: str) -> dict[str, Any] | None:
-        """Scores on data.eval, or None without held-out data. `before` is measured once in the life of a run."""
+        """Scores on data.eval, or None without held-out data. `before` is measured once in the life of a run.
+
+        Raises Preempted, with the state committed, when a rank is asked to stop meanwhile.
+        """
         if not self.held_out:
             return None
         if when == "before" and self.step > 0:
             return self.recorder.earlier_scores(when)
         self.clock.lap()
         self.recorder.console.say(f"evaluating {when} training on {len(self.held_out)} held-out samples")
-        scores = self.held_out.score(self.engine, self.tokenizer, say=self.recorder.console.say).to_dict()
+        try:
+            scores = self.held_out.score(
+                self.engine, self.tokenizer, say=self.recorder.console.say, stop_wanted=self._told_to_stop
+            ).to_dict()
+        except EvaluationStopped:
+            self.leave_preempted()
         self.recorder.console.say(f"{when}: " + summary_line(scores))
         self.recorder.scores(when, scores, self.step, self.clock.lap())
         return scores
 
     def write_final(self) -> None:
         """final/: an adapter or a model that plain peft and transformers load."""
-        write_final(self.engine, self.tokenizer, self.config.run_dir / "final")
+        with self.watchdog.during("the final write", timeout_s=self.config.engine.timeout_s):
+            write_final(self.engine, self.tokenizer, self.config.run_dir / "final")
 
     def summarise(self, *, before: dict[str, Any] | None, after: dict[str, Any] | None) -> None:
         self.recorder.summary(
@@ -309,6 +346,7 @@ class Run:
         self.recorder.console.say(f"talk to it:  ft-dist chat {self.config.run_dir}")
 
     def close(self) -> None:
+        self.watchdog.close()
         self.recorder.close()
         leave_world()
 

@@ -10,13 +10,15 @@ from typing import Any
 
 from ft_dist.config import RunConfig, load_config
 from ft_dist.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USER, Preempted, TrainingError, UserError
-from ft_dist.preemption.signals import StopSignal
+from ft_dist.preemption.signals import listen
+from ft_dist.preemption.stop import StopRequest
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one rank; returns its exit code."""
     arguments = sys.argv[1:] if argv is None else argv
-    stop = StopSignal()
+    stop = StopRequest()
+    listen(stop)
     try:
         if not arguments:
             raise UserError("no config given. Usage: python -m ft_dist.train CONFIG [key=value ...]")
@@ -29,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     return EXIT_FINISHED
 
 
-def train(config: RunConfig, stop: StopSignal) -> None:
+def train(config: RunConfig, stop: StopRequest) -> None:
     """Train on this rank, with whatever others the environment names.
 
     Raises UserError, Preempted or TrainingError.
@@ -39,7 +41,7 @@ def train(config: RunConfig, stop: StopSignal) -> None:
     quiet_process()
     from ft_dist.run import prepare_run
 
-    run = prepare_run(config)
+    run = prepare_run(config, stop)
     try:
         before = run.evaluate("before") if config.evaluate.before else None
         stop.training_started()
@@ -62,7 +64,7 @@ def tell(error: Exception) -> None:
         tell_error(str(error))
 
 
-def step_until_done(run: Any, stop: StopSignal) -> None:
+def step_until_done(run: Any, stop: StopRequest) -> None:
     """The training loop: from the step resumed at to the last one."""
     from ft_dist.optim import learning_rate
 
@@ -76,15 +78,16 @@ def step_until_done(run: Any, stop: StopSignal) -> None:
             batch.micro_batches,
             labelled_tokens=batch.batch.labelled_tokens,
             learning_rate=rate,
-            to_sum=[float(stop.requested), float(padded)],
+            to_sum=lambda padded=padded: [float(stop.wanted), float(padded)],
+            abandon=batch.given_up,
         )
+        if result.abandoned:
+            run.leave_preempted()
         run.finish_step(batch, result, learning_rate=rate, waited_s=waited_s, step_s=run.clock.lap())
-        stopping = result.sums[0] > 0
-        if stopping or run.commit_is_due():
+        if result.sums[0] > 0:
+            run.leave_preempted()
+        if run.commit_is_due():
             run.commit()
-        if stopping:
-            run.note_preempted(stop.reason)
-            raise Preempted
         if run.evaluation_is_due():
             run.evaluate("during")
 

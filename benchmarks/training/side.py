@@ -60,7 +60,10 @@ def main() -> None:
 def our_forward(model: Any, options: argparse.Namespace) -> Any:
     from ft_dist.loss import CausalObjective
     from ft_dist.model.fused import fuse
+    from ft_dist.resources import keep_freed_memory
 
+    if options.device == "cpu":
+        keep_freed_memory()  # as `ft-dist train` does
     causal_lm = model.get_base_model() if options.method == "lora" else model
     report = fuse(causal_lm, kernels="auto", device_type=options.device, zero3=False)
     objective = CausalObjective(model, fused=report.head_backend)

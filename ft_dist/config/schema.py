@@ -175,6 +175,11 @@ class EngineConfig(Section):
         default=1800,
         description="Collective operations that take longer end the run; with remote data data.remote_wait_s is added",
     )
+    hang_timeout_s: PositiveInt = Field(
+        default=600,
+        description="A rank without progress (a micro-batch, an evaluated batch, a wait for data) for this long ends "
+        "the run with exit code 76 and all ranks' stacks in logs/; a commit may take engine.timeout_s",
+    )
 
     @model_validator(mode="after")
     def _nvme_needs_a_path(self) -> "EngineConfig":
@@ -195,6 +200,26 @@ class CheckpointConfig(Section):
     )
     keep: PositiveInt = Field(default=2, description="Newest commits that stay on disk")
     resume: str = Field(default="auto", description="auto: newest complete commit of output_dir; never; or a path")
+
+
+class PreemptionConfig(Section):
+    """Who says, beside signals, that the machine goes away."""
+
+    cloud: Literal["none", "aws", "gcp", "azure"] = Field(
+        default="none", description="Whose metadata service to ask for notices; none asks nobody"
+    )
+    endpoint: str | None = Field(default=None, description="Address of the metadata service; None is the cloud's own")
+    margin_s: Annotated[int, Field(ge=0)] = Field(
+        default=120, description="A SLURM job stops this long, a step and a commit before its time limit"
+    )
+
+    @model_validator(mode="after")
+    def _endpoint_of_a_cloud(self) -> "PreemptionConfig":
+        if self.endpoint and self.cloud == "none":
+            raise ValueError(f"endpoint={self.endpoint} needs preemption.cloud=aws, gcp or azure, not none")
+        if self.endpoint and not self.endpoint.startswith(("http://", "https://")):
+            raise ValueError(f"endpoint={self.endpoint} is not an http:// or https:// address")
+        return self
 
 
 class EvaluateConfig(Section):
@@ -227,6 +252,7 @@ class RunConfig(Section):
     optim: OptimConfig = Field(default_factory=OptimConfig)
     engine: EngineConfig = Field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    preemption: PreemptionConfig = Field(default_factory=PreemptionConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     observe: ObserveConfig = Field(default_factory=ObserveConfig)
     output_dir: str
@@ -241,8 +267,17 @@ class RunConfig(Section):
     @property
     def collective_timeout_s(self) -> float:
         """Seconds that a rank waits for the others: they may themselves be waiting for a remote store."""
+        return self.engine.timeout_s + self._remote_wait_s
+
+    @property
+    def hang_timeout_s(self) -> float:
+        """Seconds without progress after which a rank counts as hung; a store that is waited for is no hang."""
+        return self.engine.hang_timeout_s + self._remote_wait_s
+
+    @property
+    def _remote_wait_s(self) -> float:
         remote = any(is_url(source.path) for source in (*self.data.train, *self.data.eval))
-        return self.engine.timeout_s + (self.data.remote_wait_s if remote else 0)
+        return self.data.remote_wait_s if remote else 0
 
     @property
     def run_dir(self) -> Path:

@@ -22,6 +22,8 @@ IGNORED = -100
 
 ROUND_TO = 8
 
+GIVE_UP_POLL_S = 0.5
+
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
@@ -114,6 +116,8 @@ class Prefetched(NamedTuple):
     micro_batches: list[MicroBatch]
     state_after: dict[str, Any]
     """The stream's position after this batch, however far ahead the thread is: what a checkpoint stores"""
+    given_up: bool = False
+    """Dummies in place of a batch that did not arrive before the run was asked to stop"""
 
 
 class BatchStream(Protocol):
@@ -138,7 +142,9 @@ class BatchStream(Protocol):
 class Prefetcher:
     """Iterates over `Prefetched`, at most `depth` batches ahead; `close` (or the end of `with`) stops the thread.
 
-    It owns the stream while open. An error on the thread is raised where the consumer asks for the next batch.
+    It owns the stream while open. An error on the thread is raised where the consumer asks for the next batch. While
+    that one is awaited, `give_up` is asked now and then whether to go without: the other ranks may be in a collective
+    that only a step of this one ends.
     """
 
     def __init__(
@@ -151,12 +157,16 @@ class Prefetcher:
         pad_id: int = 0,
         depth: int = 2,
         pin_memory: bool = False,
+        give_up: Callable[[], bool] = lambda: False,
     ) -> None:
         self._stream = stream
         self._deal = {"rank": rank, "world": world, "micro_rows": micro_rows}
         self._pad_id = pad_id
         self._pin_memory = pin_memory
         self._ready: queue.Queue[Prefetched | BaseException] = queue.Queue(maxsize=depth)
+        self._give_up = give_up
+        self._given_up = False
+        self._collating: tuple[GlobalBatch, dict[str, int]] | None = None
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="data-prefetch", daemon=True)
         self._thread.start()
@@ -167,11 +177,24 @@ class Prefetcher:
     def __next__(self) -> Prefetched:
         if self._closing.is_set():
             raise StopIteration
-        item = self._ready.get()
+        item = self._next_ready()
         if isinstance(item, BaseException):
             self.close()
             raise item
         return item
+
+    def _next_ready(self) -> Prefetched | BaseException:
+        while True:
+            try:
+                return self._ready.get(timeout=GIVE_UP_POLL_S)
+            except queue.Empty:
+                awaited = self._collating
+                # a full queue means that `awaited` is already the batch after the one asked for
+                if awaited is not None and self._ready.empty() and self._give_up():
+                    self._given_up = True
+                    batch, state_after = awaited
+                    dummies = [collate((), self._stream.store, pad_id=self._pad_id) for _ in deal(batch, **self._deal)]
+                    return Prefetched(batch, dummies, state_after, given_up=True)
 
     def __enter__(self) -> "Prefetcher":
         return self
@@ -180,10 +203,13 @@ class Prefetcher:
         self.close()
 
     def close(self) -> None:
-        """Stop and join the thread; batches collated ahead are thrown away. May be called twice."""
+        """Stop and join the thread; batches collated ahead are thrown away. May be called twice.
+
+        After giving up nobody waits for it: it may sit in a read that never ends.
+        """
         self._closing.set()
         self._stream.store.close()  # the thread may be waiting for a remote shard
-        while self._thread.is_alive():
+        while self._thread.is_alive() and not self._given_up:
             try:
                 self._ready.get_nowait()  # the thread may wait for room
             except queue.Empty:
@@ -200,6 +226,7 @@ class Prefetcher:
     def _collate_next(self) -> Prefetched:
         batch = self._stream.next_batch()
         state_after = self._stream.state_dict()
+        self._collating = batch, state_after
         micro_batches = [collate(rows, self._stream.store, pad_id=self._pad_id) for rows in deal(batch, **self._deal)]
         if self._pin_memory:
             micro_batches = [micro_batch.pin_memory() for micro_batch in micro_batches]

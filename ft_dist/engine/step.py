@@ -6,7 +6,7 @@ however the batch was cut.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +24,14 @@ from ft_dist.optim import build_optimizer, parameter_groups
 class StepResult:
     """What one step did. `loss` is the mean over labelled tokens; `skipped` means that no weight changed.
 
-    `sums` are the caller's numbers, added up over all ranks.
+    `sums` are the caller's numbers, added up over all ranks. `abandoned`: a rank had no data and the step was not made.
     """
 
     loss: float
     grad_norm: float
     skipped: bool
     sums: list[float]
+    abandoned: bool = False
 
 
 class Engine:
@@ -44,6 +45,8 @@ class Engine:
         self.stage = effective_stage(config)
         self.objective = objective
         self.kernels = ""
+        self.on_progress: Callable[[], None] = lambda: None
+        """Called after every forward of a micro-batch, with its backward if it has one"""
         groups = parameter_groups(objective.model.named_parameters(), config.optim.weight_decay)
         optimizer = build_optimizer(groups, config.optim)
         self.deepspeed, *_ = deepspeed.initialize(
@@ -66,12 +69,14 @@ class Engine:
         *,
         labelled_tokens: int,
         learning_rate: float,
-        to_sum: Sequence[float] = (),
+        to_sum: Callable[[], Sequence[float]] = list,
+        abandon: bool = False,
     ) -> StepResult:
         """Forward and backward over this rank's micro-batches, then one update.
 
-        `labelled_tokens` counts the global batch. `to_sum` travels with the loss's reduction: that is how a rank's wish
-        to stop reaches all ranks in the same step at no extra cost.
+        `labelled_tokens` counts the global batch. `to_sum`, asked for when this rank has done its part, travels with
+        the loss's reduction: that is how a rank's wish to stop reaches all ranks in the same step at no extra cost.
+        `abandon` on any rank leaves all weights as they are; gradients are then spoilt, and the run must end.
         """
         self.objective.train()
         scale = self.world.size / labelled_tokens
@@ -81,7 +86,10 @@ class Engine:
             loss = self.deepspeed(**inputs_of(batch.to(self.world.device)))
             loss_sum += loss.detach()
             self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
-        total, *sums = sum_over_ranks([loss_sum.item(), *to_sum], self.world)
+            self.on_progress()
+        total, abandoning, *sums = sum_over_ranks([loss_sum.item(), float(abandon), *to_sum()], self.world)
+        if abandoning:
+            return StepResult(loss=math.nan, grad_norm=math.nan, skipped=True, sums=sums, abandoned=True)
         grad_norm, skipped = self._update(learning_rate)
         return StepResult(loss=total / labelled_tokens, grad_norm=grad_norm, skipped=skipped, sums=sums)
 
@@ -89,7 +97,9 @@ class Engine:
     def loss_sum(self, batch: MicroBatch) -> torch.Tensor:
         """Summed loss of a micro-batch, without gradients."""
         self.objective.eval()
-        return self.deepspeed(**inputs_of(batch.to(self.world.device)))
+        loss = self.deepspeed(**inputs_of(batch.to(self.world.device)))
+        self.on_progress()
+        return loss
 
     def _update(self, learning_rate: float) -> tuple[float, bool]:
         """Clip, then step unless a gradient is not finite. Returns the norm before clipping and whether it skipped."""

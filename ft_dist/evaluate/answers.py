@@ -11,6 +11,8 @@ from ft_dist.model.tokenizer import stop_token_ids
 
 Progress = Callable[[int, int], None]
 """(prompts answered, prompts in all) on this rank"""
+CutShort = Callable[[], bool]
+"""Asked after every generated token of a batch; True ends the batch here, its answers incomplete"""
 
 
 def answer_prompts(
@@ -23,6 +25,7 @@ def answer_prompts(
     device: torch.device | str,
     synced: bool = False,
     progress: Progress | None = None,
+    cut_short: CutShort | None = None,
 ) -> list[str]:
     """The model's greedy answers, in the order of `prompts` (token ids each), without special tokens.
 
@@ -34,6 +37,7 @@ def answer_prompts(
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     settings = _greedy(model, tokenizer, max_new_tokens)
+    criteria = _stop_when(cut_short) if cut_short else None
     was_training = model.training
     model.eval()
     try:
@@ -41,7 +45,9 @@ def answer_prompts(
             for start in range(0, len(order), batch_rows):
                 rows = order[start : start + batch_rows]
                 inputs = _left_padded([prompts[index] for index in rows], settings.pad_token_id, device)
-                output = model.generate(**inputs, generation_config=settings, synced_gpus=synced)
+                output = model.generate(
+                    **inputs, generation_config=settings, synced_gpus=synced, stopping_criteria=criteria
+                )
                 generated = output[:, inputs["input_ids"].shape[1] :].tolist()
                 for index, ids in zip(rows, generated, strict=True):
                     kept = _up_to_stop(ids, settings.eos_token_id)
@@ -73,6 +79,16 @@ def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Any:
         eos_token_id=stop_token_ids(tokenizer, own.eos_token_id if own is not None else None),
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def _stop_when(cut_short: CutShort) -> Any:
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    class WhenAsked(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            return torch.full((input_ids.shape[0],), cut_short(), device=input_ids.device, dtype=torch.bool)
+
+    return StoppingCriteriaList([WhenAsked()])
 
 
 def _left_padded(rows: list[Sequence[int]], pad_id: int, device: torch.device | str) -> dict[str, torch.Tensor]:

@@ -10,9 +10,13 @@ from ft_dist.config.schema import RunConfig
 from ft_dist.data.batch import MicroBatch, collate
 from ft_dist.data.formats import read_samples
 from ft_dist.data.store import SampleStore
-from ft_dist.distributed import World
+from ft_dist.distributed import Agreement, World
 from ft_dist.engine.step import Engine
 from ft_dist.evaluate.score import LabelledPrompt, Scores, held_out_loss, labelled_prompts, score_answers
+
+
+class EvaluationStopped(Exception):  # noqa: N818 - not an error: a rank was asked to stop
+    """Raised on all ranks in front of the same batch, or, where they generate in step, the same token."""
 
 
 class HeldOut:
@@ -35,26 +39,50 @@ class HeldOut:
     def __len__(self) -> int:
         return min(len(self.store), self.settings.max_samples or len(self.store))
 
-    def score(self, engine: Engine, tokenizer: Any, *, say: Callable[[str], None]) -> Scores:
-        """Every rank takes its share and gets the scores of all. `say` hears how far answering is."""
+    def score(
+        self, engine: Engine, tokenizer: Any, *, say: Callable[[str], None], stop_wanted: Callable[[], bool]
+    ) -> Scores:
+        """Every rank takes its share and gets the scores of all. `say` hears how far answering is.
+
+        Raises EvaluationStopped on all ranks soon after `stop_wanted` is true on any.
+        """
         world = engine.world
+        stopping = _Stopping(world, stop_wanted)
         loss, labelled = held_out_loss(
             lambda batch: (engine.loss_sum(batch), batch.labelled_tokens),
-            self._batches(world, tokenizer.pad_token_id or 0),
+            stopping.between(self._batches(world, tokenizer.pad_token_id or 0)),
             device=world.device,
         )
         if not self.prompts:
             return Scores(loss=loss, labelled_tokens=labelled)
-        answered = score_answers(
-            engine.objective.model,
-            self.prompts,
-            tokenizer=tokenizer,
-            max_new_tokens=self.settings.max_new_tokens,
-            batch_rows=self.settings.batch_rows,
-            device=world.device,
-            synced=engine.stage == 3 and world.size > 1,
-            progress=lambda done, total: say(f"answered {done * world.size} of {total * world.size} prompts"),
-        )
+
+        def on_progress(done: int, total: int) -> None:
+            say(f"answered {done * world.size} of {total * world.size} prompts")
+            stopping.check(last=done == total)
+
+        synced = engine.stage == 3 and world.size > 1
+
+        def on_forward(*_: Any) -> None:
+            engine.on_progress()
+            if synced:
+                # all ranks make the same forwards, those that are done for the sake of the others
+                stopping.check(last=False)
+
+        hook = engine.objective.causal_lm.register_forward_pre_hook(on_forward)
+        try:
+            answered = score_answers(
+                engine.objective.model,
+                self.prompts,
+                tokenizer=tokenizer,
+                max_new_tokens=self.settings.max_new_tokens,
+                batch_rows=self.settings.batch_rows,
+                device=world.device,
+                synced=synced,
+                progress=on_progress,
+                cut_short=None if synced else stop_wanted,
+            )
+        finally:
+            hook.remove()
         return Scores(
             loss=loss,
             labelled_tokens=labelled,
@@ -71,3 +99,25 @@ class HeldOut:
         share = -(-len(by_length) // world.size)
         for start in range(0, share, rows):
             yield collate([[index] for index in mine[start : start + rows]], self.store, pad_id=pad_id)
+
+
+class _Stopping:
+    """Takes a rank's wish to stop to all ranks, between batches."""
+
+    def __init__(self, world: World, wanted: Callable[[], bool]) -> None:
+        self._agreement, self._wanted = Agreement(world), wanted
+
+    def check(self, *, last: bool) -> None:
+        """`last`: no call follows, so this one waits for its own answer."""
+        agreed = self._agreement.ask(self._wanted())
+        if last:
+            agreed = self._agreement.settle() or agreed
+        if agreed:
+            self._agreement.settle()
+            raise EvaluationStopped
+
+    def between(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+        for batch in batches:
+            self.check(last=False)
+            yield batch
+        self.check(last=True)

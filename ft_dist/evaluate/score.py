@@ -11,7 +11,7 @@ import torch.distributed as dist
 from ft_dist.data.batch import MicroBatch
 from ft_dist.data.formats import Sample
 from ft_dist.data.template import Encoder
-from ft_dist.evaluate.answers import Progress, answer_prompts, exact_match
+from ft_dist.evaluate.answers import CutShort, Progress, answer_prompts, exact_match
 
 EXAMPLES = 8
 _EXAMPLE_BYTES = 2048
@@ -118,6 +118,7 @@ def score_answers(
     device: torch.device | str,
     synced: bool = False,
     progress: Progress | None = None,
+    cut_short: CutShort | None = None,
 ) -> Answered:
     """Answer every prompt on one of the ranks and compare. Every rank calls this with the same prompts.
 
@@ -139,6 +140,7 @@ def score_answers(
         device=device,
         synced=synced,
         progress=progress,
+        cut_short=cut_short,
     )
     return _gather(prompts, dict(zip(mine, answers, strict=False)), device)
 

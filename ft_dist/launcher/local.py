@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from ft_dist.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USER
+from ft_dist.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_HUNG, EXIT_PREEMPTED, EXIT_USER
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 POLL_S = 0.05
@@ -38,8 +38,7 @@ def default_nproc() -> int:
 def run_workers(arguments: Sequence[str], *, nproc: int) -> int:
     """Run `python -m ft_dist.train ARGUMENTS` on `nproc` ranks; returns the exit code of the whole.
 
-    2 if any worker says that the user must mend something, 75 if all are safe to requeue, 0 if all finished, 1
-    otherwise. A worker that dies takes the others down: they would wait for it in a collective.
+    See `combined` for the code. A worker that dies takes the others down: they would wait for it in a collective.
     """
     port = _free_port()
     workers = [_start(arguments, rank, nproc, port) for rank in range(nproc)]
@@ -47,13 +46,11 @@ def run_workers(arguments: Sequence[str], *, nproc: int) -> int:
 
     def forward(number: int, frame: FrameType | None) -> None:
         told.append(number)
-        for worker in workers:
-            if worker.poll() is None:
-                worker.send_signal(number)
+        _signal(workers, number)
 
     previous = {number: signal.signal(number, forward) for number in FORWARDED}
     try:
-        codes = _wait(workers)
+        codes = _wait(workers, told)
         # a worker that was told to stop before it could listen has nothing to save
         return combined([EXIT_PREEMPTED if -code in told else code for code in codes])
     finally:
@@ -93,12 +90,28 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _wait(workers: list[subprocess.Popen[bytes]]) -> list[int]:
+def leave_when_told() -> None:
+    """Until workers run there is nothing to save: a signal ends this process with 75."""
+    for number in FORWARDED:
+        signal.signal(number, lambda *_: os._exit(EXIT_PREEMPTED))
+
+
+def _wait(workers: list[subprocess.Popen[bytes]], told: list[int]) -> list[int]:
     while True:
         codes = [worker.poll() for worker in workers]
         ended = [code for code in codes if code is not None]
         if len(ended) == len(workers):
             return ended
+        if EXIT_PREEMPTED in ended and not told:
+            # a worker that was told by others has left, so the run is committed or has not begun; the rest may wait
+            # for it
+            told.append(signal.SIGTERM)
+            _signal(workers, signal.SIGTERM)
+        if EXIT_HUNG in ended:
+            print("ft-dist: a rank made no progress; the stacks of all are in output_dir/logs", file=sys.stderr)
+            # one that is stopped must go on in order to answer
+            _signal(workers, signal.SIGQUIT)
+            _signal(workers, signal.SIGCONT)
         if any(code not in (EXIT_FINISHED, EXIT_PREEMPTED) for code in ended):
             return _end_the_rest(workers)
         time.sleep(POLL_S)
@@ -117,14 +130,22 @@ def _end_the_rest(workers: list[subprocess.Popen[bytes]], grace_s: float = 2.0) 
     return own
 
 
+def _signal(workers: list[subprocess.Popen[bytes]], number: int) -> None:
+    for worker in workers:
+        if worker.poll() is None:
+            worker.send_signal(number)
+
+
 def combined(codes: Sequence[int]) -> int:
-    if EXIT_USER in codes:
-        return EXIT_USER
-    if all(code == EXIT_FINISHED for code in codes):
-        return EXIT_FINISHED
-    if all(code in (EXIT_FINISHED, EXIT_PREEMPTED) for code in codes):
-        return EXIT_PREEMPTED
-    return EXIT_FAILED
+    """The code of the whole: the first of these that any worker gave, or 1 if one gave another.
+
+    2, the user must mend something; 75, safe to requeue (workers leave with it when the run is committed or has not
+    begun, whatever becomes of those that lose them); 76, one hung. 0 if all finished.
+    """
+    for code in (EXIT_USER, EXIT_PREEMPTED, EXIT_HUNG):
+        if code in codes:
+            return code
+    return EXIT_FINISHED if all(code == EXIT_FINISHED for code in codes) else EXIT_FAILED
 
 
 def _free_port() -> int:

@@ -1,40 +1,46 @@
-"""SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 ask the run to finish its step, commit and exit 75; a second one leaves at once.
+"""SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 ask the run to stop, whatever its main thread does.
 
-A handler only sets a flag: the ranks agree on the step to stop at through the loss's own reduction.
+A Python handler runs only between two bytecodes of the main thread, and that thread may sit in a collective or a read
+for minutes. The interpreter's C handler writes the number into a pipe at once (`signal.set_wakeup_fd`), where a thread
+reads it.
 """
 
+import contextlib
 import os
 import signal
+import threading
 from types import FrameType
 
-from ft_dist.errors import EXIT_PREEMPTED
+from ft_dist.preemption.stop import StopRequest
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
-class StopSignal:
-    """`requested` becomes True with the first signal; `reason` names it."""
+def listen(stop: StopRequest) -> None:
+    """Hand every one of `SIGNALS` to `stop` from now on. Main thread only."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    for number in SIGNALS:
+        signal.signal(number, _read_elsewhere)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=_forget)
+    threading.Thread(target=_pass_on, args=(reader, stop), name="signals", daemon=True).start()
 
-    def __init__(self) -> None:
-        self.requested = False
-        self.reason = ""
-        self._training = False
+
+def _pass_on(reader: int, stop: StopRequest) -> None:
+    while True:
+        for number in os.read(reader, 64):
+            if number in SIGNALS:
+                stop.signalled(number)
+
+
+def _read_elsewhere(number: int, frame: FrameType | None) -> None:
+    """The thread has the number already; this only keeps the default action from happening."""
+
+
+def _forget() -> None:
+    """A forked child (a pool of tokenising processes) shares the pipe: ending it must not end the run."""
+    with contextlib.suppress(ValueError):
+        signal.set_wakeup_fd(-1)
         for number in SIGNALS:
-            signal.signal(number, self._handle)
-
-    def training_started(self) -> None:
-        """From here on a signal waits for a commit; before it there is nothing to save and it ends the process."""
-        self._training = True
-
-    def training_ended(self) -> None:
-        """Every step is committed: a signal need not wait for the evaluation that follows."""
-        self._training = False
-        if self.requested:
-            os._exit(EXIT_PREEMPTED)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested or not self._training:
-            # os._exit: no clean-up may wait here for a rank that is already gone; the last commit is on disk
-            os._exit(EXIT_PREEMPTED)
-        self.requested = True
-        self.reason = signal.Signals(number).name
+            signal.signal(number, signal.SIG_DFL)

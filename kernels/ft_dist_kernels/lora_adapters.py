@@ -129,7 +129,7 @@ def _checked(x: Tensor, weight: Tensor | NF4Weight, adapters: Sequence[LoraAdapt
         raise ValueError(f"x is {x.dtype} and weight {weight.dtype}; a linear layer needs one dtype. Cast x.")
 
 
-@torch.compiler.disable
+@torch._disable_dynamo
 def lora_linear_adapters(
     x: Tensor,
     weight: Tensor | NF4Weight,

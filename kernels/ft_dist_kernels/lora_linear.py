@@ -216,7 +216,7 @@ def _autocast_to(dtype: torch.dtype, group: Sequence[LoraWeights]) -> list[LoraW
     return [w if isinstance(w.weight, NF4Weight) else w._replace(weight=w.weight.to(dtype)) for w in group]
 
 
-@torch.compiler.disable
+@torch._disable_dynamo
 def lora_linear_group(x: Tensor, members: Sequence[LoraWeights], *, backend: Backend = "auto") -> list[Tensor]:
     """The outputs (..., out) of linear layers with adapters that read the same x (..., in), in order.
 

@@ -1,0 +1,26 @@
+"""What training reads from, as the config has it: prepared sets in mixture, or one live source."""
+
+from typing import Any
+
+from ft_dist.config import RunConfig
+from ft_dist.data.batch import BatchStream
+from ft_dist.data.live import LiveStream
+from ft_dist.data.prepare import Prepared
+from ft_dist.data.stream import DataStream
+
+
+def open_stream(config: RunConfig, tokenizer: Any, train_set: Prepared) -> BatchStream:
+    """Global batches of the prepared sets, or of the live source."""
+    data, rows = config.data, config.batch.global_rows
+    if data.live:
+        return LiveStream(data.live, tokenizer, data=data, seed=config.seed, global_rows=rows)
+    return DataStream(
+        train_set.sources,
+        seed=config.seed,
+        global_rows=rows,
+        max_length=data.max_length,
+        packing=data.packing,
+        temperature=data.temperature,
+        shuffle_samples=data.shuffle_samples,
+        curriculum=data.curriculum,
+    )

@@ -1,0 +1,84 @@
+"""The one flag that all notices end in: finish the step, commit, exit 75.
+
+Signals, cloud notices and the time limit ask from threads of their own; the training loop reads `wanted` and the ranks
+agree on the step through the loss's own reduction. While nothing has to be saved (before the first step, and once the
+last one is committed) a request ends the process at once, also with 75: a restart repeats what is missing.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+from ft_dist.errors import EXIT_PREEMPTED
+from ft_dist.preemption.slurm import TimeLimit
+
+SAME_NOTICE_S = 1.0
+"""A scheduler that signals every process of a job and a launcher that passes signals on give one notice, not two"""
+
+
+class StopRequest:
+    """`wanted` becomes True with the first request and stays so; `reason` names it."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self.time_limit: TimeLimit | None = None
+        self.tell_others: Callable[[], None] | None = None
+        """Called once, on a thread of its own, when this rank is the one that was asked"""
+        self._asked_at: float | None = None
+        self._signalled_at: float | None = None
+        self._training = False
+        self._lock = threading.Lock()
+
+    @property
+    def wanted(self) -> bool:
+        if self._asked_at is None and self.time_limit and self.time_limit.is_near():
+            self.ask("the job's time limit")
+        return self._asked_at is not None
+
+    @property
+    def wanted_for_s(self) -> float:
+        """Seconds since the first request, 0 without one."""
+        return 0.0 if self._asked_at is None else time.monotonic() - self._asked_at
+
+    def training_started(self) -> None:
+        """From here on a request waits for a commit."""
+        self._training = True
+
+    def training_ended(self) -> None:
+        """Every step is committed: a request need not wait for what follows."""
+        self._training = False
+        if self._asked_at is not None:
+            leave(self.reason)
+
+    def ask(self, reason: str) -> None:
+        """Ask for a commit and the end of this process; later requests change nothing."""
+        with self._lock:
+            if self._asked_at is not None:
+                return
+            self.reason = reason
+            self._asked_at = time.monotonic()
+        if not self._training:
+            leave(reason)
+        if self.tell_others:
+            threading.Thread(target=self.tell_others, name="tell-others", daemon=True).start()
+
+    def signalled(self, number: int) -> None:
+        """A signal asks; a second one, `SAME_NOTICE_S` or more after the first, leaves without waiting for anything."""
+        name = signal.Signals(number).name
+        now = time.monotonic()
+        if self._signalled_at is not None and now - self._signalled_at >= SAME_NOTICE_S:
+            leave(f"a second signal ({name})")
+        if self._signalled_at is None:
+            self._signalled_at = now
+            self.ask(name)
+
+
+def leave(reason: str) -> None:
+    """End the process with 75 and no clean-up, which might wait for a rank that is gone; the last commit is on disk."""
+    try:
+        if int(os.environ.get("RANK", 0)) == 0:
+            os.write(2, f"ft-dist: {reason}: leaving at once\n".encode())
+    finally:
+        os._exit(EXIT_PREEMPTED)

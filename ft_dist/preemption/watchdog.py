@@ -1,0 +1,114 @@
+"""Notices that a rank no longer gets anywhere, writes down where it stands, and ends it.
+
+The loop beats after every micro-batch, evaluated batch, generated token and commit. A rank without a beat for
+`timeout_s` hangs itself or waits for one that does: its threads' stacks go to logs/rank-N-stacks.log and it exits 76.
+The launcher then has the ranks that are left write theirs, one that is stopped or keeps the interpreter's lock, too.
+
+After a request to stop the patience is shorter, since the machine goes away soon: `NOTICE_S` without a beat, or twice
+the longest silence so far if that is more, and the exit code is 75, with the last commit intact.
+"""
+
+import contextlib
+import faulthandler
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from ft_dist.errors import EXIT_HUNG, EXIT_PREEMPTED
+from ft_dist.preemption.stop import StopRequest
+
+NOTICE_S = 20.0
+REPORT_S = 5.0
+"""The report may take this long: the disk it goes to may be what hangs"""
+
+
+class Watchdog:
+    """Watches from `start` to `close`, on a thread of its own.
+
+    Time in which the whole process was stopped does not count, so a suspended job goes on when it is resumed.
+    """
+
+    def __init__(self, *, timeout_s: float, run_dir: Path, rank: int, stop: StopRequest) -> None:
+        self.timeout_s = timeout_s
+        self.step = 0
+        self._run_dir, self._rank, self._stop = run_dir, rank, stop
+        self._beats = 0
+        self._doing, self._limit_s, self._short = "training", timeout_s, True
+        self._longest_s = 0.0
+        self._tick_s = min(1.0, timeout_s / 10)
+        self._closed = threading.Event()
+        path = run_dir / "logs" / f"rank-{rank}-stacks.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._stacks = path.open("a", encoding="utf-8")
+        # the launcher asks for the stacks with SIGQUIT, which is answered without the interpreter's lock
+        faulthandler.register(signal.SIGQUIT, file=self._stacks, all_threads=True)
+
+    def start(self) -> None:
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def beat(self) -> None:
+        """Progress was made."""
+        self._beats += 1
+
+    @contextlib.contextmanager
+    def during(self, doing: str, *, timeout_s: float) -> Iterator[None]:
+        """Inside, work that cannot beat (a commit, the final write) has up to `timeout_s`, a notice or not."""
+        before = self._doing, self._limit_s, self._short
+        self._doing, self._limit_s, self._short = doing, timeout_s, False
+        self.beat()
+        try:
+            yield
+        finally:
+            self._doing, self._limit_s, self._short = before
+            self.beat()
+
+    def close(self) -> None:
+        self._closed.set()
+        faulthandler.unregister(signal.SIGQUIT)
+        self._stacks.close()
+        if Path(self._stacks.name).stat().st_size == 0:
+            Path(self._stacks.name).unlink()
+
+    def _watch(self) -> None:
+        seen, silent_s, at = self._beats, 0.0, time.monotonic()
+        while not self._closed.wait(self._tick_s):
+            now = time.monotonic()
+            if self._beats != seen:
+                if self._short:
+                    self._longest_s = max(self._longest_s, silent_s)
+                seen, silent_s = self._beats, 0.0
+            else:
+                silent_s += min(now - at, 2 * self._tick_s)
+            at = now
+            if silent_s >= self._limit_s:
+                self._end(silent_s, EXIT_HUNG)
+            after_notice_s = min(silent_s, self._stop.wanted_for_s)
+            if self._short and after_notice_s >= max(NOTICE_S, 2 * self._longest_s):
+                self._end(after_notice_s, EXIT_PREEMPTED)
+
+    def _end(self, silent_s: float, code: int) -> None:
+        report = threading.Thread(target=self._report, args=(silent_s, code), daemon=True)
+        report.start()
+        report.join(REPORT_S)
+        os._exit(code)
+
+    def _report(self, silent_s: float, code: int) -> None:
+        why = f"asked to stop ({self._stop.reason}), but " if code == EXIT_PREEMPTED else ""
+        line = (
+            f"rank {self._rank}: {why}no progress for {silent_s:.0f} s in {self._doing} after step {self.step}; "
+            f"stacks in {self._stacks.name}. The last commit is intact. A step that is slow and not stuck needs a "
+            f"higher engine.hang_timeout_s ({self.timeout_s:g})."
+        )
+        self._stacks.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+        self._stacks.flush()
+        faulthandler.dump_traceback(self._stacks, all_threads=True)
+        os.write(2, f"ft-dist: {line}\n".encode())
+        if self._rank == 0:
+            event = {"time": round(time.time(), 3), "event": "hung", "step": self.step, "doing": self._doing}
+            # by a descriptor of its own: the main thread may hold the lock of the open file
+            with (self._run_dir / "events.jsonl").open("a", encoding="utf-8") as events:
+                events.write(json.dumps(event) + "\n")

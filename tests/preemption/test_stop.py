@@ -1,0 +1,125 @@
+"""Signals end a process in every phase, whatever its main thread does; the time limit is known from SLURM."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ft_dist.errors import ConfigError
+from ft_dist.preemption.slurm import TimeLimit, job_ends_at
+from ft_dist.preemption.stop import SAME_NOTICE_S
+from tests.conftest import ROOT
+
+SCRIPT = """
+import ctypes, os, signal, sys, time
+from ft_dist.preemption.signals import listen
+from ft_dist.preemption.stop import StopRequest
+stop = StopRequest()
+listen(stop)
+"""
+# one C call without a bytecode in between, as a collective or a read is
+BLOCKED = "libc = ctypes.CDLL(None); print('blocked', flush=True)\nwhile True: libc.pause()\n"
+
+
+def start(body: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT + body],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"RANK": "0"},
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+def test_before_training_a_signal_leaves_at_once_even_out_of_a_blocked_call(number):
+    process = start(BLOCKED)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 75
+    assert number.name in err
+
+
+def test_in_training_only_a_later_second_signal_leaves():
+    process = start("stop.training_started()\n" + BLOCKED)
+    process.send_signal(signal.SIGTERM)
+    # the same notice once more, by way of the launcher
+    process.send_signal(signal.SIGUSR1)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(SAME_NOTICE_S + 0.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 75
+
+
+def test_the_loop_sees_the_first_signal_and_goes_on_until_it_has_committed():
+    body = """
+stop.training_started()
+print("ready", flush=True)
+while not stop.wanted: time.sleep(0.01)
+print(stop.reason, flush=True)
+stop.training_ended()
+"""
+    process = start(body)
+    process.send_signal(signal.SIGUSR2)
+    out, _ = process.communicate(timeout=10)
+    assert (out.strip(), process.returncode) == ("SIGUSR2", 75)
+
+
+def test_ending_a_forked_child_does_not_stop_its_parent():
+    body = """
+stop.training_started()
+child = os.fork()
+if child == 0:
+    while True: time.sleep(1)
+time.sleep(0.2)
+os.kill(child, signal.SIGTERM)
+_, status = os.waitpid(child, 0)
+time.sleep(0.2)
+print(os.WTERMSIG(status), stop.wanted, flush=True)
+"""
+    process = start("print(flush=True)\n" + body)
+    out, _ = process.communicate(timeout=10)
+    assert out.split() == [str(int(signal.SIGTERM)), "False"]
+    assert process.returncode == 0
+
+
+def test_the_time_limit_leaves_room_for_a_step_and_a_commit():
+    limit = TimeLimit(time.time() + 100, margin_s=60)
+    assert not limit.is_near()
+    limit.step_s, limit.save_s = 15, 20
+    assert not limit.is_near()
+    limit.save_s = 30
+    assert limit.is_near()
+
+
+def scontrol(folder: Path, answer: str) -> dict[str, str]:
+    program = folder / "scontrol"
+    program.write_text(f'#!/bin/sh\n[ "$*" = "show job --oneliner 77" ] || exit 1\necho "{answer}"\n')
+    program.chmod(0o755)
+    return {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
+
+
+def test_the_end_of_a_job_comes_from_the_environment_or_from_scontrol(tmp_path):
+    assert job_ends_at({}) is None
+    assert job_ends_at({"SLURM_JOB_END_TIME": "1700000000", "SLURM_JOB_ID": "77", "PATH": str(tmp_path)}) == 1.7e9
+    assert job_ends_at({"SLURM_JOB_ID": "77", "PATH": str(tmp_path)}) is None
+    at = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(1.7e9))
+    shown = f"JobId=77 JobName=x RunTime=00:01:00 StartTime=2026-01-01T00:00:00 EndTime={at} Deadline=N/A"
+    assert job_ends_at(scontrol(tmp_path, shown)) == 1.7e9
+    assert job_ends_at(scontrol(tmp_path, shown) | {"SLURM_JOB_ID": "78"}) is None
+    assert job_ends_at(scontrol(tmp_path, "JobId=77 EndTime=Unknown")) is None
+
+
+def test_an_endpoint_needs_its_cloud():
+    from ft_dist.config import load_config
+
+    with pytest.raises(ConfigError, match=r"needs preemption\.cloud"):
+        load_config("smoke", ["preemption.endpoint=http://127.0.0.1:1"])
