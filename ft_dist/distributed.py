@@ -76,6 +76,11 @@ def max_over_ranks(value: float, world: World) -> float:
     return float(tensor.item())
 
 
+def control_store() -> dist.Store:
+    """The ranks' common key-value store, by a connection of its own: a thread may use it beside collectives."""
+    return dist.distributed_c10d._get_default_store().clone()
+
+
 def barrier(world: World) -> None:
     if world.size > 1:
         max_over_ranks(0.0, world)

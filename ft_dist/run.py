@@ -15,9 +15,13 @@ from typing import Any
 import torch
 
 from ft_dist.check import check
-from ft_dist.checkpoint.format import Commit, verify
-from ft_dist.checkpoint.load import load, newest_intact
-from ft_dist.checkpoint.save import save
+from ft_dist.checkpoint.find import agreed_commit
+from ft_dist.checkpoint.format import Commit
+from ft_dist.checkpoint.identity import check_identity, identity
+from ft_dist.checkpoint.load import load
+from ft_dist.checkpoint.mirror import MIRROR_WAIT_S, Mirror
+from ft_dist.checkpoint.retention import Retention
+from ft_dist.checkpoint.writer import CheckpointWriter
 from ft_dist.config import RunConfig
 from ft_dist.data.batch import Prefetched, Prefetcher
 from ft_dist.data.prepare import prepare
@@ -26,6 +30,7 @@ from ft_dist.data.stream import DataStream
 from ft_dist.distributed import World, barrier, join_world, leave_world
 from ft_dist.engine.build import build_engine
 from ft_dist.engine.final import write_final
+from ft_dist.engine.fragments import adam_step, owned_tensors
 from ft_dist.engine.step import Engine, StepResult
 from ft_dist.errors import TrainingError
 from ft_dist.evaluate.comparison import comparison
@@ -34,7 +39,9 @@ from ft_dist.model.builtin import resolve_model
 from ft_dist.model.tokenizer import load_tokenizer
 from ft_dist.observe.console import Console
 from ft_dist.observe.recorder import Recorder, log_rank_output
+from ft_dist.observe.trackers import keep_wandb_run_id, wandb_run_id
 from ft_dist.resources import flops_per_token, peak_flops, peak_memory_bytes, versions
+from ft_dist.storage import Storage, open_storage
 
 
 class Clock:
@@ -77,7 +84,7 @@ def prepare_run(config: RunConfig) -> "Run":
         max_length=config.data.max_length,
         packing=config.data.packing,
     )
-    run = Run(config, world, engine, stream, tokenizer=tokenizer, held_out=held_out)
+    run = Run(config, world, engine, stream, tokenizer=tokenizer, held_out=held_out, folder=folder)
     run.log_file = log_file
     run.start(facts=[*facts, *notes, *report_lines(train_set, "train")])
     return run
@@ -95,6 +102,7 @@ class Run:
         *,
         tokenizer: Any,
         held_out: HeldOut | None,
+        folder: str,
     ) -> None:
         self.config = config
         self.world = world
@@ -115,9 +123,27 @@ class Run:
         self._checkpoint_stall_s = 0.0
         self._tokens_done = 0
         self._last_loss: float | None = None
-        commit, self._passed_over = self._find_commit()
+        self._held_out_losses: dict[int, float] = {}
+        self._identity = identity(config, folder=folder)
+        self._changed: list[str] = []
+        storage = self._second_place() if config.checkpoint.path else None
+        commit, self._passed_over = agreed_commit(
+            world,
+            resume=config.checkpoint.resume,
+            root=self.checkpoints,
+            storage=storage,
+            timeout_s=config.engine.timeout_s,
+        )
         if commit:
             self._resume(commit)
+        retention = Retention.of(config.checkpoint)
+        self.writer = CheckpointWriter(
+            self.checkpoints,
+            world,
+            retention=retention,
+            mirror=Mirror(storage, retention) if storage and world.is_main else None,
+            timeout_s=config.engine.timeout_s,
+        )
         self.recorder = Recorder(config, world, resumed_step=self.step)
 
     @property
@@ -130,7 +156,7 @@ class Run:
             console.say(fact)
         console.say(self.engine.kernels)
         for line in self._passed_over:
-            console.note(f"damaged checkpoint passed over: {line}")
+            console.note(f"checkpoint passed over: {line}")
         trainable = sum(getattr(p, "ds_numel", p.numel()) for _, p in self.engine.trainable())
         console.say(
             f"training {trainable / 1e6:,.2f} M parameters ({self.config.method.kind}, ZeRO {self.engine.stage}, "
@@ -140,6 +166,10 @@ class Run:
         self.recorder.event(name, step=self.step, world_size=self.world.size, versions=versions())
         if self.step:
             console.say(f"resumed from step {self.step}")
+        if self._changed:
+            self.recorder.event("config_changed", step=self.step, changes=self._changed)
+            for line in self._changed:
+                console.note(f"changed since the checkpoint: {line}")
 
     def batches(self) -> Iterator[Prefetched]:
         """This rank's share of every step that is left."""
@@ -193,6 +223,7 @@ class Run:
         self._checkpoint_stall_s = 0.0
         self.recorder.step(record, sample_ids=batch.batch.rows)
         self._tell(record, step_s + waited_s)
+        self._tell_saves()
         if self.skipped_in_a_row >= self.config.optim.max_skipped_steps:
             raise TrainingError(
                 f"loss or gradient was not finite in {self.skipped_in_a_row} steps in a row, up to step {self.step}. "
@@ -227,24 +258,42 @@ class Run:
         return bool(self.held_out) and interval > 0 and self.step % interval == 0 and self.step < self.total_steps
 
     def commit(self) -> None:
-        """Save the state after the current step."""
+        """Save the state after the current step: returns when it is copied; see `finish_commits`."""
         state = {
+            "step": self.step,
+            "adam_step": adam_step(self.engine),
+            "parameters": self.engine.trainable_shapes(),
             "data": self._state_after,
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
             "tokens": self._tokens_done,
             "loss": self._last_loss,
+            "held_out_losses": self._held_out_losses,
+            "wandb_run_id": wandb_run_id(self.config),
+            "world_size": self.world.size,
+            "zero_stage": self.engine.stage,
             "versions": versions(),
+            **self._identity,
         }
-        save(self.engine, self.checkpoints, step=self.step, state=state, keep=self.config.checkpoint.keep)
-        self._checkpoint_stall_s = self.clock.lap()
-        self.recorder.event("saved", step=self.step, seconds=round(self._checkpoint_stall_s, 3))
+        tensors = owned_tensors(self.engine)
+        self.writer.save(tensors, step=self.step, state=state, held_out_losses=self._held_out_losses)
+        self._checkpoint_stall_s += self.clock.lap()
+
+    def finish_commits(self) -> None:
+        """Return when the last commit is on disk, or its failure told."""
+        self.writer.wait()
+        self._tell_saves()
+
+    def _tell_saves(self) -> None:
+        for report in self.writer.reports():
+            self.recorder.event(report.event, step=report.step, **report.fields)
+            if report.note:
+                self.recorder.console.note(report.note)
 
     def note_preempted(self, reason: str) -> None:
         self.recorder.event("preempted", step=self.step, reason=reason or "another rank")
-        self.recorder.console.say(
-            f"stopped by {reason or 'another rank'} after step {self.step}; its state is committed"
-        )
+        safe = "its state is committed" if self.writer.is_committed(self.step) else "its state could not be saved"
+        self.recorder.console.say(f"stopped by {reason or 'another rank'} after step {self.step}; {safe}")
 
     def evaluate(self, when: str) -> dict[str, Any] | None:
         """Scores on data.eval, or None without held-out data. `before` is measured once in the life of a run."""
@@ -256,6 +305,8 @@ class Run:
         self.recorder.console.say(f"evaluating {when} training on {len(self.held_out)} held-out samples")
         scores = self.held_out.score(self.engine, self.tokenizer, say=self.recorder.console.say).to_dict()
         self.recorder.console.say(f"{when}: " + summary_line(scores))
+        if scores["loss"] is not None:
+            self._held_out_losses[self.step] = scores["loss"]
         self.recorder.scores(when, scores, self.step, self.clock.lap())
         return scores
 
@@ -285,27 +336,31 @@ class Run:
         self.recorder.console.say(f"talk to it:  ft-dist chat {self.config.run_dir}")
 
     def close(self) -> None:
+        self.writer.close()
+        self._tell_saves()
         self.recorder.close()
         leave_world()
 
-    def _find_commit(self) -> tuple[Commit | None, list[str]]:
-        resume = self.config.checkpoint.resume
-        if resume == "never":
-            return None, []
-        if resume != "auto":
-            folder = Path(resume)
-            commit = Commit(folder, int(folder.name.rpartition("-")[2]))
-            verify(commit)
-            return commit, []
-        return newest_intact(self.checkpoints)
+    def _second_place(self) -> Storage:
+        say = Console(enabled=self.world.is_main).note
+        return open_storage(
+            str(self.config.checkpoint.path), wait_s=MIRROR_WAIT_S, limit="the time for checkpoints", tell=say
+        )
 
     def _resume(self, commit: Commit) -> None:
-        state = load(self.engine, commit)
+        state = commit.state()
+        if "config" in state:
+            self._changed = check_identity(state, self._identity, where=commit.folder)
+        load(self.engine, commit)
         self.step = self.first_step = state["step"]
         self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
         self._tokens_done, self._last_loss = state["tokens"], state["loss"]
-        self._state_after = state["data"]
-        self.stream.load_state_dict(state["data"])
+        self._held_out_losses = {int(step): loss for step, loss in state.get("held_out_losses", {}).items()}
+        if state["data"] is not None:
+            self._state_after = state["data"]
+            self.stream.load_state_dict(state["data"])
+        if self.world.is_main and state.get("wandb_run_id") and not wandb_run_id(self.config):
+            keep_wandb_run_id(self.config, state["wandb_run_id"])
         barrier(self.world)
 
 

@@ -302,7 +302,9 @@ class _Objects:
         try:
             driver = fsspec.get_filesystem_class(protocol)
         except ValueError:
-            raise ConfigError(f"{url}: no storage is known as {protocol}://. Use s3://, gs://, az:// or hf://.") from None
+            raise ConfigError(
+                f"{url}: no storage is known as {protocol}://. Use s3://, gs://, az:// or hf://."
+            ) from None
         except ImportError as error:
             extra = _EXTRAS.get(protocol)
             fix = f"pip install 'ft-dist[{extra}]'" if extra else str(error)

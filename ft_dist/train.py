@@ -44,6 +44,7 @@ def train(config: RunConfig, stop: StopSignal) -> None:
         before = run.evaluate("before") if config.evaluate.before else None
         stop.training_started()
         step_until_done(run, stop)
+        run.finish_commits()
         stop.training_ended()
         run.write_final()
         after = run.evaluate("after")
@@ -83,6 +84,7 @@ def step_until_done(run: Any, stop: StopSignal) -> None:
         if stopping or run.commit_is_due():
             run.commit()
         if stopping:
+            run.finish_commits()
             run.note_preempted(stop.reason)
             raise Preempted
         if run.evaluation_is_due():
