@@ -152,8 +152,12 @@ def test_a_full_disk_costs_the_checkpoint_not_the_run(tmp_path, blind):
     try:
         done = subprocess.run(
             [sys.executable, "-c", FULL_DISK, str(small), str(blind)],
-            capture_output=True, text=True, timeout=120, cwd=ROOT, env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/kernels"},
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=120,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/kernels"},
+        )
         lines = done.stdout.splitlines()
         assert [line.split()[:2] for line in lines if "nearly" not in line] == [
             ["saved", "1"], ["saved", "2"], ["save_failed", "3"], ["saved", "4"]
