@@ -168,8 +168,8 @@ def _numbered(
             tensor = weights[name] if kind == "master" else kept.get(kind)
             if tensor is None or list(tensor.shape) != list(shapes[name]):
                 raise CheckpointError(
-                    f"{folder}: no {kind} of shape {tuple(shapes[name])} for {name}. Only AdamW's state is read, "
-                    "in the order of the model's parameters; optim.weight_decay says whether vectors are a group of their own."
+                    f"{folder}: no {kind} of shape {tuple(shapes[name])} for {name}. Only AdamW's state is read, in "
+                    "the order of the model's parameters; optim.weight_decay says whether vectors are a group apart."
                 )
             found.tensors.setdefault(name, {})[kind] = tensor.reshape(-1).float()
     return found
