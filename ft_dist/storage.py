@@ -315,6 +315,8 @@ class _Objects:
             self._files = driver(**options)
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{url}: the driver for {protocol}:// refused its settings ({error}).") from None
+        if hasattr(self._files, "retries"):
+            self._files.retries = 2  # a part of a large upload may fail once; what lasts longer is ours to tell
         self._root = driver._strip_protocol(url).rstrip("/")
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:

@@ -151,6 +151,7 @@ def fault_proxy(upstream: int) -> Iterator[Proxy]:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     proxy: Proxy
 
     def _serve(self) -> None:

@@ -8,12 +8,13 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from ft_dist.data.store import SampleStore
+from ft_dist.data.store import SampleStore, end_to_end
 from ft_dist.data.stream import DataStream, GlobalBatch, Row
 
 IGNORED = -100
@@ -73,21 +74,24 @@ def collate(rows: Sequence[Row], store: SampleStore, *, pad_id: int = 0) -> Micr
     if not rows:
         zero = np.zeros((1, 1), np.int64)
         return _micro_batch(zero + pad_id, zero + IGNORED, zero, real_tokens=0)
-    row_tokens = [int(sum(store.lengths[sample] for sample in row)) for row in rows]
-    width = -(-max(row_tokens) // ROUND_TO) * ROUND_TO
+    tokens, mask, lengths = store.gather(np.fromiter(chain.from_iterable(rows), np.int64))
+    positions = end_to_end(np.zeros_like(lengths), lengths)
+    learnt = np.flatnonzero(mask & (positions > 0))  # what comes first in a sample has no token before it
+    labels = np.full(len(tokens), IGNORED, np.int64)
+    labels[learnt - 1] = tokens[learnt]
+
+    samples = np.cumsum([len(row) for row in rows])
+    ends = np.cumsum(lengths)[samples - 1].tolist()
+    starts = [0, *ends[:-1]]
+    width = -(-max(end - start for start, end in zip(starts, ends, strict=True)) // ROUND_TO) * ROUND_TO
     input_RL = np.full((len(rows), width), pad_id, np.int64)
     label_RL = np.full((len(rows), width), IGNORED, np.int64)
     position_RL = np.zeros((len(rows), width), np.int64)
-    for number, row in enumerate(rows):
-        at = 0
-        for sample in row:
-            tokens, mask = store.sample(sample)
-            end = at + len(tokens)
-            input_RL[number, at:end] = tokens
-            label_RL[number, at : end - 1] = np.where(mask[1:], tokens[1:], IGNORED)
-            position_RL[number, at:end] = np.arange(len(tokens))
-            at = end
-    return _micro_batch(input_RL, label_RL, position_RL, real_tokens=sum(row_tokens))
+    for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        input_RL[row, : end - start] = tokens[start:end]
+        label_RL[row, : end - start] = labels[start:end]
+        position_RL[row, : end - start] = positions[start:end]
+    return _micro_batch(input_RL, label_RL, position_RL, real_tokens=len(tokens))
 
 
 def _micro_batch(

@@ -1,18 +1,22 @@
-"""Tokenised samples on disk, memory-mapped: safetensors shards and an `index.json`.
+"""Tokenised samples on disk, memory-mapped: safetensors shards, their lengths beside them, and an `index.json`.
 
 A shard holds `tokens` (uint16 or uint32, the samples end to end), `mask` (one bit a token, set where it is learnt,
-`numpy.packbits` order), `offsets` (int64, samples + 1) and `labelled` (int32, targets of a sample after the shift). The
-index names the shards with their bytes, samples, tokens and BLAKE2b checksums. A set appears under its name only when
-all of it is on disk (written beside, synced, renamed), so whatever is found under the name is whole or damaged later;
-`open` sees a wrong size, `verify` a wrong byte.
+`numpy.packbits` order) and `offsets` (int64, samples + 1). `lengths.safetensors` holds `lengths` and `labelled`
+(uint32, tokens and targets of every sample of the set), which is all that order and packing read. The index names the
+files with their bytes and BLAKE2b checksums. A set appears under its name only when all of it is on disk (written
+beside, synced, renamed), so whatever is found under the name is whole or damaged later; `open` sees a wrong size,
+`verify` a wrong byte.
+
+Where the files come from is `ShardFiles`' business: a folder here, or a cache of a remote one.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,9 +25,13 @@ import numpy.typing as npt
 
 from ft_dist.errors import DataError
 
-VERSION = 1
+VERSION = 2
 SHARD_TOKENS = 2**25
 INDEX = "index.json"
+LENGTHS = "lengths.safetensors"
+OPEN_SHARDS = 64
+"""Shards mapped at a time; the least recently used is unmapped first"""
+
 _DTYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "I32": np.int32, "I64": np.int64}
 
 Int64Array = npt.NDArray[np.int64]
@@ -31,72 +39,174 @@ BoolArray = npt.NDArray[np.bool_]
 
 
 class SampleStore(Protocol):
-    """Samples by index: what order, packing and collation need to know."""
+    """Samples by index: what order, packing and collation need to know. `ids` are int64 arrays of any order."""
 
-    lengths: Int64Array
-    """Tokens of each sample"""
-    labelled: Int64Array
-    """Targets of each sample: learnt tokens that have one before them"""
+    @property
+    def fingerprint(self) -> str:
+        """Equal fingerprints, equal samples."""
+        ...
 
     def __len__(self) -> int: ...
 
-    def sample(self, index: int) -> tuple[Int64Array, BoolArray]: ...
+    def lengths_of(self, ids: Int64Array) -> Int64Array:
+        """Tokens of each sample."""
+        ...
+
+    def labelled_of(self, ids: Int64Array) -> Int64Array:
+        """Targets of each sample: learnt tokens that have one before them."""
+        ...
+
+    def gather(self, ids: Int64Array) -> tuple[Int64Array, BoolArray, Int64Array]:
+        """(tokens (T,), mask (T,), lengths (samples,)) of the samples end to end."""
+        ...
+
+    def expect(self, ids: Int64Array) -> None:
+        """A hint: these samples are gathered soon."""
+        ...
+
+
+class ShardFiles(Protocol):
+    """Where the files of one set come from."""
+
+    index: dict[str, Any]
+
+    def path(self, file: str) -> Path:
+        """Where a file of the set is on this machine's disk; waits until it is there and intact.
+
+        Raises OSError, ValueError or DataError where that cannot come to be.
+        """
+        ...
+
+    def expect(self, files: Sequence[str]) -> None:
+        """A hint: these files are asked for next, in this order. Returns at once."""
+        ...
+
+
+class LocalFolder:
+    """A set in a folder of this machine: nothing to fetch."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.index: dict[str, Any] = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
+        self._bytes = {entry["file"]: entry["bytes"] for entry in files_of(self.index)}
+
+    def path(self, file: str) -> Path:
+        path = self.folder / file
+        size = path.stat().st_size
+        if size != self._bytes[file]:
+            raise ValueError(f"{file} has {size} bytes instead of {self._bytes[file]}")
+        return path
+
+    def expect(self, files: Sequence[str]) -> None:
+        """Everything is here already."""
+
+
+def files_of(index: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entries {file, bytes, checksum, ...} of a set. Raises DataError where the set is of another version."""
+    if index["version"] != VERSION:
+        raise DataError(f"token set of version {index['version']}, this is {VERSION}. Delete it and prepare again.")
+    return [index["lengths"], *index["shards"]]
 
 
 class TokenStore:
-    """One prepared set, opened read-only by memory map."""
+    """One prepared set, opened read-only by memory map; shards are mapped when they are first asked for.
 
-    def __init__(self, folder: Path, index: dict[str, Any]) -> None:
-        self.folder = folder
-        self.index = index
-        self._shards = [_map_shard(folder / shard["file"], shard) for shard in index["shards"]]
-        counts = [len(shard["labelled"]) for shard in self._shards]
-        self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
-        none = np.zeros(0, np.int64)
-        self.lengths: Int64Array = np.concatenate([none, *(np.diff(shard["offsets"]) for shard in self._shards)])
-        self.labelled: Int64Array = np.concatenate([none, *(shard["labelled"] for shard in self._shards)])
+    lengths, labelled: (samples,) uint32 memory maps, tokens and targets of each sample.
+    """
+
+    def __init__(self, files: ShardFiles, name: str) -> None:
+        """`name` is what error messages call the set. Raises OSError, ValueError, KeyError where it is not whole."""
+        self.index = files.index
+        self.name = name
+        self._files = files
+        self._shards: list[dict[str, Any]] = self.index["shards"]
+        self._starts = np.zeros(len(self._shards) + 1, np.int64)
+        np.cumsum([shard["samples"] for shard in self._shards], out=self._starts[1:])
+        path = files.path(self.index["lengths"]["file"])
+        arrays = map_safetensors(path, ("lengths", "labelled"))
+        self.lengths, self.labelled = arrays["lengths"], arrays["labelled"]
+        if not len(self.lengths) == len(self.labelled) == self._starts[-1]:
+            raise ValueError(f"{path.name} holds other counts than the index says")
+        self._shard = lru_cache(maxsize=OPEN_SHARDS)(self._map)
 
     @classmethod
     def open(cls, folder: str | Path) -> "TokenStore":
-        """Map a finished set. Raises DataError where it is missing, of another version, or a shard's size is wrong."""
-        folder = Path(folder)
+        """Map a finished set. Raises DataError where it is missing, of another version, or a file's size is wrong."""
         try:
-            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-            if index["version"] != VERSION:
-                raise DataError(f"{folder}: token set of version {index['version']}, this is {VERSION}. Delete it.")
-            return cls(folder, index)
+            files = LocalFolder(folder)
+            for entry in files_of(files.index):
+                files.path(entry["file"])
+            return cls(files, str(folder))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{folder}: not a whole token set ({error}). Delete the folder and prepare again."
             ) from None
+        except DataError as error:
+            raise DataError(f"{folder}: {error}") from None
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return int(self._starts[-1])
 
     @property
     def nbytes(self) -> int:
-        return sum(shard["bytes"] for shard in self.index["shards"])
+        return sum(entry["bytes"] for entry in files_of(self.index))
 
     @property
     def fingerprint(self) -> str:
         return str(self.index["fingerprint"])
 
+    def lengths_of(self, ids: Int64Array) -> Int64Array:
+        return self.lengths[ids].astype(np.int64)
+
+    def labelled_of(self, ids: Int64Array) -> Int64Array:
+        return self.labelled[ids].astype(np.int64)
+
+    def gather(self, ids: Int64Array) -> tuple[Int64Array, BoolArray, Int64Array]:
+        """(tokens, mask, lengths) of the samples end to end, copied out of the maps.
+
+        Raises DataError naming a shard that is missing or damaged.
+        """
+        lengths = self.lengths_of(ids)
+        shard_of = np.searchsorted(self._starts, ids, side="right") - 1
+        return _gather_parts(
+            shard_of, lengths, lambda number, mine: self._gather_shard(number, ids[mine], lengths[mine])
+        )
+
     def sample(self, index: int) -> tuple[Int64Array, BoolArray]:
-        """(tokens int64, mask bool) of one sample, copied out of the map."""
-        number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        shard, local = self._shards[number], index - int(self._starts[number])
-        start, end = int(shard["offsets"][local]), int(shard["offsets"][local + 1])
-        first_byte = start // 8
-        bits = np.unpackbits(shard["mask"][first_byte : -(-end // 8)])
-        mask = bits[start - first_byte * 8 : end - first_byte * 8].astype(np.bool_)
-        return shard["tokens"][start:end].astype(np.int64), mask
+        """(tokens int64, mask bool) of one sample."""
+        tokens, mask, _ = self.gather(np.array([index], np.int64))
+        return tokens, mask
+
+    def expect(self, ids: Int64Array) -> None:
+        numbers = np.searchsorted(self._starts, ids, side="right") - 1
+        first_use = np.unique(numbers, return_index=True)[1]
+        self._files.expect([self._shards[numbers[at]]["file"] for at in np.sort(first_use)])
 
     def verify(self) -> None:
-        """Read every byte. Raises DataError naming a shard whose checksum differs."""
-        for shard in self.index["shards"]:
-            found = _checksum(self.folder / shard["file"])
-            if found != shard["checksum"]:
-                raise DataError(f"{self.folder / shard['file']}: damaged (checksum {found}). Delete its folder.")
+        """Read every byte. Raises DataError naming a file whose checksum differs."""
+        for entry in files_of(self.index):
+            path = self._files.path(entry["file"])
+            found = _checksum(path)
+            if found != entry["checksum"]:
+                raise DataError(f"{path}: damaged (checksum {found}). Delete its folder.")
+
+    def _gather_shard(self, number: int, ids: Int64Array, lengths: Int64Array) -> tuple[Int64Array, BoolArray]:
+        shard = self._shard(number)
+        at = end_to_end(shard["offsets"][ids - self._starts[number]], lengths)
+        bits = shard["mask"][at >> 3] >> (7 - (at & 7)).astype(np.uint8)
+        return shard["tokens"][at].astype(np.int64), (bits & 1).astype(np.bool_)
+
+    def _map(self, number: int) -> dict[str, npt.NDArray[Any]]:
+        entry = self._shards[number]
+        try:
+            arrays = map_safetensors(self._files.path(entry["file"]), ("tokens", "mask", "offsets"))
+            lengths = self.lengths[self._starts[number] : self._starts[number + 1]]
+            offsets = arrays["offsets"]
+            if offsets[-1] != len(arrays["tokens"]) or not np.array_equal(np.diff(offsets), lengths):
+                raise ValueError(f"{entry['file']} holds other samples than {self.index['lengths']['file']} says")
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"{self.name}: damaged ({error}). Delete the set and prepare again.") from None
+        return arrays
 
 
 class JoinedStore:
@@ -104,18 +214,85 @@ class JoinedStore:
 
     def __init__(self, stores: Sequence[SampleStore]) -> None:
         self.stores = list(stores)
-        sizes = [len(store) for store in stores]
-        self.starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
-        none = np.zeros(0, np.int64)
-        self.lengths: Int64Array = np.concatenate([none, *(store.lengths for store in stores)])
-        self.labelled: Int64Array = np.concatenate([none, *(store.labelled for store in stores)])
+        self.starts = np.zeros(len(self.stores) + 1, np.int64)
+        np.cumsum([len(store) for store in stores], out=self.starts[1:])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
+    @property
+    def fingerprint(self) -> str:
+        return " ".join(store.fingerprint for store in self.stores)
+
+    def lengths_of(self, ids: Int64Array) -> Int64Array:
+        found = np.zeros(len(ids), np.int64)
+        for number, mine in self._by_store(ids):
+            found[mine] = self.stores[number].lengths_of(ids[mine] - self.starts[number])
+        return found
+
+    def labelled_of(self, ids: Int64Array) -> Int64Array:
+        found = np.zeros(len(ids), np.int64)
+        for number, mine in self._by_store(ids):
+            found[mine] = self.stores[number].labelled_of(ids[mine] - self.starts[number])
+        return found
+
+    def gather(self, ids: Int64Array) -> tuple[Int64Array, BoolArray, Int64Array]:
+        store_of = np.searchsorted(self.starts, ids, side="right") - 1
+        return _gather_parts(
+            store_of,
+            self.lengths_of(ids),
+            lambda number, mine: self.stores[number].gather(ids[mine] - self.starts[number])[:2],
+        )
+
     def sample(self, index: int) -> tuple[Int64Array, BoolArray]:
-        number = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return self.stores[number].sample(index - int(self.starts[number]))
+        """(tokens int64, mask bool) of one sample."""
+        tokens, mask, _ = self.gather(np.array([index], np.int64))
+        return tokens, mask
+
+    def expect(self, ids: Int64Array) -> None:
+        for number, mine in self._by_store(ids):
+            self.stores[number].expect(ids[mine] - self.starts[number])
+
+    def _by_store(self, ids: Int64Array) -> list[tuple[int, Int64Array]]:
+        """(store, places in `ids` that are its own) of every store that is asked."""
+        store_of = np.searchsorted(self.starts, ids, side="right") - 1
+        return [(number, np.flatnonzero(store_of == number)) for number in np.unique(store_of).tolist()]
+
+
+def end_to_end(starts: Int64Array, lengths: Int64Array) -> Int64Array:
+    """starts[0] .. starts[0] + lengths[0] - 1, then the same of every other range, int64 (sum of lengths,)."""
+    ends = np.cumsum(lengths)
+    return np.repeat(starts - ends + lengths, lengths) + np.arange(ends[-1] if len(ends) else 0)
+
+
+def _gather_parts(
+    part_of: Int64Array, lengths: Int64Array, gather: Callable[[int, Int64Array], tuple[Int64Array, BoolArray]]
+) -> tuple[Int64Array, BoolArray, Int64Array]:
+    """Samples that lie in several parts, in the order asked for; `gather(part, places of its samples)` reads one."""
+    parts = np.unique(part_of).tolist()
+    if len(parts) == 1:
+        return (*gather(parts[0], np.arange(len(lengths))), lengths)
+    starts = np.cumsum(lengths) - lengths
+    tokens, mask = np.empty(int(lengths.sum()), np.int64), np.empty(int(lengths.sum()), np.bool_)
+    for part in parts:
+        mine = np.flatnonzero(part_of == part)
+        into = end_to_end(starts[mine], lengths[mine])
+        tokens[into], mask[into] = gather(part, mine)
+    return tokens, mask, lengths
+
+
+def map_safetensors(path: Path, names: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+    """These arrays of a safetensors file without reading it: an 8-byte length, a JSON header, then the data."""
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(header_bytes))
+    whole = np.asarray(np.memmap(path, np.uint8, mode="r"))  # the subclass is slow to index
+    arrays = {}
+    for name in names:
+        start, end = header[name]["data_offsets"]
+        data = whole[8 + header_bytes + start : 8 + header_bytes + end]
+        arrays[name] = data.view(_DTYPES[header[name]["dtype"]])
+    return arrays
 
 
 @dataclass(slots=True)
@@ -138,6 +315,8 @@ class StoreWriter:
         self._building.mkdir(parents=True)
         self._shards: list[dict[str, Any]] = []
         self._pending = _Pending([], [])
+        self._lengths: list[npt.NDArray[np.uint32]] = []
+        self._labelled: list[npt.NDArray[np.uint32]] = []
 
     def add(self, tokens: Sequence[int], mask: Sequence[bool]) -> None:
         self._pending.tokens.append(np.asarray(tokens, self._dtype))
@@ -155,6 +334,7 @@ class StoreWriter:
             "samples": self.samples,
             "tokens": self.tokens,
             "labelled_tokens": self.labelled,
+            "lengths": self._write_lengths(),
             "shards": self._shards,
             "report": report,
         }
@@ -168,19 +348,33 @@ class StoreWriter:
     def abort(self) -> None:
         shutil.rmtree(self._building, ignore_errors=True)
 
+    def _write_lengths(self) -> dict[str, Any]:
+        from safetensors.numpy import save
+
+        none = np.zeros(0, np.uint32)
+        arrays = {
+            "lengths": np.concatenate([none, *self._lengths]),
+            "labelled": np.concatenate([none, *self._labelled]),
+        }
+        content = save(arrays)
+        _write_synced(self._building / LENGTHS, content)
+        checksum = hashlib.blake2b(content, digest_size=16).hexdigest()
+        return {"file": LENGTHS, "bytes": len(content), "checksum": checksum}
+
     def _flush(self) -> None:
         from safetensors.numpy import save
 
         if not self._pending.tokens:
             return
         lengths = np.array([len(tokens) for tokens in self._pending.tokens], np.int64)
-        labelled = np.array([np.count_nonzero(mask[1:]) for mask in self._pending.masks], np.int32)
+        labelled = np.array([np.count_nonzero(mask[1:]) for mask in self._pending.masks], np.uint32)
         arrays = {
             "tokens": np.concatenate(self._pending.tokens),
             "mask": np.packbits(np.concatenate(self._pending.masks)),
             "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            "labelled": labelled,
         }
+        self._lengths.append(lengths.astype(np.uint32))
+        self._labelled.append(labelled)
         name = f"tokens-{len(self._shards):05d}.safetensors"
         content = save(arrays)
         _write_synced(self._building / name, content)
@@ -197,25 +391,6 @@ class StoreWriter:
         self.tokens += int(lengths.sum())
         self.labelled += int(labelled.sum())
         self._pending = _Pending([], [])
-
-
-def _map_shard(path: Path, entry: dict[str, Any]) -> dict[str, npt.NDArray[Any]]:
-    """The arrays of a safetensors file without reading it: an 8-byte length, a JSON header, then the data."""
-    size = path.stat().st_size
-    if size != entry["bytes"]:
-        raise ValueError(f"{path.name} has {size} bytes instead of {entry['bytes']}")
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(header_bytes))
-    whole = np.memmap(path, np.uint8, mode="r")
-    arrays = {}
-    for name in ("tokens", "mask", "offsets", "labelled"):
-        start, end = header[name]["data_offsets"]
-        data = whole[8 + header_bytes + start : 8 + header_bytes + end]
-        arrays[name] = data.view(_DTYPES[header[name]["dtype"]])
-    if int(arrays["offsets"][-1]) != len(arrays["tokens"]) or len(arrays["labelled"]) != entry["samples"]:
-        raise ValueError(f"{path.name} holds other counts than its index says")
-    return arrays
 
 
 def _checksum(path: Path) -> str:

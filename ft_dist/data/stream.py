@@ -83,9 +83,6 @@ class DataStream:
         self._sizes = [len(store) for store, _ in stores_with_weights]
         if not self._sizes or min(self._sizes) == 0:
             raise DataError("a source without samples cannot be streamed. Take it out of data.train.")
-        longest = int(self.store.lengths.max())
-        if longest > max_length:
-            raise DataError(f"a sample has {longest} tokens, but data.max_length={max_length}. Prepare the data again.")
         # Never zero, or a source with a small weight would silently vanish.
         self._taken = [
             max(1, round(weight * size)) for size, (_, weight) in zip(self._sizes, stores_with_weights, strict=True)
@@ -102,7 +99,7 @@ class DataStream:
         digest = hashlib.blake2b(digest_size=6)
         packed_to = self.max_length if self.packing else 0
         digest.update(repr((self.seed, self._sizes, self._taken, packed_to, self._window)).encode())
-        digest.update(self.store.lengths.tobytes())
+        digest.update(self.store.fingerprint.encode())
         return int.from_bytes(digest.digest(), "little")
 
     @property
@@ -135,7 +132,7 @@ class DataStream:
             at.epoch_samples, progress = 0, float(at.epoch)
         at.samples_seen += len(ids)
         at.batches += 1
-        lengths = self.store.lengths[ids]
+        lengths = self.store.lengths_of(ids)
         ends = np.cumsum([len(row) for row in rows])
         row_tokens = np.add.reduceat(lengths, np.concatenate([[0], ends[:-1]]))
         return GlobalBatch(
@@ -145,7 +142,7 @@ class DataStream:
             rows=rows,
             row_tokens=row_tokens.tolist(),
             samples=len(ids),
-            labelled_tokens=int(self.store.labelled[ids].sum()),
+            labelled_tokens=int(self.store.labelled_of(ids).sum()),
             real_tokens=int(lengths.sum()),
         )
 
@@ -207,7 +204,15 @@ class DataStream:
     def _pack(self, epoch: int, window: int) -> tuple[npt.NDArray[np.int64], list[Row]]:
         start = window * self._window
         ids = self.samples_at(epoch, start, min(start + self._window, self.epoch_samples))
-        return ids, pack_window(self.store.lengths[ids], self.max_length)
+        return ids, pack_window(self._lengths_of(ids), self.max_length)
+
+    def _lengths_of(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        lengths = self.store.lengths_of(ids)
+        if lengths.max() > self.max_length:
+            raise DataError(
+                f"a sample has {lengths.max()} tokens, but data.max_length={self.max_length}. Prepare the data again."
+            )
+        return lengths
 
     def _window_rows(self, epoch: int, window: int) -> list[Row]:
         """The rows of a window in the order they are dealt."""

@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from typing import Any
 
+import numpy as np
+
 from ft_dist.config.schema import RunConfig
 from ft_dist.data.batch import MicroBatch, collate
 from ft_dist.data.formats import read_samples
@@ -65,7 +67,7 @@ class HeldOut:
 
     def _batches(self, world: World, pad_id: int) -> Iterator[MicroBatch]:
         """Rows of like length together; the same number of batches on every rank, as ZeRO-3 needs."""
-        by_length = sorted(range(len(self)), key=lambda index: -int(self.store.lengths[index]))
+        by_length = np.argsort(-self.store.lengths_of(np.arange(len(self))), kind="stable").tolist()
         mine = by_length[world.rank :: world.size]
         rows = self.settings.batch_rows
         share = -(-len(by_length) // world.size)

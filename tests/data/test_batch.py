@@ -1,35 +1,11 @@
 """Rows become tensors whose labels are already shifted, and every rank gets as many micro-batches."""
 
-import numpy as np
 import pytest
 import torch
 
 from ft_dist.data.batch import IGNORED, Prefetcher, collate, deal
 from ft_dist.data.stream import DataStream
-
-
-class ListStore:
-    """Samples held in lists, for tests."""
-
-    def __init__(self, samples: list[tuple[list[int], list[bool]]]) -> None:
-        self._samples = samples
-        self.lengths = np.array([len(tokens) for tokens, _ in samples], np.int64)
-        self.labelled = np.array([sum(mask[1:]) for _, mask in samples], np.int64)
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def sample(self, index: int):
-        tokens, mask = self._samples[index]
-        return np.array(tokens, np.int64), np.array(mask, np.bool_)
-
-
-def random_store(samples: int, longest: int, seed: int = 0) -> ListStore:
-    generator = np.random.default_rng(seed)
-    lengths = generator.integers(2, longest + 1, samples)
-    return ListStore(
-        [(generator.integers(10, 90, n).tolist(), [False] * (n // 2) + [True] * (n - n // 2)) for n in lengths.tolist()]
-    )
+from tests.data.stores import ListStore, random_store
 
 
 def test_labels_are_shifted_and_never_cross_samples():
@@ -95,7 +71,7 @@ def test_prefetched_state_is_the_position_after_its_own_batch():
 
 def test_error_on_the_thread_reaches_the_consumer():
     class Broken(ListStore):
-        def sample(self, index: int):
+        def gather(self, ids):
             raise OSError("disk gone")
 
     store = Broken([([1, 2], [True, True])] * 3)

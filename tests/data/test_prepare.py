@@ -41,9 +41,9 @@ def test_store_holds_what_the_encoder_gives(tmp_path, tokenizer_of):
         tokens, mask = store.sample(index)
         assert tokens.tolist() == one.tokens
         assert mask.tolist() == one.mask
-        assert store.lengths[index] == len(one.tokens)
-        assert store.labelled[index] == sum(one.mask[1:])
-    assert prepared.counts[0].labelled_tokens == int(store.labelled.sum())
+        assert store.lengths_of(np.array([index])) == len(one.tokens)
+        assert store.labelled_of(np.array([index])) == sum(one.mask[1:])
+    assert prepared.counts[0].labelled_tokens == int(prepared.stores[0].labelled.sum())
     assert prepared.report["samples"] == 40
 
 
@@ -60,13 +60,13 @@ def test_second_time_is_found_and_changes_are_noticed(tmp_path, tokenizer_of):
     assert run(tmp_path, path, tokenizer).reused == [False]
 
 
-@pytest.mark.parametrize("damage", ["truncate", "delete", "index"])
+@pytest.mark.parametrize("damage", ["truncate", "lengths", "delete", "index"])
 def test_damaged_set_is_rebuilt(tmp_path, tokenizer_of, damage):
     tokenizer = tokenizer_of("chatml")
     path = write_chats(tmp_path / "a.jsonl", ["one", "two"])
-    folder = run(tmp_path, path, tokenizer).stores[0].folder
-    shard = next(folder.glob("*.safetensors"))
-    if damage == "truncate":
+    folder = Path(run(tmp_path, path, tokenizer).stores[0].name)
+    shard = folder / ("lengths.safetensors" if damage == "lengths" else "tokens-00000.safetensors")
+    if damage in ("truncate", "lengths"):
         shard.write_bytes(shard.read_bytes()[:-1])
     elif damage == "delete":
         shard.unlink()
@@ -77,15 +77,16 @@ def test_damaged_set_is_rebuilt(tmp_path, tokenizer_of, damage):
     assert len(rebuilt.store) == 2
 
 
-def test_flipped_byte_is_named_by_verify(tmp_path, tokenizer_of):
+@pytest.mark.parametrize("name", ["tokens-00000.safetensors", "lengths.safetensors"])
+def test_flipped_byte_is_named_by_verify(tmp_path, tokenizer_of, name):
     path = write_chats(tmp_path / "a.jsonl", ["one", "two"])
     store = run(tmp_path, path, tokenizer_of("chatml")).stores[0]
     store.verify()
-    shard = next(store.folder.glob("*.safetensors"))
+    shard = Path(store.name) / name
     content = bytearray(shard.read_bytes())
     content[-5] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(DataError, match=r"tokens-00000\.safetensors: damaged"):
+    with pytest.raises(DataError, match=rf"{name}: damaged"):
         store.verify()
 
 
@@ -113,7 +114,7 @@ def test_too_long_follows_the_rule_and_is_counted(tmp_path, tokenizer_of):
     assert (dropped.counts[0].samples, dropped.counts[0].dropped_too_long) == (2, 1)
     cut = run(tmp_path, path, tokenizer, max_length=64, too_long="truncate")
     assert (cut.counts[0].samples, cut.counts[0].truncated) == (3, 1)
-    assert cut.store.lengths.max() == 64
+    assert cut.stores[0].lengths.max() == 64
     with pytest.raises(DataError, match=r"a\.jsonl line 2: 2\d\d tokens, but data\.max_length=64"):
         run(tmp_path, path, tokenizer, max_length=64, too_long="error")
 

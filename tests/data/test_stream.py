@@ -10,20 +10,7 @@ from hypothesis import strategies as st
 from ft_dist.data.batch import deal
 from ft_dist.data.stream import DataStream
 from ft_dist.errors import DataError
-
-
-class Lengths:
-    """A store of which only the lengths matter."""
-
-    def __init__(self, size: int, longest: int = 32, seed: int = 0) -> None:
-        self.lengths = np.random.default_rng(seed).integers(2, longest + 1, size).astype(np.int64)
-        self.labelled = self.lengths // 2
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def sample(self, index: int):
-        raise AssertionError("order needs no sample")
+from tests.data.stores import Lengths
 
 
 def make(sizes_and_weights, *, seed=0, global_rows=4, packing=True, window=64, max_length=32) -> DataStream:
@@ -135,11 +122,11 @@ def test_counts_of_a_batch_are_those_of_its_samples():
     stream = make([(100, 1.0)])
     for _ in range(40):
         batch = stream.next_batch()
-        lengths = stream.store.lengths[batch.sample_ids]
+        lengths = stream.store.lengths_of(np.array(batch.sample_ids))
         assert batch.samples == len(lengths)
         assert batch.real_tokens == lengths.sum() == sum(batch.row_tokens)
-        assert batch.labelled_tokens == stream.store.labelled[batch.sample_ids].sum()
-        assert [int(stream.store.lengths[row].sum()) for row in batch.rows] == batch.row_tokens
+        assert batch.labelled_tokens == stream.store.labelled_of(np.array(batch.sample_ids)).sum()
+        assert [int(stream.store.lengths_of(np.array(row)).sum()) for row in batch.rows] == batch.row_tokens
 
 
 def test_epochs_and_seeds_differ():
@@ -183,4 +170,4 @@ def test_seek_costs_the_same_anywhere():
 
 def test_sample_over_max_length_is_refused():
     with pytest.raises(DataError, match=r"32 tokens, but data\.max_length=16"):
-        make([(1000, 1.0)], max_length=16)
+        make([(1000, 1.0)], max_length=16).next_batch()
