@@ -47,7 +47,8 @@ class CheckpointWriter:
         self._retention = retention
         self._mirror = mirror
         self._timeout_s = timeout_s
-        self._store = control_store()
+        # the folder's name keeps two writers of one process apart
+        self._store = torch.distributed.PrefixStore(f"checkpoint {root}", control_store())
         self._buffer = HostBuffer(world.device)
         self._thread: threading.Thread | None = None
         self._last_step = -1
@@ -203,7 +204,7 @@ class CheckpointWriter:
 
         Rank 0 names it when the folder is clean, so that no rank can write before.
         """
-        key = "checkpoint/attempt"
+        key = "attempt"
         if self._world.is_main:
             self.root.mkdir(parents=True, exist_ok=True)
             for leftover in self.root.glob(f"step-*{STAGING}*"):
@@ -230,7 +231,7 @@ class CheckpointWriter:
         return str(found[-1].folder) if found else "the beginning"
 
     def _key(self, number: int, rank: int) -> str:
-        return f"checkpoint/{number}/{rank}"
+        return f"{number}/{rank}"
 
     def _post(self, number: int, content: dict[str, Any]) -> None:
         # a store that is gone took rank 0, and with it the run

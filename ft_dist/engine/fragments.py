@@ -86,11 +86,8 @@ def _state_keys(engine: Engine) -> list[torch.Tensor]:
 
 
 def adam_step(engine: Engine) -> int:
-    """Updates that Adam has counted; skipped steps are not among them."""
-    for state in engine.base_optimizer.state.values():
-        if "step" in state:
-            return int(state["step"])
-    return 0
+    """Updates that Adam has counted; skipped steps are not among them. A parameter without gradients counts fewer."""
+    return max((int(state["step"]) for state in engine.base_optimizer.state.values() if "step" in state), default=0)
 
 
 def set_adam_step(engine: Engine, step: int) -> None:
