@@ -177,7 +177,7 @@ def test_wrong_credentials_and_buckets_are_not_waited_for(proxy: Proxy, monkeypa
     with pytest.raises(StorageError, match=r"s3://no-such-bucket/x"):
         open_storage("s3://no-such-bucket").write("x", b"1")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    with pytest.raises(StorageError, match="not allowed to read .*credentials"):
+    with pytest.raises(StorageError, match=r"not allowed to read .*credentials"):
         open_storage("s3://bucket").read_bytes("x")
 
 
@@ -186,7 +186,7 @@ def test_a_missing_driver_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     with pytest.raises(ConfigError, match=r"pip install 'ft-dist\[s3\]'"):
         open_storage("s3://bucket/x")
-    with pytest.raises(ConfigError, match="no storage is known as nope://"):
+    with pytest.raises(ConfigError, match="no storage is known by nope://"):
         open_storage("nope://bucket/x")
 
 

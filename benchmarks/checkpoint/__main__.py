@@ -61,10 +61,11 @@ def measure(options: argparse.Namespace, method: str) -> dict[str, Any]:
         "data.packing=false",
         f"batch.global_rows={options.ranks}",
         "checkpoint.interval_steps=0",
+        "checkpoint.keep=1",
         "checkpoint.resume=never",
     ]
     try:
-        found = ranks("save", folder, options.rounds, [*config, f"output_dir={folder}/run"], options.ranks)
+        found = ranks("save", folder, options.rounds, [*config, f"output_dir={folder}/ours"], options.ranks)
         other = options.ranks + 1 if options.ranks == 1 else options.ranks - 1
         elsewhere = ranks("load", folder, 1, [*config, f"output_dir={folder}/other"], other)
     finally:

@@ -16,8 +16,6 @@ import torch.distributed as dist
 
 from ft_dist.checkpoint import format as layout
 from ft_dist.checkpoint.load import load
-from ft_dist.checkpoint.retention import Retention
-from ft_dist.checkpoint.writer import CheckpointWriter
 from ft_dist.config import load_config
 from ft_dist.distributed import barrier, max_over_ranks
 from ft_dist.engine.fragments import adam_step, owned_tensors
@@ -48,8 +46,12 @@ class Side:
     """The contestants over one engine. Times are the slowest rank's; bytes are of all files."""
 
     def __init__(self, run: Any, folder: Path) -> None:
-        self.engine, self.world, self.folder = run.engine, run.world, folder
-        self.writer = CheckpointWriter(folder / "ours", run.world, retention=Retention(1), timeout_s=600)
+        self.engine, self.world, self.folder, self.writer = run.engine, run.world, folder, run.writer
+        self.places = {
+            "ours": folder / "ours" / "checkpoints",
+            "deepspeed": folder / "deepspeed",
+            "dcp": folder / "dcp",
+        }
         self.dcp_group = dist.new_group(backend="gloo")
 
     def save_all(self, rounds: int) -> dict[str, Any]:
@@ -71,9 +73,9 @@ class Side:
             finish()
             total = time.perf_counter() - started
         barrier(self.world)
-        place = self.folder / name
+        place = self.places[name]
         size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
-        if name != "ours" and self.world.is_main and name != "deepspeed":
+        if name == "dcp" and self.world.is_main:
             shutil.rmtree(place, ignore_errors=True)
         slowest = [max_over_ranks(value, self.world) for value in (stall, total, float(memory.extra_bytes))]
         return {"stall_s": slowest[0], "total_s": slowest[1], "extra_bytes": slowest[2], "bytes": size}
@@ -95,21 +97,19 @@ class Side:
 
     def deepspeed(self, number: int) -> Callable[[], None]:
         # the same tag each time: it overwrites, so that one checkpoint lies there
-        self.engine.deepspeed.save_checkpoint(
-            str(self.folder / "deepspeed"), tag="step", exclude_frozen_parameters=True
-        )
+        self.engine.deepspeed.save_checkpoint(str(self.places["deepspeed"]), tag="step", exclude_frozen_parameters=True)
         return lambda: None
 
     def dcp(self, number: int) -> Callable[[], None]:
         import torch.distributed.checkpoint as dcp
 
         future = dcp.async_save(
-            owned_tensors(self.engine), checkpoint_id=str(self.folder / "dcp"), process_group=self.dcp_group
+            owned_tensors(self.engine), checkpoint_id=str(self.places["dcp"]), process_group=self.dcp_group
         )
         return lambda: future.result() and None
 
     def load(self, rounds: int) -> float:
-        commit = layout.commits(self.folder / "ours")[-1]
+        commit = layout.commits(self.places["ours"])[-1]
         times = []
         for _ in range(rounds):
             barrier(self.world)
@@ -124,7 +124,7 @@ class Side:
     def load_deepspeed(self) -> float:
         barrier(self.world)
         started = time.perf_counter()
-        self.engine.deepspeed.load_checkpoint(str(self.folder / "deepspeed"), load_module_strict=False)
+        self.engine.deepspeed.load_checkpoint(str(self.places["deepspeed"]), load_module_strict=False)
         return max_over_ranks(time.perf_counter() - started, self.world)
 
 

@@ -36,7 +36,7 @@ _VISIBLE_S = 20.0
 
 
 class CheckpointWriter:
-    """One for each rank, made at the same point of the program by all. At most one save is in flight."""
+    """One for each rank, and one for a run: all ranks make it at the same point. At most one save is in flight."""
 
     def __init__(
         self, root: Path, world: World, *, retention: Retention, mirror: Mirror | None = None, timeout_s: float
@@ -47,8 +47,7 @@ class CheckpointWriter:
         self._retention = retention
         self._mirror = mirror
         self._timeout_s = timeout_s
-        # the folder's name keeps two writers of one process apart
-        self._store = torch.distributed.PrefixStore(f"checkpoint {root}", control_store())
+        self._store = control_store()
         self._buffer = HostBuffer(world.device)
         self._thread: threading.Thread | None = None
         self._last_step = -1
@@ -204,7 +203,7 @@ class CheckpointWriter:
 
         Rank 0 names it when the folder is clean, so that no rank can write before.
         """
-        key = "attempt"
+        key = "checkpoint/attempt"
         if self._world.is_main:
             self.root.mkdir(parents=True, exist_ok=True)
             for leftover in self.root.glob(f"step-*{STAGING}*"):
@@ -231,7 +230,7 @@ class CheckpointWriter:
         return str(found[-1].folder) if found else "the beginning"
 
     def _key(self, number: int, rank: int) -> str:
-        return f"{number}/{rank}"
+        return f"checkpoint/{number}/{rank}"
 
     def _post(self, number: int, content: dict[str, Any]) -> None:
         # a store that is gone took rank 0, and with it the run

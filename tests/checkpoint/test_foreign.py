@@ -52,8 +52,8 @@ def test_states_that_do_not_fit_are_told(tmp_path):
         read_foreign(tmp_path, SHAPES, no_decay=False)
     with pytest.raises(CheckpointError, match=r"has no c\.weight"):
         read_foreign(tmp_path, {**SHAPES, "c.weight": [2]}, no_decay=True)
+    (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="neither a DeepSpeed checkpoint"):
-        (tmp_path / "empty").mkdir()
         read_foreign(tmp_path / "empty", SHAPES, no_decay=True)
 
 
@@ -80,10 +80,10 @@ def test_a_pickle_that_would_run_something_is_refused(tmp_path, monkeypatch):
 def test_deepspeed(cli, tmp_path, stage, kind):
     """What DeepSpeed saves of a state comes out equal to our own commit of it, and trains on from there."""
     overrides = [*SMALL_RUN, f"engine.zero_stage={stage}", f"method.kind={kind}"]
+    script = [sys.executable, "-m", "tests.checkpoint.save_both_ways"]
     workers = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.checkpoint.save_both_ways", str(tmp_path / "theirs"), *overrides]
-            + ["optim.max_steps=2", f"output_dir={tmp_path}/ours"],
+            [*script, str(tmp_path / "theirs"), *overrides, "optim.max_steps=2", f"output_dir={tmp_path}/ours"],
             cwd=ROOT,
             env=os.environ
             | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
