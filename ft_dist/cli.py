@@ -148,6 +148,65 @@ def fetch(
     typer.echo(str(fetch_model(name, progress=lambda line: typer.echo(line, err=True))))
 
 
+checkpoints = typer.Typer(help="Look at, verify, compare and import checkpoints.", no_args_is_help=True)
+app.add_typer(checkpoints, name="checkpoint")
+Place = Annotated[Path, typer.Argument(metavar="DIR", help="Run folder, checkpoints/ folder, or one step-N folder")]
+
+
+@checkpoints.command(name="ls")
+def checkpoint_ls(place: Place, as_json: AsJson = False) -> None:
+    """List the checkpoints in DIR."""
+    from ft_dist.checkpoint.inspect import listing, table
+
+    entries = listing(place)
+    typer.echo(json.dumps(entries, indent=2) if as_json else table(entries))
+
+
+@checkpoints.command(name="show")
+def checkpoint_show(place: Place, as_json: AsJson = False) -> None:
+    """Tell what the newest checkpoint in DIR holds."""
+    from ft_dist.checkpoint.inspect import details, tell
+
+    entry = details(place)
+    typer.echo(json.dumps(entry, indent=2) if as_json else tell(entry))
+
+
+@checkpoints.command(name="verify")
+def checkpoint_verify(place: Place, as_json: AsJson = False) -> None:
+    """Read every byte of the checkpoints in DIR; exit 2 if one is damaged."""
+    from ft_dist.checkpoint.inspect import verified
+
+    entries = verified(place)
+    lines = [f"{entry['folder']}: {entry['problem'] or 'intact'}" for entry in entries]
+    typer.echo(json.dumps(entries, indent=2) if as_json else "\n".join(lines))
+    raise typer.Exit(EXIT_USER if any(entry["problem"] for entry in entries) else 0)
+
+
+@checkpoints.command(name="diff")
+def checkpoint_diff(first: Place, second: Place, as_json: AsJson = False) -> None:
+    """Compare two checkpoints: config, position, and the largest difference in each kind of tensor."""
+    from ft_dist.checkpoint.inspect import compared, tell
+
+    entry = compared(first, second)
+    typer.echo(json.dumps(entry, indent=2) if as_json else tell(entry))
+
+
+@checkpoints.command(name="import")
+def checkpoint_import(
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint of DeepSpeed or Hugging Face's Trainer")],
+    config: Config,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make DIR the first checkpoint of CONFIG's run: weights, optimizer state and step. `ft-dist train` goes on."""
+    from ft_dist.checkpoint.importing import import_checkpoint
+    from ft_dist.config import load_config
+
+    commit = import_checkpoint(load_config(config, overrides or []), source)
+    folder, step = str(commit.folder), commit.step
+    typer.echo(json.dumps({"folder": folder, "step": step}) if as_json else f"step {step} imported to {folder}")
+
+
 def main() -> None:
     """Entry point: what the user can mend is told in one line, with exit code 2 as for typer's own usage errors."""
     try:

@@ -81,16 +81,17 @@ STOP_KEY = "ft_dist/stop"
 
 def announce_stop() -> None:
     """Tell the ranks that wait for data, where no reduction reaches them, that this one was asked to stop."""
-    _default_store().set(STOP_KEY, "1")
+    control_store().set(STOP_KEY, "1")
 
 
 def stop_announced() -> bool:
     """Whether any rank has called `announce_stop`."""
-    return bool(_default_store().check([STOP_KEY]))
+    return bool(control_store().check([STOP_KEY]))
 
 
-def _default_store() -> Any:
-    return dist.distributed_c10d._get_default_store()
+def control_store() -> dist.Store:
+    """The ranks' common key-value store, by a connection of its own: a thread may use it beside collectives."""
+    return dist.distributed_c10d._get_default_store().clone()
 
 
 class Agreement:

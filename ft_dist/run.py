@@ -10,21 +10,18 @@ import os
 import random
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 from ft_dist.check import check
-from ft_dist.checkpoint.format import Commit, verify
-from ft_dist.checkpoint.load import load, newest_intact
-from ft_dist.checkpoint.save import save
+from ft_dist.checkpoint.keeper import CheckpointKeeper
 from ft_dist.config import RunConfig
 from ft_dist.data.batch import BatchStream, Prefetched, Prefetcher
 from ft_dist.data.open import open_stream
 from ft_dist.data.report import prepare_data, report_lines
 from ft_dist.data.stream import DataStream
-from ft_dist.distributed import World, announce_stop, barrier, join_world, leave_world, stop_announced
+from ft_dist.distributed import World, announce_stop, join_world, leave_world, stop_announced
 from ft_dist.engine.build import build_engine
 from ft_dist.engine.final import write_final
 from ft_dist.engine.step import Engine, StepResult
@@ -35,6 +32,7 @@ from ft_dist.model.builtin import resolve_model
 from ft_dist.model.tokenizer import load_tokenizer
 from ft_dist.observe.console import Console
 from ft_dist.observe.recorder import Recorder, log_rank_output
+from ft_dist.observe.trackers import keep_wandb_run_id, wandb_run_id
 from ft_dist.preemption.listen import listen_for_notices
 from ft_dist.preemption.stop import StopRequest
 from ft_dist.preemption.watchdog import Watchdog
@@ -79,7 +77,7 @@ def prepare_run(config: RunConfig, stop: StopRequest) -> "Run":
         keep_freed_memory()
     engine = build_engine(config, world, folder=folder, tokenizer=tokenizer)
     stream = open_stream(config, tokenizer, train_set)
-    run = Run(config, world, engine, stream, stop, tokenizer=tokenizer, held_out=held_out)
+    run = Run(config, world, engine, stream, stop, tokenizer=tokenizer, held_out=held_out, folder=folder)
     run.log_file = log_file
     run.start(facts=[*facts, *notes, *report_lines(report)], data_report=report)
     return run
@@ -98,6 +96,7 @@ class Run:
         *,
         tokenizer: Any,
         held_out: HeldOut | None,
+        folder: str,
     ) -> None:
         self.config = config
         self.world = world
@@ -117,9 +116,10 @@ class Run:
         self._checkpoint_stall_s = 0.0
         self._tokens_done = 0
         self._last_loss: float | None = None
-        commit, self._passed_over = self._find_commit()
-        if commit:
-            self._resume(commit)
+        self._held_out_losses: dict[int, float] = {}
+        self.checkpoints = CheckpointKeeper(config, world, engine, folder=folder)
+        if self.checkpoints.resumed:
+            self._resume(self.checkpoints.resumed)
         # what rates and estimates of time go by; the run itself ends with its data, or at optim.max_steps
         self.total_steps = stream.total_steps(config.optim.epochs, at_most=config.optim.max_steps)
         self._committed_step = self.step
@@ -136,18 +136,14 @@ class Run:
         limit = self.config.optim.max_steps
         return self._state_after["epoch"] >= self.config.optim.epochs or (limit is not None and self.step >= limit)
 
-    @property
-    def checkpoints(self) -> Path:
-        return self.config.run_dir / "checkpoints"
-
     def start(self, *, facts: list[str], data_report: dict[str, Any]) -> None:
         self.recorder.data_report(data_report)
         console = self.recorder.console
         for fact in facts:
             console.say(fact)
         console.say(self.engine.kernels)
-        for line in self._passed_over:
-            console.note(f"damaged checkpoint passed over: {line}")
+        for line in self.checkpoints.passed_over:
+            console.note(f"checkpoint passed over: {line}")
         trainable = sum(getattr(p, "ds_numel", p.numel()) for _, p in self.engine.trainable())
         exact = self.total_steps == self.config.optim.max_steps or self.stream.counts_exactly(self.config.optim.epochs)
         steps = f"{'' if exact else 'about '}{self.total_steps} steps"
@@ -163,6 +159,10 @@ class Run:
             for change in self._data_changes:
                 console.note(f"data.train has changed: {change}; a new epoch begins")
             self.recorder.event("data_changed", step=self.step, changes=self._data_changes, sources=self._sources())
+        if self.checkpoints.changed:
+            self.recorder.event("config_changed", step=self.step, changes=self.checkpoints.changed)
+            for line in self.checkpoints.changed:
+                console.note(f"changed since the checkpoint: {line}")
         self.watchdog.start()
 
     def batches(self) -> Iterator[Prefetched]:
@@ -232,6 +232,7 @@ class Run:
         self._checkpoint_stall_s = 0.0
         self.recorder.step(record, sample_ids=batch.batch.rows)
         self._tell(record, step_s + waited_s)
+        self._tell_saves()
         self.watchdog.step = self.step
         if self.stop.time_limit:
             self.stop.time_limit.step_s = step_s + waited_s
@@ -262,30 +263,39 @@ class Run:
         self.recorder.console.step(record, total_steps=total_steps, eta_s=eta_s, mfu=mfu, last=last)
 
     def commit_is_due(self) -> bool:
-        interval = self.config.checkpoint.interval_steps
-        return self.finished or (interval > 0 and self.step % interval == 0)
+        return self.finished or self.checkpoints.is_due(self.step)
 
     def evaluation_is_due(self) -> bool:
         interval = self.config.evaluate.interval_steps
         return bool(self.held_out) and interval > 0 and self.step % interval == 0 and not self.finished
 
     def commit(self) -> None:
-        """Save the state after the current step."""
+        """Save the state after the current step: returns when it is copied; see `finish_commits`."""
         state = {
+            "step": self.step,
             "data": self._state_after,
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
             "tokens": self._tokens_done,
             "loss": self._last_loss,
+            "wandb_run_id": wandb_run_id(self.config),
             "versions": versions(),
         }
         with self.watchdog.during("a commit", timeout_s=self.config.engine.timeout_s):
-            save(self.engine, self.checkpoints, step=self.step, state=state, keep=self.config.checkpoint.keep)
+            self.checkpoints.save(state, held_out_losses=self._held_out_losses)
         self._committed_step = self.step
-        self._checkpoint_stall_s = self.clock.lap()
+        self._checkpoint_stall_s += self.clock.lap()
+
+    def finish_commits(self) -> None:
+        """Return when the last commit is on disk, or its failure told. All ranks call it at the same step."""
+        with self.watchdog.during("a commit", timeout_s=self.config.engine.timeout_s):
+            self.checkpoints.finish()
+        self._tell_saves()
+
+    def _tell_saves(self) -> None:
+        self.checkpoints.tell(self.recorder)
         if self.stop.time_limit:
-            self.stop.time_limit.save_s = self._checkpoint_stall_s
-        self.recorder.event("saved", step=self.step, seconds=round(self._checkpoint_stall_s, 3))
+            self.stop.time_limit.save_s = self.checkpoints.saved_s
 
     def leave_preempted(self) -> NoReturn:
         """Commit, unless this step is committed already, and end the run. All ranks call it after the same step."""
@@ -293,9 +303,11 @@ class Run:
             # an evaluation or a step may have been broken off
             self.clock.lap()
             self.commit()
+        self.finish_commits()
         reason = self.stop.reason or "another rank"
         self.recorder.event("preempted", step=self.step, reason=reason)
-        self.recorder.console.say(f"stopped by {reason} after step {self.step}; its state is committed")
+        safe = "its state is committed" if self.checkpoints.is_committed(self.step) else "its state could not be saved"
+        self.recorder.console.say(f"stopped by {reason} after step {self.step}; {safe}")
         raise Preempted
 
     def evaluate(self, when: str) -> dict[str, Any] | None:
@@ -316,6 +328,8 @@ class Run:
         except EvaluationStopped:
             self.leave_preempted()
         self.recorder.console.say(f"{when}: " + summary_line(scores))
+        if scores["loss"] is not None:
+            self._held_out_losses[self.step] = scores["loss"]
         self.recorder.scores(when, scores, self.step, self.clock.lap())
         return scores
 
@@ -347,6 +361,8 @@ class Run:
 
     def close(self) -> None:
         self.watchdog.close()
+        self.checkpoints.close()
+        self._tell_saves()
         self.recorder.close()
         leave_world()
 
@@ -359,25 +375,16 @@ class Run:
             for source, first in zip(self.stream.mixture.sources, starts[:-1], strict=True)
         ]
 
-    def _find_commit(self) -> tuple[Commit | None, list[str]]:
-        resume = self.config.checkpoint.resume
-        if resume == "never":
-            return None, []
-        if resume != "auto":
-            folder = Path(resume)
-            commit = Commit(folder, int(folder.name.rpartition("-")[2]))
-            verify(commit)
-            return commit, []
-        return newest_intact(self.checkpoints)
-
-    def _resume(self, commit: Commit) -> None:
-        state = load(self.engine, commit)
+    def _resume(self, state: dict[str, Any]) -> None:
         self.step = self.first_step = state["step"]
         self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
         self._tokens_done, self._last_loss = state["tokens"], state["loss"]
-        self._state_after = state["data"]
-        self._data_changes = self.stream.load_state_dict(state["data"])
-        barrier(self.world)
+        self._held_out_losses = {int(step): loss for step, loss in state.get("held_out_losses", {}).items()}
+        if state["data"] is not None:
+            self._state_after = state["data"]
+            self._data_changes = self.stream.load_state_dict(state["data"])
+        if self.world.is_main and state.get("wandb_run_id") and not wandb_run_id(self.config):
+            keep_wandb_run_id(self.config, state["wandb_run_id"])
 
 
 def summary_line(scores: dict[str, Any]) -> str:

@@ -46,6 +46,7 @@ def train(config: RunConfig, stop: StopRequest) -> None:
         before = run.evaluate("before") if config.evaluate.before else None
         stop.training_started()
         step_until_done(run, stop)
+        run.finish_commits()
         stop.training_ended()
         run.write_final()
         after = run.evaluate("after")

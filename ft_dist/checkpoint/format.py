@@ -1,18 +1,20 @@
-"""The folder of one commit, and how it comes to be complete or not at all.
+"""The folder of one commit, and how it comes to be complete or not at all. docs/checkpoint-format.md is the whole spec.
 
     checkpoints/step-00000100/
-        rank-00000.safetensors    this rank's fragments: KIND/PARAMETER@START, flat fp32
-        state.json                step, data position, counters, Adam's step, hash of the config
+        rank-00000.safetensors    this rank's fragments: KIND/PARAMETER@START, flat
+        state.json                step, data position, counters, shapes, the config
         manifest.json             every file with its size and xxh3-128 checksum, and its own; written last
 
-KIND is `master`, `exp_avg` or `exp_avg_sq`; START counts elements of the flattened parameter. The folder is a commit
-exactly when `manifest.json` exists: every rank has written and synced its file before rank 0 renames the manifest into
-place. Readers ignore folders without one. safetensors and JSON only: nothing that is loaded can execute code.
+KIND is `master` or the name of an optimizer state such as `exp_avg`; START counts elements of the flattened parameter.
+A save is written in a folder of another name, sealed by its manifest and only then renamed: a folder `step-N` with a
+manifest is a commit, whatever instant a process was killed at. safetensors and JSON only: nothing that is loaded can
+execute code.
 """
 
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,11 @@ import xxhash
 from ft_dist.errors import CheckpointError
 
 MANIFEST = "manifest.json"
+STATE = "state.json"
 FORMAT_VERSION = 1
+
+Fingerprint = dict[str, Any]
+"""`bytes` and `xxh3` (128 bits, hexadecimal) of a file"""
 
 
 @dataclass(frozen=True)
@@ -32,58 +38,124 @@ class Commit:
     folder: Path
     step: int
 
+    def manifest(self) -> dict[str, Any]:
+        """Its content, its own checksum verified. Raises CheckpointError."""
+        return parse_manifest(_read(self.folder / MANIFEST), self.folder / MANIFEST)
+
     def state(self) -> dict[str, Any]:
-        return json.loads((self.folder / "state.json").read_text())
+        """Raises CheckpointError where it is not the JSON object that a run writes."""
+        try:
+            return dict(json.loads(_read(self.folder / STATE)))
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{self.folder / STATE}: not readable ({error}).") from None
 
     def fragment_files(self) -> list[Path]:
-        return sorted(self.folder.glob("rank-*.safetensors"))
+        return [self.folder / name for name in sorted(self.manifest()["files"]) if name.endswith(".safetensors")]
+
+    def size_bytes(self) -> int:
+        return sum(int(file["bytes"]) for file in self.manifest()["files"].values())
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def step_of(name: str) -> int | None:
+    """The step of a commit's folder name; None for any other name."""
+    number = name.removeprefix("step-")
+    return int(number) if name.startswith("step-") and number.isdigit() else None
 
 
 def step_folder(root: Path, step: int) -> Path:
-    return root / f"step-{step:08d}"
+    return root / step_name(step)
 
 
-def rank_file(folder: Path, rank: int) -> Path:
-    return folder / f"rank-{rank:05d}.safetensors"
+def rank_name(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def split_key(key: str) -> tuple[str, str, int]:
+    """`KIND/PARAMETER@START` -> its parts."""
+    kind, _, rest = key.partition("/")
+    name, _, start = rest.rpartition("@")
+    return kind, name, int(start)
 
 
 def commits(root: Path) -> list[Commit]:
     """Complete checkpoints below `root`, oldest first. Their contents are not yet verified."""
     found = []
-    for folder in sorted(root.glob("step-*")):
-        number = folder.name.removeprefix("step-")
-        if number.isdigit() and (folder / MANIFEST).is_file():
-            found.append(Commit(folder, int(number)))
-    return found
+    for folder in root.glob("step-*"):
+        step = step_of(folder.name)
+        if step is not None and (folder / MANIFEST).is_file():
+            found.append(Commit(folder, step))
+    return sorted(found, key=lambda commit: commit.step)
 
 
-def write_manifest(folder: Path, step: int) -> None:
-    """Seal the folder: from the rename on it is a commit."""
-    files = {path.name: _fingerprint(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
-    content = {"version": FORMAT_VERSION, "step": step, "files": files}
+def write_manifest(folder: Path, step: int, files: Mapping[str, Fingerprint]) -> None:
+    """Seal the folder. `files` were written and synced, and have these fingerprints."""
+    content = {"version": FORMAT_VERSION, "step": step, "files": dict(files)}
     write_synced(folder / MANIFEST, json.dumps(content | {"xxh3": _own_checksum(content)}, indent=1))
 
 
-def verify(commit: Commit) -> None:
-    """Raise CheckpointError naming the first file that is missing, cut short or altered."""
+def publish(staging: Path, folder: Path) -> None:
+    """Give a sealed folder its name; one that a repeated step wrote before makes way."""
+    old = folder.with_name(f"{folder.name}.replaced")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    staging.rename(folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def parse_manifest(text: bytes, where: object) -> dict[str, Any]:
+    """Raises CheckpointError unless it is whole and of this version."""
     try:
-        manifest = json.loads((commit.folder / MANIFEST).read_text())
+        manifest = json.loads(text)
         checksum = manifest.pop("xxh3")
-        version, files = manifest["version"], manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{commit.folder / MANIFEST}: not readable ({error}).") from None
+        version = manifest["version"]
+        for file in manifest["files"].values():
+            file["bytes"], file["xxh3"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{where}: not readable ({error}).") from None
     if checksum != _own_checksum(manifest):
-        raise CheckpointError(f"{commit.folder / MANIFEST}: its checksum is not the committed one.")
+        raise CheckpointError(f"{where}: its checksum is not the committed one.")
     if version != FORMAT_VERSION:
-        raise CheckpointError(f"{commit.folder}: format version {version}, but this ft_dist reads {FORMAT_VERSION}.")
-    for name, expected in files.items():
+        raise CheckpointError(f"{where}: format version {version}, but this ft_dist reads {FORMAT_VERSION}.")
+    return dict(manifest)
+
+
+def verify(commit: Commit) -> None:
+    """Raise CheckpointError naming the first file that is missing, cut short, altered or of another step."""
+    manifest = commit.manifest()
+    if manifest["step"] != commit.step:
+        raise CheckpointError(f"{commit.folder / MANIFEST}: belongs to step {manifest['step']}.")
+    for name, expected in manifest["files"].items():
         path = commit.folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path}: missing.")
-        if path.stat().st_size != expected["bytes"]:
-            raise CheckpointError(f"{path}: {path.stat().st_size} bytes, but {expected['bytes']} were committed.")
-        if _fingerprint(path)["xxh3"] != expected["xxh3"]:
-            raise CheckpointError(f"{path}: its checksum is not the committed one.")
+        try:
+            found = fingerprint(path)
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: missing.") from None
+        except OSError as error:
+            raise CheckpointError(f"{path}: not readable ({error.strerror}).") from None
+        check_fingerprint(path, found, expected)
+
+
+def check_fingerprint(where: object, found: Fingerprint, expected: Fingerprint) -> None:
+    if found["bytes"] != expected["bytes"]:
+        raise CheckpointError(f"{where}: {found['bytes']} bytes, but {expected['bytes']} were committed.")
+    if found["xxh3"] != expected["xxh3"]:
+        raise CheckpointError(f"{where}: its checksum is not the committed one.")
+
+
+def fingerprint(path: Path) -> Fingerprint:
+    digest = xxhash.xxh3_128()
+    size = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+            size += len(block)
+    return {"bytes": size, "xxh3": digest.hexdigest()}
 
 
 def remove(folder: Path) -> None:
@@ -92,20 +164,17 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_synced(path: Path, text: str) -> None:
+def write_synced(path: Path, text: str) -> Fingerprint:
     """Write, sync, rename into place, sync the folder: after a power cut it is there whole or not at all."""
+    content = text.encode()
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with partial.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
     sync_folder(path.parent)
-
-
-def sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    return {"bytes": len(content), "xxh3": xxhash.xxh3_128_hexdigest(content)}
 
 
 def sync_folder(folder: Path) -> None:
@@ -116,13 +185,12 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: not readable ({error.strerror}).") from None
+
+
 def _own_checksum(manifest: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "xxh3": digest.hexdigest()}

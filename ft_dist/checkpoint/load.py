@@ -7,37 +7,29 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from ft_dist.checkpoint.format import Commit, commits, verify
-from ft_dist.engine.fragments import Fragment, ensure_moments, fragments, refresh_compute_weights, set_adam_step
+from ft_dist.checkpoint.format import Commit, split_key
+from ft_dist.engine.fragments import ensure_moments, fragments, refresh_compute_weights, set_adam_step
 from ft_dist.engine.step import Engine
 from ft_dist.errors import CheckpointError
-
-
-def newest_intact(root: Path) -> tuple[Commit | None, list[str]]:
-    """The newest commit whose checksums hold, and a line for each newer one that was passed over."""
-    passed_over = []
-    for commit in reversed(commits(root)):
-        try:
-            verify(commit)
-        except CheckpointError as error:
-            passed_over.append(str(error))
-            continue
-        return commit, passed_over
-    return None, passed_over
 
 
 def load(engine: Engine, commit: Commit) -> dict[str, Any]:
     """Fill master weights and optimizer state from `commit`; returns the loop's state. All ranks call it.
 
-    Raises CheckpointError if the commit was made for other trainable parameters.
+    Raises CheckpointError if the commit was made for other trainable parameters or another optimizer.
     """
     state = commit.state()
     _check_parameters(engine, commit, state)
-    pieces = _Pieces(commit)
+    pieces = Pieces(commit.fragment_files())
     ensure_moments(engine)
     for fragment in fragments(engine):
         for kind, tensor in fragment.tensors.items():
-            pieces.copy_into(tensor, kind, fragment)
+            filled = pieces.copy_into(tensor, kind, fragment.name, start=fragment.start)
+            if filled != fragment.numel:
+                raise CheckpointError(
+                    f"{commit.folder}: {kind} of {fragment.name} covers {filled} of {fragment.numel} elements from "
+                    f"{fragment.start}. It was saved with another optimizer, or not by ft_dist."
+                )
     set_adam_step(engine, state["adam_step"])
     refresh_compute_weights(engine)
     return state
@@ -45,7 +37,7 @@ def load(engine: Engine, commit: Commit) -> dict[str, Any]:
 
 def _check_parameters(engine: Engine, commit: Commit, state: dict[str, Any]) -> None:
     saved = {name: tuple(shape) for name, shape in state["parameters"].items()}
-    wanted = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.trainable()}
+    wanted = {name: tuple(shape) for name, shape in engine.trainable_shapes().items()}
     if saved == wanted:
         return
     differing = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
@@ -57,32 +49,31 @@ def _check_parameters(engine: Engine, commit: Commit, state: dict[str, Any]) -> 
     )
 
 
-class _Pieces:
-    """Index of a commit's fragments: parameter and kind -> ranges, each in a memory-mapped file."""
+class Pieces:
+    """Index of fragments: parameter and kind -> ranges, each in a memory-mapped file.
 
-    def __init__(self, commit: Commit) -> None:
-        self.folder = commit.folder
-        self.ranges: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = defaultdict(list)
-        for path in commit.fragment_files():
+    A range counts the entries of its own tensor. For a state that keeps one entry a block of elements (the scales of
+    an 8-bit state) that is blocks, so that codes and scales re-shard alike wherever a cut falls between blocks.
+    """
+
+    def __init__(self, files: list[Path]) -> None:
+        self._ranges: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = defaultdict(list)
+        for path in files:
             handle = safe_open(path, framework="pt")
             for key in handle.keys():  # noqa: SIM118 - not a dictionary
-                kind, _, rest = key.partition("/")
-                name, _, start = rest.rpartition("@")
+                kind, name, start = split_key(key)
                 numel = handle.get_slice(key).get_shape()[0]
-                self.ranges[kind, name].append((int(start), numel, handle, key))
+                self._ranges[kind, name].append((start, numel, handle, key))
 
     @torch.no_grad()
-    def copy_into(self, tensor: torch.Tensor, kind: str, fragment: Fragment) -> None:
-        """Fill the flat `tensor` with elements [fragment.start, fragment.start + fragment.numel)."""
-        filled, end = 0, fragment.start + fragment.numel
-        for start, numel, handle, key in self.ranges[kind, fragment.name]:
-            low, high = max(start, fragment.start), min(start + numel, end)
+    def copy_into(self, tensor: torch.Tensor, kind: str, name: str, *, start: int) -> int:
+        """Fill the flat `tensor` with entries [start, start + numel) and return how many of them were found."""
+        filled, end = 0, start + tensor.numel()
+        for saved_start, numel, handle, key in self._ranges[kind, name]:
+            low, high = max(saved_start, start), min(saved_start + numel, end)
             if low >= high:
                 continue
-            values = handle.get_slice(key)[low - start : high - start]
-            tensor[low - fragment.start : high - fragment.start].copy_(values)
+            values = handle.get_slice(key)[low - saved_start : high - saved_start]
+            tensor[low - start : high - start].copy_(values)
             filled += high - low
-        if filled != fragment.numel:
-            raise CheckpointError(
-                f"{self.folder}: {kind} of {fragment.name} covers {filled} of {fragment.numel} elements."
-            )
+        return filled

@@ -199,6 +199,17 @@ class CheckpointConfig(Section):
         default=100, description="0 commits only at the end and on a signal"
     )
     keep: PositiveInt = Field(default=2, description="Newest commits that stay on disk")
+    keep_every_steps: PositiveInt | None = Field(
+        default=None, description="Milestones: commits at multiples of this step are never deleted"
+    )
+    keep_best: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="Commits of lowest held-out loss that stay; only steps that were evaluated count"
+    )
+    path: str | None = Field(
+        default=None,
+        description="Second place for every commit: a URL (s3://, gs://, az://, file://) or folder, filled in the "
+        "background and read when output_dir has none",
+    )
     resume: str = Field(default="auto", description="auto: newest complete commit of output_dir; never; or a path")
 
 

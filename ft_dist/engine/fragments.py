@@ -12,7 +12,13 @@ import torch
 
 from ft_dist.engine.step import Engine
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")
+MUON_MOMENTS = ("momentum_buffer",)
+
+
+def moments(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """The per-element states that the optimizer keeps, by torch's names for them."""
+    return MUON_MOMENTS if isinstance(optimizer, torch.optim.Muon) else ADAMW_MOMENTS
 
 
 @dataclass(frozen=True)
@@ -39,19 +45,31 @@ def fragments(engine: Engine) -> Iterator[Fragment]:
         elif engine.stage == 3:
             fragment = _partitioned(engine, name, parameter)
         else:
-            fragment = _mapped(name, parameter)
+            fragment = _mapped(engine, name, parameter)
         if fragment is not None and fragment.numel > 0:
             yield fragment
 
 
+def owned_tensors(engine: Engine) -> dict[str, torch.Tensor]:
+    """What this rank has to save: `KIND/PARAMETER@START` -> flat view, in use by training. Creates missing moments."""
+    ensure_moments(engine)
+    return {
+        f"{kind}/{fragment.name}@{fragment.start}": tensor
+        for fragment in fragments(engine)
+        if fragment.owned
+        for kind, tensor in fragment.tensors.items()
+    }
+
+
 def ensure_moments(engine: Engine) -> None:
-    """Create zero moments, with step 0, where the optimizer has not stepped yet: Adam's own starting point."""
+    """Create zero moments, with step 0, where the optimizer has not stepped yet: its own starting point."""
     optimizer = engine.base_optimizer
     for flat in _state_keys(engine):
         state = optimizer.state[flat]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-            for key in MOMENTS:
+            if not isinstance(optimizer, torch.optim.Muon):
+                state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+            for key in moments(optimizer):
                 state[key] = torch.zeros_like(flat, memory_format=torch.preserve_format)
     if engine.stage in (1, 2):
         # the map from parameters to slices of the flat state is made once; make it again for these tensors
@@ -68,16 +86,14 @@ def _state_keys(engine: Engine) -> list[torch.Tensor]:
 
 
 def adam_step(engine: Engine) -> int:
-    """Updates that Adam has counted; skipped steps are not among them."""
-    for state in engine.base_optimizer.state.values():
-        if "step" in state:
-            return int(state["step"])
-    return 0
+    """Updates that Adam has counted; skipped steps are not among them. A parameter without gradients counts fewer."""
+    return max((int(state["step"]) for state in engine.base_optimizer.state.values() if "step" in state), default=0)
 
 
 def set_adam_step(engine: Engine, step: int) -> None:
     for state in engine.base_optimizer.state.values():
-        state["step"].fill_(step)
+        if "step" in state:
+            state["step"].fill_(step)
 
 
 @torch.no_grad()
@@ -117,17 +133,19 @@ def _refresh_gathered(engine: Engine) -> None:
 
 def _replicated(engine: Engine, name: str, parameter: torch.nn.Parameter, *, owned: bool) -> Fragment:
     state = engine.base_optimizer.state[parameter]
-    tensors = {"master": parameter.data.view(-1)} | {key: state[key].view(-1) for key in MOMENTS}
+    kinds = moments(engine.base_optimizer)
+    tensors = {"master": parameter.data.view(-1)} | {key: state[key].view(-1) for key in kinds}
     return Fragment(name, tuple(parameter.shape), 0, parameter.numel(), owned, tensors)
 
 
-def _mapped(name: str, parameter: torch.nn.Parameter) -> Fragment | None:
+def _mapped(engine: Engine, name: str, parameter: torch.nn.Parameter) -> Fragment | None:
     """Stages 1 and 2: DeepSpeed links every parameter that touches this rank's partition to its slice."""
     mapping = getattr(parameter, "_hp_mapping", None)
     if mapping is None:
         return None
     address = mapping.lp_fragment_address
-    tensors = {"master": mapping.hp_fragment} | {key: mapping.optim_fragment[key] for key in MOMENTS}
+    kinds = moments(engine.base_optimizer)
+    tensors = {"master": mapping.hp_fragment} | {key: mapping.optim_fragment[key] for key in kinds}
     return Fragment(name, tuple(parameter.shape), address.start, address.numel, True, tensors)
 
 
@@ -140,6 +158,6 @@ def _partitioned(engine: Engine, name: str, parameter: torch.nn.Parameter) -> Fr
     numel = max(0, min(slice_numel, parameter.ds_numel - start))
     flat = optimizer.fp32_partitioned_groups_flat[group]
     state = engine.base_optimizer.state[flat]
-    sources = {"master": flat.data} | {key: state[key] for key in MOMENTS}
+    sources = {"master": flat.data} | {key: state[key] for key in moments(engine.base_optimizer)}
     tensors = {key: source.narrow(0, offset, numel) for key, source in sources.items()}
     return Fragment(name, tuple(parameter.ds_shape), start, numel, True, tensors)

@@ -127,6 +127,10 @@ class Engine:
         """Named as in the transformers or peft model, whatever wraps it; the same order on every rank."""
         return [(name, p) for name, p in self.objective.model.named_parameters() if p.requires_grad]
 
+    def trainable_shapes(self) -> dict[str, list[int]]:
+        """Whole shapes by name, also where ZeRO-3 has the parameter in parts."""
+        return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in self.trainable()}
+
     @property
     def total_parameters(self) -> int:
         return sum(getattr(p, "ds_numel", p.numel()) for p in self.objective.parameters())

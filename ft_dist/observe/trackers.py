@@ -19,9 +19,8 @@ class WandbTracker:
     def __init__(self, config: RunConfig) -> None:
         import wandb
 
-        id_file = config.run_dir / "wandb_run_id"
-        run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
-        id_file.write_text(run_id)
+        run_id = wandb_run_id(config) or secrets.token_hex(4)
+        keep_wandb_run_id(config, run_id)
         self.run = wandb.init(
             project=config.observe.wandb_project,
             name=config.observe.run_name or config.run_dir.name,
@@ -62,6 +61,17 @@ def open_trackers(config: RunConfig, *, resumed_step: int) -> list[Tracker]:
     if config.observe.tensorboard:
         trackers.append(TensorBoardTracker(config, resumed_step=resumed_step))
     return trackers
+
+
+def wandb_run_id(config: RunConfig) -> str | None:
+    """The id that this run has at wandb, if it has been there."""
+    path = config.run_dir / "wandb_run_id"
+    return path.read_text().strip() if path.exists() else None
+
+
+def keep_wandb_run_id(config: RunConfig, run_id: str) -> None:
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    (config.run_dir / "wandb_run_id").write_text(run_id)
 
 
 def rank_log(output_dir: Path, rank: int) -> Path:

@@ -1,0 +1,103 @@
+"""What a checkpoint says about the run it belongs to: its config, and the base weights it was trained on.
+
+A resumed run may change its config; what it changed is shown. What would make the saved state mean something else is
+refused.
+"""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ft_dist.config.schema import RunConfig
+from ft_dist.errors import CheckpointError
+
+FIXED = (
+    "model.new_tokens",
+    "method.kind",
+    "method.rank",
+    "method.alpha",
+    "method.target_modules",
+    "method.rslora",
+    "method.dora",
+)
+"""Keys that say what the saved tensors are"""
+_LORA_ONLY = ("method.rank", "method.alpha", "method.target_modules", "method.rslora", "method.dora")
+_SAMPLES = 64
+_SAMPLE_BYTES = 1 << 20
+
+
+def identity(config: RunConfig, *, folder: str) -> dict[str, Any]:
+    """For state.json: the config, its hash, and the base model loaded from `folder` (or hub id)."""
+    tree = config.model_dump(mode="json")
+    return {"config": tree, "config_hash": config_hash(tree), "base": base_model(config, folder)}
+
+
+def config_hash(tree: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(tree, sort_keys=True).encode())
+
+
+def base_model(config: RunConfig, folder: str) -> dict[str, Any]:
+    """Name and digest of the base weights; the digest is None where only the hub has them."""
+    name = {"path": config.model.path, "revision": config.model.revision}
+    return name | {"digest": weights_digest(Path(folder)) if Path(folder).is_dir() else None}
+
+
+def weights_digest(folder: Path) -> str:
+    """xxh3-128 over name, size, safetensors header and 64 evenly spaced MiB of every weight file.
+
+    Tells any other model and any further training of the same one, in a fraction of a second even where the weights
+    are hundreds of gigabytes; it is not there to find a single flipped bit.
+    """
+    digest = xxhash.xxh3_128()
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            if len(prefix) == 8:
+                digest.update(file.read(min(struct.unpack("<Q", prefix)[0], size)))
+            stride = max(_SAMPLE_BYTES, size // _SAMPLES)
+            for at in range(0, size, stride):
+                file.seek(at)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def check_identity(saved: dict[str, Any], now: dict[str, Any], *, where: Path) -> list[str]:
+    """Lines for what changed since `saved` (both from `identity`). Raises CheckpointError for what may not change."""
+    changes = differences(saved["config"], now["config"])
+    lora = now["config"]["method"]["kind"] == "lora"
+    for key, (before, after) in changes.items():
+        if key in FIXED and (lora or key not in _LORA_ONLY):
+            raise CheckpointError(
+                f"{key}={after}: the checkpoint {where} was made with {key}={before}, which its tensors depend on. "
+                f"Restore it, or start anew in another output_dir."
+            )
+    digests = saved["base"]["digest"], now["base"]["digest"]
+    # full fine-tuning has every weight in the checkpoint: what it started from no longer matters
+    if lora and None not in digests and digests[0] != digests[1]:
+        raise CheckpointError(
+            f"model.path={now['base']['path']}: its weights are not those of {saved['base']['path']}, on which the "
+            f"adapters in {where} were trained. Restore them, or start anew in another output_dir."
+        )
+    return [f"{key}: {_short(before)} -> {_short(after)}" for key, (before, after) in changes.items()]
+
+
+def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Keys of two config trees whose values differ, in the order of the second; a missing key counts as None."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in dict.fromkeys([*after, *before]):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found |= differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found[f"{prefix}{key}"] = (old, new)
+    return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,159 @@
+"""What the command line says about checkpoints: list, show, verify, compare. No torch, no engine."""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ft_dist.checkpoint.format import Commit, commits, split_key, verify
+from ft_dist.checkpoint.identity import differences
+from ft_dist.errors import CheckpointError
+
+
+def find_commits(place: Path) -> list[Commit]:
+    """The commits in a run folder, its `checkpoints/`, or one commit's own folder; oldest first.
+
+    Raises CheckpointError where there is none.
+    """
+    for root in (place, place / "checkpoints"):
+        if found := commits(root):
+            return found
+    found = [commit for commit in commits(place.parent) if commit.folder.name == place.resolve().name]
+    if not found:
+        raise CheckpointError(f"{place}: holds no checkpoint. Name a run folder, or a folder such as step-00000100.")
+    return found
+
+
+def listing(place: Path) -> list[dict[str, Any]]:
+    """One entry a commit: step, bytes, ranks and stage it was saved by, loss."""
+    return [_summary(commit) for commit in find_commits(place)]
+
+
+def details(place: Path) -> dict[str, Any]:
+    """The newest commit at `place`: its summary, state without the config tree, and elements by kind of tensor."""
+    commit = find_commits(place)[-1]
+    state = commit.state()
+    kinds: Counter[str] = Counter()
+    for handle, key in _tensors(commit):
+        kinds[split_key(key)[0]] += handle.get_slice(key).get_shape()[0]
+    shapes = state.pop("parameters")
+    config = state.pop("config", None)
+    return _summary(commit) | {
+        "files": commit.manifest()["files"],
+        "elements": dict(sorted(kinds.items())),
+        "parameters": shapes,
+        "state": state,
+        "config": config,
+    }
+
+
+def verified(place: Path) -> list[dict[str, Any]]:
+    """Every commit at `place` with its every byte read: `problem` is None or what is wrong."""
+    found = []
+    for commit in find_commits(place):
+        try:
+            verify(commit)
+            problem = None
+        except CheckpointError as error:
+            problem = str(error)
+        found.append({"folder": str(commit.folder), "step": commit.step, "problem": problem})
+    return found
+
+
+def compared(first: Path, second: Path) -> dict[str, Any]:
+    """How two commits differ: config keys, parameters, and for each kind of tensor the largest absolute difference."""
+    one, two = find_commits(first)[-1], find_commits(second)[-1]
+    before, after = one.state(), two.state()
+    names = before["parameters"], after["parameters"]
+    common = {name for name in names[0] if names[0][name] == names[1].get(name)}
+    changes = differences(before.get("config") or {}, after.get("config") or {})
+    largest = {kind: _largest_difference(one, two, kind, common) for kind in sorted(_kinds(one) & _kinds(two))}
+    return {
+        "first": str(one.folder),
+        "second": str(two.folder),
+        "config": {key: list(pair) for key, pair in changes.items()},
+        "position": {key: [before.get(key), after.get(key)] for key in ("step", "tokens", "loss")},
+        "parameters": sorted(name for name in {**names[0], **names[1]} if name not in common),
+        "tensors": largest,
+    }
+
+
+def _summary(commit: Commit) -> dict[str, Any]:
+    try:
+        state, size = commit.state(), commit.size_bytes()
+    except CheckpointError as error:
+        return {"folder": str(commit.folder), "step": commit.step, "problem": str(error)}
+    keys = ("world_size", "zero_stage", "loss", "tokens")
+    summary = {"folder": str(commit.folder), "step": commit.step, "bytes": size}
+    return summary | {key: state.get(key) for key in keys} | {"problem": None}
+
+
+def _tensors(commit: Commit) -> Iterator[tuple[Any, str]]:
+    from safetensors import safe_open
+
+    for path in commit.fragment_files():
+        with safe_open(path, framework="numpy") as handle:
+            for key in handle.keys():  # noqa: SIM118 - not a dictionary
+                yield handle, key
+
+
+def _kinds(commit: Commit) -> set[str]:
+    return {split_key(key)[0] for _, key in _tensors(commit)}
+
+
+def _largest_difference(one: Commit, two: Commit, kind: str, names: set[str]) -> dict[str, Any]:
+    """One kind of tensor at a time bounds the memory to a copy of the weights for each side."""
+    import numpy as np
+
+    left, right = _whole(one, kind, names), _whole(two, kind, names)
+    largest, where, equal = 0.0, None, 0
+    for name in sorted(left.keys() & right.keys()):
+        if left[name].shape != right[name].shape:
+            largest, where = float("inf"), name
+            continue
+        difference = float(np.abs(left[name] - right[name]).max(initial=0.0))
+        equal += bool((left[name] == right[name]).all())
+        if difference > largest or difference != difference:
+            largest, where = difference, name
+    return {"largest": largest, "in": where, "equal": equal, "of": len(left.keys() & right.keys())}
+
+
+def _whole(commit: Commit, kind: str, names: set[str]) -> dict[str, Any]:
+    import numpy as np
+
+    pieces: dict[str, list[tuple[int, Any]]] = defaultdict(list)
+    for handle, key in _tensors(commit):
+        of_kind, name, start = split_key(key)
+        if of_kind == kind and name in names:
+            pieces[name].append((start, handle.get_tensor(key).astype(np.float64)))
+    ordered = {name: sorted(parts, key=lambda part: part[0]) for name, parts in pieces.items()}
+    return {name: np.concatenate([values for _, values in parts]) for name, parts in ordered.items()}
+
+
+def table(entries: list[dict[str, Any]]) -> str:
+    """`listing` for people."""
+    lines = [f"{'step':>10}  {'size':>10}  {'ranks':>5}  {'ZeRO':>4}  {'loss':>8}  folder"]
+    for entry in entries:
+        if entry["problem"]:
+            lines.append(f"{entry['step']:>10}  damaged: {entry['problem']}")
+            continue
+        loss = f"{entry['loss']:.4f}" if entry["loss"] is not None else "-"
+        size, ranks, stage = f"{entry['bytes'] / 1e6:,.1f} MB", entry["world_size"] or "-", entry["zero_stage"]
+        stage = "-" if stage is None else stage
+        lines.append(f"{entry['step']:>10}  {size:>10}  {ranks:>5}  {stage:>4}  {loss:>8}  {entry['folder']}")
+    return "\n".join(lines)
+
+
+def tell(entry: dict[str, Any]) -> str:
+    """`details` or `compared` for people: nested JSON without its punctuation."""
+    return "\n".join(_lines(entry))
+
+
+def _lines(tree: dict[str, Any], indent: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield f"{indent}{key}:"
+            yield from _lines(value, indent + "  ")
+        else:
+            yield f"{indent}{key}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"

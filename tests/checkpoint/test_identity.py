@@ -1,0 +1,86 @@
+"""What a resumed run may change, and what it may not."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ft_dist.checkpoint.identity import check_identity, config_hash, identity, weights_digest
+from ft_dist.config.load import validate
+from ft_dist.errors import CheckpointError
+
+
+def config(**sections):
+    tree = {"model": {"path": "m"}, "data": {"train": ["a.jsonl"]}, "output_dir": "runs/x"}
+    for name, keys in sections.items():
+        tree[name] = {**(tree.get(name) or {}), **keys}
+    return validate(tree)
+
+
+@pytest.fixture
+def base(tmp_path):
+    save_file({"w": torch.arange(1000.0)}, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def check(before, after, base, other=None):
+    saved = json.loads(json.dumps(identity(before, folder=str(base))))
+    return check_identity(saved, identity(after, folder=str(other or base)), where=base)
+
+
+def test_how_it_runs_may_change_and_is_shown(base):
+    after = config(
+        engine={"zero_stage": 3, "offload": "cpu"}, batch={"micro_rows": 4}, model={"dtype": "fp32"}, optim={"lr": 1e-5}
+    )
+    changes = check(config(), after, base)
+    assert changes == [
+        'model.dtype: "bf16" -> "fp32"',
+        "batch.micro_rows: 1 -> 4",
+        "optim.lr: 0.0002 -> 1e-05",
+        "engine.zero_stage: 2 -> 3",
+        'engine.offload: "none" -> "cpu"',
+    ]
+    assert check(config(), config(), base) == []
+
+
+@pytest.mark.parametrize(
+    "section, key, value",
+    [
+        ("method", "kind", "full"),
+        ("method", "rank", 8),
+        ("method", "alpha", 1.0),
+        ("method", "target_modules", ["q_proj"]),
+        ("method", "dora", True),
+        ("model", "new_tokens", ["<x>"]),
+    ],
+)
+def test_what_the_tensors_mean_may_not_change(base, section, key, value):
+    with pytest.raises(CheckpointError, match=f"{section}.{key}="):
+        check(config(), config(**{section: {key: value}}), base)
+
+
+def test_keys_of_lora_do_not_bind_full_fine_tuning(base):
+    full = {"kind": "full"}
+    assert check(config(method=full), config(method={**full, "rank": 8}), base) == ["method.rank: 16 -> 8"]
+
+
+def test_adapters_stay_with_their_base(base, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    save_file({"w": torch.arange(1000.0) + 1}, other / "model.safetensors")
+    with pytest.raises(CheckpointError, match="its weights are not those"):
+        check(config(), config(), base, other)
+    # full fine-tuning has all its weights in the checkpoint
+    assert check(config(method={"kind": "full"}), config(method={"kind": "full"}), base, other) == []
+
+
+def test_the_digest_is_of_content_not_of_place(base, tmp_path):
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    (moved / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes())
+    assert weights_digest(moved) == weights_digest(base)
+
+
+def test_the_hash_does_not_depend_on_the_order_of_keys():
+    assert config_hash({"a": 1, "b": 2}) == config_hash({"b": 2, "a": 1})
