@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 WORKERS ?= 2
 export PYTHONUNBUFFERED := 1
 
-.PHONY: quickstart install test check format equivalence chaos clean
+.PHONY: quickstart install test faults check format equivalence chaos clean
 
 # The versions that were tested together; another torch is the user's own choice, so then nothing is pinned.
 CONSTRAINTS := $(if $(filter torch==2.13.0,$(TORCH)),-c constraints.txt)
@@ -32,7 +32,11 @@ quickstart: $(VENV)/.base
 	$(BIN)/ft-dist train quickstart --nproc 2
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not faults and not gpu"
+
+# preemption, hangs, object stores that fail, twelve kills: end to end, and so by themselves
+faults: $(VENV)/.dev
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "faults and not slow"
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -48,7 +52,7 @@ format: $(VENV)/.dev
 equivalence: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m slow tests/e2e/test_equivalence.py tests/e2e/test_resume.py
 
-# 200 kills at random instants (KILLS=N SEED=N for others); `make test` takes 12
+# 200 kills at random instants (KILLS=N SEED=N for others); `make faults` takes 12
 chaos: $(VENV)/.dev
 	$(BIN)/python -m tests.chaos.storm $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
 

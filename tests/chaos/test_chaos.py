@@ -2,7 +2,11 @@
 
 import os
 
+import pytest
+
 from tests.chaos.storm import Storm
+
+pytestmark = pytest.mark.faults
 
 
 def test_twelve_kills_lose_nothing(tmp_path):

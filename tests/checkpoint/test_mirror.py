@@ -17,6 +17,8 @@ from ft_dist.errors import StorageError
 from ft_dist.storage import open_storage
 from tests.object_store import Rule, environment, fault_proxy, object_store
 
+pytestmark = pytest.mark.faults
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):

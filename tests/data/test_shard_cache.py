@@ -199,6 +199,8 @@ READER = """
 import sys, numpy as np
 from pathlib import Path
 from ft_dist.data.shard_cache import open_store
+
+pytestmark = pytest.mark.faults
 url, cache, limit, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 store = open_store(url, cache=cache, cache_bytes=limit, wait_s=60, tell=print)
 order = np.random.default_rng(seed).permutation(len(store))

@@ -16,6 +16,8 @@ from tests.conftest import ROOT, SMALL_RUN, read_lines, start_cli
 from tests.e2e.test_resume import workers_of
 from tests.preemption.metadata import MetadataServer
 
+pytestmark = pytest.mark.faults
+
 NOTICE_S = 30
 """The shortest notice that a cloud gives"""
 # a step of seconds: a notice falls into it and not between two

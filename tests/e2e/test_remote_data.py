@@ -13,6 +13,8 @@ from tests.conftest import SMALL_RUN, read_lines, start_cli
 from tests.data.test_store import write_set
 from tests.object_store import ObjectStore, object_store
 
+pytestmark = pytest.mark.faults
+
 STEPS = 16
 RUN = [*SMALL_RUN, f"optim.max_steps={STEPS}"]
 

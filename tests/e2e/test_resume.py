@@ -79,6 +79,7 @@ def samples(folder: Path) -> list[tuple]:
     return [(line["step"], line["rows"]) for line in read_lines(folder / "samples.jsonl")]
 
 
+@pytest.mark.faults
 def test_the_samples_of_every_step_are_the_same_on_any_number_of_ranks(cli, tmp_path):
     """1, 2 and 3 ranks, and 2 killed, then 3 killed, then 1."""
     alone, killed = tmp_path / "alone", tmp_path / "killed"

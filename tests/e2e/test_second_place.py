@@ -2,8 +2,12 @@
 
 import shutil
 
+import pytest
+
 from ft_dist.checkpoint.format import commits
 from tests.conftest import SMALL_RUN, read_lines
+
+pytestmark = pytest.mark.faults
 
 
 def test_a_run_goes_on_from_its_second_place(cli, tmp_path):
