@@ -7,7 +7,6 @@ thread, and ends by itself when its parent is gone.
 
 import multiprocessing
 import os
-import pickle
 import queue
 import signal
 import threading
@@ -33,23 +32,24 @@ def available_cores() -> int:
 
 
 def ordered_map(function: Callable[..., Any], jobs: Iterator[tuple[Any, ...]], *, workers: int) -> Iterator[Any]:
-    """`function(*job)` for each job, in order; `function` is pickled once and sent to every worker.
+    """`function(*job)` for each job, in order; `function` is sent to every worker once.
 
     Raises what the function raised for the first job that failed: a UserError as it is, anything else as RuntimeError
     with the worker's traceback. Closing the iterator ends the workers.
     """
     context = multiprocessing.get_context("spawn")
-    payload = pickle.dumps(function)
     pipes: list[Connection] = []
     processes = []
     try:
         for _ in range(workers):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, payload), name="tokenise")
+            process = context.Process(target=_work, args=(theirs,), name="tokenise")
             process.start()
             theirs.close()
             pipes.append(ours)
             processes.append(process)
+        for pipe in pipes:
+            _send(pipe, function)
         yield from _deal(jobs, pipes)
     finally:
         for pipe in pipes:
@@ -65,13 +65,17 @@ def _deal(jobs: Iterator[tuple[Any, ...]], pipes: list[Connection]) -> Iterator[
         if len(waiting) == AHEAD * len(pipes):
             yield _receive(waiting.popleft())
         pipe = pipes[turn % len(pipes)]
-        try:
-            pipe.send(job)
-        except OSError:
-            raise _died() from None
+        _send(pipe, job)
         waiting.append(pipe)
     while waiting:
         yield _receive(waiting.popleft())
+
+
+def _send(pipe: Connection, what: Any) -> None:
+    try:
+        pipe.send(what)
+    except OSError:
+        raise _died() from None
 
 
 def _receive(pipe: Connection) -> Any:
@@ -93,16 +97,19 @@ def _died() -> RuntimeError:
     )
 
 
-def _work(pipe: Connection, payload: bytes) -> None:
+def _work(pipe: Connection) -> None:
     # what stops a job reaches its whole process group: the parent decides what becomes of us
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     # read once when the tokenizer is first used: a process a core, not cores times cores
     os.environ.update({"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"})
+    try:
+        function = pipe.recv()
+    except (EOFError, OSError):  # the parent is gone
+        return
     jobs: queue.Queue[tuple[Any, ...] | None] = queue.Queue()
     # the parent writes while we do: a pipe that nobody empties would block both for ever
     threading.Thread(target=_listen, args=(pipe, jobs), daemon=True).start()
-    function = pickle.loads(payload)
     while (job := jobs.get()) is not None:
         answer: tuple[Any, UserError | str | None]
         try:
