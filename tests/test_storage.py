@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec  # noqa: F401
 import pytest
 
 import ft_dist.storage as storage_module
@@ -186,7 +187,7 @@ def test_a_missing_driver_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     with pytest.raises(ConfigError, match=r"pip install 'ft-dist\[s3\]'"):
         open_storage("s3://bucket/x")
-    with pytest.raises(ConfigError, match="no storage is known by nope://"):
+    with pytest.raises(ConfigError, match="no storage is known as nope://"):
         open_storage("nope://bucket/x")
 
 

@@ -1,6 +1,7 @@
 """Prepare a file as a process of its own, with small shards: `python -m tests.data.preparing FILE PLACE WORKERS`."""
 
 import sys
+from unittest import mock
 
 import ft_dist.data.prepare
 import ft_dist.data.shard_writer
@@ -12,13 +13,15 @@ SHARD_TOKENS, CHUNK_RECORDS = 20_000, 40
 
 
 def main(path: str, place: str, workers: str, tell: Tell = print) -> None:
-    ft_dist.data.shard_writer.SHARD_TOKENS = SHARD_TOKENS
-    ft_dist.data.prepare.CHUNK_RECORDS = CHUNK_RECORDS
     data = DataConfig.model_validate({"train": [path], "cache_dir": f"{place}-cache"})
     tokenizer = build_tokenizer("chatml")
-    ft_dist.data.prepare.prepare(
-        data.train, tokenizer, data=data, model_path="tiny", to=place, workers=int(workers), tell=tell
-    )
+    with (
+        mock.patch.object(ft_dist.data.shard_writer, "SHARD_TOKENS", SHARD_TOKENS),
+        mock.patch.object(ft_dist.data.prepare, "CHUNK_RECORDS", CHUNK_RECORDS),
+    ):
+        ft_dist.data.prepare.prepare(
+            data.train, tokenizer, data=data, model_path="tiny", to=place, workers=int(workers), tell=tell
+        )
 
 
 if __name__ == "__main__":

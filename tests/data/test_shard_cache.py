@@ -15,6 +15,7 @@ import pytest
 import ft_dist.data.shard_cache as cache_module
 import ft_dist.data.store as store_module
 import ft_dist.storage as storage_module
+from ft_dist.data.mixture import Source
 from ft_dist.data.shard_cache import ShardCache, open_store
 from ft_dist.data.store import TokenStore
 from ft_dist.data.stream import DataStream
@@ -22,6 +23,8 @@ from ft_dist.errors import DataError, StorageError
 from ft_dist.storage import open_storage
 from tests.data.test_store import write_set
 from tests.object_store import ObjectStore, Proxy, Rule, fault_proxy, object_store
+
+pytestmark = pytest.mark.faults
 
 SAMPLES, SHARDS, TOKENS = 600, 12, 200
 ROOMY = 10**8
@@ -112,7 +115,8 @@ def test_a_killed_server_is_waited_for_and_the_samples_are_the_same(
     limit = 3 * shard_bytes(local)
     remote = open_store(url, cache=tmp_path / "cache", cache_bytes=limit, wait_s=120, tell=lines.append)
     streams = [
-        DataStream([(store, 1.0)], seed=5, global_rows=4, max_length=512, packing=True) for store in (remote, local)
+        DataStream([Source("set", store)], seed=5, global_rows=4, max_length=512, packing=True)
+        for store in (remote, local)
     ]
     waited_s = 0.0
     for step in range(40):
@@ -199,8 +203,6 @@ READER = """
 import sys, numpy as np
 from pathlib import Path
 from ft_dist.data.shard_cache import open_store
-
-pytestmark = pytest.mark.faults
 url, cache, limit, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 store = open_store(url, cache=cache, cache_bytes=limit, wait_s=60, tell=print)
 order = np.random.default_rng(seed).permutation(len(store))

@@ -1,5 +1,6 @@
 """Fine-tuning in plain PyTorch, the yardstick of ft_dist's step. It shares no code with ft_dist: one sample a forward,
-no padding, no packing, gradients added up and divided once by the labelled tokens of the step."""
+no padding, no packing, gradients added up and divided once by the labelled tokens of the step. A model in bf16 computes
+in bf16, with weights and sums of gradients kept in fp32."""
 
 import json
 from pathlib import Path
@@ -25,20 +26,26 @@ def plain_losses(
     """(loss, gradient norm before clipping) of every step; `steps` holds the sample ids that each one takes."""
     samples = [labelled(json.loads(line)["messages"], tokenizer) for line in data.read_text().splitlines()]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
+    masters = [parameter.detach().float().clone() for parameter in trained]
+    optimizer = torch.optim.AdamW(masters, lr=0.0, weight_decay=0.0)
     results = []
     for ids, rate in zip(steps, rates, strict=True):
         total = torch.zeros(())
         count = sum(int((samples[index][1] != -100).sum()) for index in ids)
         for index in ids:
             tokens, labels = samples[index]
-            logits = model(input_ids=tokens).logits[0]
+            logits = model(input_ids=tokens).logits[0].float()
             loss = F.cross_entropy(logits[:-1], labels[1:], reduction="sum", ignore_index=-100)
-            (loss / count).backward()
+            grads = torch.autograd.grad(loss / count, trained)
+            for master, grad in zip(masters, grads, strict=True):
+                master.grad = grad.float() if master.grad is None else master.grad + grad.float()
             total += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(trained, max_norm)
+        norm = torch.nn.utils.clip_grad_norm_(masters, max_norm)
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
+        with torch.no_grad():
+            for parameter, master in zip(trained, masters, strict=True):
+                parameter.copy_(master)
         results.append((float(total) / count, float(norm)))
     return results

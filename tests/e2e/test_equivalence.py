@@ -25,20 +25,20 @@ ALL = [(k, s, n, m) for k in ("full", "lora") for s in range(4) for n in (1, 2, 
 @pytest.fixture(scope="session")
 def plain(tmp_path_factory):
     """Losses of the plain loop by method, on the order that a first run wrote down."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
 
-    def of(kind: str, run: Path) -> list[tuple[float, float]]:
-        if kind not in found:
+    def of(kind: str, dtype: str, run: Path) -> list[tuple[float, float]]:
+        if (kind, dtype) not in found:
             steps = [[i for row in line["rows"] for i in row] for line in read_lines(run / "samples.jsonl")]
             rates = [line["lr"] for line in read_lines(run / "metrics.jsonl")]
-            model, tokenizer = fresh_model(kind)
-            found[kind] = plain_losses(model, tokenizer, ROOT / "configs/emails/train.jsonl", steps, rates, 1.0)
-        return found[kind]
+            model, tokenizer = fresh_model(kind, dtype)
+            found[kind, dtype] = plain_losses(model, tokenizer, ROOT / "configs/emails/train.jsonl", steps, rates, 1.0)
+        return found[kind, dtype]
 
     return of
 
 
-def fresh_model(kind: str):
+def fresh_model(kind: str, dtype: str):
     import peft
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -46,10 +46,10 @@ def fresh_model(kind: str):
 
     folder = resolve_model("tiny-llama")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
     if kind == "lora":
         settings = peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear")
-        model = peft.get_peft_model(model, settings)
+        model = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
     return model, AutoTokenizer.from_pretrained(folder)
 
 
@@ -67,7 +67,7 @@ def check_run(cli, plain, folder, kind, stage, nproc, micro_rows, *, dtype="fp32
     )
     assert done.returncode == 0, done.stderr
     ours = [(line["loss"], line["grad_norm"]) for line in read_lines(folder / "metrics.jsonl")]
-    truth = plain(kind, folder)
+    truth = plain(kind, dtype, folder)
     assert len(ours) == len(truth) == 10
     for step, (mine, reference) in enumerate(zip(ours, truth, strict=True), 1):
         assert mine == pytest.approx(reference, rel=tolerance), f"step {step}"

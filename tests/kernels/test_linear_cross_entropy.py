@@ -233,19 +233,6 @@ def test_under_compile():
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-def test_native_half_products_stay_close(monkeypatch):
-    """On CPUs with bf16 units the products run in bf16; the same code on this one, only slower."""
-    monkeypatch.setattr(chunks, "CPU_CHUNK_ROWS", (40, 40))
-    monkeypatch.setattr(chunks, "_native_half", lambda dtype: True)
-    check_parity(
-        lambda **kw: linear_cross_entropy(**kw, softcap=4.0),
-        lambda **kw: linear_cross_entropy_reference(**kw, softcap=4.0),
-        make_inputs((200, 96, 301), torch.bfloat16, extras=("bias", "lora_a", "lora_b")),
-        upstream=UPSTREAM,
-        terms=by_token(softcap=4.0),
-    )
-
-
 @pytest.mark.interpreter
 def test_triton_treats_a_wrong_label_safely():
     inputs = make_inputs((6, 8, 20), torch.float32, ignored=0.0)
