@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command and under ten minutes: parity of the kernels in bf16, their benchmarks,
-# and an end-to-end step where that benchmark exists. Offline, from a source tree that is not installed.
-#   [OUT=DIR] [PYTHON=python3] benchmarks/gpu.sh [--quick]
+# and a LoRA step of the Llama-3-8B shape beside Hugging Face's. Offline, from a source tree that is not installed.
+#   [OUT=DIR] [PYTHON=python3] [WHEELS=DIR] benchmarks/gpu.sh [--quick]
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -21,7 +21,8 @@ run() { # run LIMIT_SECONDS MODULE ARGUMENTS...
 }
 run 150 benchmarks.kernels.parity --device cuda --json "$name-parity.json"
 run 270 benchmarks.kernels --device cuda --json "$name-kernels.json" "$@"
-if [ -f benchmarks/training/__main__.py ] || [ -f benchmarks/training.py ]; then
-    run 160 benchmarks.training --json "$name-training.json"
-fi
+# peft is all that it needs beside torch and transformers: WHEELS=DIR installs it from a folder of wheels
+if [ -n "${WHEELS:-}" ]; then "$PYTHON" -m pip install --quiet --no-index --no-deps --find-links "$WHEELS" peft || failed=1; fi
+run 160 benchmarks.training --model llama3-8b --device cuda --dtype bf16 --rows 2 --tokens 4096 --warmup 2 --steps 5 \
+    --turns 1 --json "$name-training-llama3-8b-lora.json"
 exit "$failed"

@@ -30,7 +30,8 @@ def keep_freed_memory() -> None:
     """Let glibc keep the activations that a CPU step frees for the next step.
 
     By default it gives blocks of over 32 MiB, and the top of its heap, back to the kernel at once, so that every step
-    faults the same pages in again (a fifth of a step's time was measured). No effect without glibc.
+    faults the same pages in again: a LoRA step of SmolLM2-135M took 10.2 s with it, and 10.6 s without.
+    No effect without glibc.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
