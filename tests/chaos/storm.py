@@ -86,8 +86,8 @@ class Storm:
         """Raises LostWorkError."""
         episode = 0
         while self.struck < self.kills:
-            kind = ("lora", "full")[episode // 2 % 2]
-            fixed = Layout(self._rng.randint(1, 2), self._rng.randrange(4)) if episode % 2 == 0 else None
+            kind, keeps = ("lora", "full")[episode % 2], (episode + episode // 2) % 2 == 0
+            fixed = Layout(self._rng.randint(1, 2), self._rng.randrange(4)) if keeps else None
             self._episode(self.folder / f"episode-{episode}", kind, fixed, until=self.struck + -(-self.kills // 2))
             episode += 1
 
