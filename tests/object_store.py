@@ -51,8 +51,8 @@ class ObjectStore:
         program = Path(sys.executable).parent / "rclone"
         command = [str(program) if program.exists() else shutil.which("rclone") or "rclone", "serve", "s3"]
         command += ["--addr", f"127.0.0.1:{self.port}", "--auth-key", f"{KEY},{SECRET}"]
-        # no caches and no checksums kept: what lies in the folder is what the server answers
-        command += ["--vfs-cache-mode", "off", "--dir-cache-time", "0", "--poll-interval", "0", "--config", os.devnull]
+        # nothing cached (0 would make it spin), no checksums kept: what lies in the folder is what the server answers
+        command += ["--vfs-cache-mode", "off", "--dir-cache-time", "1ms", "--config", os.devnull]
         self._process = subprocess.Popen(
             [*command, str(self.folder.parent)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
