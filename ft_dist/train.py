@@ -67,7 +67,7 @@ def tell(error: Exception) -> None:
 
 def step_until_done(run: Any, stop: StopRequest) -> None:
     """The training loop: from the step resumed at to the last one."""
-    from ft_dist.optim import learning_rate
+    from ft_dist.optim.schedule import learning_rate
 
     config = run.config
     for batch in run.batches():

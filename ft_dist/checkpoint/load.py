@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 
 from ft_dist.checkpoint.format import Commit, split_key
-from ft_dist.engine.fragments import ensure_moments, fragments, refresh_compute_weights, set_adam_step
+from ft_dist.engine.fragments import fragments, refresh_compute_weights, set_adam_step
 from ft_dist.engine.step import Engine
 from ft_dist.errors import CheckpointError
 
@@ -21,15 +21,18 @@ def load(engine: Engine, commit: Commit) -> dict[str, Any]:
     state = commit.state()
     _check_parameters(engine, commit, state)
     pieces = Pieces(commit.fragment_files())
-    ensure_moments(engine)
     for fragment in fragments(engine):
-        for kind, tensor in fragment.tensors.items():
-            filled = pieces.copy_into(tensor, kind, fragment.name, start=fragment.start)
-            if filled != fragment.numel:
+        segment = fragment.segment
+        for kind, place in fragment.tensors.items():
+            tensor = place if isinstance(place, torch.Tensor) else place.read()
+            filled = pieces.copy_into(tensor, kind, segment.name, start=segment.start)
+            if filled != segment.numel:
                 raise CheckpointError(
-                    f"{commit.folder}: {kind} of {fragment.name} covers {filled} of {fragment.numel} elements from "
-                    f"{fragment.start}. It was saved with another optimizer, or not by ft_dist."
+                    f"{commit.folder}: {kind} of {segment.name} covers {filled} of {segment.numel} elements from "
+                    f"{segment.start}. It was saved with another optimizer, or not by ft_dist."
                 )
+            if not isinstance(place, torch.Tensor):
+                place.write(tensor)
     set_adam_step(engine, state["adam_step"])
     refresh_compute_weights(engine)
     return state
@@ -50,11 +53,7 @@ def _check_parameters(engine: Engine, commit: Commit, state: dict[str, Any]) -> 
 
 
 class Pieces:
-    """Index of fragments: parameter and kind -> ranges, each in a memory-mapped file.
-
-    A range counts the entries of its own tensor. For a state that keeps one entry a block of elements (the scales of
-    an 8-bit state) that is blocks, so that codes and scales re-shard alike wherever a cut falls between blocks.
-    """
+    """Index of fragments: parameter and kind -> ranges, each in a memory-mapped file."""
 
     def __init__(self, files: list[Path]) -> None:
         self._ranges: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = defaultdict(list)

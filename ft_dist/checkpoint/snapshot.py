@@ -7,8 +7,10 @@ writing it is one pass over memory: checksum and write, no second copy.
 import json
 import os
 import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import xxhash
@@ -28,6 +30,19 @@ _CODES = {
     torch.bool: "BOOL",
 }
 _BLOCK_BYTES = 1 << 24
+
+
+class Source(Protocol):
+    """What a snapshot asks of a tensor, or of what is kept in another form and widened only when it is copied."""
+
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+    @property
+    def nbytes(self) -> int: ...
+    def element_size(self) -> int: ...
+    def detach(self) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -65,7 +80,7 @@ class HostBuffer:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     @torch.no_grad()
-    def snapshot(self, tensors: dict[str, torch.Tensor]) -> Snapshot:
+    def snapshot(self, tensors: Mapping[str, Source]) -> Snapshot:
         """Copy `tensors` by name, of any dtype and device. What an earlier snapshot held is overwritten."""
         # wide types first: every tensor then begins at a multiple of its item size
         named = sorted(tensors.items(), key=lambda item: -item[1].element_size())

@@ -143,8 +143,12 @@ class BatchConfig(Section):
 
 
 class OptimConfig(Section):
-    """AdamW, its schedule and the length of the run."""
+    """The optimizer, its schedule and the length of the run."""
 
+    kind: Literal["adamw", "adamw_8bit", "muon"] = Field(
+        default="adamw",
+        description="adamw_8bit keeps AdamW's moments in 8 bits; muon makes updates of matrices orthogonal",
+    )
     lr: float = Field(default=2e-4, gt=0)
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -158,6 +162,7 @@ class OptimConfig(Section):
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.999, ge=0, lt=1)
     eps: float = Field(default=1e-8, gt=0)
+    momentum: float = Field(default=0.95, ge=0, lt=1, description="muon only")
     max_grad_norm: float = Field(default=1.0, ge=0, description="Global L2 norm to clip at; 0 switches clipping off")
     epochs: PositiveInt = 1
     max_steps: PositiveInt | None = Field(default=None, description="Stop after this many optimizer steps")
@@ -268,6 +273,15 @@ class RunConfig(Section):
     observe: ObserveConfig = Field(default_factory=ObserveConfig)
     output_dir: str
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    @model_validator(mode="after")
+    def _optimizer_where_it_can_be(self) -> "RunConfig":
+        kind, offload = self.optim.kind, self.engine.offload
+        if (kind == "muon" and offload != "none") or (kind == "adamw_8bit" and offload == "nvme"):
+            raise ValueError(
+                f"optim.kind={kind} cannot be used with engine.offload={offload}; set one of them to its default"
+            )
+        return self
 
     @model_validator(mode="after")
     def _live_needs_an_end(self) -> "RunConfig":

@@ -7,6 +7,7 @@ import torch
 
 from ft_dist.config.schema import RunConfig
 from ft_dist.distributed import World
+from ft_dist.engine.fragments import tell_optimizer
 from ft_dist.engine.settings import deepspeed_config, effective_stage
 from ft_dist.engine.step import Engine
 from ft_dist.loss import CausalObjective
@@ -37,6 +38,7 @@ def build_engine(config: RunConfig, world: World, *, folder: str, tokenizer: Any
         objective = CausalObjective(model, fused=report.head_backend, zero3=stage == 3)
         report.add_head(objective.head.reason_unfused())
         engine = Engine(objective, config, world)
+        tell_optimizer(engine)
         engine.kernels = report.line()
         return engine
 

@@ -7,93 +7,131 @@ their ownership out. A checkpoint is the set of all fragments, which is why any 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ft_dist.engine.step import Engine
+from ft_dist.optim.adamw_8bit import AdamW8bit, Moment
+from ft_dist.optim.muon import Muon
+from ft_dist.optim.partition import Segment, Segments
 
 ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")
-MUON_MOMENTS = ("momentum_buffer",)
-
-
-def moments(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
-    """The per-element states that the optimizer keeps, by torch's names for them."""
-    return MUON_MOMENTS if isinstance(optimizer, torch.optim.Muon) else ADAMW_MOMENTS
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements [start, start + numel) of the flattened parameter `name`; `tensors` are flat views to copy from or into.
+    """A segment of a parameter with its state: `master` (fp32) and one entry an optimizer moment.
 
-    `tensors` has `master` (fp32) and one entry an optimizer moment; a padded tail of a partition is left out.
+    The tensors are flat views to copy from or into; 8-bit moments are read and written in fp32.
     """
 
-    name: str
-    shape: tuple[int, ...]
-    start: int
-    numel: int
-    owned: bool
-    tensors: dict[str, torch.Tensor]
+    segment: Segment
+    tensors: dict[str, torch.Tensor | Moment]
 
 
 def fragments(engine: Engine) -> Iterator[Fragment]:
-    """This rank's fragments, in parameter order. The optimizer's moments must exist: see `ensure_moments`."""
-    fragment: Fragment | None
-    for index, (name, parameter) in enumerate(engine.trainable()):
-        if engine.stage == 0:
-            fragment = _replicated(engine, name, parameter, owned=index % engine.world.size == engine.world.rank)
-        elif engine.stage == 3:
-            fragment = _partitioned(engine, name, parameter)
-        else:
-            fragment = _mapped(engine, name, parameter)
-        if fragment is not None and fragment.numel > 0:
-            yield fragment
+    """This rank's fragments. Moments that the optimizer has not made yet are made, of zeros and with step 0."""
+    optimizer = engine.base_optimizer
+    for flat, group, segments in _flats(engine):
+        state = _moments(optimizer, flat, group)
+        for segment in segments:
+            if isinstance(optimizer, AdamW8bit):
+                kept = {key: state[key, segment.offset] for key in ADAMW_MOMENTS}
+            else:
+                kept = {key: segment.of(value) for key, value in state.items() if key != "step"}
+            yield Fragment(segment, {"master": segment.of(flat.data)} | kept)
 
 
-def owned_tensors(engine: Engine) -> dict[str, torch.Tensor]:
-    """What this rank has to save: `KIND/PARAMETER@START` -> flat view, in use by training. Creates missing moments."""
-    ensure_moments(engine)
+def owned_tensors(engine: Engine) -> dict[str, torch.Tensor | Moment]:
+    """What this rank has to save: `KIND/PARAMETER@START` -> flat view, in use by training."""
     return {
-        f"{kind}/{fragment.name}@{fragment.start}": tensor
+        f"{kind}/{fragment.segment.name}@{fragment.segment.start}": tensor
         for fragment in fragments(engine)
-        if fragment.owned
+        if fragment.segment.owned
         for kind, tensor in fragment.tensors.items()
     }
 
 
-def ensure_moments(engine: Engine) -> None:
-    """Create zero moments, with step 0, where the optimizer has not stepped yet: its own starting point."""
-    optimizer = engine.base_optimizer
-    for flat in _state_keys(engine):
-        state = optimizer.state[flat]
-        if not state:
-            if not isinstance(optimizer, torch.optim.Muon):
-                state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-            for key in moments(optimizer):
-                state[key] = torch.zeros_like(flat, memory_format=torch.preserve_format)
-    if engine.stage in (1, 2):
-        # the map from parameters to slices of the flat state is made once; make it again for these tensors
-        engine.deepspeed.optimizer._hp_optimizer_states_linked = False
-        engine.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
-
-
-def _state_keys(engine: Engine) -> list[torch.Tensor]:
-    """The tensors that the optimizer's state is kept for: flat fp32 partitions, or whole parameters in stage 0."""
-    if engine.stage == 3:
-        # stage 3 lends the optimizer one partition at a time
-        return list(engine.deepspeed.optimizer.fp32_partitioned_groups_flat)
-    return [tensor for group in engine.base_optimizer.param_groups for tensor in group["params"]]
-
-
 def adam_step(engine: Engine) -> int:
-    """Updates that Adam has counted; skipped steps are not among them. A parameter without gradients counts fewer."""
+    """Updates that the optimizer has counted; skipped steps are not among them."""
     return max((int(state["step"]) for state in engine.base_optimizer.state.values() if "step" in state), default=0)
 
 
 def set_adam_step(engine: Engine, step: int) -> None:
     for state in engine.base_optimizer.state.values():
-        if "step" in state:
-            state["step"].fill_(step)
+        state["step"].fill_(step)
+
+
+def tell_optimizer(engine: Engine) -> None:
+    """Let an optimizer that looks into its flat tensors know what they hold."""
+    optimizer = engine.base_optimizer
+    if isinstance(optimizer, AdamW8bit | Muon):
+        segments: Segments = {flat: held for flat, _, held in _flats(engine)}
+        optimizer.segments = segments
+
+
+def _moments(optimizer: torch.optim.Optimizer, flat: torch.Tensor, group: dict[str, Any]) -> dict[Any, Any]:
+    if isinstance(optimizer, AdamW8bit | Muon):
+        return optimizer.moments(flat, group)
+    state = optimizer.state[flat]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+        for key in ADAMW_MOMENTS:
+            state[key] = torch.zeros_like(flat, memory_format=torch.preserve_format)
+    return state
+
+
+def _flats(engine: Engine) -> Iterator[tuple[torch.Tensor, dict[str, Any], list[Segment]]]:
+    """The tensors that the optimizer's state is kept for, their parameter groups, and the segments in each.
+
+    These are flat fp32 partitions, or whole parameters in stage 0; in the same order on every rank.
+    """
+    groups = engine.base_optimizer.param_groups
+    names = {parameter: name for name, parameter in engine.trainable()}
+    if engine.stage == 0:
+        order = {name: index for index, (name, _) in enumerate(engine.trainable())}
+        for group in groups:
+            for parameter in group["params"]:
+                yield parameter, group, [_replicated(engine, names[parameter], parameter, order[names[parameter]])]
+        return
+    optimizer = engine.deepspeed.optimizer
+    if engine.stage == 3:
+        for index, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+            held = [
+                _partitioned(engine, names[parameter], parameter, flat) for parameter in optimizer.fp16_groups[index]
+            ]
+            group = groups[optimizer.sub_group_to_group_id[index]]
+            yield flat, group, [segment for segment in held if segment.numel > 0]
+        return
+    for index, flat in enumerate(optimizer.single_partition_of_fp32_groups):
+        held = [_mapped(names[parameter], parameter, flat) for parameter in optimizer.bit16_groups[index]]
+        yield flat, groups[index], [segment for segment in held if segment.numel > 0]
+
+
+def _replicated(engine: Engine, name: str, parameter: torch.nn.Parameter, index: int) -> Segment:
+    """Stage 0: every rank holds all; whose copy is saved is dealt out."""
+    owned = index % engine.world.size == engine.world.rank
+    return Segment(name, tuple(parameter.shape), 0, parameter.numel(), parameter, 0, owned)
+
+
+def _mapped(name: str, parameter: torch.nn.Parameter, flat: torch.Tensor) -> Segment:
+    """Stages 1 and 2: DeepSpeed maps every parameter that touches this rank's partition to its slice."""
+    mapping = getattr(parameter, "_hp_mapping", None)
+    if mapping is None:
+        return Segment(name, tuple(parameter.shape), 0, 0, flat, 0)
+    here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+    return Segment(name, tuple(parameter.shape), here.start, here.numel, flat, there.start)
+
+
+def _partitioned(engine: Engine, name: str, parameter: torch.nn.Parameter, flat: torch.Tensor) -> Segment:
+    """Stage 3: rank r holds the r-th of world_size equal slices, the last ones padded."""
+    optimizer = engine.deepspeed.optimizer
+    _, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    slice_numel = parameter.ds_tensor.ds_numel
+    start = engine.world.rank * slice_numel
+    numel = max(0, min(slice_numel, parameter.ds_numel - start))
+    return Segment(name, tuple(parameter.ds_shape), start, numel, flat, offset)
 
 
 @torch.no_grad()
@@ -129,35 +167,3 @@ def _refresh_gathered(engine: Engine) -> None:
     )
     for index in range(len(optimizer.bit16_groups)):
         optimizer._update_model_bit16_weights(index)
-
-
-def _replicated(engine: Engine, name: str, parameter: torch.nn.Parameter, *, owned: bool) -> Fragment:
-    state = engine.base_optimizer.state[parameter]
-    kinds = moments(engine.base_optimizer)
-    tensors = {"master": parameter.data.view(-1)} | {key: state[key].view(-1) for key in kinds}
-    return Fragment(name, tuple(parameter.shape), 0, parameter.numel(), owned, tensors)
-
-
-def _mapped(engine: Engine, name: str, parameter: torch.nn.Parameter) -> Fragment | None:
-    """Stages 1 and 2: DeepSpeed links every parameter that touches this rank's partition to its slice."""
-    mapping = getattr(parameter, "_hp_mapping", None)
-    if mapping is None:
-        return None
-    address = mapping.lp_fragment_address
-    kinds = moments(engine.base_optimizer)
-    tensors = {"master": mapping.hp_fragment} | {key: mapping.optim_fragment[key] for key in kinds}
-    return Fragment(name, tuple(parameter.shape), address.start, address.numel, True, tensors)
-
-
-def _partitioned(engine: Engine, name: str, parameter: torch.nn.Parameter) -> Fragment:
-    """Stage 3: rank r holds the r-th of world_size equal slices, the last ones padded."""
-    optimizer = engine.deepspeed.optimizer
-    group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
-    slice_numel = parameter.ds_tensor.ds_numel
-    start = engine.world.rank * slice_numel
-    numel = max(0, min(slice_numel, parameter.ds_numel - start))
-    flat = optimizer.fp32_partitioned_groups_flat[group]
-    state = engine.base_optimizer.state[flat]
-    sources = {"master": flat.data} | {key: state[key] for key in moments(engine.base_optimizer)}
-    tensors = {key: source.narrow(0, offset, numel) for key, source in sources.items()}
-    return Fragment(name, tuple(parameter.ds_shape), start, numel, True, tensors)

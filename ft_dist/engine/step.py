@@ -17,7 +17,7 @@ from ft_dist.data.batch import MicroBatch
 from ft_dist.distributed import World, sum_over_ranks
 from ft_dist.engine.settings import deepspeed_config, effective_stage
 from ft_dist.loss import CausalObjective
-from ft_dist.optim import build_optimizer, parameter_groups
+from ft_dist.optim.build import build_optimizer, parameter_groups
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Engine:
         self.kernels = ""
         self.on_progress: Callable[[], None] = lambda: None
         """Called after every forward of a micro-batch, with its backward if it has one"""
-        groups = parameter_groups(objective.model.named_parameters(), config.optim.weight_decay)
+        groups = parameter_groups(objective.model.named_parameters(), config.optim)
         optimizer = build_optimizer(groups, config.optim)
         self.deepspeed, *_ = deepspeed.initialize(
             model=objective,

@@ -7,7 +7,7 @@ import sys
 
 from ft_dist.config import load_config
 from ft_dist.model.quiet import quiet_process
-from ft_dist.optim import learning_rate
+from ft_dist.optim.schedule import learning_rate
 
 
 def main() -> None:

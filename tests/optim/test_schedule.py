@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ft_dist.config.schema import OptimConfig
-from ft_dist.optim import learning_rate, parameter_groups
+from ft_dist.optim.build import parameter_groups
+from ft_dist.optim.schedule import learning_rate
 
 
 def rates(total=100, **settings):
@@ -35,7 +36,7 @@ def test_shapes_of_the_schedules():
 
 def test_weight_decay_reaches_matrices_only():
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
-    decayed, spared = parameter_groups(model.named_parameters(), 0.1)
+    decayed, spared = parameter_groups(model.named_parameters(), OptimConfig(weight_decay=0.1))
     assert [p.dim() for p in decayed["params"]] == [2]
     assert [p.dim() for p in spared["params"]] == [1, 1, 1]
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)

@@ -1,0 +1,1 @@
+"""Optimizers that work on flat partitions, and learning rates."""

@@ -1,0 +1,173 @@
+"""Muon: the momentum of a matrix is made orthogonal before it is applied; everything else takes AdamW.
+
+    m = momentum m + (1 - momentum) g        u = momentum m + (1 - momentum) g   (Nesterov)
+    W -= lr 0.2 sqrt(max(rows, columns)) U V^T,  where u = U S V^T,  by five Newton-Schulz steps
+
+The factor gives an update the root mean square that AdamW's has, so that one learning rate and weight decay fit both.
+
+ZeRO cuts matrices between ranks, and half a matrix has another orthogonal form: a matrix that lies on several ranks is
+sent whole to one of them, in turn, and its update comes back. The result is that of one rank, whatever the stage.
+
+Sources: Jordan (https://kellerjordan.github.io/posts/muon/); the factor, Liu et al. (arXiv 2502.16982).
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from ft_dist.optim.partition import Segments
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+ROUNDS = 5
+RMS_OF_ADAMW = 0.2
+
+
+@dataclass
+class Matrix:
+    """A parameter of `shape` and how many of its elements each rank holds; ranks ascend with the elements."""
+
+    shape: tuple[int, ...]
+    sizes: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def is_split(self) -> bool:
+        return max(self.sizes.values()) < math.prod(self.shape)
+
+
+class Muon(torch.optim.Optimizer):
+    """Groups with `orthogonal` take Muon, the others AdamW. `segments` is set before the first step that counts.
+
+    Every rank of a world of several must step the same tensors in the same order.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], *, momentum: float, betas: tuple[float, float], eps: float
+    ) -> None:
+        defaults = {"lr": 0.0, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": 0.0}
+        super().__init__(groups, defaults)
+        self._segments: Segments = {}
+        self._matrices: dict[Tensor, dict[str, Matrix]] = {}
+
+    @property
+    def segments(self) -> Segments:
+        return self._segments
+
+    @segments.setter
+    def segments(self, segments: Segments) -> None:
+        """All ranks set theirs at the same time: they tell each other which part of what they hold."""
+        self._segments = segments
+        mine = [[(segment.name, segment.shape, segment.numel) for segment in held] for held in segments.values()]
+        everyone: list[Any] = [mine]
+        if dist.is_initialized():
+            everyone = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, mine)
+        for index, flat in enumerate(segments):
+            matrices = self._matrices[flat] = {}
+            for rank, flats in enumerate(everyone):
+                for name, shape, numel in flats[index]:
+                    matrices.setdefault(name, Matrix(shape)).sizes[rank] = numel
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for flat in group["params"]:
+                if flat.grad is None or flat not in self._segments:
+                    continue
+                state = self.moments(flat, group)
+                state["step"] += 1
+                (self._muon if group["orthogonal"] else self._adamw)(flat, state, group)
+
+    def moments(self, flat: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """The state of `flat`, made of zeros if there is none."""
+        state = self.state[flat]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+            for key in ("momentum_buffer",) if group["orthogonal"] else ("exp_avg", "exp_avg_sq"):
+                state[key] = torch.zeros_like(flat, memory_format=torch.preserve_format)
+        return state
+
+    def _adamw(self, flat: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        beta1, beta2 = group["betas"]
+        adamw(
+            [flat],
+            [flat.grad],
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            [],
+            [state["step"] - 1],  # counts up itself
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _muon(self, flat: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        gradient = flat.grad.reshape(-1)
+        momentum = state["momentum_buffer"].view(-1).lerp_(gradient, 1 - group["momentum"])
+        update = gradient.lerp(momentum, group["momentum"])
+        held = {segment.name: segment for segment in self._segments[flat]}
+        matrices = self._matrices[flat]
+        for name, segment in held.items():
+            if not matrices[name].is_split:
+                piece = segment.of(update)
+                piece.copy_(orthogonal(piece.view(segment.shape)).view(-1))
+        split = {
+            name: matrix for name, matrix in matrices.items() if max(matrix.sizes.values()) < math.prod(matrix.shape)
+        }
+        _share(split, {name: segment.of(update) for name, segment in held.items()}, update[:0])
+        flat.data.mul_(1 - group["lr"] * group["weight_decay"])
+        for segment in held.values():
+            factor = RMS_OF_ADAMW * max(segment.shape) ** 0.5
+            segment.of(flat.data).sub_(segment.of(update), alpha=group["lr"] * factor)
+
+
+def _share(split: dict[str, Matrix], pieces: dict[str, Tensor], nothing: Tensor) -> None:
+    """Replace `pieces` of matrices that lie on several ranks: of every `world size` matrices each rank works on one."""
+    if not split:
+        return
+    world, rank = dist.get_world_size(), dist.get_rank()
+    names = list(split)
+    for first in range(0, len(names), world):
+        turn = names[first : first + world]
+        mine = split[turn[rank]] if rank < len(turn) else Matrix(())
+        sent = [pieces.get(name, nothing) for name in turn] + [nothing] * (world - len(turn))
+        received = [nothing.new_empty(mine.sizes.get(other, 0)) for other in range(world)]
+        _exchange(sent, received)
+        if mine.sizes:
+            whole = orthogonal(torch.cat(received).view(mine.shape)).reshape(-1)
+            received = list(whole.split([len(piece) for piece in received]))
+        _exchange(received, sent)
+
+
+def _exchange(sent: list[Tensor], received: list[Tensor]) -> None:
+    """sent[r] goes to rank r and received[r] is filled with what it sent."""
+    buffer = torch.cat(received)
+    sizes = [len(piece) for piece in received]
+    dist.all_to_all_single(buffer, torch.cat(sent), sizes, [len(piece) for piece in sent])
+    for piece, values in zip(received, buffer.split(sizes), strict=True):
+        piece.copy_(values)
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """The nearest semi-orthogonal matrix, roughly: singular values come out between about 0.7 and 1.2. fp32 in and out.
+
+    On GPUs in bf16, for which the coefficients were chosen.
+    """
+    a, b, c = NEWTON_SCHULZ
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x.to(torch.bfloat16 if x.is_cuda else torch.float32)
+    x = x / (x.norm() + 1e-7)
+    for _ in range(ROUNDS):
+        square = x @ x.T
+        x = a * x + torch.addmm(square, square, square, beta=b, alpha=c) @ x
+    return (x.T if tall else x).float()
