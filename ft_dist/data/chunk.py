@@ -116,7 +116,7 @@ class ChunkEncoder:
                 f"{sample.where}: token {max(sample.tokens)}, but the tokenizer has {self.vocabulary}. "
                 "These tokens were made with another tokenizer: prepare from the text."
             )
-        return Encoded(sample.tokens, [True] * len(sample.tokens))
+        return Encoded(np.array(sample.tokens, np.uint32), np.ones(len(sample.tokens), np.bool_))
 
     def _fit(self, sample: Sample, encoded: Encoded, counts: SourceCounts) -> list[Encoded]:
         """The sample as it enters the store under `max_length`: whole, cut, in blocks, or not at all."""
@@ -138,19 +138,19 @@ class ChunkEncoder:
             return []
         else:
             pieces = [Encoded(encoded.tokens[:limit], encoded.mask[:limit])]
-            counts.truncated += any(pieces[0].mask[1:])
-        learnable = [piece for piece in pieces if any(piece.mask[1:])]
+            counts.truncated += int(pieces[0].mask[1:].any())
+        learnable = [piece for piece in pieces if piece.mask[1:].any()]
         counts.dropped_no_label += not learnable
         return learnable
 
     def _join(self, pieces: list[Encoded], keys: Keys, signed: Signatures, counts: SourceCounts) -> EncodedChunk:
-        masks = [np.array(piece.mask, np.bool_) for piece in pieces]
+        masks = [piece.mask for piece in pieces]
         lengths = np.array([len(mask) for mask in masks], np.uint32)
         labelled = np.array([np.count_nonzero(mask[1:]) for mask in masks], np.uint32)
         counts.samples = len(pieces)
         counts.tokens = int(lengths.sum())
         counts.labelled_tokens = int(labelled.sum())
-        tokens = np.concatenate([np.zeros(0, self.dtype), *(np.array(piece.tokens, self.dtype) for piece in pieces)])
+        tokens = np.concatenate([np.zeros(0, self.dtype), *(piece.tokens.astype(self.dtype) for piece in pieces)])
         mask = np.concatenate([np.zeros(0, np.bool_), *masks])
         return EncodedChunk(tokens, mask, lengths, labelled, keys, signed, counts)
 

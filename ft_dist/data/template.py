@@ -18,10 +18,13 @@ from datetime import datetime
 from functools import partial
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from jinja2.exceptions import TemplateError
 
 from ft_dist.data.formats import Sample
 from ft_dist.data.spans import Messages, Render, Skeleton, Spans, TurnMarks, find_marks, find_spans, make_skeleton
+from ft_dist.data.token_bytes import Ids, TokenBytes, token_range
 from ft_dist.errors import DataError, ModelError
 
 DATE = datetime(2024, 7, 26)
@@ -34,8 +37,8 @@ _TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 class Encoded:
     """Token ids of one sample, and for each whether the model learns to write it."""
 
-    tokens: list[int]
-    mask: list[bool]
+    tokens: npt.NDArray[np.uint32]
+    mask: npt.NDArray[np.bool_]
 
 
 class Encoder:
@@ -51,6 +54,7 @@ class Encoder:
         self.notes: Counter[str] = Counter()
         self._template = getattr(tokenizer, "chat_template", None)
         self._backend = getattr(tokenizer, "backend_tokenizer", None) if getattr(tokenizer, "is_fast", False) else None
+        self._token_bytes = TokenBytes.of(self._backend) if self._backend is not None else None
         self._marks: TurnMarks | None = None
         self._system_role: bool | None = None
         self._skeletons: dict[tuple[str, ...], Skeleton | None] = {}
@@ -181,20 +185,20 @@ class Encoder:
         texts = [spans.text for spans in chats]
         done = []
         for spans, (ids, ranges) in zip(chats, self._tokenise(texts, chats, habit), strict=True):
-            mask = [False] * len(ids)
+            mask = np.zeros(len(ids), np.bool_)
             for first, last in ranges:
-                mask[first:last] = [True] * (last - first)
+                mask[first:last] = True
             done.append(self._close(spans, ids, mask))
         return done
 
-    def _close(self, spans: Spans, ids: list[int], mask: list[bool]) -> Encoded:
+    def _close(self, spans: Spans, ids: Ids, mask: npt.NDArray[np.bool_]) -> Encoded:
         """A turn that ends the text with no end token of its own gets the tokenizer's, or it would never stop."""
         eos = self.tokenizer.eos_token_id
         at_end = bool(spans.ranges) and not spans.text[spans.ranges[-1][1] :].strip()
-        if at_end and not spans.ends_with_token and eos is not None and (not ids or ids[-1] != eos):
+        if at_end and not spans.ends_with_token and eos is not None and (not len(ids) or ids[-1] != eos):
             # what follows the content (a newline) would stand between the answer and its end
-            last = len(mask) - mask[::-1].index(True) if any(mask) else len(mask)
-            ids, mask = [*ids[:last], eos], [*mask[:last], True]
+            last = int(mask.nonzero()[0][-1]) + 1 if mask.any() else len(mask)
+            ids, mask = np.append(ids[:last], np.uint32(eos)), np.append(mask[:last], True)
             self.notes["end_token_added"] += self._template is not None
         return Encoded(ids, mask)
 
@@ -202,14 +206,14 @@ class Encoder:
         eos = self.tokenizer.eos_token_id
         done = []
         for ids, _ in self._tokenise([spans.text for spans in texts], None, True):
-            if eos is not None and (not ids or ids[-1] != eos):
-                ids = [*ids, eos]
-            done.append(Encoded(ids, [True] * len(ids)))
+            if eos is not None and (not len(ids) or ids[-1] != eos):
+                ids = np.append(ids, np.uint32(eos))
+            done.append(Encoded(ids, np.ones(len(ids), np.bool_)))
         return done
 
     def _tokenise(
         self, texts: list[str], chats: list[Spans] | None, special: bool
-    ) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    ) -> list[tuple[Ids, list[tuple[int, int]]]]:
         """(ids, token ranges of the spans) of each text; `special` adds the tokenizer's own special tokens."""
         if not texts:
             return []
@@ -223,17 +227,26 @@ class Encoder:
             self._backend.no_truncation()
         if self._backend.padding is not None:
             self._backend.no_padding()
+        if chats is None or self._token_bytes is not None:
+            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=special)
+            arrays = [np.array(encoding.ids, np.uint32) for encoding in encodings]
+            if chats is None:
+                return [(ids, []) for ids in arrays]
+            return [self._placed(ids, spans, special) for ids, spans in zip(arrays, chats, strict=True)]
         encodings = self._backend.encode_batch(texts, add_special_tokens=special)
-        if chats is None:
-            return [(encoding.ids, []) for encoding in encodings]
-        return [
-            (encoding.ids, [_token_range(encoding, *span) for span in spans.ranges])
-            for encoding, spans in zip(encodings, chats, strict=True)
-        ]
+        return [_ranged(encoding, spans) for encoding, spans in zip(encodings, chats, strict=True)]
+
+    def _placed(self, ids: Ids, spans: Spans, special: bool) -> tuple[Ids, list[tuple[int, int]]]:
+        assert self._token_bytes is not None
+        assert self._backend is not None
+        ends = self._token_bytes.ends(ids, spans.text)
+        if ends is None:
+            return _ranged(self._backend.encode(spans.text, add_special_tokens=special), spans)
+        return ids, [token_range(ends, spans.text, *span) for span in spans.ranges]
 
     def _tokenise_slowly(
         self, text: str, ranges: list[tuple[int, int]], special: bool
-    ) -> tuple[list[int], list[tuple[int, int]]]:
+    ) -> tuple[Ids, list[tuple[int, int]]]:
         """For tokenizers without offsets: a boundary lies where the ids of the text up to it stop agreeing."""
         ids = list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
@@ -244,7 +257,12 @@ class Encoder:
             agree = (a == b for a, b in zip(prefix, ids, strict=False))
             return next((index for index, same in enumerate(agree) if not same), min(len(prefix), len(ids)))
 
-        return ids, [(tokens_before(start), tokens_before(end)) for start, end in ranges]
+        return np.array(ids, np.uint32), [(tokens_before(start), tokens_before(end)) for start, end in ranges]
+
+
+def _ranged(encoding: Any, spans: Spans) -> tuple[Ids, list[tuple[int, int]]]:
+    """Ids, and the token ranges of the spans by the tokenizer's own offsets."""
+    return np.array(encoding.ids, np.uint32), [_token_range(encoding, *span) for span in spans.ranges]
 
 
 def _token_range(encoding: Any, start: int, end: int) -> tuple[int, int]:

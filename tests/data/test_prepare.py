@@ -44,8 +44,8 @@ def test_store_holds_what_the_encoder_gives(tmp_path, tokenizer_of):
     assert len(store) == len(encoded) == 40
     for index, one in enumerate(encoded):
         tokens, mask = store.sample(index)
-        assert tokens.tolist() == one.tokens
-        assert mask.tolist() == one.mask
+        assert tokens.tolist() == one.tokens.tolist()
+        assert mask.tolist() == one.mask.tolist()
         assert store.lengths_of(np.array([index])) == len(one.tokens)
         assert store.labelled_of(np.array([index])) == sum(one.mask[1:])
     assert prepared.counts[0].labelled_tokens == int(prepared.stores[0].labelled.sum())
