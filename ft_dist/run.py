@@ -128,6 +128,7 @@ class Run:
         self.watchdog = Watchdog(timeout_s=config.hang_timeout_s, run_dir=config.run_dir, rank=world.rank, stop=stop)
         self.watchdog.step = self.step
         engine.on_progress = self.watchdog.beat
+        engine.before_update = self.checkpoints.wait_until_copied
         stop.tell_others = announce_stop
 
     @property
@@ -224,7 +225,7 @@ class Run:
             "tokens_per_s": round(batch.batch.real_tokens / (step_s + waited_s), 3),
             "step_s": round(step_s, 6),
             "data_wait_s": round(waited_s, 6),
-            "checkpoint_stall_s": round(self._checkpoint_stall_s, 6),
+            "checkpoint_stall_s": round(self._checkpoint_stall_s + result.held_up_s, 6),
             "peak_memory_bytes": peak_memory_bytes(self.world.device),
             "epoch": round(batch.batch.progress, 6),
             "samples_seen": batch.state_after["samples_seen"],
@@ -270,7 +271,7 @@ class Run:
         return bool(self.held_out) and interval > 0 and self.step % interval == 0 and not self.finished
 
     def commit(self) -> None:
-        """Save the state after the current step: returns when it is copied; see `finish_commits`."""
+        """Save the state after the current step, in the background; see `finish_commits`."""
         state = {
             "step": self.step,
             "data": self._state_after,

@@ -84,7 +84,7 @@ def step_until_done(run: Any, stop: StopRequest) -> None:
         )
         if result.abandoned:
             run.leave_preempted()
-        run.finish_step(batch, result, learning_rate=rate, waited_s=waited_s, step_s=run.clock.lap())
+        run.finish_step(batch, result, learning_rate=rate, waited_s=waited_s, step_s=run.clock.lap() - result.held_up_s)
         if result.sums[0] > 0:
             run.leave_preempted()
         if run.commit_is_due():

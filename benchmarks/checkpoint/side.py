@@ -19,7 +19,9 @@ from ft_dist.checkpoint.load import load
 from ft_dist.config import load_config
 from ft_dist.distributed import barrier, max_over_ranks
 from ft_dist.engine.fragments import adam_step, owned_tensors
+from ft_dist.engine.step import StepResult
 from ft_dist.model.quiet import quiet_process
+from ft_dist.preemption.stop import StopRequest
 
 
 def main() -> None:
@@ -32,10 +34,15 @@ def main() -> None:
     quiet_process()
     from ft_dist.run import prepare_run
 
-    run = prepare_run(load_config(options.config[0], options.config[1:]))
+    run = prepare_run(load_config(options.config[0], options.config[1:]), StopRequest())
     batch = next(run.batches())
-    run.engine.train_step(batch.micro_batches, labelled_tokens=batch.batch.labelled_tokens, learning_rate=1e-5)
-    side = Side(run, options.folder)
+
+    def step() -> StepResult:
+        labelled = batch.batch.labelled_tokens
+        return run.engine.train_step(batch.micro_batches, labelled_tokens=labelled, learning_rate=1e-5)
+
+    step()
+    side = Side(run, options.folder, step)
     found = side.save_all(options.rounds) if options.what == "save" else {"load_s": side.load(options.rounds)}
     run.close()
     if run.world.is_main:
@@ -43,10 +50,15 @@ def main() -> None:
 
 
 class Side:
-    """The contestants over one engine. Times are the slowest rank's; bytes are of all files."""
+    """The contestants over one engine. Times are the slowest rank's; bytes are of all files.
 
-    def __init__(self, run: Any, folder: Path) -> None:
-        self.engine, self.world, self.folder, self.writer = run.engine, run.world, folder, run.writer
+    `stall_s` is how long training stands still for a save; `cost_s` how much longer a save and the step after it take
+    than a step alone: what is done beside that step slows it down.
+    """
+
+    def __init__(self, run: Any, folder: Path, step: Callable[[], StepResult]) -> None:
+        self.step = step
+        self.engine, self.world, self.folder, self.writer = run.engine, run.world, folder, run.checkpoints.writer
         self.places = {
             "ours": folder / "ours" / "checkpoints",
             "deepspeed": folder / "deepspeed",
@@ -66,10 +78,16 @@ class Side:
     def measured(self, name: str, contestant: Callable[[int], Callable[[], None]], number: int) -> dict[str, float]:
         """`contestant` returns when training could go on; what it returns waits until the files are there."""
         barrier(self.world)
+        started = time.perf_counter()
+        self.step()
+        alone = time.perf_counter() - started
+        barrier(self.world)
         with PeakMemory() as memory:
             started = time.perf_counter()
             finish = contestant(number)
             stall = time.perf_counter() - started
+            stall += self.step().held_up_s
+            cost = time.perf_counter() - started - alone
             finish()
             total = time.perf_counter() - started
         barrier(self.world)
@@ -77,8 +95,8 @@ class Side:
         size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
         if name == "dcp" and self.world.is_main:
             shutil.rmtree(place, ignore_errors=True)
-        slowest = [max_over_ranks(value, self.world) for value in (stall, total, float(memory.extra_bytes))]
-        return {"stall_s": slowest[0], "total_s": slowest[1], "extra_bytes": slowest[2], "bytes": size}
+        taken = {"stall_s": stall, "cost_s": cost, "total_s": total, "extra_bytes": float(memory.extra_bytes)}
+        return {name: max_over_ranks(value, self.world) for name, value in taken.items()} | {"bytes": size}
 
     def ours(self, number: int) -> Callable[[], None]:
         state = {

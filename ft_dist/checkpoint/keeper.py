@@ -66,7 +66,7 @@ class CheckpointKeeper:
         return self._interval > 0 and step % self._interval == 0
 
     def save(self, state: dict[str, Any], *, held_out_losses: Mapping[int, float]) -> None:
-        """Save the engine and `state` (its `step` names the commit); returns when all is copied. See `finish`."""
+        """Save the engine and `state` (its `step` names the commit). See `wait_until_copied` and `finish`."""
         whole = {
             **state,
             "adam_step": adam_step(self._engine),
@@ -78,6 +78,10 @@ class CheckpointKeeper:
         }
         tensors = owned_tensors(self._engine)
         self.writer.save(tensors, step=state["step"], state=whole, held_out_losses=held_out_losses)
+
+    def wait_until_copied(self) -> float:
+        """Return when the engine may change what the last save saves; the seconds that it took."""
+        return self.writer.wait_until_copied()
 
     def finish(self) -> None:
         """Return, on every rank, when the last save is a commit or has failed. A collective."""

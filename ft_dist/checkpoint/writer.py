@@ -1,9 +1,11 @@
-"""Saving in the background: training waits for a copy to host memory, a thread does the rest.
+"""Saving in the background: training goes on at once, and waits before its next update if its state is not copied yet.
 
-Every rank's thread writes and syncs its own file in a staging folder, then posts the fingerprint to the ranks' common
-key-value store; no collective runs beside training's own. Rank 0's thread waits for all posts, adds state and manifest,
-and renames the folder: only then it is a commit. A process that dies leaves a staging folder, which the next run
-removes. A save that fails costs that checkpoint, not the run, and is told by `reports` at the next step.
+Nothing but an update changes what is saved. So a thread copies it to host memory beside the next forward and backward;
+`wait_until_copied` is what the update waits for. Then the thread writes and syncs the rank's own file in a staging
+folder and posts its fingerprint to the ranks' common key-value store; no collective runs beside training's own. Rank
+0's thread waits for all posts, adds state and manifest, and renames the folder: only then it is a commit. A process
+that dies leaves a staging folder, which the next run removes. A save that fails costs that checkpoint, not the run, and
+is told by `reports` at the next step.
 """
 
 import contextlib
@@ -24,7 +26,7 @@ from ft_dist.checkpoint import format as layout
 from ft_dist.checkpoint.mirror import Mirror
 from ft_dist.checkpoint.report import Report, gigabytes
 from ft_dist.checkpoint.retention import Retention
-from ft_dist.checkpoint.snapshot import HostBuffer, Snapshot
+from ft_dist.checkpoint.snapshot import HostBuffer, Snapshot, Source
 from ft_dist.distributed import World, control_store
 from ft_dist.errors import CheckpointError
 
@@ -50,6 +52,8 @@ class CheckpointWriter:
         self._store = control_store()
         self._buffer = HostBuffer(world.device)
         self._thread: threading.Thread | None = None
+        self._copied = threading.Event()
+        self._copied.set()
         self._last_step = -1
         self._saves = 0
         self._reports: list[Report] = []
@@ -61,15 +65,16 @@ class CheckpointWriter:
 
     def save(
         self,
-        tensors: Mapping[str, torch.Tensor],
+        tensors: Mapping[str, Source],
         *,
         step: int,
         state: dict[str, Any],
         held_out_losses: Mapping[int, float] | None = None,
     ) -> None:
-        """Copy this rank's `tensors` and return; all ranks call it with the same `step`. `state` is rank 0's JSON.
+        """Save this rank's `tensors` and rank 0's JSON `state`; all ranks call it with the same `step`.
 
-        Waits first for a save that is still in flight, and says so. A second call for the same step does nothing.
+        The tensors must stay as they are until `wait_until_copied` returns, the state for good. Waits first for a save
+        that is still in flight, and says so. A second call for the same step does nothing.
         """
         if step == self._last_step:
             return
@@ -79,14 +84,16 @@ class CheckpointWriter:
             self._report(Report("save_waited", step, {"seconds": round(waited_s, 3)}, note))
         self._last_step = step
         self._saves += 1
-        try:
-            snapshot = self._buffer.snapshot(dict(tensors))
-        except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError where host memory is short
-            snapshot = None
-            self._post(self._saves, {"error": f"no host memory for the snapshot ({str(error).splitlines()[0]})"})
-        job = _Job(self._saves, step, json.dumps(state, indent=1), dict(held_out_losses or {}), time.monotonic())
-        self._thread = threading.Thread(target=self._run, args=(job, snapshot), name="checkpoint", daemon=True)
+        job = _Job(self._saves, step, state, dict(held_out_losses or {}), time.monotonic())
+        self._copied.clear()
+        self._thread = threading.Thread(target=self._run, args=(job, tensors), name="checkpoint", daemon=True)
         self._thread.start()
+
+    def wait_until_copied(self) -> float:
+        """Return when the tensors of the last save may change; the seconds that it took."""
+        started = time.monotonic()
+        self._copied.wait()
+        return time.monotonic() - started
 
     def reports(self) -> list[Report]:
         """What happened since the last call."""
@@ -118,10 +125,19 @@ class CheckpointWriter:
         self._thread = None
         return time.monotonic() - started
 
-    def _run(self, job: "_Job", snapshot: Snapshot | None) -> None:
+    def _run(self, job: "_Job", tensors: Mapping[str, Source]) -> None:
         staging = self.root / f"{layout.step_name(job.step)}{STAGING}{self._attempt}"
-        if snapshot is not None:
-            self._post(job.number, self._write(snapshot, staging))
+        try:
+            snapshot = self._buffer.snapshot(tensors)
+        except Exception as error:  # mostly for want of host memory, which torch tells as a RuntimeError
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            posted = {"error": f"rank {self._world.rank} could not copy its state to host memory ({reason})."}
+        else:
+            self._copied.set()
+            posted = self._write(snapshot, staging)
+        finally:
+            self._copied.set()
+        self._post(job.number, posted)
         if not self._world.is_main:
             return
         try:
@@ -160,7 +176,7 @@ class CheckpointWriter:
             files[posted.pop("name")] = posted
         for name, expected in files.items():
             _await_visible(staging / name, expected["bytes"])
-        files[layout.STATE] = layout.write_synced(staging / layout.STATE, job.state)
+        files[layout.STATE] = layout.write_synced(staging / layout.STATE, json.dumps(job.state, indent=1))
         layout.write_manifest(staging, job.step, files)
         folder = layout.step_folder(self.root, job.step)
         layout.publish(staging, folder)
@@ -246,7 +262,7 @@ class CheckpointWriter:
 class _Job:
     number: int
     step: int
-    state: str
+    state: dict[str, Any]
     losses: dict[int, float]
     started: float
 

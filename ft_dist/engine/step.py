@@ -25,6 +25,7 @@ class StepResult:
     """What one step did. `loss` is the mean over labelled tokens; `skipped` means that no weight changed.
 
     `sums` are the caller's numbers, added up over all ranks. `abandoned`: a rank had no data and the step was not made.
+    `held_up_s` of its time went by in `before_update`.
     """
 
     loss: float
@@ -32,6 +33,7 @@ class StepResult:
     skipped: bool
     sums: list[float]
     abandoned: bool = False
+    held_up_s: float = 0.0
 
 
 class Engine:
@@ -47,6 +49,10 @@ class Engine:
         self.kernels = ""
         self.on_progress: Callable[[], None] = lambda: None
         """Called after every forward of a micro-batch, with its backward if it has one"""
+        self.before_update: Callable[[], float] = lambda: 0.0
+        """Called before weights and optimizer state change; returns the seconds that it held the step up"""
+        # a walk over all modules takes milliseconds; every save asks
+        self._trainable = [(name, p) for name, p in objective.model.named_parameters() if p.requires_grad]
         groups = parameter_groups(objective.model.named_parameters(), config.optim)
         optimizer = build_optimizer(groups, config.optim)
         self.deepspeed, *_ = deepspeed.initialize(
@@ -90,8 +96,10 @@ class Engine:
         total, abandoning, *sums = sum_over_ranks([loss_sum.item(), float(abandon), *to_sum()], self.world)
         if abandoning:
             return StepResult(loss=math.nan, grad_norm=math.nan, skipped=True, sums=sums, abandoned=True)
+        held_up_s = self.before_update()
         grad_norm, skipped = self._update(learning_rate)
-        return StepResult(loss=total / labelled_tokens, grad_norm=grad_norm, skipped=skipped, sums=sums)
+        loss = total / labelled_tokens
+        return StepResult(loss=loss, grad_norm=grad_norm, skipped=skipped, sums=sums, held_up_s=held_up_s)
 
     @torch.no_grad()
     def loss_sum(self, batch: MicroBatch) -> torch.Tensor:
@@ -125,7 +133,7 @@ class Engine:
 
     def trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
         """Named as in the transformers or peft model, whatever wraps it; the same order on every rank."""
-        return [(name, p) for name, p in self.objective.model.named_parameters() if p.requires_grad]
+        return self._trainable
 
     def trainable_shapes(self) -> dict[str, list[int]]:
         """Whole shapes by name, also where ZeRO-3 has the parameter in parts."""

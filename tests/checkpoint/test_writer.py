@@ -44,12 +44,52 @@ def events(writer):
     return [(report.event, report.step) for report in writer.reports()]
 
 
+class SlowToCopy:
+    """Values that take until `go_on` to be read."""
+
+    dtype = torch.float32
+
+    def __init__(self, values):
+        self.values, self.shape, self.nbytes = values, values.shape, values.nbytes
+        self.go_on = threading.Event()
+
+    def element_size(self):
+        return 4
+
+    def detach(self):
+        self.go_on.wait(30)
+        return self.values
+
+
+def test_an_update_waits_for_the_copy_and_not_for_the_disk(tmp_path):
+    writer = rank(tmp_path)
+    assert writer.wait_until_copied() < 0.1
+    slow = SlowToCopy(torch.ones(10))
+    save(writer, 1, {"master/w@0": slow})
+    assert not writer._copied.is_set()
+    threading.Timer(0.3, slow.go_on.set).start()
+    assert writer.wait_until_copied() > 0.2
+    slow.values.zero_()
+    writer.close()
+    assert torch.equal(load_file(layout.commits(tmp_path)[0].fragment_files()[0])["master/w@0"], torch.ones(10))
+
+
+def test_a_snapshot_that_fails_lets_the_update_go_on(tmp_path):
+    writer = rank(tmp_path)
+    unknown = torch.zeros(3, dtype=torch.complex64)
+    save(writer, 1, {"master/w@0": unknown})
+    writer.wait_until_copied()
+    writer.close()
+    assert events(writer) == [("save_failed", 1)]
+
+
 def test_a_save_is_the_state_at_its_call(tmp_path):
     writer = rank(tmp_path)
     weights = torch.randn(1_000_000)
     moments = torch.randn(7, dtype=torch.float64)
     before = weights.clone()
     save(writer, 1, {"master/w@0": weights, "exp_avg/w@0": moments, "codes/w@0": torch.arange(5, dtype=torch.uint8)})
+    writer.wait_until_copied()
     weights.zero_()
     writer.wait()
     assert events(writer) == [("saved", 1)]
