@@ -8,6 +8,7 @@ import sys
 from ft_dist.config import load_config
 from ft_dist.model.quiet import quiet_process
 from ft_dist.optim.schedule import learning_rate
+from ft_dist.preemption.stop import StopRequest
 
 
 def main() -> None:
@@ -15,7 +16,7 @@ def main() -> None:
     quiet_process()
     from ft_dist.run import prepare_run
 
-    run = prepare_run(load_config(recipe, overrides))
+    run = prepare_run(load_config(recipe, overrides), StopRequest())
     for batch in run.batches():
         run.seed_step()
         rate = learning_rate(run.config.optim, step=run.step + 1, total_steps=run.total_steps)
@@ -23,7 +24,7 @@ def main() -> None:
             batch.micro_batches,
             labelled_tokens=batch.batch.labelled_tokens,
             learning_rate=rate,
-            to_sum=[0.0, 0.0],
+            to_sum=lambda: [0.0, 0.0],
         )
         run.finish_step(batch, result, learning_rate=rate, waited_s=0.0, step_s=1.0)
     run.commit()
