@@ -47,13 +47,13 @@ class Ended:
 
 
 class Workers:
-    """`python -m ft_dist.train ARGUMENTS` on every rank of this machine's share, one round at a time.
+    """`python -m MODULE ARGUMENTS` on every rank of this machine's share, one round at a time.
 
     `close` it in the end, whatever happens. Main thread only: the parent-death signal follows the thread that forks.
     """
 
-    def __init__(self, arguments: Sequence[str], *, environment: Mapping[str, str] | None = None) -> None:
-        self._command = [sys.executable, "-m", "ft_dist.train", *arguments]
+    def __init__(self, arguments: Sequence[str], *, module: str, environment: Mapping[str, str] | None = None) -> None:
+        self._command = [sys.executable, "-m", module, *arguments]
         self._environment = dict(environment or {})
         self._running: dict[int, subprocess.Popen[bytes]] = {}
         self._told: set[int] = set()
