@@ -28,6 +28,7 @@ from ft_dist.launcher.meeting import Meeting, Place, connect, node_name
 from ft_dist.launcher.restarts import RestartPolicy
 from ft_dist.launcher.wire import Connection, ConnectionLostError, Message
 from ft_dist.launcher.workers import Ended, Share, Workers
+from ft_dist.preflight.same import code_hash, config_hash
 
 POLL_S = 0.05
 JOIN_TIMEOUT_S = 300.0
@@ -207,7 +208,7 @@ def _own_head(
 
 def _follow(agent: Agent, place: Place, *, nproc: int, join_timeout_s: float) -> int:
     """Join the head, and join it again whenever it is lost, until the run is over or it stays away too long."""
-    hello = {"run_id": place.run_id, "node": node_name(), "nproc": nproc, "agent": secrets.token_hex(4)}
+    hello = {"node": node_name(), "nproc": nproc, "agent": secrets.token_hex(4)}
     while True:
         connection = connect(place, hello, timeout_s=join_timeout_s, stop=lambda: bool(agent.told), say=say)
         if connection is None:
@@ -295,7 +296,12 @@ def _run(options: argparse.Namespace) -> int:
         config,
         nodes=nodes,
         nproc=nproc,
-        place=Place.parse(options.rdzv, options.run_id or str(config.run_dir)),
+        place=Place.parse(
+            options.rdzv,
+            run_id=options.run_id or str(config.run_dir),
+            code=code_hash(),
+            config=config_hash(config),
+        ),
         local_addr=options.local_addr,
         max_restarts=max_restarts,
         join_timeout_s=options.join_timeout,

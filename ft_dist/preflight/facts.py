@@ -1,6 +1,5 @@
 """What one rank knows of its node: the same names on every rank, JSON throughout, so that rank 0 can compare them."""
 
-import hashlib
 import os
 import resource
 import shutil
@@ -11,9 +10,9 @@ from typing import Any
 
 import torch
 
-import ft_dist
-from ft_dist.config import RunConfig, dump_config
+from ft_dist.config import RunConfig
 from ft_dist.preflight.interface import own_address
+from ft_dist.preflight.same import code_hash, config_hash
 from ft_dist.resources import versions
 
 
@@ -36,30 +35,13 @@ def facts(config: RunConfig, *, rank: int, size: int) -> dict[str, Any]:
         "world_size": size,
         "local_size": local_size,
         "code": code_hash(),
-        "config": hashlib.sha256(dump_config(config).encode()).hexdigest()[:12],
+        "config": config_hash(config),
         "versions": versions() | {"cuda": str(torch.version.cuda)},
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         "free_disk": free_disk(config.run_dir),
         "address": own_address(),
         "gpu": gpu_facts(int(os.environ.get("LOCAL_RANK", rank))),
     }
-
-
-def code_hash() -> str:
-    """Of the source of ft_dist and its kernels."""
-    digest = hashlib.sha256()
-    roots = [Path(ft_dist.__path__[0])]
-    try:
-        import ft_dist_kernels
-
-        roots.append(Path(ft_dist_kernels.__path__[0]))
-    except ImportError:
-        pass
-    for root in roots:
-        for path in sorted(root.rglob("*.py")):
-            digest.update(f"{path.relative_to(root)}\0".encode())
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def free_disk(folder: Path) -> int:

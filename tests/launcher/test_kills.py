@@ -175,7 +175,7 @@ def test_agents_that_do_not_belong_together_say_so(tmp_path, mark):
     stranger = start_agent("other", port, mark, *settings, "--run-id", "another")
     _, err = stranger.communicate(timeout=60)
     assert stranger.returncode == 2
-    assert "run another came to" in err
+    assert "refused: other: run is another, but" in err
     _, err = head.communicate(timeout=60)
     assert head.returncode == 1
     assert "1 of 2 nodes are here (first), 1 missing within 12 s" in err
