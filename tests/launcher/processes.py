@@ -21,7 +21,7 @@ def marked(mark: str) -> list[int]:
     return found
 
 
-def wait_for(what: Callable[[], bool], processes: Sequence["subprocess.Popen[str]"], timeout_s: float = 400) -> None:
+def wait_for(what: Callable[[], bool], processes: Sequence["subprocess.Popen[str]"], timeout_s: float = 900) -> None:
     """Until `what` holds; fails where one of `processes` ends before."""
     deadline = time.monotonic() + timeout_s
     while not what():

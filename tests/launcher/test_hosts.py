@@ -47,7 +47,7 @@ def whole(cli, folder: Path, steps: int) -> str:
 
 
 def ended(process) -> str:
-    out, err = process.communicate(timeout=400)
+    out, err = process.communicate(timeout=900)
     assert process.returncode == 0, out + err
     return err
 

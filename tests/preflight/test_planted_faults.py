@@ -50,7 +50,7 @@ def rank(number: int, port: int, *arguments: str, cwd: Path = ROOT, **environmen
 
 def told(*ranks: "subprocess.Popen[str]") -> tuple[list[int], str]:
     """Their exit codes, and all that they printed."""
-    outputs = [process.communicate(timeout=300) for process in ranks]
+    outputs = [process.communicate(timeout=900) for process in ranks]
     return [process.returncode for process in ranks], "".join(out + err for out, err in outputs)
 
 
