@@ -26,7 +26,8 @@ def main(arguments: list[str]) -> int:
         preflight = Preflight(config, store, rank=rank, size=size, timeout_s=TIMEOUT_S, say=console.say)
         try:
             preflight.compare()
-            console.say(preflight.measure(join_world(store, timeout_s=TIMEOUT_S), speed=size > 1))
+            world = join_world(store, timeout_s=TIMEOUT_S)
+            console.say(preflight.measure(world, speed=True) if size > 1 else "preflight: one rank, on its own")
         except PreflightError:
             # rank 0 has told all of them
             if not preflight.found:
