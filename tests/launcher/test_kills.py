@@ -13,7 +13,7 @@ import pytest
 
 from tests.chaos.storm import workers_of
 from tests.conftest import ROOT, SMALL_RUN, read_lines, start_cli
-from tests.launcher.processes import end_all, events_of, marked, steps_done, wait_for
+from tests.launcher.processes import end_all, events_of, listening, marked, steps_done, wait_for
 
 pytestmark = pytest.mark.faults
 
@@ -133,11 +133,10 @@ def start_agent(name: str, port: int, mark: str, *arguments: str) -> "subprocess
 
 def test_a_killed_agent_shrinks_the_world_and_a_new_one_grows_it(tmp_path, mark, undisturbed):
     folder = tmp_path / "run"
-    # steps slow enough that the new agent comes while it trains
     settings = [*RUN, f"output_dir={folder}", "--nnodes", "1:2"]
     port = free_port()
     head = start_agent("first", port, mark, *settings)
-    time.sleep(1)
+    wait_for(lambda: listening(port), [head])
     second = start_agent("second", port, mark, *settings)
     wait_for(lambda: steps_done(folder) >= 6, [head, second])
     second.kill()
@@ -169,16 +168,16 @@ def test_a_notice_ends_a_run_on_two_nodes_with_75_on_both(tmp_path, mark):
 
 def test_agents_that_do_not_belong_together_say_so(tmp_path, mark):
     port = free_port()
-    settings = [*RUN, f"output_dir={tmp_path / 'run'}", "--nnodes", "2", "--join-timeout", "12"]
+    settings = [*RUN, f"output_dir={tmp_path / 'run'}", "--nnodes", "2", "--join-timeout", "20"]
     head = start_agent("first", port, mark, *settings)
-    time.sleep(3)
+    wait_for(lambda: listening(port), [head])
     stranger = start_agent("other", port, mark, *settings, "--run-id", "another")
     _, err = stranger.communicate(timeout=900)
     assert stranger.returncode == 2
     assert "refused: other: run is another, but" in err
     _, err = head.communicate(timeout=900)
     assert head.returncode == 1
-    assert "1 of 2 nodes are here (first), 1 missing within 12 s" in err
+    assert "1 of 2 nodes are here (first), 1 missing within 20 s" in err
     assert marked(mark) == []
 
 
