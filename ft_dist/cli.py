@@ -27,11 +27,19 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts")]
 
 
 @app.command()
-def train(config: Config, overrides: Overrides = None, nproc: Nproc = None) -> None:
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    nproc: Nproc = None,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="Start failed workers again from the last commit, so often between two commits")
+    ] = 3,
+) -> None:
     """Fine-tune as CONFIG says; run again to resume. Joins the world of torchrun or srun if started by them."""
     from ft_dist.check import check as check_config
     from ft_dist.config import load_config
-    from ft_dist.launcher.local import default_nproc, launched, leave_when_told, run_workers
+    from ft_dist.launcher.agent import run_here
+    from ft_dist.launcher.local import default_nproc, launched, leave_when_told
 
     arguments = [config, *(overrides or [])]
     if launched():
@@ -40,18 +48,41 @@ def train(config: Config, overrides: Overrides = None, nproc: Nproc = None) -> N
         raise typer.Exit(train_rank(arguments))
     leave_when_told()
     workers = nproc or default_nproc()
-    check_config(load_config(config, overrides or []), world_size=workers)
-    raise typer.Exit(run_workers(arguments, nproc=workers))
+    settings = load_config(config, overrides or [])
+    check_config(settings, world_size=workers)
+    raise typer.Exit(run_here(arguments, settings, nproc=workers, max_restarts=max_restarts))
 
 
 @app.command()
-def check(config: Config, overrides: Overrides = None, nproc: Nproc = None, as_json: AsJson = False) -> None:
+def check(
+    config: Config,
+    overrides: Overrides = None,
+    nproc: Nproc = None,
+    env: Annotated[
+        bool, typer.Option("--env", help="Start the ranks: do they agree, see and reach each other?")
+    ] = False,
+    nnodes: Annotated[
+        str, typer.Option(metavar="N|MIN:MAX", help="With --env: nodes, each running this command")
+    ] = "1",
+    rdzv: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="With --nnodes: where they meet")] = None,
+    as_json: AsJson = False,
+) -> None:
     """Tell everything that can be known before training; exit 2 if something must be mended."""
     from ft_dist.check import check as check_config
     from ft_dist.config import load_config
     from ft_dist.launcher.local import default_nproc
 
+    if env and as_json:
+        raise UserError("--env writes what the ranks find as lines; leave --json away.")
     facts = check_config(load_config(config, overrides or []), world_size=nproc or default_nproc())
+    if env:
+        from ft_dist.launcher.agent import main as run_agent
+
+        place = ["--rdzv", rdzv] if rdzv else []
+        workers = str(nproc or default_nproc())
+        typer.echo("\n".join(facts))
+        arguments = ["--check", "--nnodes", nnodes, "--nproc", workers, *place, config, *(overrides or [])]
+        raise typer.Exit(run_agent(arguments))
     typer.echo(json.dumps({"ok": True, "facts": facts}, indent=2) if as_json else "\n".join([*facts, "ready to train"]))
 
 
