@@ -27,11 +27,19 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts")]
 
 
 @app.command()
-def train(config: Config, overrides: Overrides = None, nproc: Nproc = None) -> None:
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    nproc: Nproc = None,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="Start failed workers again from the last commit, so often between two commits")
+    ] = 3,
+) -> None:
     """Fine-tune as CONFIG says; run again to resume. Joins the world of torchrun or srun if started by them."""
     from ft_dist.check import check as check_config
     from ft_dist.config import load_config
-    from ft_dist.launcher.local import default_nproc, launched, leave_when_told, run_workers
+    from ft_dist.launcher.agent import run_here
+    from ft_dist.launcher.local import default_nproc, launched, leave_when_told
 
     arguments = [config, *(overrides or [])]
     if launched():
@@ -40,8 +48,9 @@ def train(config: Config, overrides: Overrides = None, nproc: Nproc = None) -> N
         raise typer.Exit(train_rank(arguments))
     leave_when_told()
     workers = nproc or default_nproc()
-    check_config(load_config(config, overrides or []), world_size=workers)
-    raise typer.Exit(run_workers(arguments, nproc=workers))
+    settings = load_config(config, overrides or [])
+    check_config(settings, world_size=workers)
+    raise typer.Exit(run_here(arguments, settings, nproc=workers, max_restarts=max_restarts))
 
 
 @app.command()

@@ -1,1 +1,1 @@
-"""Ways to start a run: here on this machine; clusters come in beside it."""
+"""Starting a run on this machine or on several, keeping it alive, and leaving nothing behind."""

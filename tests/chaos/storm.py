@@ -104,7 +104,7 @@ class Storm:
         """Start, strike if there is a blow, see it end; returns its exit code."""
         committed, starts = newest(folder), starts_of(folder)
         settings = [f"method.kind={kind}", f"engine.zero_stage={layout.stage}", f"output_dir={folder}"]
-        process = start_cli("train", *SETTINGS, *settings, "--nproc", str(layout.ranks))
+        process = start_cli("train", *SETTINGS, *settings, "--nproc", str(layout.ranks), "--max-restarts", "0")
         try:
             struck = bool(blow) and moment_comes(process, folder, blow) and self._strike(process, folder, blow)
             out, err = process.communicate(timeout=LIFE_S)
@@ -123,7 +123,7 @@ class Storm:
         return process.returncode
 
     def _strike(self, process: "subprocess.Popen[str]", folder: Path, blow: Blow) -> bool:
-        workers = children(process.pid)
+        workers = workers_of(process.pid)
         victims = {"all": workers, "rank": workers[blow.rank % max(1, len(workers)) :][:1]}.get(blow.victim, [])
         in_commit = open_commits(folder / "checkpoints", since=time.time() - 1)
         for pid in victims or [process.pid]:
@@ -208,10 +208,14 @@ def newest_start(folder: Path) -> int:
     return starts_of(folder)[-1]
 
 
-def children(pid: int) -> list[int]:
+def workers_of(pid: int) -> list[int]:
+    """The ranks that an agent runs, in their order."""
+    workers = []
     with suppress(OSError):
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return []
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            if b"ft_dist.train" in Path(f"/proc/{child}/cmdline").read_bytes():
+                workers.append(int(child))
+    return workers
 
 
 def main() -> int:

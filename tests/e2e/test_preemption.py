@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from ft_dist.checkpoint.format import commits
+from tests.chaos.storm import workers_of
 from tests.conftest import ROOT, SMALL_RUN, read_lines, start_cli
-from tests.e2e.test_resume import workers_of
 from tests.preemption.metadata import MetadataServer
 
 pytestmark = pytest.mark.faults
@@ -42,7 +42,7 @@ def metadata():
 
 def start(folder: Path, *settings: str, nproc: int = 2, **environment: str) -> subprocess.Popen[str]:
     arguments = [*SMALL_RUN, *settings, f"output_dir={folder}"]
-    return start_cli("train", *arguments, "--nproc", str(nproc), **environment)
+    return start_cli("train", *arguments, "--nproc", str(nproc), "--max-restarts", "0", **environment)
 
 
 def listening_to(server: MetadataServer, cloud: str) -> list[str]:
@@ -111,7 +111,7 @@ def test_two_notices_are_one_and_reach_every_rank_from_a_single_one(metadata, tm
     wait_until(process, lambda: happened(folder, "start") and (folder / "logs" / "rank-1-stacks.log").exists())
     time.sleep(0.5)
     metadata.announce("azure")
-    os.kill(workers_of(process)[1], signal.SIGTERM)
+    os.kill(workers_of(process.pid)[1], signal.SIGTERM)
     end_of(process, 75)
     assert committed(folder) == 1
 
@@ -123,7 +123,7 @@ def test_a_signal_before_the_first_step_leaves_at_once(metadata, tmp_path):
     log = folder / "logs" / "rank-0.log"
     wait_until(process, lambda: log.exists() and "answered" in log.read_text())
     # one rank alone: it has nothing to save, and the launcher takes the other along
-    os.kill(workers_of(process)[1], signal.SIGTERM)
+    os.kill(workers_of(process.pid)[1], signal.SIGTERM)
     end_of(process, 75)
     assert commits(folder / "checkpoints") == []
 
@@ -154,7 +154,7 @@ def test_a_hang_ends_with_76_and_stacks_of_every_rank(cli, tmp_path):
     settings = ["engine.hang_timeout_s=4", "checkpoint.interval_steps=2", "optim.max_steps=20"]
     process = start(folder, *settings)
     wait_until(process, lambda: happened(folder, "saved"))
-    os.kill(workers_of(process)[1], signal.SIGSTOP)
+    os.kill(workers_of(process.pid)[1], signal.SIGSTOP)
     assert "a rank made no progress" in end_of(process, 76)
     for rank in range(2):
         assert "step_until_done" in (folder / "logs" / f"rank-{rank}-stacks.log").read_text()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ft_dist.checkpoint.format import commits
+from tests.chaos.storm import workers_of
 from tests.conftest import ROOT, SMALL_RUN, read_lines, start_cli
 
 STEPS = 24
@@ -23,12 +24,7 @@ ALL = [(kind, stage) for kind in ("full", "lora") for stage in range(4)]
 
 def arguments(folder: Path, kind: str, stage: int, nproc: int = 2) -> list[str]:
     method = [f"method.kind={kind}", f"engine.zero_stage={stage}", f"output_dir={folder}"]
-    return ["train", *ARGUMENTS, *method, "--nproc", str(nproc)]
-
-
-def workers_of(launcher: subprocess.Popen[str]) -> list[int]:
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text()
-    return [int(pid) for pid in children.split()]
+    return ["train", *ARGUMENTS, *method, "--nproc", str(nproc), "--max-restarts", "0"]
 
 
 def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int, timeout_s: float = 240) -> None:
@@ -55,7 +51,7 @@ def check_killed_run_repeats(cli, tmp_path, kind, stage):
     assert cli(*arguments(whole, kind, stage)).returncode == 0
     process = start_cli(*arguments(killed, kind, stage))
     wait_for_step(process, killed, 12)
-    subprocess.run(["kill", "-9", str(workers_of(process)[1])], check=True)
+    subprocess.run(["kill", "-9", str(workers_of(process.pid)[1])], check=True)
     process.communicate(timeout=60)
     assert process.returncode == 1
     resumed = cli(*arguments(killed, kind, stage))
@@ -92,7 +88,7 @@ def test_the_samples_of_every_step_are_the_same_on_any_number_of_ranks(cli, tmp_
     for nproc, until in ((2, 7), (3, 13)):
         process = start_cli(*arguments(killed, "lora", 2, nproc=nproc))
         wait_for_step(process, killed, until)
-        subprocess.run(["kill", "-9", str(workers_of(process)[-1])], check=True)
+        subprocess.run(["kill", "-9", str(workers_of(process.pid)[-1])], check=True)
         process.communicate(timeout=60)
         assert process.returncode == 1
     assert cli(*arguments(killed, "lora", 2, nproc=1)).returncode == 0
@@ -142,7 +138,7 @@ def test_no_worker_outlives_a_killed_launcher(tmp_path):
     folder = tmp_path / "run"
     process = start_cli(*arguments(folder, "lora", 2))
     wait_for_step(process, folder, 2)
-    workers = workers_of(process)
+    workers = workers_of(process.pid)
     assert len(workers) == 2
     process.kill()
     process.communicate()

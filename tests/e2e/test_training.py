@@ -16,7 +16,7 @@ def losses(folder):
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_steps_that_are_not_finite_are_skipped_then_stop_the_run(cli, tmp_path, stage):
     explode = ["method.kind=full", "optim.lr=1e30", "optim.max_grad_norm=0", "optim.max_skipped_steps=3"]
-    done = train(cli, tmp_path / "run", *explode, f"engine.zero_stage={stage}")
+    done = train(cli, tmp_path / "run", *explode, f"engine.zero_stage={stage}", "--max-restarts", "0")
     assert done.returncode == 1
     assert "not finite in 3 steps in a row" in done.stderr
     assert "Traceback" not in done.stderr

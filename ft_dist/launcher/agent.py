@@ -1,0 +1,302 @@
+"""The agent of one machine: `python -m ft_dist.launcher.agent [options] CONFIG [key=value ...]`, once on every node.
+
+`ft-dist train` is the same with one node. Several meet at `--rdzv HOST:PORT`: the agent that can listen there, on the
+machine that HOST names, becomes the head as well (see head.py) and holds rank 0; the others connect to it and wait for
+its word. An agent that loses the head ends its workers, which may not train apart from the others, and joins again.
+
+Nothing of torch is imported: an agent costs 20 MB and starts at once. torch's own elastic agent was left because it
+flattens exit codes, leaves orphans when it is killed, and could not rejoin after a lost link.
+"""
+
+import argparse
+import contextlib
+import secrets
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any, Protocol
+
+from ft_dist.config import RunConfig, load_config
+from ft_dist.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER, UserError
+from ft_dist.launcher.head import Head, Member
+from ft_dist.launcher.local import FORWARDED, default_nproc, leave_when_told
+from ft_dist.launcher.meeting import Meeting, Place, connect, node_name
+from ft_dist.launcher.restarts import RestartPolicy
+from ft_dist.launcher.wire import Connection, ConnectionLostError, Message
+from ft_dist.launcher.workers import Ended, Share, Workers
+
+POLL_S = 0.05
+JOIN_TIMEOUT_S = 300.0
+MAX_RESTARTS = 3
+
+
+class Link(Protocol):
+    """An agent's way to the head: itself, or over the network."""
+
+    def receive(self) -> list[Message]: ...
+
+    def ended(self, worker: Ended, number: int) -> None: ...
+
+    def leaving(self, number: int) -> None: ...
+
+    def wait(self) -> None: ...
+
+
+class HeadLink:
+    """The head in this process, which also hears the other machines at their meeting place, if there are any."""
+
+    def __init__(self, head: Head, member: Member, inbox: list[Message], meeting: Meeting | None) -> None:
+        self._head, self._member, self._inbox, self._meeting = head, member, inbox, meeting
+
+    def receive(self) -> list[Message]:
+        if self._meeting:
+            self._meeting.serve(self._head)
+        self._head.tick()
+        found, self._inbox[:] = list(self._inbox), []
+        return found
+
+    def ended(self, worker: Ended, number: int) -> None:
+        self._head.worker_ended(self._member, number, worker.rank, worker.code)
+
+    def leaving(self, number: int) -> None:
+        self._head.leave(self._member, number)
+
+    def wait(self) -> None:
+        _doze(self._meeting.sockets() if self._meeting else [])
+
+
+class RemoteLink:
+    """A connection to the head on another machine. All raise ConnectionLostError."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def receive(self) -> list[Message]:
+        return self._connection.receive()
+
+    def ended(self, worker: Ended, number: int) -> None:
+        self._connection.send({"type": "ended", "round": number, "rank": worker.rank, "code": worker.code})
+
+    def leaving(self, number: int) -> None:
+        self._connection.send({"type": "leaving", "number": number})
+
+    def wait(self) -> None:
+        _doze([self._connection.socket])
+
+
+class Agent:
+    """Obeys the head: starts, signals and stops the workers of this machine, and reports their ends."""
+
+    def __init__(self, arguments: Sequence[str], *, environment: dict[str, str] | None = None) -> None:
+        self.workers = Workers(arguments, environment=environment)
+        self.told: list[int] = []
+        self._unheard: list[int] = []
+        self._round = 0
+
+    def __enter__(self) -> "Agent":
+        self._previous = {number: signal.signal(number, self._hear) for number in FORWARDED}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.workers.close()
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self.told.append(number)
+        self._unheard.append(number)
+
+    def obey(self, link: Link) -> int:
+        """Until the run is over; returns its exit code. Raises ConnectionLostError."""
+        while True:
+            while self._unheard:
+                number = self._unheard.pop(0)
+                link.leaving(number)
+                if not self.workers.running:
+                    return EXIT_PREEMPTED
+                self.workers.signal(number)
+            for message in link.receive():
+                if message["type"] == "over":
+                    return int(message["code"])
+                self._do(message)
+            for worker in self.workers.ended():
+                link.ended(worker, self._round)
+            link.wait()
+
+    def _do(self, message: Message) -> None:
+        if message["type"] == "start":
+            share = Share(**message["share"])
+            self._round = share.round
+            self.workers.start(share)
+        elif message["round"] == self._round and message["type"] == "signal":
+            self.workers.signal(int(message["number"]))
+        elif message["round"] == self._round and message["type"] == "stop":
+            self.workers.stop()
+
+
+def run_here(arguments: Sequence[str], config: RunConfig, *, nproc: int, max_restarts: int = MAX_RESTARTS) -> int:
+    """Run `python -m ft_dist.train ARGUMENTS` on `nproc` ranks of this machine; returns the exit code of the whole."""
+    with Agent(arguments) as agent:
+        return agent.obey(_own_head(agent, config, (1, 1), nproc=nproc, max_restarts=max_restarts))
+
+
+def run_node(
+    arguments: Sequence[str],
+    config: RunConfig,
+    *,
+    nodes: tuple[int, int],
+    nproc: int,
+    place: Place,
+    local_addr: str | None,
+    max_restarts: int,
+    join_timeout_s: float,
+) -> int:
+    """Run this node's part of a run on several; returns the exit code of the whole."""
+    with Agent(arguments, environment={"FT_DIST_NODE": node_name()}) as agent:
+        meeting = Meeting.open(place)
+        if meeting:
+            say(f"{node_name()} is the head of run {place.run_id}, at {place}")
+            with meeting:
+                return agent.obey(
+                    _own_head(
+                        agent,
+                        config,
+                        nodes,
+                        nproc=nproc,
+                        max_restarts=max_restarts,
+                        meeting=meeting,
+                        address=local_addr or place.host,
+                        join_timeout_s=join_timeout_s,
+                    )
+                )
+        return _follow(agent, place, nproc=nproc, join_timeout_s=join_timeout_s)
+
+
+def _own_head(
+    agent: Agent,
+    config: RunConfig,
+    nodes: tuple[int, int],
+    *,
+    nproc: int,
+    max_restarts: int,
+    meeting: Meeting | None = None,
+    address: str = "127.0.0.1",
+    join_timeout_s: float = JOIN_TIMEOUT_S,
+) -> HeadLink:
+    head = Head(
+        minimum=nodes[0],
+        maximum=nodes[1],
+        policy=RestartPolicy(max_restarts, config.run_dir),
+        run_dir=config.run_dir,
+        grows_at_commits=config.checkpoint.interval_steps > 0,
+        join_timeout_s=join_timeout_s,
+        master=lambda: (address, _free_port()),
+        say=say,
+    )
+    inbox: list[Message] = []
+    member = Member(node_name(), nproc, inbox.append)
+    head.join(member)
+    return HeadLink(head, member, inbox, meeting)
+
+
+def _follow(agent: Agent, place: Place, *, nproc: int, join_timeout_s: float) -> int:
+    """Join the head, and join it again whenever it is lost, until the run is over or it stays away too long."""
+    hello = {"run_id": place.run_id, "node": node_name(), "nproc": nproc, "agent": secrets.token_hex(4)}
+    while True:
+        connection = connect(place, hello, timeout_s=join_timeout_s, stop=lambda: bool(agent.told), say=say)
+        if connection is None:
+            return EXIT_PREEMPTED if agent.told else EXIT_FAILED
+        try:
+            code = agent.obey(RemoteLink(connection))
+            connection.finish()
+            return code
+        except ConnectionLostError as error:
+            connection.close()
+            agent.workers.kill()
+            if agent.told:
+                return EXIT_PREEMPTED
+            say(f"{node_name()} lost the head at {place}: {error}; its workers are ended and it joins again")
+
+
+def say(line: str) -> None:
+    """To the console of this node; standard output is rank 0's."""
+    with contextlib.suppress(OSError):
+        print(f"ft-dist: {line}", file=sys.stderr, flush=True)
+
+
+def _doze(sockets: list[Any]) -> None:
+    if sockets:
+        select.select(sockets, [], [], POLL_S)
+    else:
+        time.sleep(POLL_S)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def _node_range(text: str) -> tuple[int, int]:
+    low, separator, high = text.partition(":")
+    if low.isdigit() and (not separator or high.isdigit()):
+        first, last = int(low), int(high or low)
+        if 1 <= first <= last:
+            return first, last
+    raise UserError(f"--nnodes {text} is neither a number nor MIN:MAX with 1 <= MIN <= MAX, for example 4 or 2:4.")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m ft_dist.launcher.agent", description="One node's part of a run; start it once on every node."
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, or the name of a shipped recipe")
+    parser.add_argument("overrides", metavar="key=value", nargs="*")
+    parser.add_argument("--nnodes", default="1", metavar="N|MIN:MAX", help="nodes of the run [default: 1]")
+    parser.add_argument("--nproc", type=int, help="workers on this node [default: one a GPU, or 1 on CPU]")
+    parser.add_argument("--rdzv", metavar="HOST:PORT", help="where the nodes meet: an address of one of them")
+    parser.add_argument("--run-id", default=None, help="agents of other runs are refused [default: output_dir]")
+    parser.add_argument("--local-addr", help="address by which the others reach this node, if it becomes the head")
+    parser.add_argument("--max-restarts", type=int, default=MAX_RESTARTS, help="between two commits [default: 3]")
+    parser.add_argument("--join-timeout", type=float, default=JOIN_TIMEOUT_S, metavar="S", help="[default: 300]")
+    options = parser.parse_intermixed_args(argv)
+    leave_when_told()
+    try:
+        return _run(options)
+    except UserError as error:
+        say(f"error: {error}")
+        return EXIT_USER
+
+
+def _run(options: argparse.Namespace) -> int:
+    from ft_dist.check import check
+
+    arguments = [options.config, *options.overrides]
+    nodes = _node_range(options.nnodes)
+    nproc = options.nproc or default_nproc()
+    if nproc < 1 or options.max_restarts < 0:
+        raise UserError(f"--nproc {nproc} --max-restarts {options.max_restarts}: at least 1 and 0 are needed.")
+    config = load_config(options.config, options.overrides)
+    check(config, world_size=nodes[1] * nproc)
+    if nodes[1] == 1:
+        return run_here(arguments, config, nproc=nproc, max_restarts=options.max_restarts)
+    if not options.rdzv:
+        raise UserError(f"--nnodes {options.nnodes} needs --rdzv HOST:PORT, the same on every node.")
+    return run_node(
+        arguments,
+        config,
+        nodes=nodes,
+        nproc=nproc,
+        place=Place.parse(options.rdzv, options.run_id or str(config.run_dir)),
+        local_addr=options.local_addr,
+        max_restarts=options.max_restarts,
+        join_timeout_s=options.join_timeout,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

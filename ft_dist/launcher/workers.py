@@ -1,0 +1,163 @@
+"""The worker processes of this machine: started, signalled, told apart by exit code, and never left behind.
+
+torchrun flattens its workers' exit codes to 1 and leaves orphans when it is killed; schedulers need 75 and 2. So the
+workers are our own children, each in a session of its own. Linux's parent-death signal ends them with the agent, and a
+guard, a shell that waits for our end of a pipe to close, ends what they started themselves (and them, elsewhere).
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ft_dist.errors import EXIT_FINISHED, EXIT_PREEMPTED
+from ft_dist.launcher.local import threads_per_worker
+
+GRACE_S = 2.0
+"""Workers whose peer failed have this long to fail by themselves: they often say why"""
+PR_SET_PDEATHSIG = 1
+GUARD = 'while read -r line; do groups=$line; done; for group in $groups; do kill -KILL -- "-$group"; done 2>/dev/null'
+
+
+@dataclass(frozen=True)
+class Share:
+    """This machine's part of one round: ranks `first_rank` to `first_rank + nproc - 1` of `world_size`."""
+
+    round: int
+    first_rank: int
+    nproc: int
+    world_size: int
+    node_rank: int
+    nodes: int
+    master_addr: str
+    master_port: int
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A worker's end. `code` is negative for a signal, None where we killed it because others had failed."""
+
+    rank: int
+    code: int | None
+
+
+class Workers:
+    """`python -m ft_dist.train ARGUMENTS` on every rank of this machine's share, one round at a time.
+
+    `close` it in the end, whatever happens. Main thread only: the parent-death signal follows the thread that forks.
+    """
+
+    def __init__(self, arguments: Sequence[str], *, environment: Mapping[str, str] | None = None) -> None:
+        self._command = [sys.executable, "-m", "ft_dist.train", *arguments]
+        self._environment = dict(environment or {})
+        self._running: dict[int, subprocess.Popen[bytes]] = {}
+        self._told: set[int] = set()
+        self._kill_at: float | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
+
+    @property
+    def running(self) -> bool:
+        return bool(self._running)
+
+    def start(self, share: Share) -> None:
+        assert not self._running, "the round before has not ended"
+        self._told, self._kill_at = set(), None
+        for local_rank in range(share.nproc):
+            rank = share.first_rank + local_rank
+            self._running[rank] = subprocess.Popen(
+                self._command,
+                env=os.environ | self._environment | _environment(share, local_rank),
+                # a session of its own: Ctrl-C reaches the workers once, through the agent
+                start_new_session=True,
+                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            )
+            self._tell_guard()
+
+    def signal(self, number: int) -> None:
+        """Send a signal to every worker that runs."""
+        self._told.add(number)
+        for process in self._running.values():
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def stop(self) -> None:
+        """End the round: the workers that are left after GRACE_S are killed."""
+        if self._kill_at is None:
+            self._kill_at = time.monotonic() + GRACE_S
+
+    def ended(self) -> list[Ended]:
+        """The workers that have ended since the last call."""
+        found = [self._bury(rank) for rank, process in list(self._running.items()) if process.poll() is not None]
+        if self._running and self._kill_at is not None and time.monotonic() >= self._kill_at:
+            found += self.kill()
+        if found:
+            self._tell_guard()
+        return found
+
+    def kill(self) -> list[Ended]:
+        """End every worker, and what it started, at once."""
+        found = []
+        for rank, process in list(self._running.items()):
+            over = process.poll() is not None
+            _kill_group(process.pid)
+            process.wait()
+            found.append(self._bury(rank) if over else Ended(rank, None))
+            self._running.pop(rank, None)
+        return found
+
+    def close(self) -> None:
+        self.kill()
+        if self._guard and self._guard.stdin:
+            with contextlib.suppress(BrokenPipeError):
+                self._tell_guard()
+                self._guard.stdin.close()
+            self._guard.wait()
+
+    def _bury(self, rank: int) -> Ended:
+        process = self._running.pop(rank)
+        code = process.returncode
+        if code != EXIT_FINISHED:
+            # what it started (processes that load data) may not have noticed
+            _kill_group(process.pid)
+        # one that was told to stop before it could listen has nothing to save
+        return Ended(rank, EXIT_PREEMPTED if -code in self._told else code)
+
+    def _tell_guard(self) -> None:
+        """The guard kills the groups of the last line that it was sent."""
+        if self._guard is None:
+            self._guard = subprocess.Popen(
+                ["/bin/sh", "-c", GUARD], stdin=subprocess.PIPE, start_new_session=True, cwd="/"
+            )
+        assert self._guard.stdin
+        line = " ".join(str(process.pid) for process in self._running.values())
+        with contextlib.suppress(BrokenPipeError):  # somebody killed the guard: the parent-death signal is left
+            self._guard.stdin.write(f"{line}\n".encode())
+            self._guard.stdin.flush()
+
+
+def _environment(share: Share, local_rank: int) -> dict[str, str]:
+    return {
+        "RANK": str(share.first_rank + local_rank),
+        "LOCAL_RANK": str(local_rank),
+        "WORLD_SIZE": str(share.world_size),
+        "LOCAL_WORLD_SIZE": str(share.nproc),
+        "GROUP_RANK": str(share.node_rank),
+        "GROUP_WORLD_SIZE": str(share.nodes),
+        "MASTER_ADDR": share.master_addr,
+        "MASTER_PORT": str(share.master_port),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads_per_worker(share.nproc))),
+    }
+
+
+def _kill_group(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
