@@ -198,13 +198,11 @@ def launch(
         return
     start = log_size(submission.logs[0])
     records = submitted(submission)
+    launched = list(zip(submission.runs, records, strict=True))
     if as_json:
-        entries = [
-            {"run": str(run.folder)} | vars(record) for run, record in zip(submission.runs, records, strict=True)
-        ]
-        typer.echo(json.dumps(entries, indent=2))
+        typer.echo(json.dumps([{"run": str(run.folder)} | vars(record) for run, record in launched], indent=2))
         return
-    for run, record in zip(submission.runs, records, strict=True):
+    for run, record in launched:
         typer.echo(f"ft-dist: {run.folder}: job {record.job} of {record.target}")
     if submission.afterwards:
         typer.echo(submission.afterwards)

@@ -154,15 +154,13 @@ def install() -> None:
     """Debian's packages, if they are missing; the test is skipped where they cannot be installed."""
     if all(shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") for name in PROGRAMS):
         return
-    sudo = [] if os.geteuid() == 0 else ["sudo", "-n"]
+    if not shutil.which("apt-get"):
+        pytest.skip("SLURM is not here, and there is no apt-get to install it with")
+    apt = [*([] if os.geteuid() == 0 else ["sudo", "-n"]), "apt-get"]
     for arguments in (["update"], ["install", "-y", "--no-install-recommends", "slurm-wlm", "munge"]):
-        done = (
-            subprocess.run([*sudo, "apt-get", *arguments], capture_output=True, text=True)
-            if shutil.which("apt-get")
-            else None
-        )
-        if done is None or done.returncode:
-            pytest.skip(f"SLURM is not here and cannot be installed: {done.stderr[-200:] if done else 'no apt-get'}")
+        done = subprocess.run([*apt, *arguments], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"SLURM is not here and cannot be installed: {done.stderr[-200:]}")
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from ft_dist.config import dump_config
@@ -63,12 +64,13 @@ def plan(request: Request, runs: list[Run]) -> Submission:
 
 def submit(submission: Submission) -> list[Record]:
     log = submission.logs[0]
+    assert log is not None
     job = _start(submission.command, log)
     return [new_record(target=submission.target, job=job, command=submission.command, log=log)]
 
 
 def submit_again(record: Record, folder: Path) -> str:
-    return _start(list(record.command), Path(str(record.log)))
+    return _start(record.command, Path(str(record.log)))
 
 
 def state(record: Record, folder: Path) -> JobState:
@@ -92,7 +94,7 @@ def stop(record: Record) -> str:
     return f"process {pid} committed and left"
 
 
-def _start(command: list[str] | tuple[str, ...], log: Path) -> str:
+def _start(command: Sequence[str], log: Path) -> str:
     """The process, named so that a later one of the same number is not taken for it."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:

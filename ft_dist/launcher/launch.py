@@ -3,6 +3,7 @@
 A target is a module with `plan`, `submit`, `submit_again`, `state` and `stop`.
 """
 
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -70,6 +71,9 @@ def show_log(folder: Path, show: Say) -> None:
 def watch(folder: Path, *, start: int = 0, say: Say, show: Say) -> int:
     """Show the log of a run until it ends; returns the exit code that its end means."""
     record = read_record(folder)
+    if record.log is None:
+        return subprocess.run(TARGETS[record.target].log_command(record)).returncode
+    log = Path(record.log)
 
     def ask_state() -> JobState:
         if record.target == slurm.NAME:
@@ -77,7 +81,7 @@ def watch(folder: Path, *, start: int = 0, say: Say, show: Say) -> int:
         return _state(record, folder)
 
     try:
-        state = follow(Path(record.log), start=start, ask_state=ask_state, say=say, show=show)
+        state = follow(log, start=start, ask_state=ask_state, say=say, show=show)
     except KeyboardInterrupt:
         say(f"the run goes on without us: `ft-dist logs {folder}` shows it, `ft-dist stop {folder}` ends it")
         return EXIT_FINISHED

@@ -1,4 +1,4 @@
-"""Templates of `launch/` -> text. A variable that a template misses is an error, and every value is quoted for its file."""
+"""Templates of `launch/` -> text. A missing variable is an error, and every value is quoted for its kind of file."""
 
 import importlib.resources
 import json

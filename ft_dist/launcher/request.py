@@ -151,6 +151,6 @@ def _combinations(sweep: Sequence[str]) -> list[tuple[str, ...]]:
     found = list(itertools.product(*choices))
     if len(found) > MAX_SWEEP:
         raise ConfigError(
-            f"--sweep: {len(found)} runs, but at most {MAX_SWEEP} go into one job array. Sweep fewer values."
+            f"--sweep: {len(found)} runs, but one job array takes at most {MAX_SWEEP}. Sweep fewer values."
         )
     return found

@@ -57,7 +57,9 @@ def python_of(request: Request) -> str:
 
 def submit(submission: Submission) -> list[Record]:
     """sbatch takes the environment of this shell along by itself; the script holds none of it."""
-    submission.logs[0].parent.mkdir(parents=True, exist_ok=True)
+    for log in submission.logs:
+        assert log is not None
+        log.parent.mkdir(parents=True, exist_ok=True)
     job = call(submission.command).split(";")[0]
     if len(submission.runs) == 1:
         return [new_record(target=NAME, job=job, command=submission.command, log=submission.logs[0])]
