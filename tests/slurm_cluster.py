@@ -91,16 +91,21 @@ class SlurmCluster:
         self._spawn("slurmctld", ["slurmctld", "-D", "-f", conf])
         for name in self._names:
             self.start_node(name)
-        _wait_for(lambda: self._idle() == len(self._names), f"the nodes; see {root}/*.log")
+        self.wait_until_idle()
 
     def start_node(self, name: str) -> None:
         self._spawn(name, ["slurmd", "-D", "-N", name, "-f", self.environment["SLURM_CONF"]])
 
-    def kill_node(self, name: str) -> None:
-        """A node that loses power, seen from outside: its daemon and all that it ran are gone without a word."""
-        self._daemons.pop(name).kill()
-        for pid in self._started_by(name):
+    def kill_node(self, name: str, *, with_its_jobs: bool = True) -> None:
+        """A node that loses power, seen from outside: daemon and jobs are gone without a word; or the daemon alone."""
+        daemon = self._daemons.pop(name)
+        daemon.kill()
+        daemon.wait()
+        for pid in self._started_by(name) if with_its_jobs else []:
             _kill(pid)
+
+    def wait_until_idle(self) -> None:
+        _wait_for(lambda: self._idle() == len(self._names), f"the nodes; see {self.root}/*.log")
 
     def run(self, *command: str, check: bool = True) -> str:
         """Output of a SLURM command."""
