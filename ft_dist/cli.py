@@ -164,7 +164,9 @@ RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="output_dir of a
 def launch(
     config: Config,
     overrides: Overrides = None,
-    on: Annotated[Literal["local", "torchrun", "slurm"], typer.Option(help="Where to run")] = "local",
+    on: Annotated[
+        Literal["local", "torchrun", "slurm", "sky", "k8s", "vm"], typer.Option(help="Where to run")
+    ] = "local",
     nodes: Annotated[str, typer.Option(metavar="N|MIN:MAX", help="Machines")] = "1",
     gpus_per_node: Annotated[int | None, typer.Option(min=0, help="0 trains on CPU [default: the profile's]")] = None,
     nproc: Annotated[int | None, typer.Option(min=1, help="Workers on each node [default: one a GPU, or 1]")] = None,

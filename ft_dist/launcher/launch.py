@@ -12,13 +12,20 @@ from typing import Any
 
 from ft_dist.check import check
 from ft_dist.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, UserError
-from ft_dist.launcher import here, slurm
+from ft_dist.launcher import here, kubernetes, sky, slurm, vm
 from ft_dist.launcher.follow import follow
 from ft_dist.launcher.record import RECORD, JobState, Record, progress, read_record, stop_mark
-from ft_dist.launcher.request import Request, runs_of
+from ft_dist.launcher.request import SEES_OUR_DISKS, Request, runs_of
 from ft_dist.launcher.submission import Submission
 
-TARGETS: dict[str, ModuleType] = {"local": here, "torchrun": here, "slurm": slurm}
+TARGETS: dict[str, ModuleType] = {
+    "local": here,
+    "torchrun": here,
+    "slurm": slurm,
+    "sky": sky,
+    "k8s": kubernetes,
+    "vm": vm,
+}
 
 Say = Callable[[str], None]
 
@@ -29,7 +36,7 @@ def planned(request: Request) -> Submission:
     Raises UserError.
     """
     runs = runs_of(request)
-    for run in runs:
+    for run in runs if request.target in SEES_OUR_DISKS else []:
         check(run.config, world_size=request.world_size)
     return TARGETS[request.target].plan(request, runs)
 

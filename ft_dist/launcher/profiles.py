@@ -45,6 +45,7 @@ class SkyProfile(Section):
 
     infra: str | None = Field(default=None, description="Such as aws/us-east-1; None lets SkyPilot choose")
     use_spot: bool = True
+    setup: str | None = Field(default=None, description="Shell lines that install ft_dist on a new machine")
     disk_gb: PositiveInt = 200
 
 

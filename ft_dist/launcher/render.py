@@ -19,7 +19,9 @@ def template_folder() -> Path:
 
 
 def render(template: str, **values: Any) -> str:
-    """The text of `launch/TEMPLATE` with `values`: `| sh` quotes one for a shell, `| yaml` for a YAML or JSON file."""
+    """The text of `launch/TEMPLATE` with `values`: `| sh` quotes one for a shell and `| words` a list of them, `| yaml`
+    for a YAML file.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -30,6 +32,7 @@ def render(template: str, **values: Any) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["sh"] = lambda value: shlex.quote(str(value))
+    environment.filters["words"] = shlex.join
     # JSON is YAML, and says without doubt what is text and what is a number
     environment.filters["yaml"] = lambda value: json.dumps(value, ensure_ascii=False)
     return environment.get_template(template).render(**values)

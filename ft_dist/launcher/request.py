@@ -15,6 +15,7 @@ from ft_dist.errors import ConfigError, UserError
 from ft_dist.launcher.local import default_nproc
 from ft_dist.launcher.profiles import Profile, load_profile
 
+SEES_OUR_DISKS = ("local", "torchrun", "slurm")
 MAX_SWEEP = 1000
 """SLURM's MaxArraySize is 1001 by default"""
 
@@ -56,7 +57,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a request. `folder` is its output_dir, absolute."""
+    """One run of a request. `folder`, absolute, holds what is submitted; where the nodes see it, it is output_dir."""
 
     folder: Path
     config: RunConfig
@@ -123,6 +124,8 @@ def job_name(folder: Path) -> str:
 def runs_of(request: Request) -> list[Run]:
     """The run, or one run each combination of the sweep, in folders of their own. Raises ConfigError, UserError."""
     base = load_config(request.recipe, request.overrides)
+    if request.target not in SEES_OUR_DISKS and not request.sweep:
+        return [Run(_here(base).absolute(), base, list(request.overrides))]
     if not request.sweep:
         return [_pinned(base, list(request.overrides), Path(base.output_dir))]
     runs = []
@@ -132,6 +135,12 @@ def runs_of(request: Request) -> list[Run]:
         folder = Path(base.output_dir) / f"{index:03d}-{name}"
         runs.append(_pinned(load_config(request.recipe, overrides), overrides, folder))
     return runs
+
+
+def _here(config: RunConfig) -> Path:
+    """For machines that do not see our disks: output_dir if it is relative, and so may be meant for here as well."""
+    folder = Path(config.output_dir)
+    return Path("runs") / folder.name if folder.is_absolute() else folder
 
 
 def _pinned(config: RunConfig, overrides: list[str], folder: Path) -> Run:
