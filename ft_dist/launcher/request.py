@@ -131,7 +131,7 @@ def runs_of(request: Request) -> list[Run]:
     runs = []
     for index, combination in enumerate(_combinations(request.sweep)):
         overrides = [*request.overrides, *combination]
-        name = re.sub(r"[^\w.=+,-]+", "_", ",".join(combination))[:100]
+        name = re.sub(r"[^\w.=+-]+", "_", "_".join(combination))[:100]
         folder = Path(base.output_dir) / f"{index:03d}-{name}"
         runs.append(_pinned(load_config(request.recipe, overrides), overrides, folder))
     return runs

@@ -36,7 +36,8 @@ def plan(request: Request, runs: list[Run]) -> Submission:
     service = render("vm.service.j2", name=name, user=getpass.getuser(), margin_s=run.config.preemption.margin_s)
     afterwards = (
         f"On the machine, or in its start-up script:\n"
-        f"  sudo install -m 755 vm.sh /usr/local/bin/{name} && sudo install -m 644 {name}.service /etc/systemd/system/\n"
+        f"  sudo install -m 755 vm.sh /usr/local/bin/{name}\n"
+        f"  sudo install -m 644 {name}.service /etc/systemd/system/\n"
         f"  sudo systemctl enable --now {name}\n"
         f"The files are in {script.parent}; credentials go into /etc/ft_dist/credentials.env (NAME=value), mode 600."
     )
