@@ -5,6 +5,7 @@ real, signals are real and a node daemon can be killed. Nothing is left running.
 """
 
 import contextlib
+import ctypes
 import getpass
 import os
 import shutil
@@ -149,7 +150,9 @@ class SlurmCluster:
         program = shutil.which(command[0], path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
         assert program, command[0]
         with (self.root / f"{name}.log").open("ab") as log:
-            self._daemons[name] = subprocess.Popen([program, *command[1:]], stdout=log, stderr=log)
+            self._daemons[name] = subprocess.Popen(
+                [program, *command[1:]], stdout=log, stderr=log, preexec_fn=_end_with_the_tests
+            )
 
     def _idle(self) -> int:
         return self.run("sinfo", "--noheader", "--Node", "--partition=low", "--format=%T", check=False).count("idle")
@@ -177,6 +180,11 @@ def slurm_cluster(root: Path, *, nodes: int = 2, proctrack: str = "linuxproc") -
         yield cluster
     finally:
         cluster.stop()
+
+
+def _end_with_the_tests() -> None:
+    """A test session that is killed leaves no daemons (prctl(2), PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def _wait_for(what: Callable[[], bool], name: str, timeout_s: float = 60) -> None:
