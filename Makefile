@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 WORKERS ?= 2
 export PYTHONUNBUFFERED := 1
 
-.PHONY: quickstart install test faults check format equivalence chaos slurm clean
+.PHONY: quickstart install test faults check format equivalence chaos slurm hosts clean
 
 # The versions that were tested together; another torch is the user's own choice, so then nothing is pinned.
 CONSTRAINTS := $(if $(filter torch==2.13.0,$(TORCH)),-c constraints.txt)
@@ -59,6 +59,10 @@ chaos: $(VENV)/.dev
 # jobs of a real SLURM (installed with apt-get if missing) that are preempted, out of time, requeued or lose a node
 slurm: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m slow tests/launcher/test_slurm.py
+
+# three hosts in network namespaces, their links cut and slow: needs root (`make faults` takes the short form)
+hosts: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m "slow or faults" tests/launcher/test_hosts.py
 
 clean:
 	rm -rf runs .cache build *.egg-info

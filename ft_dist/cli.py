@@ -54,13 +54,35 @@ def train(
 
 
 @app.command()
-def check(config: Config, overrides: Overrides = None, nproc: Nproc = None, as_json: AsJson = False) -> None:
+def check(
+    config: Config,
+    overrides: Overrides = None,
+    nproc: Nproc = None,
+    env: Annotated[
+        bool, typer.Option("--env", help="Start the ranks: do they agree, see and reach each other?")
+    ] = False,
+    nnodes: Annotated[
+        str, typer.Option(metavar="N|MIN:MAX", help="With --env: nodes, each running this command")
+    ] = "1",
+    rdzv: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="With --nnodes: where they meet")] = None,
+    as_json: AsJson = False,
+) -> None:
     """Tell everything that can be known before training; exit 2 if something must be mended."""
     from ft_dist.check import check as check_config
     from ft_dist.config import load_config
     from ft_dist.launcher.local import default_nproc
 
+    if env and as_json:
+        raise UserError("--env writes what the ranks find as lines; leave --json away.")
     facts = check_config(load_config(config, overrides or []), world_size=nproc or default_nproc())
+    if env:
+        from ft_dist.launcher.agent import main as run_agent
+
+        place = ["--rdzv", rdzv] if rdzv else []
+        workers = str(nproc or default_nproc())
+        typer.echo("\n".join(facts))
+        arguments = ["--check", "--nnodes", nnodes, "--nproc", workers, *place, config, *(overrides or [])]
+        raise typer.Exit(run_agent(arguments))
     typer.echo(json.dumps({"ok": True, "facts": facts}, indent=2) if as_json else "\n".join([*facts, "ready to train"]))
 
 

@@ -5,12 +5,15 @@ MASTER_ADDR, MASTER_PORT); without it the process is a world of its own.
 """
 
 import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from ft_dist.errors import TrainingError
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,30 @@ class World:
         return self.rank == 0
 
 
-def join_world(*, timeout_s: float) -> World:
+def open_store(*, timeout_s: float) -> dist.Store:
+    """The ranks' common key-value store, which is there before they form a group.
+
+    Raises TrainingError where rank 0 finds its port taken: the next start is given another.
+    """
+    if "MASTER_PORT" not in os.environ:
+        # a world of one needs no port
+        return dist.HashStore()
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    address, port = os.environ.setdefault("MASTER_ADDR", "127.0.0.1"), int(os.environ["MASTER_PORT"])
+    # torchrun's agent keeps the store itself
+    opens = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        return dist.TCPStore(address, port, size, is_master=opens, timeout=timeout, wait_for_workers=False)
+    except dist.DistNetworkError as error:
+        if opens and "EADDRINUSE" in str(error):
+            raise TrainingError(
+                f"{socket.gethostname()}: MASTER_PORT={port} is in use by another program. Set another MASTER_PORT."
+            ) from None
+        raise
+
+
+def join_world(store: dist.Store, *, timeout_s: float) -> World:
     """Initialise the process group: NCCL on GPUs, gloo on CPU. Call `leave_world` at the end."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
@@ -44,13 +70,9 @@ def join_world(*, timeout_s: float) -> World:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("LOCAL_RANK", str(local_rank))
-    kwargs: dict[str, Any] = {"rank": rank, "world_size": size, "timeout": timedelta(seconds=timeout_s)}
-    if "MASTER_PORT" in os.environ:
-        dist.init_process_group(backend, init_method="env://", **kwargs)
-    else:
-        # a world of one needs no port
-        dist.init_process_group(backend, store=dist.HashStore(), **kwargs)
-        os.environ.setdefault("MASTER_PORT", "29500")
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    os.environ.setdefault("MASTER_PORT", "29500")
     return World(rank=rank, size=size, local_rank=local_rank, local_size=local_size, device=device)
 
 

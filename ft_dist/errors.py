@@ -39,6 +39,10 @@ class MissingFileError(StorageError):
     """A file that is not in its storage."""
 
 
+class PreflightError(UserError):
+    """A node, or the way between nodes, that is not fit for the run; names node, value and fix."""
+
+
 class TrainingError(Exception):
     """The run itself went wrong (for example non-finite losses in a row): exit 1."""
 

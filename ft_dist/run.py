@@ -21,7 +21,7 @@ from ft_dist.data.batch import BatchStream, Prefetched, Prefetcher
 from ft_dist.data.open import open_stream
 from ft_dist.data.report import prepare_data, report_lines
 from ft_dist.data.stream import DataStream
-from ft_dist.distributed import World, announce_stop, join_world, leave_world, stop_announced
+from ft_dist.distributed import World, announce_stop, leave_world, stop_announced
 from ft_dist.engine.build import build_engine
 from ft_dist.engine.final import write_final
 from ft_dist.engine.step import Engine, StepResult
@@ -36,6 +36,7 @@ from ft_dist.observe.trackers import keep_wandb_run_id, wandb_run_id
 from ft_dist.preemption.listen import listen_for_notices
 from ft_dist.preemption.stop import StopRequest
 from ft_dist.preemption.watchdog import Watchdog
+from ft_dist.preflight.ranks import form_world
 from ft_dist.resources import flops_per_token, keep_freed_memory, peak_flops, peak_memory_bytes, versions
 
 WAIT_FOR_DATA_S = 5.0
@@ -72,14 +73,14 @@ def prepare_run(config: RunConfig, stop: StopRequest) -> "Run":
     held_out = HeldOut.prepare(config, tokenizer, eval_set.store) if config.data.eval else None
     # nothing is written below output_dir before all that one process can find wrong has been told
     log_file = log_rank_output(config, rank=rank)
-    world = join_world(timeout_s=config.collective_timeout_s)
+    world, agreed = form_world(config, rank=rank, size=size)
     if world.device.type == "cpu":
         keep_freed_memory()
     engine = build_engine(config, world, folder=folder, tokenizer=tokenizer)
     stream = open_stream(config, tokenizer, train_set)
     run = Run(config, world, engine, stream, stop, tokenizer=tokenizer, held_out=held_out, folder=folder)
     run.log_file = log_file
-    run.start(facts=[*facts, *notes, *report_lines(report)], data_report=report)
+    run.start(facts=[*facts, *notes, *report_lines(report), *agreed], data_report=report)
     return run
 
 

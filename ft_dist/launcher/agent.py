@@ -28,10 +28,12 @@ from ft_dist.launcher.meeting import Meeting, Place, connect, node_name
 from ft_dist.launcher.restarts import RestartPolicy
 from ft_dist.launcher.wire import Connection, ConnectionLostError, Message
 from ft_dist.launcher.workers import Ended, Share, Workers
+from ft_dist.preflight.same import code_hash, config_hash
 
 POLL_S = 0.05
 JOIN_TIMEOUT_S = 300.0
 MAX_RESTARTS = 3
+TRAIN, CHECK = "ft_dist.train", "ft_dist.preflight"
 
 
 class Link(Protocol):
@@ -91,8 +93,8 @@ class RemoteLink:
 class Agent:
     """Obeys the head: starts, signals and stops the workers of this machine, and reports their ends."""
 
-    def __init__(self, arguments: Sequence[str], *, environment: dict[str, str] | None = None) -> None:
-        self.workers = Workers(arguments, environment=environment)
+    def __init__(self, arguments: Sequence[str], *, module: str, environment: dict[str, str] | None = None) -> None:
+        self.workers = Workers(arguments, module=module, environment=environment)
         self.told: list[int] = []
         self._unheard: list[int] = []
         self._round = 0
@@ -138,9 +140,9 @@ class Agent:
             self.workers.stop()
 
 
-def run_here(arguments: Sequence[str], config: RunConfig, *, nproc: int, max_restarts: int = MAX_RESTARTS) -> int:
-    """Run `python -m ft_dist.train ARGUMENTS` on `nproc` ranks of this machine; returns the exit code of the whole."""
-    with Agent(arguments) as agent:
+def run_here(arguments: Sequence[str], config: RunConfig, *, nproc: int, max_restarts: int, module: str = TRAIN) -> int:
+    """Run `python -m MODULE ARGUMENTS` on `nproc` ranks of this machine; returns the exit code of the whole."""
+    with Agent(arguments, module=module) as agent:
         return agent.obey(_own_head(agent, config, (1, 1), nproc=nproc, max_restarts=max_restarts))
 
 
@@ -154,9 +156,10 @@ def run_node(
     local_addr: str | None,
     max_restarts: int,
     join_timeout_s: float,
+    module: str = TRAIN,
 ) -> int:
     """Run this node's part of a run on several; returns the exit code of the whole."""
-    with Agent(arguments, environment={"FT_DIST_NODE": node_name()}) as agent:
+    with Agent(arguments, module=module, environment={"FT_DIST_NODE": node_name()}) as agent:
         meeting = Meeting.open(place)
         if meeting:
             say(f"{node_name()} is the head of run {place.run_id}, at {place}")
@@ -205,7 +208,7 @@ def _own_head(
 
 def _follow(agent: Agent, place: Place, *, nproc: int, join_timeout_s: float) -> int:
     """Join the head, and join it again whenever it is lost, until the run is over or it stays away too long."""
-    hello = {"run_id": place.run_id, "node": node_name(), "nproc": nproc, "agent": secrets.token_hex(4)}
+    hello = {"node": node_name(), "nproc": nproc, "agent": secrets.token_hex(4)}
     while True:
         connection = connect(place, hello, timeout_s=join_timeout_s, stop=lambda: bool(agent.told), say=say)
         if connection is None:
@@ -263,6 +266,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--local-addr", help="address by which the others reach this node, if it becomes the head")
     parser.add_argument("--max-restarts", type=int, default=MAX_RESTARTS, help="between two commits [default: 3]")
     parser.add_argument("--join-timeout", type=float, default=JOIN_TIMEOUT_S, metavar="S", help="[default: 300]")
+    parser.add_argument("--check", action="store_true", help="see whether the nodes are fit to train, and end")
     options = parser.parse_intermixed_args(argv)
     leave_when_told()
     try:
@@ -282,8 +286,9 @@ def _run(options: argparse.Namespace) -> int:
         raise UserError(f"--nproc {nproc} --max-restarts {options.max_restarts}: at least 1 and 0 are needed.")
     config = load_config(options.config, options.overrides)
     check(config, world_size=nodes[1] * nproc)
+    module, max_restarts = (CHECK, 0) if options.check else (TRAIN, options.max_restarts)
     if nodes[1] == 1:
-        return run_here(arguments, config, nproc=nproc, max_restarts=options.max_restarts)
+        return run_here(arguments, config, nproc=nproc, max_restarts=max_restarts, module=module)
     if not options.rdzv:
         raise UserError(f"--nnodes {options.nnodes} needs --rdzv HOST:PORT, the same on every node.")
     return run_node(
@@ -291,10 +296,16 @@ def _run(options: argparse.Namespace) -> int:
         config,
         nodes=nodes,
         nproc=nproc,
-        place=Place.parse(options.rdzv, options.run_id or str(config.run_dir)),
+        place=Place.parse(
+            options.rdzv,
+            run_id=options.run_id or str(config.run_dir),
+            code=code_hash(),
+            config=config_hash(config),
+        ),
         local_addr=options.local_addr,
-        max_restarts=options.max_restarts,
+        max_restarts=max_restarts,
         join_timeout_s=options.join_timeout,
+        module=module,
     )
 
 

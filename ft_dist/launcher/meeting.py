@@ -26,19 +26,26 @@ HELLO_S = 10.0
 
 @dataclass(frozen=True)
 class Place:
-    """HOST:PORT, and the run that meets there."""
+    """HOST:PORT, and the run that meets there: its name, and hashes of its code and config."""
 
     host: str
     port: int
     run_id: str
+    code: str
+    config: str
 
     @classmethod
-    def parse(cls, text: str, run_id: str) -> "Place":
+    def parse(cls, text: str, *, run_id: str, code: str, config: str) -> "Place":
         """Raises UserError."""
         host, _, port = text.rpartition(":")
         if not host or not port.isdigit() or not 0 < int(port) < 65536:
             raise UserError(f"--rdzv {text} is not HOST:PORT, for example node0:29400.")
-        return cls(host.strip("[]"), int(port), run_id)
+        return cls(host.strip("[]"), int(port), run_id, code, config)
+
+    def hello(self) -> Message:
+        """What an agent says of the run that it was started for."""
+        run = {"run_id": self.run_id, "code": self.code, "config": self.config}
+        return {"type": "hello", "protocol": PROTOCOL, **run}
 
     def __str__(self) -> str:
         return f"{self.host}:{self.port}"
@@ -127,14 +134,18 @@ class Meeting:
 
     def _refusal(self, hello: Message) -> str | None:
         try:
-            if hello["type"] == "hello" and hello["run_id"] == self._place.run_id and hello["protocol"] == PROTOCOL:
-                str(hello["node"]), str(hello["agent"])
-                return None if int(hello["nproc"]) > 0 else "it has no workers"
-            return (
-                f"run {hello['run_id']} came to {self._place}, where run {self._place.run_id} meets (protocols "
-                f"{hello['protocol']} and {PROTOCOL}). Give each run a port of its own, and all its nodes the same "
-                "--run-id and the same ft_dist."
-            )
+            own = self._place.hello()
+            names = {"run_id": "run", "code": "ft_dist's source", "config": "the resolved config"}
+            other = [
+                f"{name} is {hello[key]}, but {own[key]} here" for key, name in names.items() if hello[key] != own[key]
+            ]
+            if other or hello["type"] != "hello" or hello["protocol"] != PROTOCOL:
+                return (
+                    f"{hello['node']}: {', '.join(other) or 'an agent of another ft_dist'}. Give each run a port of "
+                    "its own, and all its nodes the same code, config and --run-id."
+                )
+            str(hello["agent"])
+            return None if int(hello["nproc"]) > 0 else "it has no workers"
         except (KeyError, TypeError, ValueError):
             return "this is not an agent of ft_dist"
 
@@ -185,7 +196,7 @@ def _greet(place: Place, hello: Message) -> Connection:
     peer = socket.create_connection((place.host, place.port), timeout=ATTEMPT_S)
     connection = Connection(peer)
     try:
-        connection.send({"type": "hello", "protocol": PROTOCOL, **hello})
+        connection.send({**place.hello(), **hello})
         deadline = time.monotonic() + HELLO_S
         while time.monotonic() < deadline:
             if messages := connection.receive():

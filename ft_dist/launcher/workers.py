@@ -16,12 +16,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ft_dist.errors import EXIT_FINISHED, EXIT_PREEMPTED
-from ft_dist.launcher.local import threads_per_worker
+from ft_dist.launcher.local import FORWARDED, threads_per_worker
 
 GRACE_S = 2.0
 """Workers whose peer failed have this long to fail by themselves: they often say why"""
 PR_SET_PDEATHSIG = 1
-GUARD = 'while read -r line; do groups=$line; done; for group in $groups; do kill -KILL -- "-$group"; done 2>/dev/null'
+GUARD = (
+    'while read -r line; do groups=$line; done; for group in $groups; do kill -s KILL -- "-$group"; done 2>/dev/null'
+)
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,13 @@ class Ended:
 
 
 class Workers:
-    """`python -m ft_dist.train ARGUMENTS` on every rank of this machine's share, one round at a time.
+    """`python -m MODULE ARGUMENTS` on every rank of this machine's share, one round at a time.
 
     `close` it in the end, whatever happens. Main thread only: the parent-death signal follows the thread that forks.
     """
 
-    def __init__(self, arguments: Sequence[str], *, environment: Mapping[str, str] | None = None) -> None:
-        self._command = [sys.executable, "-m", "ft_dist.train", *arguments]
+    def __init__(self, arguments: Sequence[str], *, module: str, environment: Mapping[str, str] | None = None) -> None:
+        self._command = [sys.executable, "-m", module, *arguments]
         self._environment = dict(environment or {})
         self._running: dict[int, subprocess.Popen[bytes]] = {}
         self._told: set[int] = set()
@@ -125,13 +127,18 @@ class Workers:
             # what it started (processes that load data) may not have noticed
             _kill_group(process.pid)
         # one that was told to stop before it could listen has nothing to save
-        return Ended(rank, EXIT_PREEMPTED if -code in self._told else code)
+        return Ended(rank, EXIT_PREEMPTED if -code in self._told & set(FORWARDED) else code)
 
     def _tell_guard(self) -> None:
         """The guard kills the groups of the last line that it was sent."""
         if self._guard is None:
             self._guard = subprocess.Popen(
-                ["/bin/sh", "-c", GUARD], stdin=subprocess.PIPE, start_new_session=True, cwd="/"
+                ["/bin/sh", "-c", GUARD],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+                cwd="/",
             )
         assert self._guard.stdin
         line = " ".join(str(process.pid) for process in self._running.values())

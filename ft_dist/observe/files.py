@@ -27,7 +27,7 @@ class JsonLines:
 
 
 class EventLog(JsonLines):
-    """events.jsonl: start, resume, preempted, saved, evaluated, skipped, hung, end."""
+    """events.jsonl: start, resume, preempted, saved, evaluated, skipped, hung, end. The agent adds restarted, world."""
 
     def event(self, name: str, **fields: Any) -> None:
         self.write({"time": round(time.time(), 3), "event": name} | fields)

@@ -1,0 +1,75 @@
+"""What one rank knows of its node: the same names on every rank, JSON throughout, so that rank 0 can compare them."""
+
+import os
+import resource
+import shutil
+import socket
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ft_dist.config import RunConfig
+from ft_dist.preflight.interface import own_address
+from ft_dist.preflight.same import code_hash, config_hash
+from ft_dist.resources import versions
+
+
+def node_name() -> str:
+    return os.environ.get("FT_DIST_NODE") or os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def several_nodes() -> bool:
+    """As the launcher says; torchrun and ours name the same variable."""
+    return int(os.environ.get("GROUP_WORLD_SIZE", os.environ.get("SLURM_NNODES", "1"))) > 1
+
+
+def facts(config: RunConfig, *, rank: int, size: int) -> dict[str, Any]:
+    """This rank's. Sizes in bytes."""
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    return {
+        "node": node_name(),
+        "machine": socket.gethostname(),
+        "rank": rank,
+        "world_size": size,
+        "local_size": local_size,
+        "code": code_hash(),
+        "config": config_hash(config),
+        "versions": versions() | {"cuda": str(torch.version.cuda)},
+        "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        "free_disk": free_disk(config.run_dir),
+        "address": own_address(),
+        "gpu": gpu_facts(int(os.environ.get("LOCAL_RANK", rank))),
+    }
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes free where `folder` is or would be."""
+    while not folder.exists():
+        folder = folder.absolute().parent
+    return shutil.disk_usage(folder).free
+
+
+def gpu_facts(local_rank: int) -> dict[str, Any] | None:
+    """Of the GPU that this rank takes; None without any. `fault` tells that it cannot compute."""
+    if not torch.cuda.is_available():
+        return None
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        return {"count": count, "fault": None, "name": None, "free": 0, "total": 0}
+    try:
+        free, total = torch.cuda.mem_get_info(local_rank)
+        name = torch.cuda.get_device_name(local_rank)
+        return {"count": count, "fault": _miscalculation(local_rank), "name": name, "free": free, "total": total}
+    except RuntimeError as error:
+        return {"count": count, "fault": str(error).splitlines()[0], "name": None, "free": 0, "total": 0}
+
+
+def _miscalculation(local_rank: int) -> str | None:
+    """A product of small whole numbers, which bf16 with fp32 sums gives exactly."""
+    whole = partial(torch.randint, -2, 3, generator=torch.Generator().manual_seed(0))
+    left, right = whole((256, 256)).double(), whole((256, 256)).double()
+    device = torch.device("cuda", local_rank)
+    found = (left.to(device, torch.float32) @ right.to(device, torch.float32)).double().cpu()
+    return None if torch.equal(found, left @ right) else "a product of whole numbers came out wrong"

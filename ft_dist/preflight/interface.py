@@ -1,0 +1,76 @@
+"""Which network interface the ranks speak over, and whether the one that was named is there.
+
+gloo takes the address of the host's name, which is 127.0.1.1 on many machines: over several nodes the interface that
+leads to rank 0 is named to it. NCCL chooses well by itself and is only checked.
+"""
+
+import fcntl
+import os
+import socket
+import struct
+
+from ft_dist.errors import PreflightError
+
+SIOCGIFADDR = 0x8915
+
+
+def choose_interface(*, node: str, several_nodes: bool) -> None:
+    """Set GLOO_SOCKET_IFNAME where nobody has. Raises PreflightError where a named interface is not there."""
+    names = [name for _, name in socket.if_nameindex()]
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        wanted = os.environ.get(variable, "")
+        if wanted and not _found(wanted, names, exact=variable.startswith("GLOO")):
+            raise PreflightError(
+                f"{node}: {variable}={wanted} names no network interface of this machine ({', '.join(names)}). "
+                f"Name one that all nodes have, or unset it."
+            )
+    if several_nodes and not os.environ.get("GLOO_SOCKET_IFNAME"):
+        chosen = interface_of(address_towards(os.environ.get("MASTER_ADDR", "127.0.0.1")))
+        if chosen:
+            os.environ["GLOO_SOCKET_IFNAME"] = chosen
+
+
+def own_address() -> dict[str, str]:
+    """`interface` and `address` that gloo takes."""
+    name = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
+    if name:
+        return {"interface": name, "address": _address_of(name) or ""}
+    try:
+        address = socket.gethostbyname(socket.gethostname())
+    except OSError:
+        address = ""
+    return {"interface": interface_of(address) or "", "address": address}
+
+
+def address_towards(host: str) -> str:
+    """This machine's address on the way to `host`; nothing is sent."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)
+            return str(probe.getsockname()[0])
+    except OSError:
+        return ""
+
+
+def interface_of(address: str) -> str | None:
+    """The interface that has an IPv4 address."""
+    return next((name for _, name in socket.if_nameindex() if address and _address_of(name) == address), None)
+
+
+def _address_of(name: str) -> str | None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            answer = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+        except OSError:
+            return None
+    return socket.inet_ntoa(answer[20:24])
+
+
+def _found(wanted: str, names: list[str], *, exact: bool) -> bool:
+    """NCCL reads `^` as "not", `=` as "exactly", and anything else as the beginning of a name."""
+    if wanted.startswith("^"):
+        return True
+    exact = exact or wanted.startswith("=")
+    parts = wanted.removeprefix("=").split(",")
+    return any(name == part if exact else name.startswith(part) for part in parts for name in names)

@@ -1,0 +1,210 @@
+"""The ranks compare themselves: through their key-value store before they form a group, by a collective after.
+
+Rank 0 judges and publishes what it found, so that all leave or go on together. On one node it takes some 0.1 s.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import statistics
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ft_dist.config import RunConfig
+from ft_dist.distributed import World, join_world, open_store
+from ft_dist.errors import PreflightError
+from ft_dist.observe.console import Console
+from ft_dist.preflight.facts import facts, node_name, several_nodes
+from ft_dist.preflight.interface import choose_interface
+from ft_dist.preflight.verdict import Facts, Problem, clock_problems, problems, speed_problems
+
+VISIBLE_S = 10.0
+"""How long a shared file system may take to show another node's file"""
+TELL_INTERVAL_S = 30.0
+ALL_REDUCE_ELEMENTS = {"cpu": 2**20, "cuda": 2**24}
+REPEATS = 3
+WORK_REPEATS = 9
+
+
+def form_world(config: RunConfig, *, rank: int, size: int) -> tuple[World, list[str]]:
+    """Join the others once all have been found fit, and what was found. Raises PreflightError."""
+    timeout_s = config.collective_timeout_s
+    console = Console(enabled=rank == 0)
+    choose_interface(node=node_name(), several_nodes=several_nodes())
+    store = open_store(timeout_s=timeout_s)
+    if size == 1:
+        return join_world(store, timeout_s=timeout_s), []
+    preflight = Preflight(config, store, rank=rank, size=size, timeout_s=timeout_s, say=console.say)
+    preflight.compare()
+    world = join_world(store, timeout_s=timeout_s)
+    line = preflight.measure(world, speed=several_nodes())
+    for problem in preflight.found:
+        console.note(problem.line)
+    return world, [line]
+
+
+class Preflight:
+    """One a rank. `compare` before the process group exists, `measure` after; both by all ranks alike."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        store: dist.Store,
+        *,
+        rank: int,
+        size: int,
+        timeout_s: float,
+        say: Callable[[str], None],
+    ) -> None:
+        self._config, self._rank, self._size = config, rank, size
+        self._store = dist.PrefixStore("preflight", store)
+        self._timeout = timedelta(seconds=timeout_s)
+        self._say = say
+        self._ranks: list[Facts] = []
+        self.found: list[Problem] = []
+        """What rank 0 has told so far"""
+
+    def compare(self) -> None:
+        """Whether the ranks run and see the same. Raises PreflightError where not, or where some are missing."""
+        own = facts(self._config, rank=self._rank, size=self._size)
+        with self._token() as seen:
+            self._put(f"facts/{self._rank}", own | {"sees_output": seen, "output_dir": str(self._config.run_dir)})
+            found: list[Problem] = []
+            if self._rank == 0:
+                self._ranks = [self._await_facts(rank) for rank in range(self._size)]
+                found = problems(self._ranks)
+            found += self._compare_clocks()
+            self._agree("compared", found)
+
+    def measure(self, world: World, *, speed: bool) -> str:
+        """Whether an all-reduce gives the right sum, how fast, and with `speed` which rank is slow; returns a line."""
+        elements = ALL_REDUCE_ELEMENTS[world.device.type]
+        pattern = torch.arange(elements, device=world.device, dtype=torch.float32) % 7
+        # whole numbers far below 2**24: any order of sums gives the same
+        expected = pattern * (self._size * (self._size + 1) // 2)
+        seconds = []
+        right = True
+        for _ in range(1 + REPEATS):
+            values = pattern * (self._rank + 1)
+            started = time.perf_counter()
+            dist.all_reduce(values)
+            right &= bool(torch.equal(values, expected))  # waits for the GPU
+            seconds.append(time.perf_counter() - started)
+        work_s = _work(world.device) if speed else 0.0
+        self._put(f"measured/{self._rank}", {"right": right, "work_s": work_s})
+        found: list[Problem] = []
+        if self._rank == 0:
+            measured = [self._get(f"measured/{rank}") for rank in range(self._size)]
+            found = [
+                Problem(
+                    f"{own['node']}: the sum of an all-reduce is wrong on rank {own['rank']}. Leave the node out, or "
+                    "change the network library's settings (NCCL_*).",
+                    fatal=True,
+                )
+                for own, result in zip(self._ranks, measured, strict=True)
+                if not result["right"]
+            ]
+            if speed:
+                found += speed_problems(self._ranks, [result["work_s"] for result in measured])
+        self._agree("measured", found)
+        # bytes that cross a link, as in NVIDIA's nccl-tests
+        rate = 4 * elements * 2 * (self._size - 1) / self._size / min(seconds[1:])
+        over = f" over {os.environ['GLOO_SOCKET_IFNAME']}" if "GLOO_SOCKET_IFNAME" in os.environ else ""
+        return f"preflight: {self._size} ranks agree; all-reduce {rate / 1e9:.2f} GB/s{over}"
+
+    @contextlib.contextmanager
+    def _token(self) -> Any:
+        """A file that rank 0 writes in output_dir: gives whether this rank sees it."""
+        folder = self._config.run_dir
+        if self._rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            token = folder / f".preflight-{secrets.token_hex(4)}"
+            token.touch()
+            self._put("token", {"name": token.name})
+            try:
+                yield True
+            finally:
+                token.unlink(missing_ok=True)
+            return
+        yield _appears(folder / self._get("token")["name"])
+
+    def _await_facts(self, rank: int) -> Facts:
+        key, started = f"facts/{rank}", time.monotonic()
+        told_at = started
+        while not self._store.check([key]):
+            now = time.monotonic()
+            if now - started > self._timeout.total_seconds():
+                missing = [other for other in range(self._size) if not self._store.check([f"facts/{other}"])]
+                raise PreflightError(
+                    f"{node_name()}: WORLD_SIZE={self._size}, but ranks {missing} did not come within "
+                    f"{now - started:.0f} s. Start as many processes as WORLD_SIZE says, and see their own logs."
+                )
+            if now - told_at > TELL_INTERVAL_S:
+                told_at = now
+                self._say(f"waiting for rank {rank} of {self._size}")
+            time.sleep(0.005)
+        return self._get(key)
+
+    def _compare_clocks(self) -> list[Problem]:
+        """All look at their clocks between two looks of rank 0 at its own."""
+        if self._rank > 0:
+            self._get("clock")
+            self._put(f"clock/{self._rank}", {"time": time.time()})
+            return []
+        before = time.time()
+        self._put("clock", {})
+        theirs = [before, *(self._get(f"clock/{rank}")["time"] for rank in range(1, self._size))]
+        half = (time.time() - before) / 2
+        skews = [0.0, *(other - (before + half) for other in theirs[1:])]
+        return clock_problems(self._ranks, skews, half)
+
+    def _agree(self, key: str, found: list[Problem]) -> None:
+        if self._rank == 0:
+            self._put(key, [[problem.line, problem.fatal] for problem in found])
+        told = [Problem(line, fatal) for line, fatal in self._get(key)]
+        self.found += told
+        if any(problem.fatal for problem in told):
+            # rank 0 keeps the store until the others have read
+            self._store.add(f"{key}/read", 1)
+            if self._rank == 0:
+                deadline = time.monotonic() + 5
+                while self._store.add(f"{key}/read", 0) < self._size and time.monotonic() < deadline:
+                    time.sleep(0.01)
+            raise PreflightError(" ".join(problem.line for problem in told if problem.fatal))
+
+    def _put(self, key: str, content: Any) -> None:
+        self._store.set(key, json.dumps(content))
+
+    def _get(self, key: str) -> Any:
+        self._store.wait([key], self._timeout)
+        return json.loads(self._store.get(key))
+
+
+def _work(device: torch.device) -> float:
+    """Seconds, in the middle of several, for the same products on any rank."""
+    width = 384 if device.type == "cpu" else 4096
+    matrix = torch.ones(width, width, device=device)
+    seconds = []
+    for _ in range(WORK_REPEATS):
+        started = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def _appears(path: Path) -> bool:
+    deadline = time.monotonic() + VISIBLE_S
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        with contextlib.suppress(OSError):
+            os.listdir(path.parent)  # makes NFS look again
+        time.sleep(0.05)
+    return True

@@ -1,0 +1,10 @@
+"""A worker that starts a process of its own, which notices nothing: `python -m tests.launcher.parent [EXIT_CODE]`."""
+
+import subprocess
+import sys
+import time
+
+subprocess.Popen(["sleep", "600"])
+if len(sys.argv) > 1:
+    sys.exit(int(sys.argv[1]))
+time.sleep(600)
