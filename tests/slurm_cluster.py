@@ -122,6 +122,11 @@ class SlurmCluster:
         shown = self.run("scontrol", "show", "job", "--oneliner", job)
         return dict(part.partition("=")[::2] for part in shown.split()).get(name, "")
 
+    def processes_of(self, job: str, module: str) -> list[int]:
+        """Processes of a job that run `python -m MODULE`."""
+        found = [pid for pid in self._started_by() if f"SLURM_JOB_ID={job}" in _environment(pid)]
+        return [pid for pid in found if f"-m\0{module}\0" in Path(f"/proc/{pid}/cmdline").read_text()]
+
     def stop(self) -> None:
         if "slurmctld" in self._daemons:
             self.run("scancel", "--state=RUNNING", "--quiet", check=False)
