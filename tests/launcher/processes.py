@@ -37,6 +37,12 @@ def steps_done(folder: Path) -> int:
     return 0
 
 
+def listening(port: int) -> bool:
+    """Whether some process of this machine listens at a TCP port."""
+    sockets = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return any(fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port for fields in sockets)
+
+
 def events_of(folder: Path, name: str) -> list[dict]:
     path = folder / "events.jsonl"
     return [event for event in read_lines(path) if event["event"] == name] if path.exists() else []

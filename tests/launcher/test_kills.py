@@ -13,7 +13,7 @@ import pytest
 
 from tests.chaos.storm import workers_of
 from tests.conftest import ROOT, SMALL_RUN, read_lines, start_cli
-from tests.launcher.processes import end_all, events_of, marked, steps_done, wait_for
+from tests.launcher.processes import end_all, events_of, listening, marked, steps_done, wait_for
 
 pytestmark = pytest.mark.faults
 
@@ -133,11 +133,10 @@ def start_agent(name: str, port: int, mark: str, *arguments: str) -> "subprocess
 
 def test_a_killed_agent_shrinks_the_world_and_a_new_one_grows_it(tmp_path, mark, undisturbed):
     folder = tmp_path / "run"
-    # steps slow enough that the new agent comes while it trains
     settings = [*RUN, f"output_dir={folder}", "--nnodes", "1:2"]
     port = free_port()
     head = start_agent("first", port, mark, *settings)
-    time.sleep(1)
+    wait_for(lambda: listening(port), [head])
     second = start_agent("second", port, mark, *settings)
     wait_for(lambda: steps_done(folder) >= 6, [head, second])
     second.kill()
@@ -169,17 +168,29 @@ def test_a_notice_ends_a_run_on_two_nodes_with_75_on_both(tmp_path, mark):
 
 def test_agents_that_do_not_belong_together_say_so(tmp_path, mark):
     port = free_port()
-    settings = [*RUN, f"output_dir={tmp_path / 'run'}", "--nnodes", "2", "--join-timeout", "12"]
+    settings = [*RUN, f"output_dir={tmp_path / 'run'}", "--nnodes", "2"]
     head = start_agent("first", port, mark, *settings)
-    time.sleep(3)
-    stranger = start_agent("other", port, mark, *settings, "--run-id", "another")
-    _, err = stranger.communicate(timeout=900)
-    assert stranger.returncode == 2
-    assert "refused: other: run is another, but" in err
+    wait_for(lambda: listening(port), [head])
+    for others in (["--run-id", "another"], ["seed=7"]):
+        stranger = start_agent("other", port, mark, *settings, *others)
+        _, err = stranger.communicate(timeout=900)
+        assert stranger.returncode == 2
+        what = "run is another, but" if others[0] == "--run-id" else "the resolved config is"
+        assert f"refused: other: {what}" in err
+    # nothing has begun: a notice ends the one that waits
+    head.send_signal(signal.SIGTERM)
+    head.communicate(timeout=60)
+    assert head.returncode == 75
+    assert marked(mark) == []
+
+
+def test_a_fixed_number_of_nodes_is_waited_for_and_then_told_missing(tmp_path, mark):
+    settings = [*RUN, f"output_dir={tmp_path / 'run'}", "--nnodes", "3", "--join-timeout", "2"]
+    head = start_agent("first", free_port(), mark, *settings)
     _, err = head.communicate(timeout=900)
     assert head.returncode == 1
-    assert "1 of 2 nodes are here (first), 1 missing within 12 s" in err
-    assert marked(mark) == []
+    assert "error: 1 of 3 nodes are here (first), 2 missing within 2 s." in err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_port_that_another_program_uses_is_told(tmp_path, mark):
