@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 WORKERS ?= 2
 export PYTHONUNBUFFERED := 1
 
-.PHONY: quickstart install test faults check format equivalence chaos hosts clean
+.PHONY: quickstart install test faults check format equivalence chaos slurm hosts clean
 
 # The versions that were tested together; another torch is the user's own choice, so then nothing is pinned.
 CONSTRAINTS := $(if $(filter torch==2.13.0,$(TORCH)),-c constraints.txt)
@@ -55,6 +55,10 @@ equivalence: $(VENV)/.dev
 # 200 kills at random instants (KILLS=N SEED=N for others); `make faults` takes 12
 chaos: $(VENV)/.dev
 	$(BIN)/python -m tests.chaos.storm $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
+
+# jobs of a real SLURM (installed with apt-get if missing) that are preempted, out of time, requeued or lose a node
+slurm: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m slow tests/launcher/test_slurm.py
 
 # three hosts in network namespaces, their links cut and slow: needs root (`make faults` takes the short form)
 hosts: $(VENV)/.dev

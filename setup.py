@@ -14,5 +14,9 @@ setup(
         "ft_dist.configs": "configs",
         "ft_dist.launch": "launch",
     },
-    package_data={"ft_dist.configs": ["*.yaml", "emails/*.jsonl"], "ft_dist.launch": ["*"], "ft_dist": ["py.typed"]},
+    package_data={
+        "ft_dist.configs": ["*.yaml", "emails/*.jsonl"],
+        "ft_dist.launch": ["*.j2", "profiles/*.yaml"],
+        "ft_dist": ["py.typed"],
+    },
 )

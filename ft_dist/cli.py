@@ -179,6 +179,110 @@ def fetch(
     typer.echo(str(fetch_model(name, progress=lambda line: typer.echo(line, err=True))))
 
 
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="output_dir of a launched run")]
+
+
+@app.command()
+def launch(
+    config: Config,
+    overrides: Overrides = None,
+    on: Annotated[
+        Literal["local", "torchrun", "slurm", "sky", "k8s", "vm"], typer.Option(help="Where to run")
+    ] = "local",
+    nodes: Annotated[str, typer.Option(metavar="N|MIN:MAX", help="Machines")] = "1",
+    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="0 trains on CPU [default: the profile's]")] = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Workers on each node [default: one a GPU, or 1]")] = None,
+    profile: Annotated[str | None, typer.Option(help="What the cluster asks for: YAML file, or name of one")] = None,
+    sweep: Annotated[list[str] | None, typer.Option(metavar="KEY=V1,V2", help="A run for each value")] = None,
+    rdzv: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where the nodes of torchrun meet")] = None,
+    max_restarts: Annotated[int, typer.Option(min=0, help="Restarts of failed workers between two commits")] = 3,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be submitted; write nothing")] = False,
+    no_follow: Annotated[bool, typer.Option("--no-follow", help="Leave once it is submitted")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check CONFIG, submit it, show its log. It saves, requeues and resumes by itself; Ctrl-C leaves it running."""
+    from ft_dist.launcher.launch import log_size, planned, submitted, watch
+    from ft_dist.launcher.request import make_request
+
+    request = make_request(
+        config,
+        overrides or [],
+        target=on,
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        nproc=nproc,
+        profile=profile,
+        sweep=sweep or [],
+        rdzv=rdzv,
+        max_restarts=max_restarts,
+    )
+    submission = planned(request)
+    if dry_run:
+        typer.echo(json.dumps(submission.as_dict(), indent=2) if as_json else submission.text(), nl=as_json)
+        return
+    start = log_size(submission.logs[0])
+    records = submitted(submission)
+    launched = list(zip(submission.runs, records, strict=True))
+    if as_json:
+        typer.echo(json.dumps([{"run": str(run.folder)} | vars(record) for run, record in launched], indent=2))
+        return
+    for run, record in launched:
+        typer.echo(f"ft-dist: {run.folder}: job {record.job} of {record.target}")
+    if submission.afterwards:
+        typer.echo(submission.afterwards)
+    if len(records) == 1 and records[0].log and not no_follow:
+        raise typer.Exit(watch(submission.runs[0].folder, start=start, say=_say, show=_show))
+
+
+@app.command()
+def status(run_dir: RunDir, as_json: AsJson = False) -> None:
+    """Whether a launched run waits, runs or has ended, its last step and newest commit."""
+    from ft_dist.launcher.launch import status as status_of
+
+    entry = status_of(run_dir.absolute())
+    lines = [f"{key:8} {value}" for key, value in entry.items() if value not in (None, "")]
+    typer.echo(json.dumps(entry, indent=2) if as_json else "\n".join(lines))
+
+
+@app.command()
+def logs(
+    run_dir: RunDir,
+    no_follow: Annotated[bool, typer.Option("--no-follow", help="Only what is there now")] = False,
+) -> None:
+    """Show the log of a launched run, until it ends."""
+    from ft_dist.launcher.launch import show_log, watch
+
+    if no_follow:
+        show_log(run_dir.absolute(), _show)
+        return
+    raise typer.Exit(watch(run_dir.absolute(), say=_say, show=_show))
+
+
+@app.command()
+def stop(run_dir: RunDir) -> None:
+    """Have a launched run commit and end; `ft-dist resume` goes on with it."""
+    from ft_dist.launcher.launch import stop as stop_run
+
+    _say(stop_run(run_dir.absolute()))
+
+
+@app.command()
+def resume(run_dir: RunDir) -> None:
+    """Submit a launched run again, as it was; it goes on from its newest commit."""
+    from ft_dist.launcher.launch import resume as resume_run
+
+    record = resume_run(run_dir.absolute())
+    _say(f"job {record.job} of {record.target}")
+
+
+def _say(line: str) -> None:
+    typer.echo(f"ft-dist: {line}", err=True)
+
+
+def _show(text: str) -> None:
+    typer.echo(text, nl=False)
+
+
 checkpoints = typer.Typer(help="Look at, verify, compare and import checkpoints.", no_args_is_help=True)
 app.add_typer(checkpoints, name="checkpoint")
 Place = Annotated[Path, typer.Argument(metavar="DIR", help="Run folder, checkpoints/ folder, or one step-N folder")]

@@ -1,0 +1,139 @@
+"""What a cluster asks of every job on it, as YAML: a shipped example or one of the user's own.
+
+A profile is looked up as a path, then in ~/.config/ft_dist/profiles/ ($XDG_CONFIG_HOME is honoured), then among the
+shipped ones. It names no credentials: they come from the environment of the submitting shell or from the platform.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+
+from ft_dist.errors import ConfigError
+from ft_dist.launcher.render import template_folder
+
+CREDENTIAL = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE)
+"""Names of variables whose values must not be written into a file"""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class SlurmProfile(Section):
+    """sbatch's own words: https://slurm.schedmd.com/sbatch.html."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time: str | None = Field(default=None, description="Limit of one start, such as 4:00:00; the job requeues itself")
+    cpus_per_node: PositiveInt | None = None
+    memory_per_node: str | None = Field(default=None, description="Such as 200G; 0 takes all of a node")
+    extra: list[Annotated[str, Field(pattern=r"^--?\w")]] = Field(
+        default_factory=list, description="More sbatch options, such as --constraint=h100"
+    )
+    max_idle_requeues: Annotated[int, Field(ge=0)] = Field(
+        default=5, description="Starts in a row without a new commit after which the job ends"
+    )
+
+
+class SkyProfile(Section):
+    """https://docs.skypilot.co/en/latest/reference/yaml-spec.html."""
+
+    infra: str | None = Field(default=None, description="Such as aws/us-east-1; None lets SkyPilot choose")
+    use_spot: bool = True
+    setup: str | None = Field(default=None, description="Shell lines that install ft_dist on a new machine")
+    disk_gb: PositiveInt = 200
+
+
+class KubernetesProfile(Section):
+    """JobSet (jobset.x-k8s.io/v1alpha2) or Kubeflow's PyTorchJob (kubeflow.org/v1)."""
+
+    kind: Literal["jobset", "pytorchjob"] = "jobset"
+    namespace: str = "default"
+    secrets: list[str] = Field(default_factory=list, description="Secrets whose keys become environment variables")
+    max_restarts: Annotated[int, Field(ge=0)] = Field(default=20, description="Of the whole job, by Kubernetes")
+
+
+class Profile(Section):
+    """One cluster. What only one kind of target reads stands in a section of that name."""
+
+    gpus_per_node: Annotated[int, Field(ge=0)] | None = None
+    gpu: str | None = Field(default=None, description="Name of the GPU as the cluster calls it, such as h100 or H100")
+    environment: dict[str, str] = Field(default_factory=dict)
+    interface: str | None = Field(default=None, description="Network interface of NCCL and gloo, such as ib0 or eth")
+    modules: list[str] = Field(default_factory=list, description="For `module load`, in this order")
+    venv: str | None = Field(default=None, description="Folder of a virtual environment that every node sees")
+    container: str | None = Field(default=None, description="Image: for pyxis on SLURM, of the pods or VMs elsewhere")
+    volumes: dict[str, str] = Field(
+        default_factory=dict,
+        description="Folder in the container -> host folder (SLURM), claim (Kubernetes) or volume (SkyPilot)",
+    )
+    slurm: SlurmProfile = Field(default_factory=SlurmProfile)
+    sky: SkyProfile = Field(default_factory=SkyProfile)
+    kubernetes: KubernetesProfile = Field(default_factory=KubernetesProfile)
+
+    @field_validator("environment")
+    @classmethod
+    def _no_credentials(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if not re.fullmatch(r"[A-Za-z_]\w*", name):
+                raise ValueError(f"{name!r} is not a name of an environment variable")
+            if CREDENTIAL.search(name):
+                # the value stays untold: it may be the credential
+                raise ValueError(
+                    f"{name} looks like a credential. Export it in the shell that submits, or keep it in the "
+                    "platform's own secrets"
+                )
+        return value
+
+    @field_validator("volumes")
+    @classmethod
+    def _absolute(cls, value: dict[str, str]) -> dict[str, str]:
+        for folder in value:
+            if not folder.startswith("/"):
+                raise ValueError(f"{folder} is not an absolute path")
+        return value
+
+    @model_validator(mode="after")
+    def _one_python(self) -> "Profile":
+        if self.venv and self.container:
+            raise ValueError("venv and container are both given; the job's Python comes from one of them")
+        return self
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """The environment of every worker."""
+        network = {f"{library}_SOCKET_IFNAME": self.interface for library in ("NCCL", "GLOO")} if self.interface else {}
+        return network | self.environment
+
+
+def load_profile(name: str | None) -> Profile:
+    """The profile of that name or path, or one with defaults for None. Raises ConfigError."""
+    if name is None:
+        return Profile()
+    path = _find(name)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return Profile.model_validate(content or {})
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML ({getattr(error, 'problem', error)}).") from None
+    except ValidationError as error:
+        problems = [f"{'.'.join(str(part) for part in each['loc'])}: {each['msg']}" for each in error.errors()]
+        raise ConfigError(f"{path}: {'; '.join(problems)}.") from None
+
+
+def _find(name: str) -> Path:
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    own = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "ft_dist" / "profiles"
+    folders = (own, template_folder() / "profiles")
+    for folder in folders:
+        if (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    known = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
+    raise ConfigError(f"--profile {name}: no such file, and no profile of that name ({', '.join(known)}; {own}).")

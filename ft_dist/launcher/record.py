@@ -1,0 +1,99 @@
+"""`output_dir/launch.json`: what was submitted and as which job, for `ft-dist status|logs|stop|resume`."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ft_dist.checkpoint.format import commits
+from ft_dist.errors import UserError
+from ft_dist.observe.files import write_json
+
+RECORD = "launch.json"
+ACTIVE = ("pending", "running")
+
+
+@dataclass(frozen=True)
+class Record:
+    """`command` submits the run again as it stands; `log` is its console. No environment, no credentials."""
+
+    target: str
+    job: str
+    command: Sequence[str]
+    log: str | None
+    submitted_at: float
+
+    def write(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / RECORD, asdict(self))
+
+
+@dataclass(frozen=True)
+class JobState:
+    """`state`: pending, running, finished, stopped (committed, does not go on by itself), failed or unknown.
+
+    `detail` is the platform's own word for it; `code` the exit code where it is known.
+    """
+
+    state: str
+    detail: str = ""
+    code: int | None = None
+
+    @property
+    def active(self) -> bool:
+        return self.state in ACTIVE
+
+
+def read_record(folder: Path) -> Record:
+    """Raises UserError where the folder is no launched run."""
+    try:
+        return Record(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        runs = sorted(path.parent.name for path in folder.glob(f"*/{RECORD}"))
+        hint = f"It is a sweep of {len(runs)} runs: name one, such as {folder / runs[0]}." if runs else ""
+        raise UserError(
+            f"{folder}: no {RECORD} there, so no run was launched into it. "
+            + (hint or "Name the output_dir of a run that `ft-dist launch` started.")
+        ) from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{folder / RECORD}: not readable ({error}). Launch the run again.") from None
+
+
+def new_record(*, target: str, job: str, command: Sequence[str], log: Path | None) -> Record:
+    return Record(target, job, list(command), str(log) if log else None, round(time.time(), 3))
+
+
+def stop_mark(folder: Path) -> Path:
+    """While this file is there, scripts that start the run again by themselves do not."""
+    return folder / "launch" / "stopped"
+
+
+def by_folder(folder: Path) -> JobState:
+    """What the run folder alone says of a run that nobody runs any more."""
+    if (folder / "summary.json").is_file():
+        return JobState("finished", code=0)
+    last = (_last_line(folder / "events.jsonl") or {}).get("event", "")
+    return JobState("stopped" if last == "preempted" or stop_mark(folder).exists() else "failed")
+
+
+def progress(folder: Path) -> dict[str, Any]:
+    """The last step that was recorded, its loss, and the newest commit; None for what is not there yet."""
+    last = _last_line(folder / "metrics.jsonl") or {}
+    found = commits(folder / "checkpoints")
+    return {"step": last.get("step"), "loss": last.get("loss"), "commit": found[-1].step if found else None}
+
+
+def _last_line(path: Path) -> dict[str, Any] | None:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        try:
+            return dict(json.loads(line))
+        except ValueError:
+            # a process was killed in the middle of this line
+            continue
+    return None

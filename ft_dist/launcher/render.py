@@ -1,0 +1,38 @@
+"""Templates of `launch/` -> text. A missing variable is an error, and every value is quoted for its kind of file."""
+
+import importlib.resources
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+
+def template_folder() -> Path:
+    """The templates and shipped profiles: inside the wheel, or `launch/` of the source tree."""
+    try:
+        packaged = Path(str(importlib.resources.files("ft_dist.launch")))
+        if any(packaged.glob("*.j2")):
+            return packaged
+    except ModuleNotFoundError:
+        pass
+    return Path(__file__).resolve().parents[2] / "launch"
+
+
+def render(template: str, **values: Any) -> str:
+    """The text of `launch/TEMPLATE` with `values`: `| sh` quotes one for a shell and `| words` a list of them, `| yaml`
+    for a YAML file.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(template_folder()),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["sh"] = lambda value: shlex.quote(str(value))
+    environment.filters["words"] = shlex.join
+    # JSON is YAML, and says without doubt what is text and what is a number
+    environment.filters["yaml"] = lambda value: json.dumps(value, ensure_ascii=False)
+    return environment.get_template(template).render(**values)

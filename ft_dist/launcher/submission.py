@@ -1,0 +1,72 @@
+"""What would be submitted, whole: files with their contents and the command. `--dry-run` prints it, nothing more."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ft_dist.errors import UserError
+from ft_dist.launcher.request import Run
+
+COMMAND_TIMEOUT_S = 120
+
+
+@dataclass(frozen=True)
+class Submission:
+    """`script` is the one of `files` that the command submits; `logs` the console of each run, where this machine
+    sees it; `afterwards` what is left for the user to do."""
+
+    target: str
+    runs: Sequence[Run]
+    script: Path
+    files: dict[Path, str]
+    command: Sequence[str]
+    logs: Sequence[Path | None]
+    afterwards: str = ""
+
+    def write(self) -> None:
+        """Put the files in place, each whole or not at all."""
+        for path, content in self.files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f"{path.name}.partial")
+            partial.write_text(content, encoding="utf-8")
+            if content.startswith("#!"):
+                partial.chmod(0o755)
+            partial.replace(path)
+
+    def text(self) -> str:
+        """The script alone where it is the only file of interest, so that it can be piped on; see `as_dict` for all."""
+        return self.files[self.script]
+
+    def as_dict(self) -> dict[str, object]:
+        return {
+            "target": self.target,
+            "script": str(self.script),
+            "command": list(self.command),
+            "files": {str(path): content for path, content in self.files.items()},
+        }
+
+
+def call(command: Sequence[str], *, check: bool = True) -> str:
+    """Output of a platform's own program. Raises UserError where it is missing or, with `check`, fails."""
+    program = shutil.which(command[0])
+    if program is None:
+        raise UserError(
+            f"{command[0]}: no such program here. Install it, or use --dry-run and submit the script there."
+        )
+    try:
+        done = subprocess.run(
+            [program, *command[1:]],
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_TIMEOUT_S,
+            env=os.environ | {"LC_ALL": "C"},
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{command[0]}: no answer in {COMMAND_TIMEOUT_S} s. Is the cluster up?") from None
+    if check and done.returncode:
+        said = " ".join((done.stderr or done.stdout).split())
+        raise UserError(f"{command[0]} ended with {done.returncode}: {said[-500:]}")
+    return done.stdout.strip()
