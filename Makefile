@@ -58,7 +58,7 @@ chaos: $(VENV)/.dev
 
 # jobs of a real SLURM (installed with apt-get if missing) that are preempted, out of time, requeued or lose a node
 slurm: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m slow tests/launcher/test_slurm.py
+	$(BIN)/python -m pytest -q -m slow tests/launcher/test_slurm.py tests/launcher/test_docs.py
 
 # three hosts in network namespaces, their links cut and slow: needs root (`make faults` takes the short form)
 hosts: $(VENV)/.dev

@@ -1,10 +1,8 @@
 """The run folder's contract on the smoke recipe: files, their fields, and that they agree with each other."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -113,14 +111,9 @@ def test_a_finished_run_started_again_stays_finished(smoke, cli):
 
 def test_torchrun_is_the_same_job(cli, tmp_path):
     overrides = ["smoke", "optim.max_steps=3", "data.eval=[]"]
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    subprocess.run(
-        ["launch/torchrun.sh", *overrides, f"output_dir={tmp_path / 'a'}"],
-        cwd=ROOT,
-        env=os.environ | {"PATH": path, "WORKERS": "2", "PORT": "29717"},
-        check=True,
-        capture_output=True,
-    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29717"]
+    command = [*torchrun, "-m", "ft_dist.train", *overrides, f"output_dir={tmp_path / 'a'}"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     assert cli("train", *overrides, f"output_dir={tmp_path / 'b'}", "--nproc", "2").returncode == 0
     runs = [[(x["loss"], x["grad_norm"]) for x in read_lines(tmp_path / r / "metrics.jsonl")] for r in "ab"]
     assert runs[0] == runs[1]

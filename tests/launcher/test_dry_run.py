@@ -108,7 +108,9 @@ def test_the_container_of_pyxis_sees_the_run_folder_and_the_volumes(tmp_path):
     )
     text = submission.text()
     shellcheck(text)
-    assert "--container-image='registry#team/image' --container-mounts=\"$run:$run\",/shared/data:/data" in text
+    assert "--container-image='registry#team/image' --container-workdir=" in text
+    assert '--container-mounts="$run:$run",' in text
+    assert ",/shared/data:/data " in text
     assert "#SBATCH --gpus-per-node=h100:8" in text
     assert "python -m ft_dist.launcher.agent --nnodes 1 --nproc 8" in text
 

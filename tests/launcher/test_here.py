@@ -1,0 +1,100 @@
+"""A launched run of this machine by its folder: status, logs, stop, resume, and one that is at it already.
+
+What is launched here is a shell in the agent's place: it says what it was given and leaves with 75 when it is told.
+"""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from ft_dist.errors import UserError
+from ft_dist.launcher.launch import planned, resume, show_log, status, stop, submitted, watch
+from ft_dist.launcher.request import make_request
+
+AGENT = """#!/bin/bash
+trap 'echo told; exit 75' TERM
+echo "given $*"
+[ -e {folder}/finish ] && {{ echo '{{}}' >{run}/summary.json; exit 0; }}
+while :; do sleep 0.05; done
+"""
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """The folder of a run that has just been launched."""
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(AGENT.format(folder=tmp_path, run=tmp_path / "run"))
+    python.chmod(0o755)
+    profile = tmp_path / "machine.yaml"
+    profile.write_text(f"venv: {tmp_path}/venv\n")
+    submitted(planned(request(tmp_path, str(profile))))
+    wait_for_log(tmp_path / "run", "given")
+    return tmp_path / "run"
+
+
+def request(folder: Path, profile: str | None = None):
+    return make_request(
+        "smoke",
+        [f"output_dir={folder}/run"],
+        target="local",
+        nodes="1",
+        gpus_per_node=0,
+        nproc=1,
+        profile=profile,
+        sweep=[],
+        rdzv=None,
+        max_restarts=2,
+    )
+
+
+def log(run: Path) -> str:
+    shown: list[str] = []
+    show_log(run, shown.append)
+    return "".join(shown)
+
+
+def wait_for_log(run: Path, text: str, times: int = 1) -> None:
+    deadline = time.monotonic() + 60
+    while log(run).count(text) < times:
+        assert time.monotonic() < deadline, log(run)
+        time.sleep(0.02)
+
+
+def test_stop_tells_the_run_and_resume_starts_it_again(run, tmp_path):
+    assert status(run)["state"] == "running"
+    assert f"--nnodes 1 --nproc 1 --max-restarts 2 {run}/launch/config.yaml" in log(run)
+    with pytest.raises(UserError, match="is at it already"):
+        submitted(planned(request(tmp_path)))
+    with pytest.raises(UserError, match="is at it already"):
+        resume(run)
+    assert "committed and left" in stop(run)
+    assert "told" in log(run)
+    assert status(run)["state"] == "stopped"
+    with pytest.raises(UserError, match="nothing to stop"):
+        stop(run)
+    (tmp_path / "finish").touch()
+    resume(run)
+    said: list[str] = []
+    shown: list[str] = []
+    assert watch(run, say=said.append, show=shown.append) == 0
+    assert said[-1] == "finished"
+    assert "".join(shown).count("given") == 2
+
+
+def test_a_killed_run_is_told_as_failed_and_its_number_is_not_mistaken_for_another(run):
+    pid = int(status(run)["job"].split("@")[0])
+    os.kill(pid, 9)
+    os.waitpid(pid, 0)
+    assert status(run)["state"] == "failed"
+    # the number may come again: the start time tells the processes apart
+    record = (run / "launch.json").read_text()
+    (run / "launch.json").write_text(record.replace(f"{pid}@", f"{os.getpid()}@"))
+    assert status(run)["state"] == "failed"
+
+
+def test_a_folder_that_was_never_launched_is_told(tmp_path):
+    with pytest.raises(UserError, match=r"no launch\.json there"):
+        status(tmp_path)
