@@ -104,8 +104,12 @@ def _flats(engine: Engine) -> Iterator[tuple[torch.Tensor, dict[str, Any], list[
             group = groups[optimizer.sub_group_to_group_id[index]]
             yield flat, group, [segment for segment in held if segment.numel > 0]
         return
-    for index, flat in enumerate(optimizer.single_partition_of_fp32_groups):
-        held = [_mapped(names[parameter], parameter, flat) for parameter in optimizer.bit16_groups[index]]
+    if hasattr(optimizer, "fp32_groups_flat_partition"):  # bf16 in stage 1
+        partitions, members = optimizer.fp32_groups_flat_partition, optimizer.bf16_groups
+    else:
+        partitions, members = optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups
+    for index, flat in enumerate(partitions):
+        held = [_mapped(names[parameter], parameter, flat) for parameter in members[index]]
         yield flat, groups[index], [segment for segment in held if segment.numel > 0]
 
 
