@@ -48,9 +48,10 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# every method, stage, world size and micro-batch against a plain PyTorch loop; every stage killed and resumed
+# every method, stage, world size and micro-batch against a plain PyTorch loop; every stage killed and resumed;
+# checkpoints that DeepSpeed itself wrote, imported
 equivalence: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m slow tests/e2e/test_equivalence.py tests/e2e/test_resume.py
+	$(BIN)/python -m pytest -q -m slow tests/e2e/test_equivalence.py tests/e2e/test_resume.py tests/checkpoint
 
 # 200 kills at random instants (KILLS=N SEED=N for others); `make faults` takes 12
 chaos: $(VENV)/.dev

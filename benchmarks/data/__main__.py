@@ -7,6 +7,7 @@ beside TRL's best-fit decreasing; memory at growing sizes and seeks at growing p
 import argparse
 import datetime
 import json
+import os
 import platform
 from pathlib import Path
 
@@ -17,7 +18,7 @@ POSITIONS = (10, 10**6, 10**9)
 
 def main() -> None:
     options = parse()
-    report = {"date": datetime.date.today().isoformat(), "machine": platform.processor(), "workers": options.workers}
+    report = {"date": datetime.date.today().isoformat(), "machine": f"{platform.machine()}, {os.cpu_count()} cores", "workers": options.workers}
     chosen = options.only or ["prepare", "memory", "packing", "loader", "seek"]
     if "prepare" in chosen:
         report["prepare"] = rates(options.rate_mb, options.workers)
