@@ -18,7 +18,11 @@ POSITIONS = (10, 10**6, 10**9)
 
 def main() -> None:
     options = parse()
-    report = {"date": datetime.date.today().isoformat(), "machine": f"{platform.machine()}, {os.cpu_count()} cores", "workers": options.workers}
+    report = {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "workers": options.workers,
+    }
     chosen = options.only or ["prepare", "memory", "packing", "loader", "seek"]
     if "prepare" in chosen:
         report["prepare"] = rates(options.rate_mb, options.workers)
