@@ -61,9 +61,9 @@ chaos: $(VENV)/.dev
 slurm: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m slow tests/launcher/test_slurm.py tests/launcher/test_docs.py
 
-# three hosts in network namespaces, their links cut and slow: needs root (`make faults` takes the short form)
+# three hosts in network namespaces, their links cut and slow: needs root (`make faults` kills and adds agents)
 hosts: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m "slow or faults" tests/launcher/test_hosts.py
+	$(BIN)/python -m pytest -q -m slow tests/launcher/test_hosts.py
 
 clean:
 	rm -rf runs .cache build *.egg-info

@@ -25,6 +25,7 @@ from ft_dist.preflight.facts import facts, node_name, several_nodes
 from ft_dist.preflight.interface import choose_interface
 from ft_dist.preflight.verdict import Facts, Problem, clock_problems, problems, speed_problems
 
+LONGEST_READ_S = 30.0
 VISIBLE_S = 10.0
 """How long a shared file system may take to show another node's file"""
 TELL_INTERVAL_S = 30.0
@@ -170,13 +171,13 @@ class Preflight:
             self._put(key, [[problem.line, problem.fatal] for problem in found])
         told = [Problem(line, fatal) for line, fatal in self._get(key)]
         self.found += told
+        # rank 0 keeps the store until the others, however slow, have read
+        self._store.add(f"{key}/read", 1)
+        if self._rank == 0:
+            deadline = time.monotonic() + LONGEST_READ_S
+            while self._store.add(f"{key}/read", 0) < self._size and time.monotonic() < deadline:
+                time.sleep(0.005)
         if any(problem.fatal for problem in told):
-            # rank 0 keeps the store until the others have read
-            self._store.add(f"{key}/read", 1)
-            if self._rank == 0:
-                deadline = time.monotonic() + 5
-                while self._store.add(f"{key}/read", 0) < self._size and time.monotonic() < deadline:
-                    time.sleep(0.01)
             raise PreflightError(" ".join(problem.line for problem in told if problem.fatal))
 
     def _put(self, key: str, content: Any) -> None:

@@ -11,7 +11,7 @@ from tests.conftest import SMALL_RUN, read_lines
 from tests.launcher.hosts import Hosts, usable
 from tests.launcher.processes import end_all, events_of, steps_done, wait_for
 
-pytestmark = [pytest.mark.faults, pytest.mark.skipif(not usable(), reason="making network namespaces needs root")]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not usable(), reason="making network namespaces needs root")]
 
 RUN = [
     *(argument for argument in SMALL_RUN if not argument.startswith(("optim.max_steps", "checkpoint."))),
@@ -71,7 +71,6 @@ def test_a_link_that_is_cut_for_good_costs_one_host_until_it_is_back(cli, hosts,
     assert (folder / "samples.jsonl").read_text() == whole(cli, tmp_path / "whole", steps)
 
 
-@pytest.mark.slow
 def test_a_link_that_is_cut_for_seconds_costs_nothing(cli, hosts, mark, tmp_path):
     folder, steps = tmp_path / "run", 300
     agents = [start(hosts, number, folder, mark, steps, "3") for number in (1, 2, 3)]
@@ -85,7 +84,6 @@ def test_a_link_that_is_cut_for_seconds_costs_nothing(cli, hosts, mark, tmp_path
     assert (folder / "samples.jsonl").read_text() == whole(cli, tmp_path / "whole", steps)
 
 
-@pytest.mark.slow
 def test_a_slow_link_that_stalls_for_seconds_is_borne(cli, hosts, mark, tmp_path):
     folder, steps = tmp_path / "run", 60
     link = hosts.slow_down(3, 0.05)
