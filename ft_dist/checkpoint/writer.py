@@ -26,7 +26,7 @@ from ft_dist.checkpoint import format as layout
 from ft_dist.checkpoint.mirror import Mirror
 from ft_dist.checkpoint.report import Report, gigabytes
 from ft_dist.checkpoint.retention import Retention
-from ft_dist.checkpoint.snapshot import HostBuffer, Snapshot, Source
+from ft_dist.checkpoint.snapshot import HostBuffer, Source
 from ft_dist.distributed import World, control_store
 from ft_dist.errors import CheckpointError
 
@@ -127,17 +127,7 @@ class CheckpointWriter:
 
     def _run(self, job: "_Job", tensors: Mapping[str, Source]) -> None:
         staging = self.root / f"{layout.step_name(job.step)}{STAGING}{self._attempt}"
-        try:
-            snapshot = self._buffer.snapshot(tensors)
-        except Exception as error:  # mostly for want of host memory, which torch tells as a RuntimeError
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            posted = {"error": f"rank {self._world.rank} could not copy its state to host memory ({reason})."}
-        else:
-            self._copied.set()
-            posted = self._write(snapshot, staging)
-        finally:
-            self._copied.set()
-        self._post(job.number, posted)
+        self._post(job.number, self._save(tensors, staging))
         if not self._world.is_main:
             return
         try:
@@ -156,8 +146,15 @@ class CheckpointWriter:
             self._mirror.offer(layout.Commit(folder, job.step), losses=job.losses)
         self._tidy(job, size)
 
-    def _write(self, snapshot: Snapshot, staging: Path) -> dict[str, Any]:
-        """This rank's file; returns what to post: its fingerprint, or why there is none."""
+    def _save(self, tensors: Mapping[str, Source], staging: Path) -> dict[str, Any]:
+        """Copy, then write; returns what to post: the fingerprint of this rank's file, or why there is none."""
+        try:
+            snapshot = self._buffer.snapshot(tensors)
+        except Exception as error:  # mostly for want of host memory, which torch tells as a RuntimeError
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            return {"error": f"rank {self._world.rank} could not copy its state to host memory ({reason})."}
+        finally:
+            self._copied.set()
         path = staging / layout.rank_name(self._world.rank)
         try:
             staging.mkdir(parents=True, exist_ok=True)

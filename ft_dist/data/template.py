@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,6 @@ class Encoder:
         self.notes: Counter[str] = Counter()
         self._template = getattr(tokenizer, "chat_template", None)
         self._backend = getattr(tokenizer, "backend_tokenizer", None) if getattr(tokenizer, "is_fast", False) else None
-        self._token_bytes = TokenBytes.of(self._backend) if self._backend is not None else None
         self._marks: TurnMarks | None = None
         self._system_role: bool | None = None
         self._skeletons: dict[tuple[str, ...], Skeleton | None] = {}
@@ -94,6 +93,11 @@ class Encoder:
         self.notes["turns_rewritten"] += spans.rewritten
         self.notes["dates_pinned"] += self._prints_date
         return spans
+
+    @cached_property
+    def _token_bytes(self) -> TokenBytes | None:
+        """Made when the first text is encoded for training: it walks the whole vocabulary."""
+        return TokenBytes.of(self._backend) if self._backend is not None else None
 
     def tokenise(self, rendered: Sequence[Spans]) -> list[Encoded]:
         """Token ids and masks of rendered texts, in order."""

@@ -13,8 +13,7 @@ import torch
 
 from ft_dist.engine.step import Engine
 from ft_dist.optim.adamw_8bit import AdamW8bit, Moment
-from ft_dist.optim.muon import Muon
-from ft_dist.optim.partition import Segment, Segments
+from ft_dist.optim.partition import PartitionedOptimizer, Segment
 
 ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -66,13 +65,12 @@ def set_adam_step(engine: Engine, step: int) -> None:
 def tell_optimizer(engine: Engine) -> None:
     """Let an optimizer that looks into its flat tensors know what they hold."""
     optimizer = engine.base_optimizer
-    if isinstance(optimizer, AdamW8bit | Muon):
-        segments: Segments = {flat: held for flat, _, held in _flats(engine)}
-        optimizer.segments = segments
+    if isinstance(optimizer, PartitionedOptimizer):
+        optimizer.hold({flat: held for flat, _, held in _flats(engine)})
 
 
 def _moments(optimizer: torch.optim.Optimizer, flat: torch.Tensor, group: dict[str, Any]) -> dict[Any, Any]:
-    if isinstance(optimizer, AdamW8bit | Muon):
+    if isinstance(optimizer, PartitionedOptimizer):
         return optimizer.moments(flat, group)
     state = optimizer.state[flat]
     if not state:

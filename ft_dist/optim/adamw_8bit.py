@@ -17,40 +17,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ft_dist.optim.partition import Segment, Segments
+from ft_dist.optim.partition import PartitionedOptimizer, Segment
 
 BLOCK = 256
 PIECE_ELEMENTS = 1 << 24
 """Elements that are widened to fp32 at a time"""
 
 
-class AdamW8bit(torch.optim.Optimizer):
-    """AdamW (arXiv 1711.05101) over flat fp32 tensors. `segments` must be set before the first step that counts."""
+class AdamW8bit(PartitionedOptimizer):
+    """AdamW (arXiv 1711.05101) over flat fp32 tensors; its state has a Moment for each (name, offset)."""
 
     def __init__(self, groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float) -> None:
-        super().__init__(groups, {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": 0.0})
-        self.segments: Segments = {}
+        super().__init__(groups, {"betas": betas, "eps": eps, "weight_decay": 0.0})
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        for group in self.param_groups:
-            for flat in group["params"]:
-                if flat.grad is None or flat not in self.segments:
-                    continue
-                state = self.moments(flat, group)
-                state["step"] += 1
-                for segment in self.segments[flat]:
-                    self._update(segment, flat.grad, state, group)
+    def new_moments(self, flat: Tensor, group: dict[str, Any]) -> dict[Any, Any]:
+        return {
+            (key, segment.offset): Moment(segment.numel, signed=signed, device=flat.device)
+            for key, signed in (("exp_avg", True), ("exp_avg_sq", False))
+            for segment in self.segments[flat]
+        }
 
-    def moments(self, flat: Tensor, group: dict[str, Any]) -> dict[Any, Any]:
-        """The state of `flat`, made of zeros if there is none: `step`, and (name, offset) -> Moment."""
-        state: dict[Any, Any] = self.state[flat]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-            for key, signed in (("exp_avg", True), ("exp_avg_sq", False)):
-                for segment in self.segments[flat]:
-                    state[key, segment.offset] = Moment(segment.numel, signed=signed, device=flat.device)
-        return state
+    def update(self, flat: Tensor, state: dict[Any, Any], group: dict[str, Any]) -> None:
+        assert flat.grad is not None
+        for segment in self.segments[flat]:
+            self._update(segment, flat.grad, state, group)
 
     def _update(self, segment: Segment, gradients: Tensor, state: dict[Any, Any], group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]

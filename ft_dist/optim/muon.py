@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from ft_dist.optim.partition import Segments
+from ft_dist.optim.partition import PartitionedOptimizer, Segments
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 ROUNDS = 5
@@ -39,8 +39,8 @@ class Matrix:
         return max(self.sizes.values()) < math.prod(self.shape)
 
 
-class Muon(torch.optim.Optimizer):
-    """Groups with `orthogonal` take Muon, the others AdamW. `segments` is set before the first step that counts.
+class Muon(PartitionedOptimizer):
+    """Groups with `orthogonal` take Muon, the others AdamW.
 
     Every rank of a world of several must step the same tensors in the same order.
     """
@@ -48,19 +48,12 @@ class Muon(torch.optim.Optimizer):
     def __init__(
         self, groups: list[dict[str, Any]], *, momentum: float, betas: tuple[float, float], eps: float
     ) -> None:
-        defaults = {"lr": 0.0, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": 0.0}
-        super().__init__(groups, defaults)
-        self._segments: Segments = {}
+        super().__init__(groups, {"momentum": momentum, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self._matrices: dict[Tensor, dict[str, Matrix]] = {}
 
-    @property
-    def segments(self) -> Segments:
-        return self._segments
-
-    @segments.setter
-    def segments(self, segments: Segments) -> None:
-        """All ranks set theirs at the same time: they tell each other which part of what they hold."""
-        self._segments = segments
+    def hold(self, segments: Segments) -> None:
+        """All ranks call it at the same time: they tell each other which part of what they hold."""
+        super().hold(segments)
         mine = [[(segment.name, segment.shape, segment.numel) for segment in held] for held in segments.values()]
         everyone: list[Any] = [mine]
         if dist.is_initialized():
@@ -72,24 +65,12 @@ class Muon(torch.optim.Optimizer):
                 for name, shape, numel in flats[index]:
                     matrices.setdefault(name, Matrix(shape)).sizes[rank] = numel
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        for group in self.param_groups:
-            for flat in group["params"]:
-                if flat.grad is None or flat not in self._segments:
-                    continue
-                state = self.moments(flat, group)
-                state["step"] += 1
-                (self._muon if group["orthogonal"] else self._adamw)(flat, state, group)
+    def new_moments(self, flat: Tensor, group: dict[str, Any]) -> dict[Any, Any]:
+        names = ("momentum_buffer",) if group["orthogonal"] else ("exp_avg", "exp_avg_sq")
+        return {name: torch.zeros_like(flat, memory_format=torch.preserve_format) for name in names}
 
-    def moments(self, flat: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        """The state of `flat`, made of zeros if there is none."""
-        state = self.state[flat]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-            for key in ("momentum_buffer",) if group["orthogonal"] else ("exp_avg", "exp_avg_sq"):
-                state[key] = torch.zeros_like(flat, memory_format=torch.preserve_format)
-        return state
+    def update(self, flat: Tensor, state: dict[Any, Any], group: dict[str, Any]) -> None:
+        (self._muon if group["orthogonal"] else self._adamw)(flat, state, group)
 
     def _adamw(self, flat: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
@@ -114,15 +95,13 @@ class Muon(torch.optim.Optimizer):
         gradient = flat.grad.reshape(-1)
         momentum = state["momentum_buffer"].view(-1).lerp_(gradient, 1 - group["momentum"])
         update = gradient.lerp(momentum, group["momentum"])
-        held = {segment.name: segment for segment in self._segments[flat]}
+        held = {segment.name: segment for segment in self.segments[flat]}
         matrices = self._matrices[flat]
         for name, segment in held.items():
             if not matrices[name].is_split:
                 piece = segment.of(update)
                 piece.copy_(orthogonal(piece.view(segment.shape)).view(-1))
-        split = {
-            name: matrix for name, matrix in matrices.items() if max(matrix.sizes.values()) < math.prod(matrix.shape)
-        }
+        split = {name: matrix for name, matrix in matrices.items() if matrix.is_split}
         _share(split, {name: segment.of(update) for name, segment in held.items()}, update[:0])
         flat.data.mul_(1 - group["lr"] * group["weight_decay"])
         for segment in held.values():

@@ -1,6 +1,8 @@
 """What the flat tensors hold that ZeRO hands to an optimizer: pieces of parameters, one after another."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -27,3 +29,40 @@ class Segment:
 
 Segments = dict[torch.Tensor, list[Segment]]
 """By flat tensor, in the optimizer's order, which is the same on every rank; a rank may hold no piece of a parameter"""
+
+
+class PartitionedOptimizer(torch.optim.Optimizer, ABC):
+    """Steps flat fp32 tensors by what is in them; `hold` tells it that before the first step that counts."""
+
+    def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
+        super().__init__(groups, {"lr": 0.0, **defaults})
+        self.segments: Segments = {}
+
+    def hold(self, segments: Segments) -> None:
+        self.segments = segments
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for flat in group["params"]:
+                if flat.grad is None or flat not in self.segments:
+                    continue
+                state = self.moments(flat, group)
+                state["step"] += 1
+                self.update(flat, state, group)
+
+    def moments(self, flat: torch.Tensor, group: dict[str, Any]) -> dict[Any, Any]:
+        """The state of `flat`: `step` and what `new_moments` made."""
+        state: dict[Any, Any] = self.state[flat]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+            state.update(self.new_moments(flat, group))
+        return state
+
+    @abstractmethod
+    def new_moments(self, flat: torch.Tensor, group: dict[str, Any]) -> dict[Any, Any]:
+        """Moments of a tensor that was never stepped."""
+
+    @abstractmethod
+    def update(self, flat: torch.Tensor, state: dict[Any, Any], group: dict[str, Any]) -> None:
+        """One step of `flat`; `state["step"]` counts it already."""

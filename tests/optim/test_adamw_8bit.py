@@ -62,9 +62,9 @@ def test_it_learns_what_adamw_learns():
 
     def eight(weights):
         optimizer = AdamW8bit([{"params": [weights]}], betas=(0.9, 0.999), eps=1e-8)
-        optimizer.segments = {
-            weights: [Segment("w", (300,), 0, 300, weights, 0), Segment("v", (400,), 0, 400, weights, 300)]
-        }
+        optimizer.hold(
+            {weights: [Segment("w", (300,), 0, 300, weights, 0), Segment("v", (400,), 0, 400, weights, 300)]}
+        )
         return optimizer
 
     exact = distance(lambda weights: torch.optim.AdamW([weights], weight_decay=0.0))

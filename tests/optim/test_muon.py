@@ -33,7 +33,7 @@ def test_a_step_is_momentum_made_orthogonal_and_decay():
         [{"params": [weights], "orthogonal": True, "weight_decay": 0.1}], momentum=0.9, betas=(0.9, 0.99), eps=1e-8
     )
     segment = Segment("w", (6, 4), 0, 24, weights, 0)
-    optimizer.segments = {weights: [segment]}
+    optimizer.hold({weights: [segment]})
     optimizer.param_groups[0]["lr"] = 0.5
     weights.grad = torch.randn(27)
     gradient = weights.grad[:24].view(6, 4)
