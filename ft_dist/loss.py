@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from ft_dist_kernels.backend import Backend
 from ft_dist_kernels.linear_cross_entropy import linear_cross_entropy
+from ft_dist_kernels.segment_attention import Segments
 from torch import nn
 
 from ft_dist.data.batch import IGNORED, MicroBatch
@@ -23,12 +24,16 @@ class CausalObjective(nn.Module):
     """Wraps a causal language model (bare or with adapters) so that its forward is the summed loss.
 
     `fused` names the kernels that compute head and loss in one, without T x V logits; None takes the model's own head
-    and PyTorch's loss. A batch without labels has loss 0 and zero gradients.
+    and PyTorch's loss. `by_segment`: all attention layers can go sample by sample. A batch without labels has loss 0
+    and zero gradients.
     """
 
-    def __init__(self, model: nn.Module, *, fused: Backend | None = None, zero3: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, *, fused: Backend | None = None, by_segment: bool = False, zero3: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
+        self.by_segment = by_segment
         self.head = LossHead(self.causal_lm, fused=fused, zero3=zero3)
 
     @property
@@ -37,22 +42,32 @@ class CausalObjective(nn.Module):
         get_base_model = getattr(self.model, "get_base_model", None)
         return get_base_model() if get_base_model else self.model
 
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        position_ids: torch.Tensor,
+        segments: Segments | None = None,
+    ) -> torch.Tensor:
         """Sum of -log p(label) over labelled tokens, fp32.
 
         All arguments (rows, T) int64; `labels[t]` is the target of token t, already shifted; `position_ids` restart at
-        every sample, by which the attention mask keeps samples apart.
+        every sample, by which the attention mask keeps samples apart. `segments`: the same, found beforehand.
         """
         causal_lm = self.causal_lm
         if str(causal_lm.config._attn_implementation).startswith("flash"):
             # its variable-length form looks for restarting positions in a single row only, and would otherwise let
             # the samples of packed rows see each other
             input_ids, labels, position_ids = (rows.view(1, -1) for rows in (input_ids, labels, position_ids))
-        hidden = causal_lm.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        apart: dict[str, Any] = {}
+        if self.by_segment and segments is not None:
+            # no mask is looked at then; one of four dimensions keeps transformers from making its own
+            apart = {"segments": segments, "attention_mask": position_ids.new_empty(0, 0, 0, 0)}
+        hidden = causal_lm.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False, **apart)
         return self.head(hidden.last_hidden_state, labels)
 
     def batch_loss(self, batch: MicroBatch) -> torch.Tensor:
-        return self(batch.input_ids, batch.labels, batch.position_ids)
+        return self(**batch.inputs())
 
 
 class LossHead(nn.Module):

@@ -26,7 +26,7 @@ def build(kind: str, kernels: str) -> CausalObjective:
                     parameter.normal_(std=0.05)
     causal_lm = model.get_base_model() if kind == "lora" else model
     report = fuse(causal_lm, kernels=kernels, device_type="cpu", zero3=False)
-    return CausalObjective(model, fused=report.head_backend, zero3=False)
+    return CausalObjective(model, fused=report.head_backend, by_segment=report.segments)
 
 
 def loss_and_gradients(objective, store, micro_batches):

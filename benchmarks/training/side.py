@@ -58,6 +58,8 @@ def main() -> None:
 
 
 def our_forward(model: Any, options: argparse.Namespace) -> Any:
+    from ft_dist_kernels.segment_attention import find_segments
+
     from ft_dist.loss import CausalObjective
     from ft_dist.model.fused import fuse
     from ft_dist.resources import keep_freed_memory
@@ -66,10 +68,12 @@ def our_forward(model: Any, options: argparse.Namespace) -> Any:
         keep_freed_memory()  # as `ft-dist train` does
     causal_lm = model.get_base_model() if options.method == "lora" else model
     report = fuse(causal_lm, kernels="auto", device_type=options.device, zero3=False)
-    objective = CausalObjective(model, fused=report.head_backend)
+    objective = CausalObjective(model, fused=report.head_backend, by_segment=report.segments)
+
+    segments = find_segments(rows(options)["position_ids"].cpu()).to(options.device)
 
     def forward(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        return objective(**batch) / (batch["labels"] != -100).sum()
+        return objective(**batch, segments=segments) / (batch["labels"] != -100).sum()
 
     return forward
 

@@ -7,12 +7,13 @@ kernels like it; both for packed and for unpacked rows).
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from ft_dist_kernels.segment_attention import Segments, find_segments
 
 from ft_dist.data.store import SampleStore, end_to_end
 from ft_dist.data.stream import GlobalBatch, Row
@@ -21,6 +22,8 @@ IGNORED = -100
 """Label of a token that predicts nothing (the default of torch's cross entropy)"""
 
 ROUND_TO = 8
+
+INPUTS = ("input_ids", "labels", "position_ids", "segments")
 
 GIVE_UP_POLL_S = 0.5
 
@@ -37,20 +40,23 @@ class MicroBatch:
     input_ids: torch.Tensor
     labels: torch.Tensor
     position_ids: torch.Tensor
+    segments: Segments
+    """Where the samples lie, which attention goes by"""
     real_tokens: int
     labelled_tokens: int
     padded_tokens: int
     """Pad tokens: real_tokens + padded_tokens = R * L"""
 
+    def inputs(self) -> dict[str, Any]:
+        """What the model reads."""
+        return {name: getattr(self, name) for name in INPUTS}
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "MicroBatch":
-        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        moved = {name: value.to(device, non_blocking=non_blocking) for name, value in self.inputs().items()}
+        return replace(self, **moved)
 
     def pin_memory(self) -> "MicroBatch":
-        return self._with_tensors(lambda tensor: tensor.pin_memory())
-
-    def _with_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "MicroBatch":
-        tensors = {f.name: change(getattr(self, f.name)) for f in fields(self) if f.name.endswith(("ids", "labels"))}
-        return replace(self, **tensors)
+        return replace(self, **{name: value.pin_memory() for name, value in self.inputs().items()})
 
 
 def deal(batch: GlobalBatch, *, rank: int, world: int, micro_rows: int) -> list[list[Row]]:
@@ -99,10 +105,12 @@ def collate(rows: Sequence[Row], store: SampleStore, *, pad_id: int = 0) -> Micr
 def _micro_batch(
     input_RL: np.ndarray, label_RL: np.ndarray, position_RL: np.ndarray, *, real_tokens: int
 ) -> MicroBatch:
+    positions = torch.from_numpy(position_RL)
     return MicroBatch(
         input_ids=torch.from_numpy(input_RL),
         labels=torch.from_numpy(label_RL),
-        position_ids=torch.from_numpy(position_RL),
+        position_ids=positions,
+        segments=find_segments(positions),
         real_tokens=real_tokens,
         labelled_tokens=int(np.count_nonzero(label_RL != IGNORED)),
         padded_tokens=input_RL.size - real_tokens,

@@ -35,7 +35,7 @@ def build_engine(config: RunConfig, world: World, *, folder: str, tokenizer: Any
             model.to(world.device)
         causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         report = fuse(causal_lm, kernels=config.model.kernels, device_type=world.device.type, zero3=stage == 3)
-        objective = CausalObjective(model, fused=report.head_backend, zero3=stage == 3)
+        objective = CausalObjective(model, fused=report.head_backend, by_segment=report.segments, zero3=stage == 3)
         report.add_head(objective.head.reason_unfused())
         engine = Engine(objective, config, world)
         tell_optimizer(engine)

@@ -8,7 +8,6 @@ however the batch was cut.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -89,7 +88,7 @@ class Engine:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for index, batch in enumerate(micro_batches):
             self.deepspeed.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-            loss = self.deepspeed(**inputs_of(batch.to(self.world.device)))
+            loss = self.deepspeed(**batch.to(self.world.device).inputs())
             loss_sum += loss.detach()
             self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
             self.on_progress()
@@ -105,7 +104,7 @@ class Engine:
     def loss_sum(self, batch: MicroBatch) -> torch.Tensor:
         """Summed loss of a micro-batch, without gradients."""
         self.objective.eval()
-        loss = self.deepspeed(**inputs_of(batch.to(self.world.device)))
+        loss = self.deepspeed(**batch.to(self.world.device).inputs())
         self.on_progress()
         return loss
 
@@ -146,7 +145,3 @@ class Engine:
     @property
     def trainable_share(self) -> float:
         return sum(getattr(p, "ds_numel", p.numel()) for _, p in self.trainable()) / self.total_parameters
-
-
-def inputs_of(batch: MicroBatch) -> dict[str, Any]:
-    return {"input_ids": batch.input_ids, "labels": batch.labels, "position_ids": batch.position_ids}

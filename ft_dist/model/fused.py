@@ -13,10 +13,11 @@ from ft_dist_kernels.backend import HAS_TRITON, Backend
 from torch import nn
 
 from ft_dist.errors import ModelError
-from ft_dist.model.fused_forward import attention_forward, lora_forward, mlp_forward, norm_forward
+from ft_dist.model.fused_forward import attention_forward, lora_forward, mlp_forward, norm_forward, takes_segments
 
 # SmolLM and SmolLM2 are Llama models
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3_text", "phi3")
+ATTENTION = "attention (qkv, rotary)"
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
 
 
@@ -27,6 +28,8 @@ class FusedReport:
     backend: Backend | Literal["off"]
     fused: Counter[str] = field(default_factory=Counter)
     left: Counter[str] = field(default_factory=Counter)
+    segments: bool = False
+    """Whether every layer can be told the samples of packed rows, instead of a mask over whole rows"""
 
     @property
     def head_backend(self) -> Backend | None:
@@ -42,7 +45,7 @@ class FusedReport:
     def line(self) -> str:
         if self.backend == "off":
             return "kernels: off, Hugging Face's own layers run"
-        done = ", ".join(f"{count} {kind}" for kind, count in self.fused.items()) or "nothing"
+        done = ", ".join(f"{count} {kind}" for kind, count in self.fused.items() if count) or "nothing"
         rest = "; ".join(f"{count} x {why}" if count > 1 else why for why, count in self.left.items())
         return f"kernels ({self.backend}): {done} fused" + (f"; left as they are: {rest}" if rest else "")
 
@@ -71,6 +74,8 @@ def fuse(causal_lm: Any, *, kernels: str, device_type: str, zero3: bool) -> Fuse
         _fuse_lora(module, report, backend, zero3)
         if known:
             _fuse_part(module, report, backend, together=not zero3)
+    layers = causal_lm.config.get_text_config().num_hidden_layers
+    report.segments = report.fused[ATTENTION] == layers and takes_segments(causal_lm)
     return report
 
 
@@ -102,7 +107,7 @@ def _fuse_part(module: Any, report: FusedReport, backend: Backend, *, together: 
         report.fused["gated MLP"] += 1
     elif name.endswith("Attention") and hasattr(module, "o_proj"):
         _swap(module, attention_forward(module, together=together, backend=backend))
-        report.fused["attention (qkv, rotary)"] += 1
+        report.fused[ATTENTION] += 1
 
 
 def register_parameters(module: nn.Module, parameters: list[nn.Parameter]) -> None:

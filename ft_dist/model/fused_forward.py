@@ -14,6 +14,7 @@ from ft_dist_kernels.glu import geglu, swiglu
 from ft_dist_kernels.lora_linear import LoraWeights, lora_linear_group
 from ft_dist_kernels.rms_norm import rms_norm
 from ft_dist_kernels.rope import rope
+from ft_dist_kernels.segment_attention import Segments, segment_attention
 from torch import nn
 
 
@@ -95,7 +96,8 @@ def mlp_forward(module: Any, *, activation: str, together: bool, backend: Backen
 def attention_forward(module: Any, *, together: bool, backend: Backend) -> Any:
     """Self-attention of the Llama family: q, k, v in one group, optional norms of q and k, rotary embedding fused.
 
-    The attention product itself stays with the backend that the model's config names.
+    The attention product itself stays with the backend that the model's config names, unless the caller gives the
+    `segments` of packed rows (which `takes_segments` must allow).
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -103,7 +105,9 @@ def attention_forward(module: Any, *, together: bool, backend: Backend) -> Any:
     config = module.config
     # Mistral and Phi-3 keep the window in the config; Qwen and Gemma set it for each layer
     window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
-    options = {"sliding_window": window} if not type(module).__name__.startswith("Llama") else {}
+    if type(module).__name__.startswith("Llama"):
+        window = None
+    options = {} if window is None else {"sliding_window": window}
     if getattr(module, "attn_logit_softcapping", None) is not None:
         options["softcap"] = module.attn_logit_softcapping
 
@@ -112,6 +116,7 @@ def attention_forward(module: Any, *, together: bool, backend: Backend) -> Any:
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: Any = None,
         past_key_values: Any = None,
+        segments: Segments | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, Any]:
         shape = hidden_states.shape[:-1]
@@ -122,14 +127,24 @@ def attention_forward(module: Any, *, together: bool, backend: Backend) -> Any:
         q, k = rope(q, k, *position_embeddings, backend=backend)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, module.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
         dropout = module.attention_dropout if module.training else 0.0
+        if segments is not None:
+            output = segment_attention(q, k, v, segments, scale=module.scaling, window=window, dropout_p=dropout)
+            return module.o_proj(output.view(*shape, -1)), None
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
         output, weights = attend(
             module, q, k, v, attention_mask, dropout=dropout, scaling=module.scaling, **options, **kwargs
         )
         return module.o_proj(output.reshape(*shape, -1).contiguous()), weights
 
     return forward
+
+
+def takes_segments(causal_lm: Any) -> bool:
+    """Whether attention that was swapped in can go sample by sample: PyTorch's own, and without soft-capped scores."""
+    config = causal_lm.config.get_text_config()
+    odd = ("attn_logit_softcapping", "use_bidirectional_attention")
+    return config._attn_implementation == "sdpa" and not any(getattr(config, name, None) for name in odd)
 
 
 def _qkv(module: Any, x: torch.Tensor, together: bool, backend: Backend) -> Sequence[torch.Tensor]:

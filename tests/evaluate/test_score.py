@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from ft_dist_kernels.segment_attention import find_segments
 from transformers import AutoModelForCausalLM
 
 from ft_dist.data.batch import MicroBatch
@@ -20,7 +21,8 @@ from ft_dist.model.tiny import byte_tokenizer, make_tiny
 
 def micro_batch(labelled: int) -> MicroBatch:
     ids = torch.zeros(1, 8, dtype=torch.int64)
-    return MicroBatch(ids, ids, ids, real_tokens=8, labelled_tokens=labelled, padded_tokens=0)
+    segments = find_segments(ids)
+    return MicroBatch(ids, ids, ids, segments, real_tokens=8, labelled_tokens=labelled, padded_tokens=0)
 
 
 def test_loss_weighs_tokens_not_batches() -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from ft_dist_kernels.segment_attention import find_segments
 
 from ft_dist.config.schema import MethodConfig
 from ft_dist.errors import ModelError
@@ -27,23 +28,24 @@ def build(name, kernels, *, method=None, dtype=torch.float32, checkpointing=Fals
                 torch.nn.init.normal_(parameter, std=0.05)
     causal_lm = model.get_base_model() if method is not None else model
     report = fuse(causal_lm, kernels=kernels, device_type="cpu", zero3=False)
-    objective = CausalObjective(model, fused=report.head_backend)
+    objective = CausalObjective(model, fused=report.head_backend, by_segment=report.segments)
     report.add_head(objective.head.reason_unfused())
     return objective.train(), report
 
 
-def batch(rows=2, width=32):
+def batch(rows=2, width=32, restart=20):
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(0, 250, (rows, width + 1), generator=generator)
     labels = ids[:, 1:].clone()
     labels[:, :9] = -100
     positions = torch.arange(width).repeat(rows, 1)
-    positions[:, 20:] -= 20
-    return {"input_ids": ids[:, :-1], "labels": labels, "position_ids": positions}
+    positions[:, restart:] -= restart
+    segments = find_segments(positions)
+    return {"input_ids": ids[:, :-1], "labels": labels, "position_ids": positions, "segments": segments}
 
 
-def gradients(objective):
-    loss = objective(**batch())
+def gradients(objective, **size):
+    loss = objective(**batch(**size))
     loss.backward()
     return loss.detach(), {n: p.grad for n, p in objective.named_parameters() if p.grad is not None}
 
@@ -66,6 +68,22 @@ def test_loss_and_gradients_are_hugging_faces_own(name, method):
     assert fused_grads.keys() == grads.keys()
     for parameter, grad in grads.items():
         assert (fused_grads[parameter] - grad).norm() <= 2e-5 * grad.norm() + 1e-7, parameter
+
+
+@pytest.mark.parametrize("name", ["tiny-mistral", "tiny-gemma3", "tiny-phi3", "tiny-llama"])
+def test_samples_longer_than_a_sliding_window(name):
+    own, ours = build(name, "off")[0], build(name, "torch")[0]
+    size = {"rows": 1, "width": 150, "restart": 110}
+    (loss, grads), (fused_loss, fused_grads) = gradients(own, **size), gradients(ours, **size)
+    torch.testing.assert_close(fused_loss, loss, rtol=1e-5, atol=0)
+    for parameter, grad in grads.items():
+        assert (fused_grads[parameter] - grad).norm() <= 2e-5 * grad.norm() + 1e-7, parameter
+
+
+def test_attention_goes_by_segments_where_it_can():
+    by_segment = {name: build(name, "torch")[1].segments for name in tiny_names()}
+    assert not by_segment.pop("tiny-gemma2"), "its attention scores are soft-capped"
+    assert all(by_segment.values())
 
 
 @pytest.mark.parametrize("method", ["rslora", "dora", "head"])
