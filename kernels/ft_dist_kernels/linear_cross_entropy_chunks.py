@@ -5,21 +5,25 @@ Chunk size: the GPU needs >= 1024 rows a chunk to stay bound by the matrix produ
 one AVX512 core: 2.8 s forward and backward at 128 rows, 2.4 from 256 to 683, 2.2 at 1024; whole logits 3.1).
 Above that only memory speaks, and the budgets below keep it small.
 
-The matrix products of the CPU form run in fp32, with weights in half precision widened tile by tile: without
-AVX512-BF16 or AMX a bf16 product is five times slower (measured), with it torch has none that leaves the logits in
-fp32, and rounding those moved the gradient norm of a small model by over 2%.
+The matrix products of the CPU form run in fp32, with weights in half precision widened tile by tile into one buffer
+that stays in cache: without AVX512-BF16 or AMX a bf16 product is five times slower (measured), with it torch has none
+that leaves the logits in fp32, and rounding those moved the gradient norm of a small model by over 2%. Their gradient
+may be rounded, as it is in the eager form, on its way to the hidden states' own: there such a CPU takes bf16.
 
 Shapes: T tokens, N labelled tokens, n rows of a chunk, H hidden, V vocabulary, v a tile of it, R LoRA rank.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ft_dist_kernels.products import widens
+
 GPU_LOGITS_BYTES, GPU_CHUNK_ROWS = 256 * 2**20, (1024, 4096)
-CPU_LOGITS_BYTES, CPU_CHUNK_ROWS = 64 * 2**20, (128, 1024)
-WIDENED_TILE_BYTES = 16 * 2**20
+CPU_LOGITS_BYTES, CPU_CHUNK_ROWS = 96 * 2**20, (128, 1024)
+WIDENED_TILE_BYTES = 4 * 2**20
 SCALED_ROWS = 4096
 
 
@@ -96,6 +100,7 @@ def run_chunks(
     grads = _allocate(head, hidden_TH, count, wanted)
     rows = chunk_rows(count, vocabulary, hidden.device.type, _bytes_a_logit(head, dtype))
     logits_nV = torch.empty(min(rows, count), vocabulary, device=hidden.device, dtype=dtype)
+    rounded_nV = torch.empty_like(logits_nV, dtype=head.weight.dtype) if _rounds(head, dtype) else None
     softmax_step = _triton_softmax_step() if head.options.triton else softmax_step_torch
     for start in range(0, count, rows):
         chunk = slice(start, min(start + rows, count))
@@ -113,7 +118,8 @@ def run_chunks(
             want_grad=any(wanted),
         )
         if any(wanted):
-            _accumulate(grads, logits, head, hidden_nH, source_nH, s_nR, chunk)
+            rounded = None if rounded_nV is None or not wanted.hidden else rounded_nV[: len(logits)].copy_(logits)
+            _accumulate(grads, logits, rounded, head, hidden_nH, source_nH, s_nR, chunk)
     return tokens, grads
 
 
@@ -233,11 +239,17 @@ def _product_dtype(hidden: Tensor, triton: bool) -> torch.dtype:
     return torch.float32 if widened else hidden.dtype
 
 
+def _rounds(head: Head, dtype: torch.dtype) -> bool:
+    """Whether fp32 logits pass their gradient on in the weight's dtype, in which this CPU multiplies."""
+    return head.weight.device.type == "cpu" and head.weight.dtype is not dtype and not widens(head.weight)
+
+
 def _bytes_a_logit(head: Head, dtype: torch.dtype) -> int:
     if head.options.triton:
         return dtype.itemsize
     widened = 0 if dtype is torch.float32 else 4
-    return dtype.itemsize + widened + (4 if head.options.softcap is not None else 0)
+    rounded = head.weight.dtype.itemsize if _rounds(head, dtype) else 0
+    return dtype.itemsize + widened + rounded + (4 if head.options.softcap is not None else 0)
 
 
 def _take(source_TH: Tensor, rows_N: Tensor | None, chunk: slice, dtype: torch.dtype) -> Tensor:
@@ -245,22 +257,25 @@ def _take(source_TH: Tensor, rows_N: Tensor | None, chunk: slice, dtype: torch.d
     return taken.to(dtype)
 
 
-def _tiles(weight_VH: Tensor, dtype: torch.dtype) -> list[slice]:
-    """The whole vocabulary at once, or tiles small enough to hold a widened copy of."""
-    vocabulary, width = weight_VH.shape
-    if weight_VH.dtype is dtype:
-        return [slice(0, vocabulary)]
+def _tiles(matrix_VH: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The matrix in `dtype`: whole, or tiles of rows widened one after the other, each over the one before."""
+    vocabulary, width = matrix_VH.shape
+    if matrix_VH.dtype is dtype:
+        yield slice(0, vocabulary), matrix_VH
+        return
     step = max(256, WIDENED_TILE_BYTES // (max(width, 1) * dtype.itemsize))
-    return [slice(start, min(start + step, vocabulary)) for start in range(0, vocabulary, step)]
+    buffer = matrix_VH.new_empty(min(step, vocabulary), width, dtype=dtype)
+    for start in range(0, vocabulary, step):
+        tile = slice(start, min(start + step, vocabulary))
+        yield tile, buffer[: tile.stop - start].copy_(matrix_VH[tile])
 
 
 def _logits_into(logits_nV: Tensor, head: Head, hidden_nH: Tensor, source_nH: Tensor) -> Tensor | None:
     """Writes the raw logits (without bias) and returns S = source A^T if there is LoRA."""
     dtype = logits_nV.dtype
     s_nR = None if head.lora_a is None else source_nH @ head.lora_a.to(dtype).T
-    for tile in _tiles(head.weight, dtype):
-        tile_nv = logits_nV[:, tile]
-        weight_Hv = head.weight[tile].to(dtype).T
+    for tile, weight_vH in _tiles(head.weight, dtype):
+        tile_nv, weight_Hv = logits_nV[:, tile], weight_vH.T
         if s_nR is None or head.lora_b is None:
             torch.mm(hidden_nH, weight_Hv, out=tile_nv)
         else:  # the small term first: its rounding is small, and the sum is rounded once
@@ -291,16 +306,20 @@ def _allocate(head: Head, hidden_TH: Tensor, count: int, wanted: Wanted) -> Grad
 def _accumulate(
     grads: Gradients,
     d_nV: Tensor,
+    rounded_nV: Tensor | None,
     head: Head,
     hidden_nH: Tensor,
     source_nH: Tensor,
     s_nR: Tensor | None,
     chunk: slice,
 ) -> None:
-    """Adds the chunk's share, given the gradient over its raw logits, and writes its rows."""
+    """Adds the chunk's share, given the gradient over its raw logits (and that in the weight's dtype, where it is to be
+    used), and writes its rows."""
     dtype, scale = d_nV.dtype, head.options.lora_scale
     own_source = source_nH is not hidden_nH
-    d_hidden_nH = None if grads.hidden is None else product(d_nV, head.weight)
+    d_hidden_nH = None
+    if grads.hidden is not None:
+        d_hidden_nH = product(d_nV, head.weight) if rounded_nV is None else (rounded_nV @ head.weight).float()
     if grads.weight is not None:
         add_product(grads.weight, d_nV.T, hidden_nH)
     if grads.bias is not None:
@@ -343,8 +362,5 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     elif halves and total.device.type != "cpu":
         total.add_(left @ right)
     else:
-        step = max(256, WIDENED_TILE_BYTES // (4 * max(min(left.shape), right.shape[1], 1)))
-        for row in range(0, left.shape[0], step):
-            for inner in range(0, left.shape[1], step):
-                left_tile = left[row : row + step, inner : inner + step].float()
-                total[row : row + step].addmm_(left_tile, right[inner : inner + step].float())
+        for inner, right_tile in _tiles(right, torch.float32):
+            total.addmm_(left[:, inner].float(), right_tile)
