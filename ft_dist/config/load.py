@@ -14,6 +14,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from ft_dist.config.peer_names import PEER_NAMES
 from ft_dist.config.schema import RunConfig
 from ft_dist.errors import ConfigError
 
@@ -165,16 +166,15 @@ def _short(value: object) -> str:
 
 
 def _nearest(location: list[str]) -> str | None:
-    """The valid key closest to an unknown one: in its own section first, then anywhere in the tree."""
-    wanted = location[-1]
-    everywhere = dict(_keys(RunConfig))
+    """The valid key closest to an unknown one: in its own section, as other trainers call it, or anywhere."""
     # list indices are part of the location but not of the schema
     section = ".".join(part for part in location[:-1] if not part.isdigit())
-    siblings = {path: name for path, name in everywhere.items() if path.rpartition(".")[0] == section}
-    for candidates in (siblings, everywhere):
-        close = difflib.get_close_matches(wanted, candidates.values(), n=1, cutoff=0.6)
+    everywhere = {name: path for path, name in reversed(list(_keys(RunConfig)))}
+    siblings = {name: path for path, name in _keys(RunConfig) if path.rpartition(".")[0] == section}
+    for paths, cutoff in ((siblings, 0.6), (PEER_NAMES, 0.85), (everywhere, 0.6)):
+        close = difflib.get_close_matches(location[-1].lower(), paths, n=1, cutoff=cutoff)
         if close:
-            return next(path for path, name in candidates.items() if name == close[0])
+            return paths[close[0]]
     return None
 
 

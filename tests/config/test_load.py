@@ -4,6 +4,8 @@ import pytest
 import yaml
 
 from ft_dist.config import dump_config, load_config, validate
+from ft_dist.config.peer_names import PEER_NAMES
+from ft_dist.config.schema import RunConfig
 from ft_dist.errors import ConfigError
 
 SMALL = {"model": {"path": "m"}, "data": {"train": [{"path": "a.jsonl"}]}, "output_dir": "runs/x"}
@@ -38,6 +40,8 @@ def test_off_is_a_word_and_not_a_truth_value(tmp_path):
     [
         ("optim.warmup_step=1", "unknown key. Did you mean optim.warmup_steps?"),
         ("zero_stage=2", "unknown key. Did you mean engine.zero_stage?"),
+        ("optim.learnig_rate=1", "unknown key. Did you mean optim.lr?"),
+        ("lora_r=8", "unknown key. Did you mean method.rank?"),
         ("data.train.0.wieght=2", "Did you mean data.train.weight?"),
         ("engine.zero_stage=7", "engine.zero_stage=7: should be 0, 1, 2 or 3."),
         ("batch.global_rows=many", 'batch.global_rows="many": should be'),
@@ -53,6 +57,13 @@ def test_a_mistake_names_key_rule_and_fix(recipe, override, told):
         load_config(str(recipe), [override])
     assert told in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_names_of_peers_lead_to_keys_that_exist():
+    sections = {name: field.annotation for name, field in RunConfig.model_fields.items()}
+    for key in PEER_NAMES.values():
+        section, _, name = key.partition(".")
+        assert name in sections[section].model_fields, key
 
 
 def test_yaml_mistakes_name_the_line(tmp_path):
