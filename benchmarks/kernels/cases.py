@@ -221,6 +221,45 @@ def _rope(model: Model, tokens: int) -> Case:
     )
 
 
+def _segments(model: Model, tokens: int, longest: int) -> Case:
+    """One packed row of samples between a quarter of `longest` and `longest`."""
+    from ft_dist_kernels.segment_attention import find_segments, segment_attention
+
+    scale, repeats = model.head**-0.5, model.heads // model.kv_heads
+
+    def make(tokens: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
+        to = {"dtype": dtype, "device": device}
+        lengths = torch.randint(longest // 4, longest + 1, (tokens,), generator=torch.Generator().manual_seed(1))
+        positions = torch.cat([torch.arange(length) for length in lengths.tolist()])[None, :tokens]
+        sample, index = (positions == 0).cumsum(1)[0], torch.arange(tokens)
+        mask = (sample[:, None] == sample) & (index[:, None] >= index)
+        inputs = {
+            name: _normal(1, tokens, heads, model.head, grad=False, **to).transpose(1, 2).requires_grad_()
+            for name, heads in (("q", model.heads), ("k", model.kv_heads), ("v", model.kv_heads))
+        }
+        return inputs | {"segments": find_segments(positions).to(device), "mask": mask[None, None].to(device)}
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, segments: Any, mask: Tensor) -> Tensor:
+        return segment_attention(q, k, v, segments, scale=scale)
+
+    def eager(q: Tensor, k: Tensor, v: Tensor, segments: Any, mask: Tensor) -> Tensor:
+        """transformers' sdpa_attention_forward with the mask that it makes for packed rows."""
+        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+
+    heads = 2 * model.heads + 2 * model.kv_heads
+    return Case(
+        op="segment_attention",
+        label=f"{model.name} T={tokens}, samples of {longest // 4}-{longest}",
+        tokens=tokens,
+        make=make,
+        ours=ours,
+        eager=eager,
+        cost=lambda tokens: (2.0 * 2 * tokens * heads * model.head, 7.0 * tokens * longest * model.heads * model.head),
+        formula="bytes 2 * 2T(q, k, v, y); FLOPs 7 T longest (heads D), half of it masked",
+    )
+
+
 def _nf4(model: Model) -> Case:
     rows, columns = model.intermediate, model.hidden
 
@@ -255,11 +294,12 @@ def cases_of(model: Model, tokens: int) -> dict[str, list[Callable[[], Case]]]:
         "rms_norm": [lambda: _norm(model, tokens)],
         "geglu" if model.gelu else "swiglu": [lambda: _glu(model, tokens)],
         "rope": [lambda: _rope(model, tokens)],
+        "segment_attention": [lambda: _segments(model, tokens, 64), lambda: _segments(model, tokens, 512)],
         "nf4": [lambda: _nf4(model)],
     }
 
 
-OPS = ("lora_linear", "linear_cross_entropy", "rms_norm", "swiglu", "geglu", "rope", "nf4")
+OPS = ("lora_linear", "linear_cross_entropy", "rms_norm", "swiglu", "geglu", "rope", "segment_attention", "nf4")
 
 
 def cases(device: str, ops: tuple[str, ...], *, quick: bool) -> list[Case]:
