@@ -47,12 +47,14 @@ class CausalObjective(nn.Module):
         input_ids: torch.Tensor,
         labels: torch.Tensor,
         position_ids: torch.Tensor,
+        kept: torch.Tensor | None = None,
         segments: Segments | None = None,
     ) -> torch.Tensor:
         """Sum of -log p(label) over labelled tokens, fp32.
 
         All arguments (rows, T) int64; `labels[t]` is the target of token t, already shifted; `position_ids` restart at
-        every sample, by which the attention mask keeps samples apart. `segments`: the same, found beforehand.
+        every sample, by which the attention mask keeps samples apart. With `kept` and `segments` (see MicroBatch)
+        attention can go sample by sample instead, over the tokens that are not padding.
         """
         causal_lm = self.causal_lm
         if str(causal_lm.config._attn_implementation).startswith("flash"):
@@ -60,7 +62,8 @@ class CausalObjective(nn.Module):
             # the samples of packed rows see each other
             input_ids, labels, position_ids = (rows.view(1, -1) for rows in (input_ids, labels, position_ids))
         apart: dict[str, Any] = {}
-        if self.by_segment and segments is not None:
+        if self.by_segment and kept is not None:
+            input_ids, labels, position_ids = (rows.view(-1)[kept][None] for rows in (input_ids, labels, position_ids))
             # no mask is looked at then; one of four dimensions keeps transformers from making its own
             apart = {"segments": segments, "attention_mask": position_ids.new_empty(0, 0, 0, 0)}
         hidden = causal_lm.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False, **apart)

@@ -73,7 +73,8 @@ def our_forward(model: Any, options: argparse.Namespace) -> Any:
     segments = find_segments(rows(options)["position_ids"].cpu()).to(options.device)
 
     def forward(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        return objective(**batch, segments=segments) / (batch["labels"] != -100).sum()
+        kept = torch.arange(batch["labels"].numel(), device=options.device)
+        return objective(**batch, kept=kept, segments=segments) / (batch["labels"] != -100).sum()
 
     return forward
 

@@ -23,7 +23,7 @@ IGNORED = -100
 
 ROUND_TO = 8
 
-INPUTS = ("input_ids", "labels", "position_ids", "segments")
+INPUTS = ("input_ids", "labels", "position_ids", "kept", "segments")
 
 GIVE_UP_POLL_S = 0.5
 
@@ -35,13 +35,16 @@ class MicroBatch:
     input_ids, labels, position_ids: (R, L) int64. `labels[r, t]` is the token that position t predicts (shifted
     already), and IGNORED where the next token is not learnt, belongs to another sample, or is padding. Positions
     restart at 0 with each sample; each pad token is a segment of its own at position 0.
+
+    kept: (T,) int64, the tokens, counted over the rows, that need to run where attention goes sample by sample: all but
+    the padding, a multiple of 8. `segments` lie among these.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     position_ids: torch.Tensor
+    kept: torch.Tensor
     segments: Segments
-    """Where the samples lie, which attention goes by"""
     real_tokens: int
     labelled_tokens: int
     padded_tokens: int
@@ -81,7 +84,7 @@ def collate(rows: Sequence[Row], store: SampleStore, *, pad_id: int = 0) -> Micr
     """Rows of global sample ids -> tensors. No rows give the dummy: one pad token that predicts nothing."""
     if not rows:
         zero = np.zeros((1, 1), np.int64)
-        return _micro_batch(zero + pad_id, zero + IGNORED, zero, real_tokens=0)
+        return _micro_batch(zero + pad_id, zero + IGNORED, zero, [0])
     tokens, mask, lengths = store.gather(np.fromiter(chain.from_iterable(rows), np.int64))
     positions = end_to_end(np.zeros_like(lengths), lengths)
     learnt = np.flatnonzero(mask & (positions > 0))  # what comes first in a sample has no token before it
@@ -99,21 +102,25 @@ def collate(rows: Sequence[Row], store: SampleStore, *, pad_id: int = 0) -> Micr
         input_RL[row, : end - start] = tokens[start:end]
         label_RL[row, : end - start] = labels[start:end]
         position_RL[row, : end - start] = positions[start:end]
-    return _micro_batch(input_RL, label_RL, position_RL, real_tokens=len(tokens))
+    return _micro_batch(input_RL, label_RL, position_RL, [end - start for start, end in zip(starts, ends, strict=True)])
 
 
 def _micro_batch(
-    input_RL: np.ndarray, label_RL: np.ndarray, position_RL: np.ndarray, *, real_tokens: int
+    input_RL: np.ndarray, label_RL: np.ndarray, position_RL: np.ndarray, row_tokens: list[int]
 ) -> MicroBatch:
-    positions = torch.from_numpy(position_RL)
+    real = (np.arange(input_RL.shape[1]) < np.array(row_tokens)[:, None]).ravel()
+    missing = -sum(row_tokens) % ROUND_TO if any(row_tokens) else 1
+    real[np.flatnonzero(~real)[:missing]] = True
+    positions, kept = torch.from_numpy(position_RL), torch.from_numpy(np.flatnonzero(real))
     return MicroBatch(
         input_ids=torch.from_numpy(input_RL),
         labels=torch.from_numpy(label_RL),
         position_ids=positions,
-        segments=find_segments(positions),
-        real_tokens=real_tokens,
+        kept=kept,
+        segments=find_segments(positions.view(-1)[kept][None]),
+        real_tokens=sum(row_tokens),
         labelled_tokens=int(np.count_nonzero(label_RL != IGNORED)),
-        padded_tokens=input_RL.size - real_tokens,
+        padded_tokens=input_RL.size - sum(row_tokens),
     )
 
 

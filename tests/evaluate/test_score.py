@@ -22,7 +22,9 @@ from ft_dist.model.tiny import byte_tokenizer, make_tiny
 def micro_batch(labelled: int) -> MicroBatch:
     ids = torch.zeros(1, 8, dtype=torch.int64)
     segments = find_segments(ids)
-    return MicroBatch(ids, ids, ids, segments, real_tokens=8, labelled_tokens=labelled, padded_tokens=0)
+    return MicroBatch(
+        ids, ids, ids, torch.arange(8), segments, real_tokens=8, labelled_tokens=labelled, padded_tokens=0
+    )
 
 
 def test_loss_weighs_tokens_not_batches() -> None:

@@ -40,8 +40,8 @@ def batch(rows=2, width=32, restart=20):
     labels[:, :9] = -100
     positions = torch.arange(width).repeat(rows, 1)
     positions[:, restart:] -= restart
-    segments = find_segments(positions)
-    return {"input_ids": ids[:, :-1], "labels": labels, "position_ids": positions, "segments": segments}
+    rows_of = {"input_ids": ids[:, :-1].contiguous(), "labels": labels, "position_ids": positions}
+    return rows_of | {"kept": torch.arange(rows * width), "segments": find_segments(positions)}
 
 
 def gradients(objective, **size):
