@@ -72,6 +72,7 @@ def find_segments(position_ids: Tensor) -> Segments:
     return Segments(tokens, place_of, torch.nonzero(~reached).squeeze(1), tuple(shapes), in_order)
 
 
+@torch._disable_dynamo
 def segment_attention(
     q: Tensor,
     k: Tensor,
