@@ -1,7 +1,6 @@
 """SLURM: a job script that saves, requeues itself and goes on; https://slurm.schedmd.com/sbatch.html."""
 
 import os
-import sys
 from pathlib import Path
 
 from ft_dist.config import dump_config
@@ -20,18 +19,12 @@ def plan(request: Request, runs: list[Run]) -> Submission:
     """One job for a run, one job array for a sweep."""
     sweep = len(runs) > 1
     base = runs[0].folder.parent if sweep else runs[0].folder
-    profile = request.profile
     script, log = base / "launch" / "job.sbatch", base / "logs" / ("slurm-%a.log" if sweep else "slurm.log")
     text = render(
         "job.sbatch.j2",
         name=job_name(base),
-        nodes=request.nodes,
-        nproc=request.nproc,
-        gpus_per_node=request.gpus_per_node,
-        max_restarts=request.max_restarts,
-        profile=profile,
-        slurm=profile.slurm,
-        python=python_of(request),
+        **request.values,
+        slurm=request.profile.slurm,
         folders=[str(run.folder) for run in runs],
         folder_of_work=os.getcwd(),
         log=str(log),
@@ -45,14 +38,6 @@ def plan(request: Request, runs: list[Run]) -> Submission:
         command=["sbatch", "--parsable", str(script)],
         logs=[Path(str(log).replace("%a", str(task))) for task in range(len(runs))],
     )
-
-
-def python_of(request: Request) -> str:
-    """The interpreter of the job: the container's, the profile's, or the one that runs here."""
-    profile = request.profile
-    if profile.container:
-        return "python"
-    return str(Path(profile.venv).expanduser() / "bin" / "python") if profile.venv else sys.executable
 
 
 def submit(submission: Submission) -> list[Record]:

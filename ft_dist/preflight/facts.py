@@ -12,17 +12,9 @@ import torch
 
 from ft_dist.config import RunConfig
 from ft_dist.preflight.interface import own_address
+from ft_dist.preflight.node import node_name
 from ft_dist.preflight.same import code_hash, config_hash
 from ft_dist.resources import versions
-
-
-def node_name() -> str:
-    return os.environ.get("FT_DIST_NODE") or os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-
-
-def several_nodes() -> bool:
-    """As the launcher says; torchrun and ours name the same variable."""
-    return int(os.environ.get("GROUP_WORLD_SIZE", os.environ.get("SLURM_NNODES", "1"))) > 1
 
 
 def facts(config: RunConfig, *, rank: int, size: int) -> dict[str, Any]:
