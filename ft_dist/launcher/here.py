@@ -100,9 +100,9 @@ def _start(command: Sequence[str], log: Path) -> str:
 
 
 def _alive(job: str) -> int | None:
-    """The process number of `job` while it runs here."""
+    """The process number of `job` while it runs here; a job without a start had ended before it could be asked."""
     pid, _, started = job.partition("@")
-    return int(pid) if _started_at(int(pid)) == started else None
+    return int(pid) if started and _started_at(int(pid)) == started else None
 
 
 def _started_at(pid: int) -> str:
