@@ -66,8 +66,11 @@ def _folder_reader(source: SourceConfig) -> Iterator[Record]:
 
 
 def is_url(path: str) -> bool:
-    """Whether a path leads to an object store or server; `hf://` names a hub dataset."""
-    return "://" in path and not path.startswith(("hf://", "file://"))
+    """Whether a path leads to an object store or server; `hf://` names a hub dataset, or a folder in one."""
+    if path.startswith("hf://"):
+        kind, *rest = path.removeprefix("hf://").strip("/").split("/")
+        return kind == "datasets" and len(rest) > 2
+    return "://" in path and not path.startswith("file://")
 
 
 def prepared_set(path: str) -> dict[str, Any] | None:
