@@ -184,7 +184,7 @@ def test_stop_commits_and_does_not_requeue_and_resume_goes_on(cli, cluster, undi
     assert f"job {run.job} of slurm is at it already" in again.stderr
     stopped = cli("stop", str(run.folder), **cluster.environment)
     assert stopped.returncode == 0, stopped.stderr
-    out, err = run.process.communicate(timeout=120)
+    out, err = run.process.communicate(timeout=TIMEOUT_S)
     assert run.process.returncode == 75, out + err
     assert cluster.state(run.job) == "COMPLETED"
     resumed = cli("resume", str(run.folder), **cluster.environment)
@@ -204,7 +204,7 @@ def test_a_job_that_never_commits_is_not_requeued_for_ever(cluster, tmp_path):
     profile = tmp_path / "cluster.yaml"
     profile.write_text(f"venv: {tmp_path}/venv\nslurm: {{max_idle_requeues: 1}}\n")
     run = Launched(cluster, tmp_path / "run", "--profile", str(profile))
-    out, err = run.process.communicate(timeout=120)
+    out, err = run.process.communicate(timeout=TIMEOUT_S)
     assert run.process.returncode == 1, out + err
     assert "no new commit in 2 starts: ended" in out
     assert cluster.field(run.job, "Restarts") == "2"
