@@ -38,6 +38,9 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         return self
 
+    def inputs(self) -> dict[str, torch.Tensor]:
+        return vars(self)
+
 
 class Odd(torch.nn.Module):
     """Sizes that no world divides, an output head tied to the embedding, and parameters that no loss reaches."""
