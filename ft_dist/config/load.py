@@ -79,14 +79,19 @@ def find_recipe(recipe: str) -> Path:
 
 
 def recipe_folder() -> Path:
-    """The shipped recipes: inside the wheel, or `configs/` of the source tree."""
+    """The shipped recipes."""
+    return shipped_folder("configs", holding="*.yaml")
+
+
+def shipped_folder(name: str, *, holding: str) -> Path:
+    """`ft_dist.NAME` inside the wheel, if files that match `holding` are there, or NAME/ of the source tree."""
     try:
-        packaged = Path(str(importlib.resources.files("ft_dist.configs")))
-        if any(packaged.glob("*.yaml")):
+        packaged = Path(str(importlib.resources.files(f"ft_dist.{name}")))
+        if any(packaged.glob(holding)):
             return packaged
     except ModuleNotFoundError:
         pass
-    return Path(__file__).resolve().parents[2] / "configs"
+    return Path(__file__).resolve().parents[2] / name
 
 
 def validate(tree: dict[str, Any]) -> RunConfig:

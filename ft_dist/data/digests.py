@@ -1,7 +1,8 @@
 """What identifies the records of a source: digests of its files, remembered so that a start need not read them again.
 
-A digest is kept by (path, size, modification time, inode). A file that changed within the last seconds is not kept:
-it could change again within one tick of the file system's clock.
+A digest is kept by (path, size, times of modification and of change, inode): `rsync` and `cp -p` set the first of these
+times, nobody the second. A file that changed within the last seconds is not kept: it could change again within one tick
+of the file system's clock.
 """
 
 import hashlib
@@ -48,21 +49,24 @@ def _digests(files: list[Path], cache: Path) -> list[str]:
     fresh: dict[str, list[object]] = {}
     digests = []
     for file in files:
-        status = file.stat()
-        state = [status.st_size, status.st_mtime_ns, status.st_ino]
+        state = _state(file)
         entry = known.get(str(file.resolve()))
-        if entry is not None and entry[:3] == state:
-            digests.append(str(entry[3]))
+        if entry is not None and entry[:-1] == state:
+            digests.append(str(entry[-1]))
             continue
         digest = _digest(file)
         digests.append(digest)
-        after = file.stat()
-        settled = time.time_ns() - after.st_mtime_ns > SETTLED_S * 1e9
-        if settled and [after.st_size, after.st_mtime_ns, after.st_ino] == state:
+        settled = time.time_ns() - file.stat().st_ctime_ns > SETTLED_S * 1e9
+        if settled and _state(file) == state:
             fresh[str(file.resolve())] = [*state, digest]
     if fresh:
         _remember(cache, fresh)
     return digests
+
+
+def _state(file: Path) -> list[object]:
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 def _digest(file: Path) -> str:

@@ -70,8 +70,6 @@ def _unpack(path: Path, compression: str) -> bytes:
             return zstandard.ZstdDecompressor().stream_reader(path.read_bytes(), read_across_frames=True).read()
         if algorithm == "gz":
             return gzip.decompress(path.read_bytes())
-    except ModuleNotFoundError:
-        raise DataError(f"{path}: zstd data needs a package. Run: pip install zstandard.") from None
     except Exception as error:  # each library raises kinds of its own for damaged data
         raise DataError(f"{path}: damaged {algorithm} data ({error}). Fetch it again.") from None
     raise DataError(f"{path}: compression {compression!r} is not read here. Write it with zstd, gz or none.")

@@ -322,7 +322,9 @@ def _extent(value: Any) -> int:
 
 def _bytes_of(source: SourceConfig) -> int | None:
     files = local_files(source)
-    if files is None or any(file.suffix.lower() in (".gz", ".parquet", ".arrow", ".idx", ".bin") for file in files):
+    if files is None or any(
+        file.suffix.lower() in (".gz", ".zst", ".parquet", ".arrow", ".idx", ".bin") for file in files
+    ):
         return None
     return sum(file.stat().st_size for file in files)
 

@@ -66,8 +66,11 @@ def _folder_reader(source: SourceConfig) -> Iterator[Record]:
 
 
 def is_url(path: str) -> bool:
-    """Whether a path leads to an object store or server; `hf://` names a hub dataset."""
-    return "://" in path and not path.startswith(("hf://", "file://"))
+    """Whether a path leads to an object store or server; `hf://` names a hub dataset, or a folder in one."""
+    if path.startswith("hf://"):
+        kind, *rest = path.removeprefix("hf://").strip("/").split("/")
+        return kind == "datasets" and len(rest) > 2
+    return "://" in path and not path.startswith("file://")
 
 
 def prepared_set(path: str) -> dict[str, Any] | None:
@@ -146,7 +149,9 @@ def _folder_files(folder: Path, split: str) -> list[Path]:
     found = [file for file in found if suffix_of(file) in SUFFIXES]
     if not found:
         known = " ".join(SUFFIXES)
-        raise DataError(f"{folder}: the folder holds no data file ({known}, also with .gz). Point data.*.path at one.")
+        raise DataError(
+            f"{folder}: the folder holds no data file ({known}, also with .gz or .zst). Point data.*.path at one."
+        )
     splits = {file: _split_of(file, folder) for file in found}
     if not any(splits.values()):
         return found
@@ -168,7 +173,7 @@ def _split_of(file: Path, folder: Path) -> str | None:
 
 
 def suffix_of(file: Path) -> str:
-    name = file.name.lower().removesuffix(".gz")
+    name = file.name.lower().removesuffix(".gz").removesuffix(".zst")
     return name[name.rfind(".") :] if "." in name else ""
 
 
@@ -188,7 +193,9 @@ def _reader(file: Path) -> Callable[[Path], Iterator[Record | RawRecord]]:
     }
     if suffix not in readers:
         known = " ".join(SUFFIXES)
-        raise DataError(f"{file}: unknown file type {suffix or 'without a suffix'!r}. Known: {known}, also with .gz.")
+        raise DataError(
+            f"{file}: unknown file type {suffix or 'without a suffix'!r}. Known: {known}, also with .gz or .zst."
+        )
     return readers[suffix]
 
 

@@ -24,10 +24,12 @@ from ft_dist.config import RunConfig, load_config
 from ft_dist.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER, UserError
 from ft_dist.launcher.head import Head, Member
 from ft_dist.launcher.local import FORWARDED, default_nproc, leave_when_told
-from ft_dist.launcher.meeting import Meeting, Place, connect, node_name
+from ft_dist.launcher.meeting import Meeting, Place, connect
+from ft_dist.launcher.nodes import ONE_NODE, Nodes, parse_nodes
 from ft_dist.launcher.restarts import RestartPolicy
 from ft_dist.launcher.wire import Connection, ConnectionLostError, Message
 from ft_dist.launcher.workers import Ended, Share, Workers
+from ft_dist.preflight.node import node_name
 from ft_dist.preflight.same import code_hash, config_hash
 
 POLL_S = 0.05
@@ -143,14 +145,14 @@ class Agent:
 def run_here(arguments: Sequence[str], config: RunConfig, *, nproc: int, max_restarts: int, module: str = TRAIN) -> int:
     """Run `python -m MODULE ARGUMENTS` on `nproc` ranks of this machine; returns the exit code of the whole."""
     with Agent(arguments, module=module) as agent:
-        return agent.obey(_own_head(agent, config, (1, 1), nproc=nproc, max_restarts=max_restarts))
+        return agent.obey(_own_head(agent, config, ONE_NODE, nproc=nproc, max_restarts=max_restarts))
 
 
 def run_node(
     arguments: Sequence[str],
     config: RunConfig,
     *,
-    nodes: tuple[int, int],
+    nodes: Nodes,
     nproc: int,
     place: Place,
     local_addr: str | None,
@@ -182,7 +184,7 @@ def run_node(
 def _own_head(
     agent: Agent,
     config: RunConfig,
-    nodes: tuple[int, int],
+    nodes: Nodes,
     *,
     nproc: int,
     max_restarts: int,
@@ -191,8 +193,8 @@ def _own_head(
     join_timeout_s: float = JOIN_TIMEOUT_S,
 ) -> HeadLink:
     head = Head(
-        minimum=nodes[0],
-        maximum=nodes[1],
+        minimum=nodes.least,
+        maximum=nodes.most,
         policy=RestartPolicy(max_restarts, config.run_dir),
         run_dir=config.run_dir,
         grows_at_commits=config.checkpoint.interval_steps > 0,
@@ -244,15 +246,6 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _node_range(text: str) -> tuple[int, int]:
-    low, separator, high = text.partition(":")
-    if low.isdigit() and (not separator or high.isdigit()):
-        first, last = int(low), int(high or low)
-        if 1 <= first <= last:
-            return first, last
-    raise UserError(f"--nnodes {text} is neither a number nor MIN:MAX with 1 <= MIN <= MAX, for example 4 or 2:4.")
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m ft_dist.launcher.agent", description="One node's part of a run; start it once on every node."
@@ -280,14 +273,14 @@ def _run(options: argparse.Namespace) -> int:
     from ft_dist.check import check
 
     arguments = [options.config, *options.overrides]
-    nodes = _node_range(options.nnodes)
+    nodes = parse_nodes(options.nnodes, option="--nnodes")
     nproc = options.nproc or default_nproc()
     if nproc < 1 or options.max_restarts < 0:
         raise UserError(f"--nproc {nproc} --max-restarts {options.max_restarts}: at least 1 and 0 are needed.")
     config = load_config(options.config, options.overrides)
-    check(config, world_size=nodes[1] * nproc)
+    check(config, world_size=nodes.most * nproc)
     module, max_restarts = (CHECK, 0) if options.check else (TRAIN, options.max_restarts)
-    if nodes[1] == 1:
+    if nodes.most == 1:
         return run_here(arguments, config, nproc=nproc, max_restarts=max_restarts, module=module)
     if not options.rdzv:
         raise UserError(f"--nnodes {options.nnodes} needs --rdzv HOST:PORT, the same on every node.")

@@ -17,7 +17,6 @@ from ft_dist.errors import UserError
 from ft_dist.launcher.record import JobState, Record, by_folder, new_record
 from ft_dist.launcher.render import render
 from ft_dist.launcher.request import Request, Run
-from ft_dist.launcher.slurm import python_of
 from ft_dist.launcher.submission import Submission
 
 STOP_TIMEOUT_S = 600.0
@@ -42,13 +41,9 @@ def plan(request: Request, runs: list[Run]) -> Submission:
     script, log = run.folder / "launch" / f"node{suffix}.sh", run.folder / "logs" / f"launch{suffix}.log"
     text = render(
         "node.sh.j2",
-        nodes=request.nodes,
-        nproc=request.nproc,
+        **request.values,
         rdzv=request.rdzv if request.nodes.most > 1 else None,
         run_id=run.folder.name,
-        max_restarts=request.max_restarts,
-        profile=request.profile,
-        python=python_of(request),
         config=str(run.pinned),
         folder_of_work=os.getcwd(),
     )
@@ -105,9 +100,9 @@ def _start(command: Sequence[str], log: Path) -> str:
 
 
 def _alive(job: str) -> int | None:
-    """The process number of `job` while it runs here."""
+    """The process number of `job` while it runs here; a job without a start had ended before it could be asked."""
     pid, _, started = job.partition("@")
-    return int(pid) if _started_at(int(pid)) == started else None
+    return int(pid) if started and _started_at(int(pid)) == started else None
 
 
 def _started_at(pid: int) -> str:

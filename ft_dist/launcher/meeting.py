@@ -6,7 +6,6 @@ Who listens is settled by who can: only the machine that has HOST's address, and
 import contextlib
 import errno
 import ipaddress
-import os
 import socket
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import Any
 from ft_dist.errors import UserError
 from ft_dist.launcher.head import Head, Member
 from ft_dist.launcher.wire import Connection, ConnectionLostError, Message
+from ft_dist.preflight.node import node_name
 
 PROTOCOL = 1
 ATTEMPT_S = 5.0
@@ -209,11 +209,6 @@ def _greet(place: Place, hello: Message) -> Connection:
     except BaseException:
         connection.close()
         raise
-
-
-def node_name() -> str:
-    """FT_DIST_NODE, SLURM's name of this node (several may share a machine), or the host's."""
-    return os.environ.get("FT_DIST_NODE") or os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def _is_literal(host: str) -> bool:

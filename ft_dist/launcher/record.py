@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ft_dist.checkpoint.format import commits
 from ft_dist.errors import UserError
-from ft_dist.observe.files import write_json
+from ft_dist.launcher.restarts import newest_commit
+from ft_dist.observe.files import last_record, write_json
 
 RECORD = "launch.json"
 ACTIVE = ("pending", "running")
@@ -74,26 +74,11 @@ def by_folder(folder: Path) -> JobState:
     """What the run folder alone says of a run that nobody runs any more."""
     if (folder / "summary.json").is_file():
         return JobState("finished", code=0)
-    last = (_last_line(folder / "events.jsonl") or {}).get("event", "")
+    last = (last_record(folder / "events.jsonl") or {}).get("event", "")
     return JobState("stopped" if last == "preempted" or stop_mark(folder).exists() else "failed")
 
 
 def progress(folder: Path) -> dict[str, Any]:
     """The last step that was recorded, its loss, and the newest commit; None for what is not there yet."""
-    last = _last_line(folder / "metrics.jsonl") or {}
-    found = commits(folder / "checkpoints")
-    return {"step": last.get("step"), "loss": last.get("loss"), "commit": found[-1].step if found else None}
-
-
-def _last_line(path: Path) -> dict[str, Any] | None:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    for line in reversed(lines):
-        try:
-            return dict(json.loads(line))
-        except ValueError:
-            # a process was killed in the middle of this line
-            continue
-    return None
+    last = last_record(folder / "metrics.jsonl") or {}
+    return {"step": last.get("step"), "loss": last.get("loss"), "commit": newest_commit(folder) or None}

@@ -1,21 +1,16 @@
 """Templates of `launch/` -> text. A missing variable is an error, and every value is quoted for its kind of file."""
 
-import importlib.resources
 import json
 import shlex
 from pathlib import Path
 from typing import Any
 
+from ft_dist.config import shipped_folder
+
 
 def template_folder() -> Path:
-    """The templates and shipped profiles: inside the wheel, or `launch/` of the source tree."""
-    try:
-        packaged = Path(str(importlib.resources.files("ft_dist.launch")))
-        if any(packaged.glob("*.j2")):
-            return packaged
-    except ModuleNotFoundError:
-        pass
-    return Path(__file__).resolve().parents[2] / "launch"
+    """The templates and shipped profiles."""
+    return shipped_folder("launch", holding="*.j2")
 
 
 def render(template: str, **values: Any) -> str:

@@ -6,33 +6,21 @@ edited while the job waits in a queue changes nothing.
 
 import itertools
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ft_dist.config import RunConfig, load_config
 from ft_dist.errors import ConfigError, UserError
 from ft_dist.launcher.local import default_nproc
+from ft_dist.launcher.nodes import Nodes, parse_nodes
 from ft_dist.launcher.profiles import Profile, load_profile
 
 SEES_OUR_DISKS = ("local", "torchrun", "slurm")
 MAX_SWEEP = 1000
 """SLURM's MaxArraySize is 1001 by default"""
-
-
-@dataclass(frozen=True)
-class Nodes:
-    """How many machines: `most`, and while some are missing no fewer than `least`."""
-
-    least: int
-    most: int
-
-    def __str__(self) -> str:
-        return str(self.most) if self.least == self.most else f"{self.least}:{self.most}"
-
-    @property
-    def elastic(self) -> bool:
-        return self.least < self.most
 
 
 @dataclass(frozen=True)
@@ -53,6 +41,21 @@ class Request:
     @property
     def world_size(self) -> int:
         return self.nodes.most * self.nproc
+
+    @property
+    def python(self) -> str:
+        """The interpreter of the job: the profile's, the container's, or this one where the nodes see our disks."""
+        if self.profile.venv:
+            return str(Path(self.profile.venv).expanduser() / "bin" / "python")
+        if self.profile.container:
+            return "python"
+        return sys.executable if self.target in SEES_OUR_DISKS else "python3"
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What every template may name."""
+        names = ("nodes", "nproc", "gpus_per_node", "max_restarts", "profile", "python")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def make_request(
         recipe=recipe,
         overrides=overrides,
         target=target,
-        nodes=parse_nodes(nodes),
+        nodes=parse_nodes(nodes, option="--nodes"),
         nproc=nproc or max(1, gpus),
         gpus_per_node=gpus,
         profile=cluster,
@@ -103,16 +106,6 @@ def make_request(
         rdzv=rdzv,
         max_restarts=max_restarts,
     )
-
-
-def parse_nodes(text: str) -> Nodes:
-    """`4`, or `2:4` for as many as there are between two and four. Raises UserError."""
-    found = re.fullmatch(r"(\d+)(?::(\d+))?", text)
-    if found:
-        least, most = int(found[1]), int(found[2] or found[1])
-        if 1 <= least <= most:
-            return Nodes(least, most)
-    raise UserError(f"--nodes {text}: should be a number such as 4, or MIN:MAX such as 2:4, from 1 on.")
 
 
 def job_name(folder: Path) -> str:

@@ -11,10 +11,10 @@ from typing import Any
 
 from ft_dist.checkpoint.format import commits
 from ft_dist.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_HUNG, EXIT_PREEMPTED, EXIT_USER
+from ft_dist.observe.files import last_record, tail
 
 SAME_PLACE_TIMES = 3
 LONGEST_PAUSE_S = 60.0
-TAIL_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,7 @@ def newest_commit(run_dir: Path) -> int:
 
 def last_step(run_dir: Path) -> int:
     """The last step in metrics.jsonl, 0 without one."""
-    for line in reversed(_tail(run_dir / "metrics.jsonl")):
-        with suppress(ValueError, KeyError, TypeError):
-            return int(json.loads(line)["step"])
-    return 0
+    return int((last_record(run_dir / "metrics.jsonl") or {}).get("step", 0))
 
 
 def told(rank: int, code: int, *, node: str, run_dir: Path, since: float) -> str:
@@ -124,7 +121,7 @@ def told(rank: int, code: int, *, node: str, run_dir: Path, since: float) -> str
         return f"{where} made no progress; the stacks of all are in {run_dir / 'logs'}"
     log = run_dir / "logs" / f"rank-{rank}.log"
     with suppress(OSError):
-        lines = [line for line in _tail(log) if line.strip()]
+        lines = [line for line in tail(log) if line.strip()]
         if lines and log.stat().st_mtime >= since:
             return f"{where} ended with {code}: {lines[-1].strip()[:500]}"
     return f"{where} ended with {code}"
@@ -132,11 +129,3 @@ def told(rank: int, code: int, *, node: str, run_dir: Path, since: float) -> str
 
 def _named(commit: int) -> str:
     return f"the commit of step {commit}" if commit else "the beginning"
-
-
-def _tail(path: Path) -> list[str]:
-    with suppress(OSError), path.open("rb") as file:
-        file.seek(0, 2)
-        file.seek(max(0, file.tell() - TAIL_BYTES))
-        return file.read().decode("utf-8", "replace").splitlines()
-    return []

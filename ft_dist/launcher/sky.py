@@ -28,11 +28,7 @@ def plan(request: Request, runs: list[Run]) -> Submission:
     text = render(
         "sky.yaml.j2",
         name=job_name(run.folder),
-        nodes=request.nodes,
-        nproc=request.nproc,
-        gpus_per_node=request.gpus_per_node,
-        max_restarts=request.max_restarts,
-        profile=profile,
+        **request.values,
         sky=profile.sky,
         config=embedded(request, run),
         arguments=arguments(request, run, config="config.yaml"),

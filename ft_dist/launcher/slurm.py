@@ -1,7 +1,7 @@
 """SLURM: a job script that saves, requeues itself and goes on; https://slurm.schedmd.com/sbatch.html."""
 
 import os
-import sys
+from datetime import datetime
 from pathlib import Path
 
 from ft_dist.config import dump_config
@@ -13,6 +13,9 @@ from ft_dist.launcher.submission import Submission, call
 
 NAME = "slurm"
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
+REQUEUE_PAUSE_S = 20
+"""The end of the start before may reach the controller late, and would be taken for that of the next: SLURM's source
+gives at least ten seconds"""
 RUNNING = ("RUNNING", "COMPLETING", "STOPPED", "SUSPENDED", "SIGNALING", "STAGE_OUT", "RESIZING")
 
 
@@ -20,18 +23,12 @@ def plan(request: Request, runs: list[Run]) -> Submission:
     """One job for a run, one job array for a sweep."""
     sweep = len(runs) > 1
     base = runs[0].folder.parent if sweep else runs[0].folder
-    profile = request.profile
     script, log = base / "launch" / "job.sbatch", base / "logs" / ("slurm-%a.log" if sweep else "slurm.log")
     text = render(
         "job.sbatch.j2",
         name=job_name(base),
-        nodes=request.nodes,
-        nproc=request.nproc,
-        gpus_per_node=request.gpus_per_node,
-        max_restarts=request.max_restarts,
-        profile=profile,
-        slurm=profile.slurm,
-        python=python_of(request),
+        **request.values,
+        slurm=request.profile.slurm,
         folders=[str(run.folder) for run in runs],
         folder_of_work=os.getcwd(),
         log=str(log),
@@ -45,14 +42,6 @@ def plan(request: Request, runs: list[Run]) -> Submission:
         command=["sbatch", "--parsable", str(script)],
         logs=[Path(str(log).replace("%a", str(task))) for task in range(len(runs))],
     )
-
-
-def python_of(request: Request) -> str:
-    """The interpreter of the job: the container's, the profile's, or the one that runs here."""
-    profile = request.profile
-    if profile.container:
-        return "python"
-    return str(Path(profile.venv).expanduser() / "bin" / "python") if profile.venv else sys.executable
 
 
 def submit(submission: Submission) -> list[Record]:
@@ -107,10 +96,13 @@ def stop(record: Record) -> str:
 
 
 def go_on_soon(record: Record) -> None:
-    """A requeued job waits for two minutes by SLURM's own rule; its owner may ask for less."""
+    """Shorten the two minutes that a requeued job waits to REQUEUE_PAUSE_S; its owner may."""
     shown = _job(record.job)
     if shown and shown["JobState"] == "PENDING" and shown.get("Reason") == "BeginTime" and shown["Restarts"] != "0":
-        call(["scontrol", "update", f"JobId={record.job}", "StartTime=now"], check=False)
+        requeued, begins = (datetime.fromisoformat(shown[name]) for name in ("SubmitTime", "EligibleTime"))
+        if (begins - requeued).total_seconds() > 2 * REQUEUE_PAUSE_S:
+            start = f"StartTime=now+{REQUEUE_PAUSE_S}"
+            call(["scontrol", "update", f"JobId={record.job}", start], check=False)
 
 
 def _job(job: str) -> dict[str, str] | None:

@@ -62,7 +62,7 @@ def call(command: Sequence[str], *, check: bool = True) -> str:
             capture_output=True,
             text=True,
             timeout=COMMAND_TIMEOUT_S,
-            env=os.environ | {"LC_ALL": "C"},
+            env=os.environ | {"LC_ALL": "C", "SLURM_TIME_FORMAT": "standard"},
         )
     except subprocess.TimeoutExpired:
         raise UserError(f"{command[0]}: no answer in {COMMAND_TIMEOUT_S} s. Is the cluster up?") from None

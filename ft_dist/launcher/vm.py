@@ -17,7 +17,7 @@ NAME = "vm"
 
 
 def plan(request: Request, runs: list[Run]) -> Submission:
-    run, profile = only_run(request, runs), request.profile
+    run = only_run(request, runs)
     if request.nodes.most > 1:
         raise UserError(f"--on vm is one machine, not --nodes {request.nodes}. Use --on torchrun, sky or k8s.")
     name = job_name(run.folder)
@@ -25,10 +25,7 @@ def plan(request: Request, runs: list[Run]) -> Submission:
     loop = render(
         "vm.sh.j2",
         name=name,
-        nproc=request.nproc,
-        max_restarts=request.max_restarts,
-        profile=profile,
-        python=f"{profile.venv}/bin/python" if profile.venv else "python3",
+        **request.values,
         output_dir=run.config.output_dir,
         config=embedded(request, run),
         arguments=arguments(request, run, config="config.yaml"),

@@ -5,8 +5,11 @@ A resumed run first drops the lines of steps that were not committed, so that ev
 
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
+
+TAIL_BYTES = 64 * 1024
 
 
 class JsonLines:
@@ -31,6 +34,25 @@ class EventLog(JsonLines):
 
     def event(self, name: str, **fields: Any) -> None:
         self.write({"time": round(time.time(), 3), "event": name} | fields)
+
+
+def tail(path: Path) -> list[str]:
+    """The lines in the last TAIL_BYTES of a file, the first of them perhaps cut; empty where there is no file."""
+    with suppress(OSError), path.open("rb") as file:
+        file.seek(0, 2)
+        file.seek(max(0, file.tell() - TAIL_BYTES))
+        return file.read().decode("utf-8", "replace").splitlines()
+    return []
+
+
+def last_record(path: Path) -> dict[str, Any] | None:
+    """The last whole line of a file of JSON lines: a process may have been killed in the middle of the very last."""
+    for line in reversed(tail(path)):
+        with suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict):
+                return record
+    return None
 
 
 def _drop_after(path: Path, step: int) -> None:

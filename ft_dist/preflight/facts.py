@@ -12,17 +12,10 @@ import torch
 
 from ft_dist.config import RunConfig
 from ft_dist.preflight.interface import own_address
+from ft_dist.preflight.node import node_name
+from ft_dist.preflight.nvidia import ask_driver
 from ft_dist.preflight.same import code_hash, config_hash
 from ft_dist.resources import versions
-
-
-def node_name() -> str:
-    return os.environ.get("FT_DIST_NODE") or os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-
-
-def several_nodes() -> bool:
-    """As the launcher says; torchrun and ours name the same variable."""
-    return int(os.environ.get("GROUP_WORLD_SIZE", os.environ.get("SLURM_NNODES", "1"))) > 1
 
 
 def facts(config: RunConfig, *, rank: int, size: int) -> dict[str, Any]:
@@ -52,18 +45,25 @@ def free_disk(folder: Path) -> int:
 
 
 def gpu_facts(local_rank: int) -> dict[str, Any] | None:
-    """Of the GPU that this rank takes; None without any. `fault` tells that it cannot compute."""
+    """Of the GPU that this rank takes; None without any. `fault` tells that it cannot compute; `driver` and `errors`
+    are what its driver knows."""
     if not torch.cuda.is_available():
         return None
     count = torch.cuda.device_count()
     if local_rank >= count:
-        return {"count": count, "fault": None, "name": None, "free": 0, "total": 0}
+        return _gpu(count)
     try:
         free, total = torch.cuda.mem_get_info(local_rank)
         name = torch.cuda.get_device_name(local_rank)
-        return {"count": count, "fault": _miscalculation(local_rank), "name": name, "free": free, "total": total}
+        uuid = getattr(torch.cuda.get_device_properties(local_rank), "uuid", None)
+        told = ask_driver(f"GPU-{uuid}") if uuid else {}
+        return _gpu(count) | {"fault": _miscalculation(local_rank), "name": name, "free": free, "total": total} | told
     except RuntimeError as error:
-        return {"count": count, "fault": str(error).splitlines()[0], "name": None, "free": 0, "total": 0}
+        return _gpu(count) | {"fault": str(error).splitlines()[0]}
+
+
+def _gpu(count: int) -> dict[str, Any]:
+    return {"count": count, "fault": None, "name": None, "free": 0, "total": 0, "driver": None, "errors": []}
 
 
 def _miscalculation(local_rank: int) -> str | None:

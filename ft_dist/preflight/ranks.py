@@ -21,8 +21,9 @@ from ft_dist.config import RunConfig
 from ft_dist.distributed import World, join_world, open_store
 from ft_dist.errors import PreflightError
 from ft_dist.observe.console import Console
-from ft_dist.preflight.facts import facts, node_name, several_nodes
+from ft_dist.preflight.facts import facts
 from ft_dist.preflight.interface import choose_interface
+from ft_dist.preflight.node import node_name, several_nodes
 from ft_dist.preflight.verdict import Facts, Problem, clock_problems, problems, speed_problems
 
 LONGEST_READ_S = 30.0

@@ -38,6 +38,10 @@ def problems(ranks: Sequence[Facts]) -> list[Problem]:
     found += _differing(
         ranks, "GPU", lambda f: (f["gpu"] or {}).get("name"), "The slowest sets the pace; use equal ones.", fatal=False
     )
+    asked = [facts for facts in ranks if facts["gpu"] and facts["gpu"]["driver"]]
+    found += _differing(
+        asked, "GPU driver", lambda f: f["gpu"]["driver"], "Install the same version on every node.", fatal=False
+    )
     machines = len({facts["machine"] for facts in ranks})
     for facts in _one_a_node(ranks):
         found += _of_node(facts, len(ranks), machines)
@@ -120,19 +124,25 @@ def _of_gpu(facts: Facts) -> list[Problem]:
         return []
     if gpu["fault"]:
         return [Problem(f"{where} does not work: {gpu['fault']}. Leave the node out; see dmesg.", fatal=True)]
+    found = []
+    if gpu["errors"]:
+        line = f"{where} has had {', '.join(gpu['errors'])}. Reset it (nvidia-smi -r), or leave the node out."
+        found.append(Problem(line, fatal=False))
     if gpu["total"] and gpu["free"] < LEAST_FREE_GPU * gpu["total"]:
         line = (
             f"{where} has {gpu['free'] / 2**30:.1f} of {gpu['total'] / 2**30:.1f} GiB free. Another program holds the "
             "rest: end it (nvidia-smi shows it)."
         )
-        return [Problem(line, fatal=False)]
-    return []
+        found.append(Problem(line, fatal=False))
+    return found
 
 
 def _differing(
     ranks: Sequence[Facts], what: str, value: Callable[[Facts], Any], fix: str, *, fatal: bool = True
 ) -> list[Problem]:
     """A line for each node whose value is not that of most ranks (of rank 0, where they are as many)."""
+    if not ranks:
+        return []
     counts = Counter(value(facts) for facts in ranks)
     usual = max(counts, key=lambda key: (counts[key], key == value(ranks[0])))
     others = {facts["node"]: value(facts) for facts in ranks if value(facts) != usual}

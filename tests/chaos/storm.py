@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ft_dist.checkpoint.format import commits
+from ft_dist.launcher.restarts import newest_commit
 from tests.conftest import read_lines, start_cli
 
 STEPS = 24
@@ -102,7 +102,7 @@ class Storm:
 
     def _life(self, folder: Path, kind: str, layout: Layout, blow: Blow | None) -> int:
         """Start, strike if there is a blow, see it end; returns its exit code."""
-        committed, starts = newest(folder), starts_of(folder)
+        committed, starts = newest_commit(folder), starts_of(folder)
         settings = [f"method.kind={kind}", f"engine.zero_stage={layout.stage}", f"output_dir={folder}"]
         process = start_cli("train", *SETTINGS, *settings, "--nproc", str(layout.ranks), "--max-restarts", "0")
         try:
@@ -118,8 +118,10 @@ class Storm:
         later = starts_of(folder)
         if len(later) > len(starts) and later[-1] < committed:
             raise self._broken(f"step {committed} was committed, but {layout} began after step {later[-1]}")
-        if newest(folder) < committed:
-            raise self._broken(f"step {committed} was committed, but now only step {newest(folder)} is, after {blow}")
+        if newest_commit(folder) < committed:
+            raise self._broken(
+                f"step {committed} was committed, but now only step {newest_commit(folder)} is, after {blow}"
+            )
         return process.returncode
 
     def _strike(self, process: "subprocess.Popen[str]", folder: Path, blow: Blow) -> bool:
@@ -132,7 +134,7 @@ class Storm:
         self.struck += 1
         self.hits["in a commit" if in_commit else "elsewhere"] += 1
         self.hits[blow.victim] += 1
-        print(f"kill {self.struck}/{self.kills}: {blow}; committed: step {newest(folder)}", flush=True)
+        print(f"kill {self.struck}/{self.kills}: {blow}; committed: step {newest_commit(folder)}", flush=True)
         return True
 
     def _reference(self, kind: str, layout: Layout) -> Path:
@@ -180,11 +182,6 @@ def moment_comes(process: "subprocess.Popen[str]", folder: Path, blow: Blow) -> 
         time.sleep(0.0005)
     time.sleep(blow.delay_s)
     return process.poll() is None
-
-
-def newest(folder: Path) -> int:
-    """Step of the newest commit, 0 without one."""
-    return max((commit.step for commit in commits(folder / "checkpoints")), default=0)
 
 
 def open_commits(root: Path, *, since: float) -> list[Path]:

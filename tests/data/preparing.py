@@ -1,4 +1,7 @@
-"""Prepare a file as a process of its own, with small shards: `python -m tests.data.preparing FILE PLACE WORKERS`."""
+"""Prepare a file as a process of its own: `python -m tests.data.preparing FILE PLACE WORKERS [cache]`; small shards.
+
+With `cache` the set lies below PLACE-cache/data, in a folder named by its fingerprint, as a run's own does.
+"""
 
 import sys
 from unittest import mock
@@ -12,15 +15,16 @@ from tests.data.conftest import build_tokenizer
 SHARD_TOKENS, CHUNK_RECORDS = 20_000, 40
 
 
-def main(path: str, place: str, workers: str, tell: Tell = print) -> None:
+def main(path: str, place: str, workers: str, where: str = "place", *, tell: Tell = print) -> None:
     data = DataConfig.model_validate({"train": [path], "cache_dir": f"{place}-cache"})
     tokenizer = build_tokenizer("chatml")
     with (
         mock.patch.object(ft_dist.data.shard_writer, "SHARD_TOKENS", SHARD_TOKENS),
         mock.patch.object(ft_dist.data.prepare, "CHUNK_RECORDS", CHUNK_RECORDS),
     ):
+        to = None if where == "cache" else place
         ft_dist.data.prepare.prepare(
-            data.train, tokenizer, data=data, model_path="tiny", to=place, workers=int(workers), tell=tell
+            data.train, tokenizer, data=data, model_path="tiny", to=to, workers=int(workers), tell=tell
         )
 
 

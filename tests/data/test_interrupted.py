@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from ft_dist.config.schema import DataConfig
+from ft_dist.data.digests import SETTLED_S
 from ft_dist.data.prepare import Progress, prepare
 from ft_dist.data.store import TokenStore
 from ft_dist.errors import DataError
@@ -79,17 +80,16 @@ def test_killed_twice_and_continued_gives_the_same_bytes(whole, source, tmp_path
     assert contents(place) == whole
 
 
-def start(source: Path, place: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.data.preparing", str(source), str(place), "2"]
+def start(source: Path, place: Path, *where: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.data.preparing", str(source), str(place), "2", *where]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def killed_after(source: Path, place: Path, *, shards: int) -> int:
+def killed_after(source: Path, place: Path, *where: str, shards: int) -> int:
     """Shards that were finished when the process was killed; its workers end by themselves."""
-    progress = Path(f"{place}-0") / "progress.json"
-    process = start(source, place)
+    process = start(source, place, *where)
     deadline = time.monotonic() + 120
-    while finished(progress) < shards:
+    while (reached := finished(unfinished_set(place, *where) / "progress.json")) < shards:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -100,7 +100,13 @@ def killed_after(source: Path, place: Path, *, shards: int) -> int:
     while any(Path(f"/proc/{child}").exists() for child in children):
         assert time.monotonic() < deadline, "a worker outlived its parent"
         time.sleep(0.05)
-    return finished(progress)
+    return max(reached, finished(unfinished_set(place, *where) / "progress.json"))
+
+
+def unfinished_set(place: Path, *where: str) -> Path:
+    """The folder of the one set that is being made."""
+    found = Path(f"{place}-cache/data").glob("*/progress.json")
+    return next((file.parent for file in found), place) if where else Path(f"{place}-0")
 
 
 def finished(progress: Path) -> int:
@@ -128,6 +134,38 @@ def test_other_data_never_continue_or_replace_a_set(whole, source, tmp_path):
         main(str(source), str(tmp_path / "part"), "1", tell=interrupt)
     with pytest.raises(DataError, match=r"part-0: holds an unfinished set of other data"):
         main(str(changed), str(tmp_path / "part"), "1")
+
+
+@pytest.mark.parametrize("where", [(), ("cache",)])
+def test_killed_and_then_the_file_changed_nothing_of_it_is_reused(source, tmp_path, where):
+    """As many bytes and the old time of modification, as `cp -p` and `rsync -t` can leave it."""
+    data, place = tmp_path / "chats.jsonl", tmp_path / "set"
+    old, new = (source.read_text().replace("count to 7", f"count to {digit}", 1) for digit in "78")
+    data.write_text(old)
+    long_ago = time.time() - 3600
+    os.utime(data, (long_ago, long_ago))
+    time.sleep(SETTLED_S + 0.1)  # from now on its digest is remembered
+    killed_after(data, place, *where, shards=3)
+    left = unfinished_set(place, *where)
+    before = {file.name: file.read_bytes() for file in left.iterdir()}
+    data.write_text(new)
+    os.utime(data, (long_ago, long_ago))
+
+    again = start(data, place, *where)
+    _, err = again.communicate(timeout=120)
+    if not where:
+        assert again.returncode == 1
+        assert "set-0: holds an unfinished set of other data" in err
+    else:
+        assert again.returncode == 0, err
+        main(str(data), str(tmp_path / "fresh"), "1")
+        (index,) = Path(f"{place}-cache/data").glob("*/index.json")
+        tokens = {file.name: file.read_bytes() for file in index.parent.glob("tokens-*")}
+        fresh = contents(tmp_path / "fresh")
+        assert index.parent != left
+        assert index.read_bytes() == fresh["index.json"]
+        assert tokens == {name: content for name, content in fresh.items() if name.startswith("tokens-")}
+    assert {file.name: file.read_bytes() for file in left.iterdir()} == before
 
 
 def test_a_prepared_set_is_a_source_and_must_fit(whole, source, tmp_path):

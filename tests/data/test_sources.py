@@ -2,12 +2,14 @@
 
 import gzip
 import json
+import os
 import tracemalloc
 
 import pytest
+import zstandard
 
 from ft_dist.config.schema import SourceConfig
-from ft_dist.data.sources import read_records
+from ft_dist.data.sources import is_url, read_records
 from ft_dist.errors import DataError
 
 ROWS = [{"prompt": f"p {n}", "completion": f'c "{n}",\nnext é'} for n in range(5)]
@@ -23,6 +25,8 @@ def write_rows(folder, kind):
         path.write_text("\n\n".join(json.dumps(row) for row in ROWS), encoding="utf-8")
     elif kind == "jsonl.gz":
         path.write_bytes(gzip.compress("\n".join(json.dumps(row) for row in ROWS).encode()))
+    elif kind == "jsonl.zst":
+        path.write_bytes(b"".join(zstandard.compress(f"{json.dumps(row)}\n".encode()) for row in ROWS))
     elif kind == "json":
         path.write_text(json.dumps(ROWS, indent=1), encoding="utf-8")
     elif kind in ("csv", "tsv"):
@@ -39,9 +43,24 @@ def write_rows(folder, kind):
     return path
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "ndjson", "jsonl.gz", "json", "csv", "tsv", "parquet"])
+@pytest.mark.parametrize("kind", ["jsonl", "ndjson", "jsonl.gz", "jsonl.zst", "json", "csv", "tsv", "parquet"])
 def test_kinds_of_files_give_the_same_records(tmp_path, kind):
     assert fields(write_rows(tmp_path, kind)) == ROWS
+
+
+@pytest.mark.parametrize(
+    "path, remote",
+    [
+        ("hf://datasets/me/mails/sets/train-0", True),
+        ("s3://bucket/set", True),
+        ("hf://datasets/me/mails/", False),
+        ("hf://me/mails", False),
+        ("me/mails", False),
+        ("file:///sets/train-0", False),
+    ],
+)
+def test_a_folder_in_a_repository_is_a_place_and_the_repository_a_dataset(path, remote):
+    assert is_url(path) == remote
 
 
 def test_json_file_that_holds_lines(tmp_path):
@@ -118,6 +137,9 @@ FAULTS = {
     "empty.json": (b"[]", r"holds no record"),
     "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 1000)[:-20], r"damaged gzip data"),
     "not.jsonl.gz": (b"plain", r"damaged gzip data"),
+    "cut.jsonl.zst": (zstandard.compress(b'{"text": "a"}\n' * 1000)[:-5], r"damaged zstd data \(it ends in the middle"),
+    "flipped.jsonl.zst": (zstandard.compress(os.urandom(99))[:50] + bytes(9), r"damaged zstd data"),
+    "not.jsonl.zst": (b"plain", r"damaged zstd data"),
     "broken.parquet": (b"PAR1nonsense", r"not a readable parquet file"),
     "data.pdf": (b"x", r"unknown file type '\.pdf'\. Known: \.jsonl"),
 }
@@ -139,6 +161,19 @@ LONG = {
     "long.csv": (b'text\na\n"', b'"\n', r"line 3: a (line|row) of more than 16 MiB"),
     "long.txt": (b"a\n\n", b"\n", r"line 3: a line of more than 16 MiB"),
 }
+
+
+def test_a_hundred_megabytes_packed_into_some_kilobytes_are_refused_in_little_memory(tmp_path):
+    path = tmp_path / "long.jsonl.zst"
+    path.write_bytes(zstandard.compress(b'{"text": "a"}\n{"text": "' + b"x" * 100 * 2**20))
+    assert path.stat().st_size < 2**15
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=r"line 2: a line of more than 16 MiB"):
+            fields(path)
+        assert tracemalloc.get_traced_memory()[1] < 100e6
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("name", LONG)

@@ -5,12 +5,14 @@ What is launched here is a shell in the agent's place: it says what it was given
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ft_dist.errors import UserError
 from ft_dist.launcher.launch import planned, resume, show_log, status, stop, submitted, watch
+from ft_dist.launcher.record import read_record
 from ft_dist.launcher.request import make_request
 
 AGENT = """#!/bin/bash
@@ -98,3 +100,10 @@ def test_a_killed_run_is_told_as_failed_and_its_number_is_not_mistaken_for_anoth
 def test_a_folder_that_was_never_launched_is_told(tmp_path):
     with pytest.raises(UserError, match=r"no launch\.json there"):
         status(tmp_path)
+
+
+def test_one_that_ended_before_it_was_asked_for_is_not_at_it(run):
+    stop(run)
+    record = read_record(run)
+    replace(record, job=f"{record.job.partition('@')[0]}@").write(run)
+    assert status(run)["state"] == "stopped"

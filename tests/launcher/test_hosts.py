@@ -2,12 +2,13 @@
 
 import secrets
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import SMALL_RUN, read_lines
+from tests.conftest import CLI, ROOT, SMALL_RUN, read_lines
 from tests.launcher.hosts import Hosts, usable
 from tests.launcher.processes import end_all, events_of, steps_done, wait_for
 
@@ -18,6 +19,7 @@ RUN = [
     "checkpoint.interval_steps=20",
     "optim.epochs=99",
 ]
+MOST_STEPS = 600
 
 
 @pytest.fixture
@@ -39,11 +41,17 @@ def start(hosts: Hosts, number: int, folder: Path, mark: str, steps: int, nodes:
     return hosts.start(number, "-m", "ft_dist.launcher.agent", *options, *settings, FT_DIST_TEST_RUN=mark)
 
 
-def whole(cli, folder: Path, steps: int) -> str:
-    """The samples of an undisturbed run."""
-    done = cli("train", *RUN, f"optim.max_steps={steps}", f"output_dir={folder}", "--nproc", "1")
-    assert done.returncode == 0, done.stderr
-    return (folder / "samples.jsonl").read_text()
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> list[str]:
+    """The samples of an undisturbed run, a line a step: as many steps as the longest of the others makes."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    settings = [*RUN, f"optim.max_steps={MOST_STEPS}", f"output_dir={folder}", "--nproc", "1"]
+    subprocess.run([*CLI, "train", *settings], cwd=ROOT, check=True, capture_output=True)
+    return (folder / "samples.jsonl").read_text().splitlines()
+
+
+def samples(folder: Path) -> list[str]:
+    return (folder / "samples.jsonl").read_text().splitlines()
 
 
 def ended(process) -> str:
@@ -52,8 +60,8 @@ def ended(process) -> str:
     return err
 
 
-def test_a_link_that_is_cut_for_good_costs_one_host_until_it_is_back(cli, hosts, mark, tmp_path):
-    folder, steps = tmp_path / "run", 600
+def test_a_link_that_is_cut_for_good_costs_one_host_until_it_is_back(hosts, mark, undisturbed, tmp_path):
+    folder, steps = tmp_path / "run", MOST_STEPS
     agents = [start(hosts, number, folder, mark, steps, "2:3") for number in (1, 2, 3)]
     wait_for(lambda: steps_done(folder) >= 25, agents)
     hosts.cut(3)
@@ -68,10 +76,10 @@ def test_a_link_that_is_cut_for_good_costs_one_host_until_it_is_back(cli, hosts,
     # it grew after a step that was committed: nothing was done twice
     grown_at = events_of(folder, "resume")[1]["step"]
     assert events_of(folder, "preempted")[0]["step"] == grown_at
-    assert (folder / "samples.jsonl").read_text() == whole(cli, tmp_path / "whole", steps)
+    assert samples(folder) == undisturbed[:steps]
 
 
-def test_a_link_that_is_cut_for_seconds_costs_nothing(cli, hosts, mark, tmp_path):
+def test_a_link_that_is_cut_for_seconds_costs_nothing(hosts, mark, undisturbed, tmp_path):
     folder, steps = tmp_path / "run", 300
     agents = [start(hosts, number, folder, mark, steps, "3") for number in (1, 2, 3)]
     wait_for(lambda: steps_done(folder) >= 25, agents)
@@ -81,10 +89,10 @@ def test_a_link_that_is_cut_for_seconds_costs_nothing(cli, hosts, mark, tmp_path
     for agent in agents:
         ended(agent)
     assert events_of(folder, "restarted") == []
-    assert (folder / "samples.jsonl").read_text() == whole(cli, tmp_path / "whole", steps)
+    assert samples(folder) == undisturbed[:steps]
 
 
-def test_a_slow_link_that_stalls_for_seconds_is_borne(cli, hosts, mark, tmp_path):
+def test_a_slow_link_that_stalls_for_seconds_is_borne(hosts, mark, undisturbed, tmp_path):
     folder, steps = tmp_path / "run", 60
     link = hosts.slow_down(3, 0.05)
     agents = [start(hosts, number, folder, mark, steps, "3") for number in (1, 2, 3)]
@@ -98,4 +106,4 @@ def test_a_slow_link_that_stalls_for_seconds_is_borne(cli, hosts, mark, tmp_path
     assert events_of(folder, "restarted") == []
     # a step is several exchanges of 100 ms: the link was really slow
     assert min(line["step_s"] for line in read_lines(folder / "metrics.jsonl")) > 0.1
-    assert (folder / "samples.jsonl").read_text() == whole(cli, tmp_path / "whole", steps)
+    assert samples(folder) == undisturbed[:steps]

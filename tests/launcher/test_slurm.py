@@ -7,11 +7,13 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import CLI, SMALL_RUN, read_lines, start_cli
+from tests.launcher.processes import steps_done, wait_for
 from tests.slurm_cluster import SlurmCluster, slurm_cluster
 
 # about 40 s of steps on a slow core: every fault falls among them
@@ -47,8 +49,7 @@ class Launched:
         return str(json.loads((self.folder / "launch.json").read_text())["job"])
 
     def wait_for_step(self, step: int) -> None:
-        metrics = self.folder / "metrics.jsonl"
-        self._wait(lambda: metrics.exists() and len(read_lines(metrics)) >= step)
+        self.wait_until(lambda: steps_done(self.folder) >= step)
 
     def finish(self) -> str:
         """The console, once the run has ended well."""
@@ -57,12 +58,25 @@ class Launched:
         assert self.cluster.state(self.job) == "COMPLETED"
         return out + err
 
-    def _wait(self, what: Callable[[], bool]) -> None:
+    def wait_until(self, what: Callable[[], bool]) -> None:
         deadline = time.monotonic() + TIMEOUT_S
         while not what():
             assert self.process.poll() is None, self.process.communicate()
             assert time.monotonic() < deadline, (self.folder / "logs" / "slurm.log").read_text()
             time.sleep(0.1)
+
+
+@contextmanager
+def stopped(cluster: SlurmCluster, job: str) -> Iterator[None]:
+    """The workers stand still, so that what SLURM takes its time for falls among their steps on any machine."""
+    workers = cluster.processes_of(job, "ft_dist.train")
+    assert workers
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)
+    yield
+    for pid in workers:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
 
 def same(folder: Path, undisturbed: Path) -> bool:
@@ -108,7 +122,9 @@ def test_whatever_happens_to_the_job_the_run_is_the_same(cluster, undisturbed, t
         cluster.run("sbatch", "--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
     else:
         node = cluster.field(run.job, "NodeList").replace("n[", "").split("-")[-1].rstrip("]").split(",")[-1]
-        cluster.kill_node(f"n{node}", with_its_jobs=fault == "node lost")
+        with stopped(cluster, run.job):
+            cluster.kill_node(f"n{node}", with_its_jobs=fault == "node lost")
+            run.wait_until(lambda: cluster.state(run.job) != "RUNNING")
     console = run.finish()
     assert "requeued" in console
     assert same(run.folder, undisturbed)
@@ -123,19 +139,38 @@ def test_the_time_limit_ends_in_a_commit_and_a_requeue(cluster, undisturbed, tmp
     profile.write_text("slurm: {time: '4'}\n")
     run = Launched(cluster, tmp_path / "run", "--profile", str(profile), "preemption.margin_s=40")
     run.wait_for_step(3)
-    # SLURM tells 40 to 100 s ahead: a run that stands still until then meets the limit on any machine, fast or slow
-    workers = cluster.processes_of(run.job, "ft_dist.train")
-    assert workers
-    for pid in workers:
-        os.kill(pid, signal.SIGSTOP)
-    end = time.mktime(time.strptime(cluster.field(run.job, "EndTime"), "%Y-%m-%dT%H:%M:%S"))
-    time.sleep(max(0.0, end - 35 - time.time()))
-    for pid in workers:
-        os.kill(pid, signal.SIGCONT)
+    # SLURM tells 40 to 100 s ahead
+    with stopped(cluster, run.job):
+        end = time.mktime(time.strptime(cluster.field(run.job, "EndTime"), "%Y-%m-%dT%H:%M:%S"))
+        time.sleep(max(0.0, end - 35 - time.time()))
     console = run.finish()
     assert "left with 75" in console
     assert events(run.folder).count("preempted") == 1
     assert same(run.folder, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_sweep_is_an_array_of_which_each_task_requeues_alone(cli, cluster, undisturbed, tmp_path):
+    options = ["--on", "slurm", "--gpus-per-node", "0", "--nproc", "2", "--sweep", "optim.lr=1e-3,2e-3", "--json"]
+    done = cli("launch", *RUN, f"output_dir={tmp_path / 'sweep'}", *options, **cluster.environment)
+    assert done.returncode == 0, done.stderr
+    first, second = json.loads(done.stdout)
+    array = first["job"].removesuffix("_0")
+    assert second["job"] == f"{array}_1"
+    wait_for(lambda: steps_done(Path(first["run"])) >= 3, [])
+    cluster.run("scancel", "--signal=USR1", "--batch", first["job"])
+    for task in (first, second):
+        followed = cli("logs", task["run"], **cluster.environment)
+        assert followed.returncode == 0, followed.stdout + followed.stderr
+        assert cluster.state(task["job"]) == "COMPLETED"
+    assert [cluster.field(task["job"], "Restarts") for task in (first, second)] == ["1", "0"]
+    # 1e-3 is the recipe's own rate
+    assert same(Path(first["run"]), undisturbed)
+    other = Path(second["run"])
+    assert (other / "samples.jsonl").read_text() == (undisturbed / "samples.jsonl").read_text()
+    assert [line["lr"] for line in read_lines(other / "metrics.jsonl")] == [
+        2 * line["lr"] for line in read_lines(undisturbed / "metrics.jsonl")
+    ]
 
 
 @pytest.mark.slow
@@ -149,7 +184,7 @@ def test_stop_commits_and_does_not_requeue_and_resume_goes_on(cli, cluster, undi
     assert f"job {run.job} of slurm is at it already" in again.stderr
     stopped = cli("stop", str(run.folder), **cluster.environment)
     assert stopped.returncode == 0, stopped.stderr
-    out, err = run.process.communicate(timeout=120)
+    out, err = run.process.communicate(timeout=TIMEOUT_S)
     assert run.process.returncode == 75, out + err
     assert cluster.state(run.job) == "COMPLETED"
     resumed = cli("resume", str(run.folder), **cluster.environment)
@@ -169,7 +204,7 @@ def test_a_job_that_never_commits_is_not_requeued_for_ever(cluster, tmp_path):
     profile = tmp_path / "cluster.yaml"
     profile.write_text(f"venv: {tmp_path}/venv\nslurm: {{max_idle_requeues: 1}}\n")
     run = Launched(cluster, tmp_path / "run", "--profile", str(profile))
-    out, err = run.process.communicate(timeout=120)
+    out, err = run.process.communicate(timeout=TIMEOUT_S)
     assert run.process.returncode == 1, out + err
     assert "no new commit in 2 starts: ended" in out
     assert cluster.field(run.job, "Restarts") == "2"

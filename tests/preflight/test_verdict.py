@@ -29,7 +29,15 @@ def world(*changes, size=None):
     ]
 
 
-GPU = {"count": 2, "fault": None, "name": "H100", "free": 79 * 2**30, "total": 80 * 2**30}
+GPU = {
+    "count": 2,
+    "fault": None,
+    "name": "H100",
+    "free": 79 * 2**30,
+    "total": 80 * 2**30,
+    "driver": "580.95.05",
+    "errors": [],
+}
 
 
 def test_a_world_of_equals_has_no_problem():
@@ -81,12 +89,18 @@ def test_what_may_go_well_is_told(change, line):
         ({"fault": "ECC error"}, "host1: the GPU of rank 1 does not work: ECC error", True),
         ({"free": 8 * 2**30}, "host1: the GPU of rank 1 has 8.0 of 80.0 GiB free", False),
         ({"name": "A100"}, "host1: GPU is A100, but H100 on host0", False),
+        ({"driver": "535.54.03"}, "host1: GPU driver is 535.54.03, but 580.95.05 on host0. Install the same", False),
+        ({"errors": ["a fault", "another"]}, "host1: the GPU of rank 1 has had a fault, another. Reset it", False),
     ],
 )
 def test_gpus(change, line, fatal):
     (problem,) = problems(world({"gpu": GPU}, {"gpu": GPU | change}))
     assert problem.line.startswith(line)
     assert problem.fatal == fatal
+
+
+def test_a_driver_that_could_not_be_asked_is_no_other_driver():
+    assert problems(world({"gpu": GPU}, {"gpu": GPU | {"driver": None}})) == []
 
 
 def test_more_ranks_than_gpus_are_told_once_a_node():
