@@ -2,7 +2,6 @@
 
 import shutil
 import statistics
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,6 @@ from benchmarks.peers import ours
 from benchmarks.peers.case import Case, Peer, Step
 from benchmarks.peers.process import Finished, run
 from benchmarks.peers.rows import Counts
-
-TOLD_LINES = 3
 
 
 def take(peer: Peer, case: Case, *, counts: Counts, folder: Path, binaries: Path, warmup: int, limit_s: float) -> dict[str, Any]:
@@ -83,11 +80,8 @@ def reason(finished: Finished, taken: int, limit_s: float) -> str:
     """Why a run gives no figures: the last line that looks like an error."""
     if finished.code is None:
         return f"cut off after {limit_s:.0f} s at step {taken}"
-    told = [line for _, line in finished.lines if "Error" in line or "error:" in line]
+    # a launcher's own complaint that its child failed says nothing
+    told = [line for _, line in finished.lines if ("Error" in line or "error:" in line) and "CalledProcess" not in line]
     last = [line for _, line in finished.lines if line.strip()]
     words = (told or last or ["no output"])[-1].strip()
     return f"exit code {finished.code} after {taken} steps: {words[:300]}"
-
-
-def packed(case: Case) -> Case:
-    return replace(case, packed=True)

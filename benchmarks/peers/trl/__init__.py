@@ -20,7 +20,8 @@ def command(case: Case, folder: Path, binaries: Path) -> Command:
         "dataset_name": str(data),
         "chat_template_path": str(TEMPLATE),
         "assistant_only_loss": True,
-        "max_length": case.max_length,
+        # flattened rows cannot be cut: without a limit, and all are below it anyway
+        "max_length": None if case.packed else case.max_length,
         "train_sampling_strategy": "sequential",
         "eos_token": "<|im_end|>",
         # the same rows in one row without padding; positions keep them apart

@@ -1,0 +1,128 @@
+"""Where a step's time goes: forward, backward, optimizer, and the collectives inside them.
+
+Hooks on the engine that is measured, for a few steps of their own: on a GPU each phase then waits for its kernels, which
+the timed steps before do not. Collectives are timed on the host; on a GPU they are read from the profiler.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ft_dist.engine.step import Engine
+
+COLLECTIVES = (
+    "all_reduce",
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "broadcast",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "all_to_all_single",
+    "barrier",
+)
+
+
+class Phases:
+    """Seconds by phase since it was made; `taken` starts over."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._seconds: Counter[str] = Counter()
+        self._on_gpu = engine.world.device.type == "cuda"
+        self._open: float | None = None
+        self._inside = 0
+        deepspeed: Any = engine.deepspeed
+        deepspeed.register_forward_pre_hook(self._forward_begins, with_kwargs=True)
+        deepspeed.register_forward_hook(self._forward_ends, with_kwargs=True)
+        deepspeed.backward = self._timed("backward", deepspeed.backward)
+        engine._update = self._timed("optimizer", engine._update)  # type: ignore[method-assign]
+
+    def taken(self) -> dict[str, float]:
+        seconds, self._seconds = dict(self._seconds), Counter()
+        return seconds
+
+    def _now(self) -> float:
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _forward_begins(self, *_: Any) -> None:
+        self._open = self._now()
+
+    def _forward_ends(self, *_: Any) -> None:
+        assert self._open is not None
+        self._seconds["forward"] += self._now() - self._open
+
+    def _timed(self, phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any, **named: Any) -> Any:
+            started = self._now()
+            try:
+                return call(*arguments, **named)
+            finally:
+                self._seconds[phase] += self._now() - started
+
+        return timed
+
+    @contextmanager
+    def communication(self) -> Iterator[None]:
+        """Inside, time spent in collectives counts as `communication`, beside the phase it is part of."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            yield
+            return
+        if self._on_gpu:
+            yield from self._profiled()
+            return
+        originals = {name: getattr(dist, name) for name in COLLECTIVES}
+        for name, call in originals.items():
+            setattr(dist, name, self._collective(call))
+        try:
+            yield
+        finally:
+            for name, call in originals.items():
+                setattr(dist, name, call)
+
+    def _collective(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any, **named: Any) -> Any:
+            self._inside += 1
+            started = time.perf_counter()
+            try:
+                work = call(*arguments, **named)
+            finally:
+                self._inside -= 1
+                if not self._inside:  # one collective may be made of others
+                    self._seconds["communication"] += time.perf_counter() - started
+            return _TimedWork(work, self._seconds) if work is not None and hasattr(work, "wait") else work
+
+        return timed
+
+    def _profiled(self) -> Iterator[None]:
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            yield
+            torch.cuda.synchronize()
+        micro = sum(event.device_time_total for event in profiler.key_averages() if "nccl" in event.key.lower())
+        self._seconds["communication"] += micro / 1e6
+
+
+class _TimedWork:
+    """A collective under way: waiting for it counts too."""
+
+    def __init__(self, work: Any, seconds: Counter[str]) -> None:
+        self._work, self._seconds = work, seconds
+
+    def wait(self, *arguments: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return self._work.wait(*arguments)
+        finally:
+            self._seconds["communication"] += time.perf_counter() - started
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)
