@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 WORKERS ?= 2
 export PYTHONUNBUFFERED := 1
 
-.PHONY: quickstart install test faults check format equivalence chaos slurm hosts clean
+.PHONY: quickstart install test faults check format equivalence chaos slurm hosts bench-quick clean
 
 # The versions that were tested together; another torch is the user's own choice, so then nothing is pinned.
 CONSTRAINTS := $(if $(filter torch==2.13.0,$(TORCH)),-c constraints.txt)
@@ -64,6 +64,10 @@ slurm: $(VENV)/.dev
 # three hosts in network namespaces, their links cut and slow: needs root (`make faults` kills and adds agents)
 hosts: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m slow tests/launcher/test_hosts.py
+
+# a guard against getting slower: ratios to Hugging Face + PEFT, kept in benchmarks/results/ (under three minutes)
+bench-quick: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.training.quick
 
 clean:
 	rm -rf runs .cache build *.egg-info

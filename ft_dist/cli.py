@@ -195,6 +195,7 @@ def bench(
     labelled: Annotated[float, typer.Option(help="Share of synthetic tokens that is learnt")] = 1.0,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps, after two to warm up")] = 5,
     nproc: Nproc = None,
+    checkpoint: Annotated[bool, typer.Option(help="Also time one save of the training state")] = True,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Try micro-batches, checkpointing, ZeRO stages, kernels; name the fastest")
     ] = False,
@@ -218,6 +219,7 @@ def bench(
         lengths=lengths,
         labelled=labelled,
         steps=steps,
+        checkpoint=checkpoint,
         nproc=nproc,
         sweep=sweep,
         scaling=scaling,

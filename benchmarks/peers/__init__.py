@@ -1,1 +1,1 @@
-"""What a user would pick instead of us, run beside us on the same work: an environment recipe, a config and a log parser a peer."""
+"""What a user would pick instead of us, beside us on the same work: for each a recipe, a config and a log parser."""

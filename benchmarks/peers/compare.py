@@ -4,10 +4,8 @@ A side whose first loss differs from ours did other work: it is shown, marked, a
 side holds other rows than ours, its mean loss over all steps is what is compared.
 """
 
-import datetime
 import json
 import os
-import platform
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -19,7 +17,9 @@ from typing import Any
 from benchmarks.peers import environments, ours, rows
 from benchmarks.peers.case import Case, Peer
 from benchmarks.peers.turn import side_name, take
+from ft_dist.bench.report import machine
 from ft_dist.model.builtin import cache_dir
+from ft_dist.resources import versions as own_versions
 
 NAMES = ("trl", "llamafactory", "ms-swift", "litgpt", "torchtune", "axolotl")
 FIRST_LOSS_TOLERANCE = {"fp32": 2e-3, "bf16": 3e-2}
@@ -58,6 +58,7 @@ def compare(
     work: Path | None = None,
 ) -> dict[str, Any]:
     """Run every side `turns` times; returns the report. `case` lacks model and data, which are made here."""
+    load_at_start = os.getloadavg()[0]
     failures: dict[str, str] = {}
     sides: list[tuple[Peer, Path]] = [(ours.PEER, Path())]
     for name in names:
@@ -93,7 +94,9 @@ def compare(
     notes = {peer.name: peer.note for peer, _ in sides if peer.note}
     versions = {name: environments.versions(name) for name in names if name not in failures}
     return {
+        "kind": "peers",
         **machine(),
+        "load_at_start": load_at_start,
         "work": describe(case, data, model) | {"tokens": sum(counts.real), "labelled_tokens": sum(counts.labelled)},
         "versions": {"ours": own_versions(), **versions},
         **report,
@@ -133,7 +136,14 @@ def summary(taken: dict[str, list[dict[str, Any]]], *, dtype: str) -> dict[str, 
     for side, turns in taken.items():
         sides[side] = {
             key: statistics.median(turn[key] for turn in turns)
-            for key in ("labelled_tokens_per_s", "real_tokens_per_s", "first_step_s", "step_s", "first_loss", "mean_loss")
+            for key in (
+                "labelled_tokens_per_s",
+                "real_tokens_per_s",
+                "first_step_s",
+                "step_s",
+                "first_loss",
+                "mean_loss",
+            )
         }
         sides[side] |= {"peak_bytes": max(turn["peak_bytes"] for turn in turns), "steps": turns[0]["steps"]}
     if "ours" not in sides:
@@ -185,7 +195,9 @@ def ratios(equal: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 def table(report: dict[str, Any]) -> str:
     """One row a side, fastest first; below them those that were not ranked, and why."""
-    lines = [f"{'':22}{'labelled/s':>11}{'real/s':>9}{'step s':>9}{'first step s':>14}{'peak MiB':>10}{'first loss':>12}"]
+    lines = [
+        f"{'':22}{'labelled/s':>11}{'real/s':>9}{'step s':>9}{'first step s':>14}{'peak MiB':>10}{'first loss':>12}"
+    ]
     rest = [side for side in report["sides"] if side not in report["ranking"]]
     for side in [*report["ranking"], *rest]:
         row = report["sides"][side]
@@ -222,27 +234,3 @@ def describe(case: Case, data: Path, model: str) -> dict[str, Any]:
         "labels": "assistant's turns and their end token",
         "threads": "each side's own default",
     }
-
-
-def own_versions() -> dict[str, str]:
-    from ft_dist.resources import versions
-
-    return versions()
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "machine": f"{cpu_name()}, {os.cpu_count()} cores",
-        "load_at_start": os.getloadavg()[0],
-    }
-
-
-def cpu_name() -> str:
-    """What the processor calls itself."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.machine()
-    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.machine()

@@ -5,6 +5,7 @@ Lines of `steps.txt`, if there, are pip commands to run afterwards. A recipe tha
 """
 
 import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,18 @@ from ft_dist.model.builtin import cache_dir
 RECIPES = Path(__file__).parent
 TORCH = "torch==2.13.0"
 LIMIT_S = 1800.0
+TOLD = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "trl",
+    "llamafactory",
+    "ms-swift",
+    "litgpt",
+    "torchtune",
+    "axolotl",
+)
 
 
 class EnvironmentFailedError(Exception):
@@ -55,15 +68,16 @@ def build(name: str, *, say: bool = True) -> Path:
 def versions(name: str) -> dict[str, str]:
     """What pip put there, of the packages that matter to a reader."""
     code = (
-        "import importlib.metadata as m; import json; "
-        "names = 'torch transformers peft trl accelerate llamafactory ms-swift litgpt torchtune torchao axolotl'.split(); "
-        "found = {d.metadata['Name'].lower(): d.version for d in m.distributions()}; "
-        "print(json.dumps({n: found[n] for n in names if n in found}))"
+        "import importlib.metadata as m, json, sys; "
+        "found = {d.metadata['Name'].lower().replace('_', '-'): d.version for d in m.distributions()}; "
+        "print(json.dumps({n: found[n] for n in sys.argv[1:] if n in found}))"
     )
-    import json
-
     done = subprocess.run(
-        [str(place(name) / "bin" / "python"), "-c", code], capture_output=True, text=True, check=False, timeout=120
+        [str(place(name) / "bin" / "python"), "-c", code, *TOLD],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
     return json.loads(done.stdout) if done.returncode == 0 else {}
 

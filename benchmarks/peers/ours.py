@@ -76,4 +76,6 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 
-PEER = Peer(name="ours", command=command, step_of=step_of, losses=losses, packs=True, note="packed: rows of several samples")
+PEER = Peer(
+    name="ours", command=command, step_of=step_of, losses=losses, packs=True, note="packed: rows of several samples"
+)

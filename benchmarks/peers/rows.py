@@ -48,7 +48,9 @@ def chat(question: str, answer: str) -> dict[str, Any]:
 def spread(chats: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """`count` chats at equal distances: files are often sorted. Raises SystemExit where there are fewer."""
     if len(chats) < count:
-        raise SystemExit(f"{count} rows are needed (steps x rows a step), the data has {len(chats)}. Ask for fewer steps.")
+        raise SystemExit(
+            f"{count} rows are needed (steps x rows a step), the data has {len(chats)}. Ask for fewer steps."
+        )
     return [chats[at * len(chats) // count] for at in range(count)]
 
 
@@ -104,7 +106,9 @@ def checkpoint(name: str, dtype: str, cache: Path) -> Path:
     source = resolve_model(name)
     cache.mkdir(parents=True, exist_ok=True)
     with whole_folder(final) as folder:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+        )
         model.save_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(source)
         text = TEMPLATE.read_text(encoding="utf-8")

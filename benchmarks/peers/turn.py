@@ -2,6 +2,7 @@
 
 import shutil
 import statistics
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from benchmarks.peers.process import Finished, run
 from benchmarks.peers.rows import Counts
 
 
-def take(peer: Peer, case: Case, *, counts: Counts, folder: Path, binaries: Path, warmup: int, limit_s: float) -> dict[str, Any]:
+def take(
+    peer: Peer, case: Case, *, counts: Counts, folder: Path, binaries: Path, warmup: int, limit_s: float
+) -> dict[str, Any]:
     """Run `peer` on `case` once. A run that fails, hangs or stops early has `failed`, the reason in words."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -28,7 +31,7 @@ def take(peer: Peer, case: Case, *, counts: Counts, folder: Path, binaries: Path
     exact = peer.losses(folder)
     losses = [exact.get(step.number, step.loss) for _, step in stamped]
     times = [when for when, _ in stamped]
-    spans = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    spans = [later - earlier for earlier, later in pairwise(times)]
     real, labelled = tokens(peer, case, counts, folder, len(stamped))
     rates = {"real": real, "labelled": labelled}
     figures |= {
@@ -61,7 +64,7 @@ def steps(peer: Peer, finished: Finished) -> list[tuple[float, Step]]:
 
 
 def tokens(peer: Peer, case: Case, counts: Counts, folder: Path, taken: int) -> tuple[list[float], list[float]]:
-    """Real and labelled tokens of every step. Packed rows of a peer are not told one by one: their mean stands there."""
+    """Real and labelled tokens of every step; their means where a peer packs rows of its own."""
     if peer.name == "ours":
         records = ours.metrics(folder)
         return [record["real_tokens"] for record in records], [record["labelled_tokens"] for record in records]

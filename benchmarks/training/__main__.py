@@ -19,7 +19,9 @@ def main() -> int:
     options = parse()
     if options.peers or options.curves:
         if not options.data:
-            raise SystemExit("--peers and --curves train on real rows: name them with --data FILE.csv (or chats, .jsonl).")
+            raise SystemExit(
+                "--peers and --curves train on real rows: name them with --data FILE.csv (or chats, .jsonl)."
+            )
         report = curves(options) if options.curves else peers(options)
     else:
         report = alone(options)
@@ -107,13 +109,17 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__.partition("\n\n")[0])
     parser.add_argument("overrides", nargs="*", metavar="KEY.SUB=VALUE", help="without peers: keys of our config")
     parser.add_argument("--peers", metavar="all|built|NAME,NAME", help="run these beside us")
-    parser.add_argument("--curves", action="store_true", help="losses of TRL and ours on the same rows in the same order")
+    parser.add_argument(
+        "--curves", action="store_true", help="losses of TRL and ours on the same rows in the same order"
+    )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--data", type=Path, metavar="FILE")
     parser.add_argument("--method", default="lora", choices=["lora", "full"])
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of all sides")
     parser.add_argument("--rows", type=int, default=8, help="rows in a step; a peer takes them in one micro-batch")
-    parser.add_argument("--length", type=int, default=256, help="longest sample, or tokens of a packed row without peers")
+    parser.add_argument(
+        "--length", type=int, default=256, help="longest sample, or tokens of a packed row without peers"
+    )
     parser.add_argument("--steps", type=int, help="[default: 12 with peers, 100 for curves, 5 alone]")
     parser.add_argument("--warmup", type=int, default=2, help="steps of a turn that are not timed")
     parser.add_argument("--turns", type=int, default=2, help="times that each side runs, A B A B")

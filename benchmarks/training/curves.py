@@ -12,8 +12,10 @@ from typing import Any
 
 from benchmarks.peers import environments, ours
 from benchmarks.peers.case import Case
-from benchmarks.peers.compare import describe, machine, make_work, own_versions, peer_of
+from benchmarks.peers.compare import describe, make_work, peer_of
 from benchmarks.peers.turn import take
+from ft_dist.bench.report import machine
+from ft_dist.resources import versions as own_versions
 
 TOLERANCE = 1e-3
 """Of the last loss, absolute"""
@@ -29,15 +31,14 @@ def compare_losses(case: Case, *, model: str, data: Path, limit_s: float, work: 
         case, counts = make_work(case, model=model, data=data, folder=folder)
         losses: dict[str, list[float]] = {}
         for peer, place in ((ours.PEER, Path()), (peer_of(PEER), binaries)):
-            turn = take(
-                peer, case, counts=counts, folder=folder / peer.name, binaries=place, warmup=1, limit_s=limit_s
-            )
+            turn = take(peer, case, counts=counts, folder=folder / peer.name, binaries=place, warmup=1, limit_s=limit_s)
             if "failed" in turn:
                 raise SystemExit(f"{peer.name}: {turn['failed']}")
             losses[peer.name] = turn["losses"]
             print(f"  {peer.name}: {len(turn['losses'])} steps, last loss {turn['losses'][-1]:.6f}", flush=True)
     differences = [abs(a - b) for a, b in zip(losses["ours"], losses[PEER], strict=True)]
     return {
+        "kind": "curves",
         **machine(),
         "work": describe(case, data, model),
         "versions": {"ours": own_versions(), PEER: environments.versions(PEER)},
@@ -53,8 +54,9 @@ def tell(report: dict[str, Any]) -> str:
     count = len(report["losses"]["ours"])
     verdict = "within" if report["passed"] else "NOT within"
     return (
-        f"after {count} steps: ours {report['losses']['ours'][-1]:.6f}, TRL {report['losses'][PEER][-1]:.6f}, difference "
-        f"{report['last_difference']:.2e}, {verdict} {TOLERANCE:g}; largest of all steps {report['largest_difference']:.2e}"
+        f"after {count} steps: ours {report['losses']['ours'][-1]:.6f}, TRL {report['losses'][PEER][-1]:.6f}, "
+        f"difference {report['last_difference']:.2e}, {verdict} {TOLERANCE:g}; "
+        f"largest of all steps {report['largest_difference']:.2e}"
     )
 
 

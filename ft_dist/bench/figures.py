@@ -9,8 +9,8 @@ from ft_dist.resources import flops_per_token
 PHASES = ("data", "forward", "backward", "optimizer", "communication", "checkpoint", "other")
 
 FORMULA = (
-    "model FLOPs a token = N x (4 + 2 x trainable share) + 12 x layers x heads x head size x context: 4 N for LoRA, 6 N "
-    "for full fine-tuning; context is the mean number of tokens a token looks at; recomputation does not count"
+    "model FLOPs a token = N x (4 + 2 x trainable share) + 12 x layers x heads x head size x context: 4 N for LoRA, "
+    "6 N for full fine-tuning; context is the mean number of tokens a token looks at; recomputation does not count"
 )
 
 

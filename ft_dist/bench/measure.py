@@ -1,4 +1,4 @@
-"""Measurements as processes of their own, one after the other: a single one, a sweep of settings, a row of world sizes."""
+"""Measurements as processes of their own, one after the other: one, a sweep of settings, a row of world sizes."""
 
 import contextlib
 import itertools
@@ -55,7 +55,8 @@ def sweep(spec: Spec, swept: dict[str, list[Any]], *, nproc: int, folder: Path, 
             continue
         try:
             record = measure_once(one, nproc=nproc, say=say)
-            say(f"  {tell(settings)}: {record['real_tokens_per_s']:,.0f} tokens/s, {record['peak_bytes'] / 2**20:,.0f} MiB")
+            rate, peak = record["real_tokens_per_s"], record["peak_bytes"] / 2**20
+            say(f"  {tell(settings)}: {rate:,.0f} tokens/s, {peak:,.0f} MiB")
         except UserError as error:
             record = {**settings, FAILED: str(error)}
             say(f"  {tell(settings)}: {error}")
@@ -63,9 +64,7 @@ def sweep(spec: Spec, swept: dict[str, list[Any]], *, nproc: int, folder: Path, 
     return sorted(found, key=lambda record: -record.get("real_tokens_per_s", 0.0))
 
 
-def scale(
-    spec: Spec, worlds: Sequence[int], *, weak: bool, folder: Path, say: Say
-) -> list[dict[str, Any]]:
+def scale(spec: Spec, worlds: Sequence[int], *, weak: bool, folder: Path, say: Say) -> list[dict[str, Any]]:
     """The same work on more and more ranks: `weak` keeps the rows a rank, otherwise the rows of a step stay.
 
     `efficiency` is the rate over that of so many times the smallest world.
@@ -77,7 +76,9 @@ def scale(
     for world in worlds:
         settings = {"batch.global_rows": rows * world if weak else rows}
         if not weak and rows < world:
-            raise UserError(f"--scaling strong deals {rows} rows to {world} ranks. Use batch.global_rows of at least that.")
+            raise UserError(
+                f"--scaling strong deals {rows} rows to {world} ranks. Use batch.global_rows of at least that."
+            )
         settings["batch.micro_rows"] = min(spec.tree["batch"]["micro_rows"], -(-settings["batch.global_rows"] // world))
         record = measure_once(spec.changed(settings, folder / f"world-{world}"), nproc=world, say=say)
         found.append(record)

@@ -1,11 +1,11 @@
 """Where a step's time goes: forward, backward, optimizer, and the collectives inside them.
 
-Hooks on the engine that is measured, for a few steps of their own: on a GPU each phase then waits for its kernels, which
-the timed steps before do not. Collectives are timed on the host; on a GPU they are read from the profiler.
+Hooks on the engine that is measured, for a few steps of their own: on a GPU each phase then waits for its kernels,
+which the timed steps before do not. Collectives are timed on the host; on a GPU they are read from the profiler.
 """
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,7 +33,7 @@ class Phases:
     """Seconds by phase since it was made; `taken` starts over."""
 
     def __init__(self, engine: Engine) -> None:
-        self._seconds: Counter[str] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         self._on_gpu = engine.world.device.type == "cuda"
         self._open: float | None = None
         self._inside = 0
@@ -44,7 +44,8 @@ class Phases:
         engine._update = self._timed("optimizer", engine._update)  # type: ignore[method-assign]
 
     def taken(self) -> dict[str, float]:
-        seconds, self._seconds = dict(self._seconds), Counter()
+        seconds = dict(self._seconds)
+        self._seconds.clear()
         return seconds
 
     def _now(self) -> float:
@@ -114,7 +115,7 @@ class Phases:
 class _TimedWork:
     """A collective under way: waiting for it counts too."""
 
-    def __init__(self, work: Any, seconds: Counter[str]) -> None:
+    def __init__(self, work: Any, seconds: defaultdict[str, float]) -> None:
         self._work, self._seconds = work, seconds
 
     def wait(self, *arguments: Any) -> Any:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ft_dist.bench.figures import FORMULA
 from ft_dist.bench import measure
+from ft_dist.bench.figures import FORMULA
 from ft_dist.bench.measure import SWEPT, measure_once, scale
 from ft_dist.bench.spec import make_spec
 from ft_dist.errors import UserError
@@ -27,6 +27,7 @@ def bench(
     lengths: str = "full",
     labelled: float = 1.0,
     steps: int = 5,
+    checkpoint: bool = True,
     nproc: int | None = None,
     sweep: bool = False,
     scaling: str | None = None,
@@ -48,6 +49,7 @@ def bench(
             lengths=lengths,
             labelled=labelled,
             steps=steps,
+            checkpoint=checkpoint and not sweep,
             folder=folder,
         )
         config = spec.config()

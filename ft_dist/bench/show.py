@@ -24,12 +24,17 @@ def text(report: dict[str, Any]) -> str:
             continue
         lines.append(
             f"{name:44}{record['real_tokens_per_s']:10,.0f}{record['labelled_tokens_per_s']:12,.0f}"
-            f"{record['step_s']:9.3f}{record['mfu']:7.1%}{record['peak_bytes'] / 2**20:10,.0f}{record['padded_share']:9.1%}"
+            f"{record['step_s']:9.3f}{record['mfu']:7.1%}{record['peak_bytes'] / 2**20:10,.0f}"
+            f"{record['padded_share']:9.1%}"
             + (f"  efficiency {record['efficiency']:.2f}" if "efficiency" in record else "")
         )
     best = fastest(records)
     if best:
-        lines += ["", *time_lines(best), f"utilisation of {best['peak_flops'] / 1e12:.2f} TFLOP/s ({best['peak_flops_source']})"]
+        lines += [
+            "",
+            *time_lines(best),
+            f"utilisation of {best['peak_flops'] / 1e12:.2f} TFLOP/s ({best['peak_flops_source']})",
+        ]
     lines.append(FORMULA)
     if report["kind"] == "sweep":
         settings = {key: best[key] for key in report["swept"]} if best else {}
@@ -69,7 +74,9 @@ def html(report: dict[str, Any]) -> str:
 
 
 def page(title: str, parts: Sequence[str]) -> str:
-    style = "body{font:14px sans-serif;max-width:960px;margin:2em auto}pre{overflow:auto;background:#f6f6f6;padding:1em}"
+    style = (
+        "body{font:14px sans-serif;max-width:960px;margin:2em auto}pre{overflow:auto;background:#f6f6f6;padding:1em}"
+    )
     body = "\n".join(parts)
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title><style>{style}</style>'

@@ -64,6 +64,7 @@ def make_spec(
     lengths: str,
     labelled: float,
     steps: int,
+    checkpoint: bool,
     folder: Path,
 ) -> Spec:
     """`rows` packed rows of `length` tokens a rank and micro-batch. Raises UserError."""
@@ -102,4 +103,5 @@ def make_spec(
         median_length=median_of(lengths),
         labelled=labelled,
         steps=steps,
+        checkpoint=checkpoint,
     )

@@ -21,7 +21,10 @@ from ft_dist.model.quiet import quietly
 def build_engine(
     config: RunConfig, world: World, *, folder: str, tokenizer: Any, load: Callable[..., nn.Module] = load_model
 ) -> Engine:
-    """Load `folder`, add adapters for LoRA, wrap in DeepSpeed. `load` is given what `load_model` is. Raises ModelError."""
+    """Load `folder`, add adapters for LoRA, wrap in DeepSpeed. `load` takes what `load_model` does.
+
+    Raises ModelError.
+    """
     stage = effective_stage(config)
     _import_muon_uncompiled()
     _share_process_group()

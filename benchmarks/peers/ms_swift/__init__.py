@@ -27,7 +27,9 @@ def command(case: Case, folder: Path, binaries: Path) -> Command:
     }
     if case.method == "lora":
         settings |= {"lora_rank": case.rank, "lora_alpha": case.alpha, "lora_dropout": 0.0}
-    arguments = [f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()]
+    arguments = [
+        f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()
+    ]
     if case.method == "lora":
         arguments += ["--target_modules", *case.targets]
     return Command([str(binaries / "swift"), "sft", *arguments])
