@@ -21,7 +21,7 @@ from ft_dist.bench.report import machine
 from ft_dist.model.builtin import cache_dir
 from ft_dist.resources import versions as own_versions
 
-NAMES = ("trl", "llamafactory", "ms-swift", "litgpt", "torchtune", "axolotl")
+NAMES = environments.NAMES
 FIRST_LOSS_TOLERANCE = {"fp32": 2e-3, "bf16": 3e-2}
 """Relative: some logs round to four digits; bf16 adds up differently in every library"""
 MEAN_LOSS_TOLERANCE = 0.1

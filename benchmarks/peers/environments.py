@@ -13,21 +13,11 @@ from pathlib import Path
 
 from ft_dist.model.builtin import cache_dir
 
+NAMES = ("trl", "llamafactory", "ms-swift", "litgpt", "torchtune", "axolotl")
 RECIPES = Path(__file__).parent
 TORCH = "torch==2.13.0"
 LIMIT_S = 1800.0
-TOLD = (
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "trl",
-    "llamafactory",
-    "ms-swift",
-    "litgpt",
-    "torchtune",
-    "axolotl",
-)
+TOLD = ("torch", "transformers", "peft", "accelerate", "lightning", *NAMES)
 
 
 class EnvironmentFailedError(Exception):
@@ -67,19 +57,11 @@ def build(name: str, *, say: bool = True) -> Path:
 
 def versions(name: str) -> dict[str, str]:
     """What pip put there, of the packages that matter to a reader."""
-    code = (
-        "import importlib.metadata as m, json, sys; "
-        "found = {d.metadata['Name'].lower().replace('_', '-'): d.version for d in m.distributions()}; "
-        "print(json.dumps({n: found[n] for n in sys.argv[1:] if n in found}))"
-    )
-    done = subprocess.run(
-        [str(place(name) / "bin" / "python"), "-c", code, *TOLD],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    return json.loads(done.stdout) if done.returncode == 0 else {}
+    command = [str(place(name) / "bin" / "python"), "-m", "pip", "list", "--format=json", "--disable-pip-version-check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    found = json.loads(done.stdout) if done.returncode == 0 else []
+    versions = {entry["name"].lower().replace("_", "-"): entry["version"] for entry in found}
+    return {package: versions[package] for package in TOLD if package in versions}
 
 
 def _folder(name: str) -> Path:
