@@ -20,13 +20,19 @@ run() { # run LIMIT_SECONDS MODULE ARGUMENTS...
     echo "== python -m ${*:2}"
     timeout "$1" "$PYTHON" -m "${@:2}" || { echo "FAILED ($?): ${*:2}" >&2; failed=1; }
 }
-# torch and transformers have to be there; WHEELS=DIR installs the rest from a folder of wheels, each as far as it goes
+# torch, triton and transformers have to be there and stay as they are; WHEELS=DIR installs the rest from a folder of
+# wheels, as far as it goes
 if [ -n "${WHEELS:-}" ]; then
-    pip=("$PYTHON" -m pip install --quiet --no-index --no-deps --find-links "$WHEELS")
-    "${pip[@]}" peft || failed=1
-    for package in liger-kernel unsloth unsloth_zoo deepspeed; do
-        "${pip[@]}" "$package" || echo "no wheel of $package in $WHEELS: its rows stay empty" >&2
-    done
+    "$PYTHON" -m pip list --format=freeze 2>/dev/null | grep -iE '^(torch|triton|transformers|numpy)==' >"$OUT/.pins"
+    install() {
+        "$PYTHON" -m pip install --quiet --no-index --find-links "$WHEELS" -c "$OUT/.pins" "$@" ||
+            echo "$WHEELS lacks something of: $*; what needs it is told as failed" >&2
+    }
+    install peft
+    install 'deepspeed>=0.19,<0.20' typer rich 'pydantic>=2.10' pyyaml xxhash filelock fsspec gguf jinja2
+    install --no-deps liger-kernel
+    install unsloth
+    rm -f "$OUT/.pins"
 fi
 sides=(ours hf)
 "$PYTHON" -c 'import liger_kernel' 2>/dev/null && sides+=(liger)

@@ -2,6 +2,7 @@
 
 import shutil
 import statistics
+import subprocess
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from benchmarks.peers.case import Case, Peer, Step
 from benchmarks.peers.process import Finished, run
 from benchmarks.peers.rows import Counts
 
+TOLD_CHARACTERS = 300
+
 
 def take(
     peer: Peer, case: Case, *, counts: Counts, folder: Path, binaries: Path, warmup: int, limit_s: float
@@ -18,7 +21,11 @@ def take(
     """Run `peer` on `case` once. A run that fails, hangs or stops early has `failed`, the reason in words."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    finished = run(peer.command(case, folder, binaries), folder=folder, limit_s=limit_s)
+    try:
+        command = peer.command(case, folder, binaries)
+    except (LookupError, subprocess.SubprocessError) as error:
+        return {"side": side_name(peer, case), "failed": f"could not be set up: {error}"[:TOLD_CHARACTERS]}
+    finished = run(command, folder=folder, limit_s=limit_s)
     stamped = steps(peer, finished)
     figures: dict[str, Any] = {
         "side": side_name(peer, case),
@@ -87,4 +94,4 @@ def reason(finished: Finished, taken: int, limit_s: float) -> str:
     told = [line for _, line in finished.lines if ("Error" in line or "error:" in line) and "CalledProcess" not in line]
     last = [line for _, line in finished.lines if line.strip()]
     words = (told or last or ["no output"])[-1].strip()
-    return f"exit code {finished.code} after {taken} steps: {words[:300]}"
+    return f"exit code {finished.code} after {taken} steps: {words[:TOLD_CHARACTERS]}"

@@ -17,13 +17,17 @@ from ft_dist.engine.step import Engine
 
 COLLECTIVES = (
     "all_reduce",
+    "all_reduce_coalesced",
     "all_gather",
+    "all_gather_base",
+    "all_gather_coalesced",
     "all_gather_into_tensor",
-    "all_gather_object",
     "broadcast",
     "reduce",
     "reduce_scatter",
+    "reduce_scatter_base",
     "reduce_scatter_tensor",
+    "reduce_scatter_coalesced",
     "all_to_all_single",
     "barrier",
 )
@@ -79,14 +83,18 @@ class Phases:
         if self._on_gpu:
             yield from self._profiled()
             return
-        originals = {name: getattr(dist, name) for name in COLLECTIVES}
-        for name, call in originals.items():
-            setattr(dist, name, self._collective(call))
+        from deepspeed.comm import comm
+
+        # DeepSpeed keeps references to some of torch's functions from its start: its own methods are timed as well
+        places = [(place, name) for place in (dist, comm.cdb) for name in COLLECTIVES if hasattr(place, name)]
+        originals = [(place, name, getattr(place, name)) for place, name in places]
+        for place, name, call in originals:
+            setattr(place, name, self._collective(call))
         try:
             yield
         finally:
-            for name, call in originals.items():
-                setattr(dist, name, call)
+            for place, name, call in originals:
+                setattr(place, name, call)
 
     def _collective(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any, **named: Any) -> Any:
@@ -98,7 +106,8 @@ class Phases:
                 self._inside -= 1
                 if not self._inside:  # one collective may be made of others
                     self._seconds["communication"] += time.perf_counter() - started
-            return _TimedWork(work, self._seconds) if work is not None and hasattr(work, "wait") else work
+            outermost = not self._inside and work is not None and hasattr(work, "wait")
+            return _TimedWork(work, self._seconds) if outermost else work
 
         return timed
 
