@@ -223,8 +223,11 @@ def bench(
         nproc=nproc,
         sweep=sweep,
         scaling=scaling,
+        shared=to / "work" if to else None,
         say=lambda line: typer.echo(line, err=True),
     )
+    if not report["measurements"]:
+        return
     if to:
         write(report, to)
     typer.echo(json.dumps(report, indent=2) if as_json else text(report))

@@ -25,14 +25,18 @@ FAILED = "failed"
 Say = Callable[[str], None]
 
 
-def measure_once(spec: Spec, *, nproc: int, say: Say) -> dict[str, Any]:
-    """Run it on `nproc` ranks of this machine, or as this rank of a launcher's world. Raises UserError."""
+def measure_once(spec: Spec, *, nproc: int) -> dict[str, Any]:
+    """Run it on `nproc` ranks of this machine, or as this rank of a launcher's world. Raises UserError.
+
+    Ranks of a launcher's world other than 0 get an empty record.
+    """
     folder = Path(spec.result).parent
     folder.mkdir(parents=True, exist_ok=True)
     if launched():
         from ft_dist.bench.rank import measure
 
-        return figures(spec, measure(spec))
+        seen = measure(spec)
+        return figures(spec, seen) if seen["records"] else {}
     written = spec.write(folder / "spec.json")
     with _told_apart(folder / "output.log"):
         code = run_here([str(written)], spec.config(), nproc=nproc, max_restarts=0, module="ft_dist.bench.rank")
@@ -54,7 +58,7 @@ def sweep(spec: Spec, swept: dict[str, list[Any]], *, nproc: int, folder: Path, 
         if rows["micro_rows"] * nproc > rows["global_rows"]:
             continue
         try:
-            record = measure_once(one, nproc=nproc, say=say)
+            record = measure_once(one, nproc=nproc)
             rate, peak = record["real_tokens_per_s"], record["peak_bytes"] / 2**20
             say(f"  {tell(settings)}: {rate:,.0f} tokens/s, {peak:,.0f} MiB")
         except UserError as error:
@@ -80,7 +84,7 @@ def scale(spec: Spec, worlds: Sequence[int], *, weak: bool, folder: Path, say: S
                 f"--scaling strong deals {rows} rows to {world} ranks. Use batch.global_rows of at least that."
             )
         settings["batch.micro_rows"] = min(spec.tree["batch"]["micro_rows"], -(-settings["batch.global_rows"] // world))
-        record = measure_once(spec.changed(settings, folder / f"world-{world}"), nproc=world, say=say)
+        record = measure_once(spec.changed(settings, folder / f"world-{world}"), nproc=world)
         found.append(record)
         first = found[0]
         ideal = first["real_tokens_per_s"] * world / first["world_size"]

@@ -31,14 +31,20 @@ def bench(
     nproc: int | None = None,
     sweep: bool = False,
     scaling: str | None = None,
+    shared: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Measure and return {kind, title, date, machine, formula, measurements}. Raises UserError."""
+    """Measure and return {kind, title, date, machine, formula, measurements}. Raises UserError.
+
+    Inside torchrun or srun every rank calls it; `shared` is then a folder that all of them see, needed on several
+    nodes, and the report of a rank other than 0 has no measurements.
+    """
     if sweep and scaling:
         raise UserError("--sweep and --scaling are two different questions. Ask one of them at a time.")
-    ranks = nproc or default_nproc()
+    ranks = int(os.environ["WORLD_SIZE"]) if launched() else nproc or default_nproc()
     with tempfile.TemporaryDirectory(prefix="ft_dist-bench-") as name:
-        folder = Path(os.environ.get("FT_DIST_BENCH_DIR", name)) if launched() else Path(name)
+        # ranks of a launcher's world write into one place; without a commit nothing of an earlier run can be in the way
+        folder = (shared or Path(tempfile.gettempdir()) / f"ft_dist-bench-{port()}") if launched() else Path(name)
         spec = make_spec(
             model,
             overrides,
@@ -49,7 +55,7 @@ def bench(
             lengths=lengths,
             labelled=labelled,
             steps=steps,
-            checkpoint=checkpoint and not sweep,
+            checkpoint=checkpoint and not sweep and not launched(),
             folder=folder,
         )
         config = spec.config()
@@ -63,12 +69,18 @@ def bench(
             worlds = [world for world in (1, 2, 4, 8, 16) if world <= (nproc or 4)]
             found = scale(spec, worlds, weak=scaling == "weak", folder=folder, say=say)
             return report | {"kind": "scaling", "scaling": scaling, "measurements": found}
-        return report | {"measurements": [measure_once(spec, nproc=ranks, say=say)]}
+        measured = measure_once(spec, nproc=ranks)
+        return report | {"measurements": [measured] if measured else []}
 
 
 def _reached(key: str, values: list[Any], rows: int) -> list[Any]:
     """Micro-batches beyond the rows of a step are no settings of their own."""
     return [value for value in values if key != "batch.micro_rows" or value <= rows]
+
+
+def port() -> str:
+    """What the ranks of one launch have in common and those of another have not."""
+    return os.environ.get("MASTER_PORT", os.environ.get("SLURM_JOB_ID", "0"))
 
 
 def machine() -> dict[str, str]:

@@ -1,6 +1,9 @@
 """The product's loop under the stop watch, for real: two gloo ranks, a sweep's bookkeeping, the arithmetic."""
 
 import json
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,29 @@ def test_two_ranks_of_a_random_model(cli: Any, tmp_path: Path) -> None:
     assert page.count("<svg") == 3
     assert "http" not in page, "nothing is fetched"
     assert "fused" in one["kernels"], "the product's own engine"
+
+
+def test_the_ranks_of_torchrun_measure_together(tmp_path: Path) -> None:
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+    ]
+    bench = ["-m", "ft_dist.cli", "bench", "tiny", "--length", "64", "--steps", "1", "--to", str(tmp_path)]
+    done = subprocess.run([*torchrun, *bench, "model.dtype=fp32"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("where a step's time goes") == 1
+    assert json.loads((tmp_path / "bench.json").read_text())["measurements"][0]["world_size"] == 2
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def spec(folder: Path, *overrides: str, **changed: Any) -> Spec:
@@ -87,7 +113,7 @@ def test_the_phases_of_a_step_add_up_to_it(tmp_path: Path) -> None:
 
 
 def test_a_sweep_names_the_fastest_that_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(one: Spec, *, nproc: int, say: Any) -> dict[str, Any]:
+    def run(one: Spec, *, nproc: int) -> dict[str, Any]:
         rows = one.config().batch.micro_rows
         if rows == 4:
             raise UserError("out of memory")
@@ -106,7 +132,7 @@ def test_a_sweep_names_the_fastest_that_fits(tmp_path: Path, monkeypatch: pytest
 def test_efficiency_is_the_share_of_perfect_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = []
 
-    def run(one: Spec, *, nproc: int, say: Any) -> dict[str, Any]:
+    def run(one: Spec, *, nproc: int) -> dict[str, Any]:
         rows.append((one.config().batch.global_rows, one.config().batch.micro_rows))
         return figures(one, seen(1.0 if nproc == 1 else 0.625, world_size=nproc))
 
