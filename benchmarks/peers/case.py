@@ -1,5 +1,7 @@
 """One piece of work that every side does: the same checkpoint, rows, labels, precision, adapters, batch and rate."""
 
+import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +35,13 @@ class Case:
     @property
     def torch_dtype(self) -> str:
         return {"fp32": "float32", "bf16": "bfloat16"}[self.dtype]
+
+    @property
+    def packed_length(self) -> int:
+        """Tokens of a row that holds about `rows` samples: the mean of a step, but no less than the longest sample."""
+        counts = json.loads(self.ordered.with_name("counts.json").read_text(encoding="utf-8"))
+        mean = sum(counts["real"]) / len(counts["real"])
+        return 8 * math.ceil(max(mean, counts["longest"]) / 8)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def config(case: Case, folder: Path, *, chats: Path) -> RunConfig:
 def command(case: Case, folder: Path, binaries: Path) -> Command:
     """`case.ordered` is a file beside `chats.jsonl`, which is what we train on; our order makes it the peers' order."""
     chats = case.ordered.with_name("chats.jsonl")
-    length = packed_length(case) if case.packed else 0
+    length = case.packed_length if case.packed else 0
     tree = settings(case, folder, chats=chats, packed_length=length)
     (folder / "config.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
@@ -53,13 +53,6 @@ def command(case: Case, folder: Path, binaries: Path) -> Command:
         {"PYTHONPATH": os.pathsep.join(paths)},
         steps_file=folder / "run" / "metrics.jsonl",
     )
-
-
-def packed_length(case: Case) -> int:
-    """Tokens of a row that holds about `case.rows` samples, from the counts beside the data."""
-    counts = json.loads(case.ordered.with_name("counts.json").read_text(encoding="utf-8"))
-    mean = sum(counts["real"]) / len(counts["real"])
-    return max(8 * -(-round(mean) // 8), 8 * -(-counts["longest"] // 8))
 
 
 def step_of(line: str, seen: int) -> Step | None:

@@ -49,6 +49,8 @@ def command(case: Case, folder: Path, binaries: Path) -> Command:
         "seed": case.seed,
         "output_dir": str(folder / "out"),
     }
+    if case.packed:
+        settings |= {"sample_packing": True, "sequence_len": case.packed_length, "micro_batch_size": 1}
     if case.method == "lora":
         settings |= {"adapter": "lora", "lora_r": case.rank, "lora_alpha": case.alpha, "lora_dropout": 0.0}
         settings |= {"lora_target_modules": list(case.targets)}
@@ -64,5 +66,6 @@ PEER = Peer(
     command=command,
     step_of=hugging_face.step_of,
     losses=hugging_face.losses,
-    note="sample packing asks for flash attention, which is for GPUs",
+    packs=True,
+    note="packed: sample_packing, rows of several samples",
 )

@@ -35,8 +35,7 @@ def command(case: Case, folder: Path, binaries: Path) -> Command:
     }
     del settings["gradient_checkpointing"]
     if case.packed:
-        length = 8 * -(-case.max_length * case.rows // 4 // 8)
-        settings |= {"neat_packing": True, "cutoff_len": length, "per_device_train_batch_size": 1}
+        settings |= {"neat_packing": True, "cutoff_len": case.packed_length, "per_device_train_batch_size": 1}
     if case.method == "lora":
         settings |= {"lora_rank": case.rank, "lora_alpha": case.alpha, "lora_dropout": 0.0}
         settings |= {"lora_target": ",".join(case.targets)}
@@ -52,5 +51,6 @@ PEER = Peer(
     command=command,
     step_of=hugging_face.step_of,
     losses=hugging_face.losses,
-    note="packing (neat_packing) asks for flash attention, which is for GPUs",
+    packs=True,
+    note="packed: neat_packing, rows of several samples, block mask",
 )

@@ -21,7 +21,7 @@ def command(case: Case, folder: Path, binaries: Path) -> Command:
             "_component_": f"{ours}.chat_tokenizer",
             "path": str(case.model / "tokenizer.json"),
             # the length of a packed row; samples themselves are shorter
-            "max_seq_len": packed_length(case) if case.packed else case.max_length,
+            "max_seq_len": case.packed_length if case.packed else case.max_length,
         },
         "checkpointer": {
             "_component_": "torchtune.training.FullModelHFCheckpointer",
@@ -73,11 +73,6 @@ def command(case: Case, folder: Path, binaries: Path) -> Command:
     return Command(
         [str(binaries / "tune"), "run", recipe, "--config", str(folder / "config.yaml")], {"PYTHONPATH": str(ROOT)}
     )
-
-
-def packed_length(case: Case) -> int:
-    counts = json.loads(case.ordered.with_name("counts.json").read_text(encoding="utf-8"))
-    return max(counts["longest"], round(sum(counts["real"]) / len(counts["real"])))
 
 
 def model(case: Case) -> dict[str, Any]:
