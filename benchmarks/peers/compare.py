@@ -70,26 +70,12 @@ def compare(
     with tempfile.TemporaryDirectory(prefix="ft_dist-peers-") as temporary:
         folder = work or Path(temporary)
         case, counts = make_work(case, model=model, data=data, folder=folder)
-        todo = [(peer, binaries, replace(case, packed=flag)) for peer, binaries in sides for flag in (False, True)]
-        todo = [(peer, binaries, one) for peer, binaries, one in todo if peer.packs or not one.packed]
-        taken: dict[str, list[dict[str, Any]]] = {side_name(peer, one): [] for peer, _, one in todo}
-        for _ in range(turns):
-            for peer, binaries, one in todo:
-                side = side_name(peer, one)
-                if any("failed" in turn for turn in taken[side]):
-                    continue
-                dealt = replace(one, ordered=_dealt(peer, one))
-                place = folder / "turns" / side.replace(" ", "-")
-                result = take(
-                    peer, dealt, counts=counts, folder=place, binaries=binaries, warmup=warmup, limit_s=limit_s
-                )
-                taken[side].append(result)
-                print(_line(result), flush=True)
+        options: dict[str, Any] = {"counts": counts, "warmup": warmup, "limit_s": limit_s}
+        taken = _take_turns(sides, case, turns=turns, folder=folder / "turns", options=options)
+    good = {side: [turn for turn in results if "failed" not in turn] for side, results in taken.items()}
+    good = {side: results for side, results in good.items() if results}
     for side, results in taken.items():
-        failed = [turn["failed"] for turn in results if "failed" in turn]
-        if failed:
-            failures[side] = failed[0]
-    good = {side: results for side, results in taken.items() if side not in failures}
+        failures |= {side: turn["failed"] for turn in results if "failed" in turn}
     report = summary(good, dtype=case.dtype)
     notes = {peer.name: peer.note for peer, _ in sides if peer.note}
     versions = {name: environments.versions(name) for name in names if name not in failures}
@@ -104,6 +90,30 @@ def compare(
         "notes": notes,
         "turns": taken,
     }
+
+
+def _take_turns(
+    sides: Sequence[tuple[Peer, Path]], case: Case, *, turns: int, folder: Path, options: dict[str, Any]
+) -> dict[str, list[dict[str, Any]]]:
+    """Every side unpacked, and packed where it can, then all again. What failed once is not tried again.
+
+    Ctrl-C ends the turns, not the report.
+    """
+    todo = [(peer, binaries, replace(case, packed=flag)) for peer, binaries in sides for flag in (False, True)]
+    todo = [(peer, binaries, one) for peer, binaries, one in todo if peer.packs or not one.packed]
+    taken: dict[str, list[dict[str, Any]]] = {side_name(peer, one): [] for peer, _, one in todo}
+    try:
+        for peer, binaries, one in todo * turns:
+            side = side_name(peer, one)
+            if any("failed" in turn for turn in taken[side]):
+                continue
+            dealt = replace(one, ordered=_dealt(peer, one))
+            result = take(peer, dealt, folder=folder / side.replace(" ", "-"), binaries=binaries, **options)
+            taken[side].append(result)
+            print(_line(result), flush=True)
+    except KeyboardInterrupt:
+        print("interrupted: the report holds the turns that are done", flush=True)
+    return taken
 
 
 def make_work(case: Case, *, model: str, data: Path, folder: Path) -> tuple[Case, rows.Counts]:
