@@ -74,8 +74,7 @@ def compare(
         taken = _take_turns(sides, case, turns=turns, folder=folder / "turns", options=options)
     good = {side: [turn for turn in results if "failed" not in turn] for side, results in taken.items()}
     good = {side: results for side, results in good.items() if results}
-    for side, results in taken.items():
-        failures |= {side: turn["failed"] for turn in results if "failed" in turn}
+    failures |= {side: turn["failed"] for side, results in taken.items() for turn in results if "failed" in turn}
     report = summary(good, dtype=case.dtype)
     notes = {peer.name: peer.note for peer, _ in sides if peer.note}
     versions = {name: environments.versions(name) for name in names if name not in failures}
