@@ -40,7 +40,7 @@ def command(case: Case, folder: Path, binaries: Path) -> Command:
         "bf16": case.dtype == "bf16",
         "fp16": False,
         "tf32": False,
-        "sdp_attention": True,
+        "attn_implementation": "sdpa",
         "gradient_checkpointing": False,
         "logging_steps": 1,
         "save_strategy": "steps",
