@@ -5,6 +5,7 @@ which samples it deals, and writes the same chats in that order for the peers, w
 """
 
 import csv
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -91,13 +92,14 @@ def deal(chats: Sequence[dict[str, Any]], order: Sequence[int]) -> list[dict[str
 def checkpoint(name: str, dtype: str, cache: Path) -> Path:
     """`name` (built-in, folder or hub id) in `dtype` with the template that every side obeys, made once.
 
-    The template ends an assistant's turn at its end token: a line break behind it, which some peers would learn and
-    others not, stands between turns only.
+    The template ends a last answer at its end token: a line break behind it, which some peers would learn and others
+    not, stands between turns only.
     """
     from ft_dist.model.builtin import resolve_model
     from ft_dist.model.folder import whole_folder
 
-    final = cache / f"{Path(name).name}-{dtype}"
+    text = TEMPLATE.read_text(encoding="utf-8")
+    final = cache / f"{Path(name).name}-{dtype}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     if final.is_dir():
         return final
     import torch
@@ -111,7 +113,6 @@ def checkpoint(name: str, dtype: str, cache: Path) -> Path:
         )
         model.save_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(source)
-        text = TEMPLATE.read_text(encoding="utf-8")
         # peers that know no generation marks read the tokenizer's own template
         tokenizer.chat_template = text.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
         tokenizer.eos_token = "<|im_end|>" if "<|im_end|>" in tokenizer.get_vocab() else tokenizer.eos_token

@@ -69,7 +69,7 @@ def adapters(targets: tuple[str, ...]) -> dict[str, str]:
 
 def converted(case: Case, binaries: Path) -> Path:
     """The checkpoint in LitGPT's form, made before the clock starts and kept beside the original."""
-    name = NAMES.get(case.model.name.rpartition("-")[0])
+    name = next((name for known, name in NAMES.items() if case.model.name.startswith(known)), None)
     if name is None:
         raise LookupError(f"LitGPT is set up here for {', '.join(NAMES)} only, not {case.model.name}")
     folder = case.model.with_name(f"{case.model.name}-litgpt") / name
