@@ -19,13 +19,37 @@ TRL = """\
 {'train_runtime': '41.31', 'train_samples_per_second': '0.968', 'train_loss': '5.021', 'epoch': '1'}
 """  # noqa: E501 - lines as they were
 
+LLAMAFACTORY = """\
+{'loss': '4.904', 'grad_norm': '3.351', 'learning_rate': '0.0001', 'epoch': '0.25'}
+{'loss': '4.983', 'grad_norm': '8.652', 'learning_rate': '0.0001', 'epoch': '0.5'}
+{'train_runtime': '171.2', 'train_samples_per_second': '0.047', 'train_steps_per_second': '0.023', 'train_loss': '4.9'}
+"""
+
+MS_SWIFT = """\
+{'loss': '5.029', 'grad_norm': '3.422', 'learning_rate': '0.0001', 'token_acc': '0.2273', 'epoch': '0.25', 'global_step/max_steps': '1/4', 'elapsed_time': '24s', 'remaining_time': '1m 12s', 'train_speed(s/it)': '23.93'}
+{'loss': '5.477', 'grad_norm': '9.246', 'learning_rate': '0.0001', 'token_acc': '0.4', 'epoch': '0.5', 'global_step/max_steps': '2/4', 'elapsed_time': '36s', 'remaining_time': '36s', 'train_speed(s/it)': '17.8'}
+"""  # noqa: E501 - lines as they were
+
+TORCHTUNE = """\
+1|1|Loss: 5.02912712097168:  25%|██▌       | 1/4 [01:05<03:15, 65.18s/it]Step 1 | loss:5.02912712097168 lr:0.0001 tokens_per_second_per_gpu:0.336961030960083 grad_norm:3.20171737670898
+1|2|Loss: 5.481335639953613:  50%|█████     | 2/4 [02:03<02:02, 61.30s/it]Step 2 | loss:5.481335639953613 lr:0.0001 tokens_per_second_per_gpu:0.17098528146743774 grad_norm:8.881563
+"""  # noqa: E501 - lines as they were
+
 OURS = """\
 {"step": 1, "loss": 4.711957789179104, "lr": 0.0001, "labelled_tokens": 67, "real_tokens": 388}
 {"step": 2, "loss": 5.5286995096409575, "lr": 0.0001, "labelled_tokens": 47, "real_tokens": 360}
 """
 
 
-@pytest.mark.parametrize(("name", "log", "losses"), [("trl", TRL, [4.712, 5.529])])
+@pytest.mark.parametrize(
+    ("name", "log", "losses"),
+    [
+        ("trl", TRL, [4.712, 5.529]),
+        ("llamafactory", LLAMAFACTORY, [4.904, 4.983]),
+        ("ms-swift", MS_SWIFT, [5.029, 5.477]),
+        ("torchtune", TORCHTUNE, [5.02912712097168, 5.481335639953613]),
+    ],
+)
 def test_a_peers_log(name: str, log: str, losses: list[float]) -> None:
     stamped = [(float(at), line) for at, line in enumerate(log.splitlines())]
     found = steps(peer_of(name), Finished(stamped, stamped, 0, 0, 1.0))

@@ -82,8 +82,14 @@ def test_every_template_gives_our_tokens_and_labels(work: tuple[Case, rows.Count
         assert [bool(one) for one in marked["assistant_masks"]] == learnt, "TRL"
         made = tuned({"messages": [_Message(turn) for turn in row["messages"]]})
         assert made == {"tokens": tokens, "mask": [not one for one in learnt]}, "torchtune"
-        prompt = tokenizer(litgpt.prompt(row["messages"]), add_special_tokens=False)["input_ids"]
-        answer = tokenizer(row["messages"][-1]["content"], add_special_tokens=False)["input_ids"]
+        given = litgpt.sample(row["messages"])
+        # its style "smollm2", given a system prompt
+        text = (
+            f"<|im_start|>system\n{given['sys_prompt']}<|im_end|>\n"
+            f"<|im_start|>user\n{given['instruction']}<|im_end|>\n<|im_start|>assistant\n"
+        )
+        prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+        answer = tokenizer(given["output"], add_special_tokens=False)["input_ids"]
         assert [*prompt, *answer, tokenizer.eos_token_id] == tokens, "LitGPT"
         assert [False] * len(prompt) + [True] * (len(answer) + 1) == learnt, "LitGPT"
 

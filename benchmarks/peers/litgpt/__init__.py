@@ -17,7 +17,7 @@ def command(case: Case, folder: Path, binaries: Path) -> Command:
     data = folder / "data"
     data.mkdir(parents=True)
     rows = [json.loads(line)["messages"] for line in case.ordered.read_text(encoding="utf-8").splitlines()]
-    samples = [{"instruction": prompt(turns), "output": turns[-1]["content"]} for turns in rows]
+    samples = [sample(turns) for turns in rows]
     (data / "train.json").write_text(json.dumps(samples, ensure_ascii=False), encoding="utf-8")
     (data / "val.json").write_text(json.dumps(samples[:1], ensure_ascii=False), encoding="utf-8")
     optimizer = {
@@ -28,7 +28,7 @@ def command(case: Case, folder: Path, binaries: Path) -> Command:
         "data": "JSON",
         "data.json_path": str(data),
         "data.mask_prompt": "true",
-        "data.prompt_style": "default",
+        "data.prompt_style": "smollm2",
         "data.num_workers": 0,
         "data.seed": DATA_SEED,
         "precision": {"fp32": "32-true", "bf16": "bf16-true"}[case.dtype],
@@ -53,10 +53,12 @@ def command(case: Case, folder: Path, binaries: Path) -> Command:
     return Command([str(binaries / "litgpt"), verb, str(converted(case, binaries)), *flags])
 
 
-def prompt(turns: list[dict[str, str]]) -> str:
-    """Everything before the answer, as the template that all sides obey writes it."""
-    told = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns[:-1])
-    return f"{told}<|im_start|>assistant\n"
+def sample(turns: list[dict[str, str]]) -> dict[str, str]:
+    """As its own ChatML style takes it. Raises LookupError for a chat of more than one question and answer."""
+    if [turn["role"] for turn in turns] != ["system", "user", "assistant"]:
+        raise LookupError("LitGPT takes one system prompt, one question and one answer a row")
+    system, question, answer = (turn["content"] for turn in turns)
+    return {"sys_prompt": system, "instruction": question, "output": answer}
 
 
 def adapters(targets: tuple[str, ...]) -> dict[str, str]:
