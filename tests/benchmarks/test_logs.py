@@ -35,6 +35,12 @@ TORCHTUNE = """\
 1|2|Loss: 5.481335639953613:  50%|█████     | 2/4 [02:03<02:02, 61.30s/it]Step 2 | loss:5.481335639953613 lr:0.0001 tokens_per_second_per_gpu:0.17098528146743774 grad_norm:8.881563
 """  # noqa: E501 - lines as they were
 
+LITGPT = """\
+Verifying settings ...
+Epoch 1 | iter 1 step 1 | loss train: 5.029, val: n/a | iter time: 9891.22 ms (step)
+Epoch 1 | iter 2 step 2 | loss train: 5.684, val: n/a | iter time: 13729.91 ms (step)
+"""
+
 OURS = """\
 {"step": 1, "loss": 4.711957789179104, "lr": 0.0001, "labelled_tokens": 67, "real_tokens": 388}
 {"step": 2, "loss": 5.5286995096409575, "lr": 0.0001, "labelled_tokens": 47, "real_tokens": 360}
@@ -47,6 +53,7 @@ OURS = """\
         ("trl", TRL, [4.712, 5.529]),
         ("llamafactory", LLAMAFACTORY, [4.904, 4.983]),
         ("ms-swift", MS_SWIFT, [5.029, 5.477]),
+        ("litgpt", LITGPT, [5.029, 5.684]),
         ("torchtune", TORCHTUNE, [5.02912712097168, 5.481335639953613]),
     ],
 )
@@ -75,3 +82,11 @@ def test_exact_losses_come_from_the_newest_state(tmp_path: Path) -> None:
     state.write_text(json.dumps({"log_history": history}))
     assert hugging_face.losses(tmp_path) == {1: 4.71195793, 2: 5.52869951}
     assert hugging_face.losses(tmp_path / "nowhere") == {}
+
+
+def test_litgpts_exact_losses_come_from_its_csv(tmp_path: Path) -> None:
+    rows = ["batches,epoch,iter,iter_time,learning_rate,lengths,loss,samples,step,time,tokens,total_tokens"]
+    rows += ["1,,,,,108,,2,1,9.89,,", ",0,1,9.89,0.0001,,5.029127597808838,,1,,99,99"]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.csv").write_text("\n".join(rows) + "\n")
+    assert peer_of("litgpt").losses(tmp_path) == {1: 5.029127597808838}
