@@ -10,7 +10,7 @@ export PYTHONUNBUFFERED := 1
 # Container images often forbid Python to keep its byte code; every start would then compile 4,000 modules, for 7 s.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: quickstart install test faults check format equivalence chaos slurm hosts clean
+.PHONY: quickstart install test faults check format equivalence chaos slurm hosts bench-quick clean
 
 # The versions that were tested together; another torch is the user's own choice, so then nothing is pinned.
 CONSTRAINTS := $(if $(filter torch==2.13.0,$(TORCH)),-c constraints.txt)
@@ -66,6 +66,10 @@ slurm: $(VENV)/.dev
 # three hosts in network namespaces, their links cut and slow: needs root (`make faults` kills and adds agents)
 hosts: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m slow tests/launcher/test_hosts.py
+
+# a guard against getting slower: ratios to Hugging Face + PEFT, kept in benchmarks/results/ (under three minutes)
+bench-quick: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.training.quick
 
 clean:
 	rm -rf runs .cache build *.egg-info

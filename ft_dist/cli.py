@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from ft_dist.bench.command import bench
 from ft_dist.errors import EXIT_USER, UserError
 
 app = typer.Typer(
@@ -178,6 +179,8 @@ def fetch(
         raise UserError("no model named. Usage: ft-dist fetch NAME, or ft-dist fetch --list.")
     typer.echo(str(fetch_model(name, progress=lambda line: typer.echo(line, err=True))))
 
+
+app.command()(bench)
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="output_dir of a launched run")]
 

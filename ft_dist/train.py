@@ -67,30 +67,34 @@ def tell(error: Exception) -> None:
 
 def step_until_done(run: Any, stop: StopRequest) -> None:
     """The training loop: from the step resumed at to the last one."""
-    from ft_dist.optim.schedule import learning_rate
-
-    config = run.config
     for batch in run.batches():
-        waited_s = run.clock.lap()
-        run.seed_step()
-        rate = learning_rate(config.optim, step=run.step + 1, total_steps=run.total_steps)
-        padded = sum(micro_batch.padded_tokens for micro_batch in batch.micro_batches)
-        result = run.engine.train_step(
-            batch.micro_batches,
-            labelled_tokens=batch.batch.labelled_tokens,
-            learning_rate=rate,
-            to_sum=lambda padded=padded: [float(stop.wanted), float(padded)],
-            abandon=batch.given_up,
-        )
-        if result.abandoned:
-            run.leave_preempted()
-        run.finish_step(batch, result, learning_rate=rate, waited_s=waited_s, step_s=run.clock.lap() - result.held_up_s)
-        if result.sums[0] > 0:
-            run.leave_preempted()
+        take_step(run, stop, batch)
         if run.commit_is_due():
             run.commit()
         if run.evaluation_is_due():
             run.evaluate("during")
+
+
+def take_step(run: Any, stop: StopRequest, batch: Any) -> None:
+    """One optimizer step on this rank's share of a global batch, recorded. Raises Preempted, TrainingError."""
+    from ft_dist.optim.schedule import learning_rate
+
+    waited_s = run.clock.lap()
+    run.seed_step()
+    rate = learning_rate(run.config.optim, step=run.step + 1, total_steps=run.total_steps)
+    padded = sum(micro_batch.padded_tokens for micro_batch in batch.micro_batches)
+    result = run.engine.train_step(
+        batch.micro_batches,
+        labelled_tokens=batch.batch.labelled_tokens,
+        learning_rate=rate,
+        to_sum=lambda: [float(stop.wanted), float(padded)],
+        abandon=batch.given_up,
+    )
+    if result.abandoned:
+        run.leave_preempted()
+    run.finish_step(batch, result, learning_rate=rate, waited_s=waited_s, step_s=run.clock.lap() - result.held_up_s)
+    if result.sums[0] > 0:
+        run.leave_preempted()
 
 
 if __name__ == "__main__":

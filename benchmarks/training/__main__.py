@@ -1,111 +1,139 @@
-"""`python -m benchmarks.training`: a training step of ours against Hugging Face + PEFT, paired A B A B in one run.
+"""`python -m benchmarks.training`: what `ft-dist bench` measures; with `--peers`, the peers and we in turn; with
+`--curves`, TRL's loss and ours step by step.
 
-Every turn is a process of its own; times are medians over all turns of a side, memory the largest. A first loss that
-differs means unequal work and ends the run with exit code 1.
+    python -m benchmarks.training --model smollm2-135m --method lora --length 512
+    python -m benchmarks.training --peers all --model smollm2-135m --data train.csv --method lora --json F
+    python -m benchmarks.training --curves --model smollm2-135m --data train.csv --steps 100 --json F --html F
 """
 
 import argparse
-import datetime
 import json
-import math
-import os
-import platform
-import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
-FLOPS_FORMULA = "model FLOPs a token: 4 N for LoRA, 6 N for full fine-tuning (attention left out)"
+from benchmarks.peers.case import TARGETS, Case
 
 
 def main() -> int:
-    options, rest = parse()
-    turns: dict[str, list[dict[str, Any]]] = {"ours": [], "hf": []}
-    for _ in range(options.turns):
-        for side in turns:
-            turns[side].append(run(side, rest))
-            print(f"  {side:5} {turns[side][-1]['tokens_per_s']:10.1f} tokens/s", flush=True)
-    losses = [turns[side][0]["first_loss"] for side in turns]
-    if not math.isclose(*losses, rel_tol=options.loss_tolerance):
-        print(f"first losses differ: ours {losses[0]}, Hugging Face {losses[1]}: not the same work", file=sys.stderr)
-        return 1
-    report = {"arguments": rest, **machine(), "formula": FLOPS_FORMULA, **compare(turns)}
-    table(report)
+    options = parse()
+    if options.peers or options.curves:
+        if not options.data:
+            raise SystemExit(
+                "--peers and --curves train on real rows: name them with --data FILE.csv (or chats, .jsonl)."
+            )
+        report = curves(options) if options.curves else peers(options)
+    else:
+        report = alone(options)
     if options.json:
-        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.json).write_text(json.dumps(report, indent=2) + "\n")
-    return 0
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return 0 if report.get("passed", True) else 1
 
 
-def run(side: str, arguments: list[str]) -> dict[str, Any]:
-    root = Path(__file__).resolve().parents[2]
-    path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.training.side", side, *arguments]
-    done = subprocess.run(
-        command, cwd=root, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
+def peers(options: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks.peers.compare import chosen, compare, table
+
+    report = compare(
+        chosen(options.peers),
+        model=options.model,
+        data=options.data,
+        case=case(options, steps=options.steps or 12),
+        turns=options.turns,
+        warmup=options.warmup,
+        limit_s=options.limit_s,
+        work=options.work,
     )
-    if done.returncode != 0:
-        raise SystemExit(f"{side} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    print(table(report))
+    return report
 
 
-def compare(turns: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    sides = {
-        side: {
-            "tokens_per_s": statistics.median(turn["tokens_per_s"] for turn in taken),
-            "step_s": statistics.median(turn["step_s"] for turn in taken),
-            "peak_bytes": max(turn["peak_bytes"] for turn in taken),
-            "peak_above_weights_bytes": max(turn["peak_above_weights_bytes"] for turn in taken),
-            "first_loss": taken[0]["first_loss"],
-            "parameters": taken[0]["parameters"],
-        }
-        for side, taken in turns.items()
-    }
-    ours, theirs = sides["ours"], sides["hf"]
-    ratios = {
-        "tokens_per_s": ours["tokens_per_s"] / theirs["tokens_per_s"],
-        "peak": ours["peak_bytes"] / theirs["peak_bytes"],
-        "peak_above_weights": ours["peak_above_weights_bytes"] / theirs["peak_above_weights_bytes"],
-    }
-    return {"sides": sides, "ratios": ratios, "turns": turns}
+def curves(options: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks.training.curves import compare_losses, plot, tell
 
-
-def table(report: dict[str, Any]) -> None:
-    print(f"{'':8}{'tokens/s':>12}{'step s':>10}{'peak MiB':>12}{'above weights':>16}{'first loss':>12}")
-    for side, row in report["sides"].items():
-        mib = 1 << 20
-        print(
-            f"{side:8}{row['tokens_per_s']:12.1f}{row['step_s']:10.3f}{row['peak_bytes'] / mib:12.0f}"
-            f"{row['peak_above_weights_bytes'] / mib:16.0f}{row['first_loss']:12.5f}"
-        )
-    ratios = report["ratios"]
-    print(f"{'ratio':8}{ratios['tokens_per_s']:12.2f}{'':10}{ratios['peak']:12.2f}{ratios['peak_above_weights']:16.2f}")
-
-
-def machine() -> dict[str, Any]:
-    import peft
-    import transformers
-
-    cuda = torch.cuda.is_available()
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
-    }
-
-
-def parse() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.training", epilog="Other options go to each side: see benchmarks/training/side.py."
+    report = compare_losses(
+        case(options, steps=options.steps or 100),
+        model=options.model,
+        data=options.data,
+        limit_s=options.limit_s,
+        work=options.work,
     )
-    parser.add_argument("--turns", type=int, default=2, help="times that each side runs")
-    parser.add_argument("--loss-tolerance", type=float, default=1e-3)
-    parser.add_argument("--json")
-    return parser.parse_known_args()
+    print(tell(report))
+    if options.html:
+        options.html.parent.mkdir(parents=True, exist_ok=True)
+        options.html.write_text(plot(report), encoding="utf-8")
+    return report
+
+
+def alone(options: argparse.Namespace) -> dict[str, Any]:
+    from ft_dist.bench.report import bench
+    from ft_dist.bench.show import html, text
+
+    report = bench(
+        options.model,
+        options.overrides,
+        data=str(options.data or "synthetic"),
+        method=options.method,
+        length=options.length,
+        rows=options.rows,
+        steps=options.steps or 5,
+        nproc=options.nproc,
+        sweep=options.sweep,
+        scaling=options.scaling,
+    )
+    print(text(report))
+    if options.html:
+        options.html.parent.mkdir(parents=True, exist_ok=True)
+        options.html.write_text(html(report), encoding="utf-8")
+    return report
+
+
+def case(options: argparse.Namespace, *, steps: int) -> Case:
+    """Model and rows are made by the comparison."""
+    return Case(
+        model=Path(),
+        ordered=Path(),
+        method=options.method,
+        dtype=options.dtype,
+        steps=steps,
+        rows=options.rows,
+        max_length=options.length,
+        learning_rate=options.lr,
+        rank=options.rank,
+        alpha=2 * options.rank,
+        targets=tuple(options.targets.split(",")),
+    )
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("overrides", nargs="*", metavar="KEY.SUB=VALUE", help="without peers: keys of our config")
+    parser.add_argument("--peers", metavar="all|built|NAME,NAME", help="run these beside us")
+    parser.add_argument(
+        "--curves", action="store_true", help="losses of TRL and ours on the same rows in the same order"
+    )
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--data", type=Path, metavar="FILE")
+    parser.add_argument("--method", default="lora", choices=["lora", "full"])
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of all sides")
+    parser.add_argument("--rows", type=int, default=8, help="rows in a step; a peer takes them in one micro-batch")
+    parser.add_argument(
+        "--length", type=int, default=256, help="longest sample, or tokens of a packed row without peers"
+    )
+    parser.add_argument("--steps", type=int, help="[default: 12 with peers, 100 for curves, 5 alone]")
+    parser.add_argument("--warmup", type=int, default=2, help="steps of a turn that are not timed")
+    parser.add_argument("--turns", type=int, default=2, help="times that each side runs, A B A B")
+    parser.add_argument("--limit-s", type=float, default=600, help="a turn is cut off after this long")
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--rank", type=int, default=16, help="of the adapters; alpha is twice that")
+    parser.add_argument("--targets", default=",".join(TARGETS))
+    parser.add_argument("--nproc", type=int)
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--scaling", choices=["weak", "strong"])
+    parser.add_argument("--work", type=Path, metavar="DIR", help="keep configs and logs of all sides there")
+    parser.add_argument("--json", type=Path, metavar="F")
+    parser.add_argument("--html", type=Path, metavar="F")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """One contestant in a process of its own, so that its peak memory is its own: prints one line of JSON.
 
-`ours` runs the objective on our kernels, `hf` the same model with Hugging Face's forward and loss and peft's LoRA; both
-with torch's AdamW, the same rows, labels and precision.
+`ours` runs the objective on our kernels, `hf` the same model with Hugging Face's forward and loss and peft's LoRA,
+`liger` that with Liger's kernels, `unsloth` Unsloth's own model; all with torch's AdamW, the same rows, labels and
+precision.
 """
 
 import argparse
 import json
 import resource
 import statistics
+import tempfile
 import time
 from typing import Any
 
@@ -20,15 +22,15 @@ from benchmarks.training.shapes import build
 def main() -> None:
     options = parse()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
-    model = build(options.model, dtype=dtype, device=options.device)
-    if options.method == "lora":
-        import peft
+    if options.side == "unsloth":
+        model = unsloth_model(options, dtype)
+    else:
+        model = build(options.model, dtype=dtype, device=options.device)
+        if options.side == "liger":
+            from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
 
-        settings = peft.LoraConfig(task_type="CAUSAL_LM", r=options.rank, lora_alpha=32, target_modules="all-linear")
-        model = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
-    if options.checkpointing:
-        base = model.get_base_model() if options.method == "lora" else model
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            _apply_liger_kernel_to_instance(model=model)
+        model = with_adapters(model, options)
     forward = our_forward(model, options) if options.side == "ours" else hugging_face_forward(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
@@ -53,8 +55,70 @@ def main() -> None:
         "peak_above_weights_bytes": peak(options.device) - resident,
         "first_loss": losses[0],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "mfu": utilisation(model, options, tokens / statistics.median(seconds)),
     }
     print(json.dumps(result))
+
+
+def with_adapters(model: Any, options: argparse.Namespace) -> Any:
+    """peft's LoRA and activation checkpointing where they are asked for."""
+    if options.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if options.method == "full":
+        return model
+    import peft
+
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", r=options.rank, lora_alpha=32, target_modules="all-linear")
+    return peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
+
+
+def unsloth_model(options: argparse.Namespace, dtype: torch.dtype) -> Any:
+    """The same weights, read from a folder as Unsloth wants them."""
+    from unsloth import FastLanguageModel  # before transformers, which it patches
+
+    from ft_dist.model.tiny import byte_tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        plain = build(options.model, dtype=dtype, device=options.device)
+        plain.save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+        del plain
+        torch.cuda.empty_cache()
+        model, _ = FastLanguageModel.from_pretrained(
+            folder,
+            dtype=dtype,
+            max_seq_length=options.tokens,
+            load_in_4bit=False,
+            full_finetuning=options.method == "full",
+        )
+    checkpointing = "unsloth" if options.checkpointing else False
+    if options.method == "full":
+        return model
+    return FastLanguageModel.get_peft_model(
+        model,
+        r=options.rank,
+        lora_alpha=32,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        use_gradient_checkpointing=checkpointing,
+    )
+
+
+def utilisation(model: Any, options: argparse.Namespace, tokens_per_s: float) -> float | None:
+    """Of the chip's dense bf16 peak; None where no data sheet is known, as on CPU."""
+    from ft_dist.resources import flops_per_token, peak_flops
+
+    peak_rate = peak_flops(torch.device(options.device))
+    if peak_rate is None:
+        return None
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    config = model.config.get_text_config()
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = config.num_hidden_layers * config.num_attention_heads * head
+    per_token = flops_per_token(total_parameters=total, trainable_share=trained / total)
+    return tokens_per_s * (per_token + 12 * width * (options.tokens + 1) / 2) / peak_rate
 
 
 def our_forward(model: Any, options: argparse.Namespace) -> Any:
@@ -123,7 +187,7 @@ def peak(device: str) -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    parser.add_argument("side", choices=["ours", "hf"])
+    parser.add_argument("side", choices=["ours", "hf", "liger", "unsloth"])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--method", default="lora", choices=["lora", "full"])
     parser.add_argument("--device", default="cpu")

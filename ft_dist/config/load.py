@@ -50,7 +50,7 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: holds {type(tree).__name__}, but a config is a mapping of sections.")
     for override in overrides:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     config = validate(tree)
     for source in (*config.data.train, *config.data.eval):
         source.path = _data_path(source.path, beside=path)
@@ -109,7 +109,8 @@ def json_schema() -> str:
     return json.dumps(RunConfig.model_json_schema(), indent=2)
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set `key.sub=value` in an unvalidated tree. Raises ConfigError."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"override {override!r} is not of the form key.sub=value.")

@@ -1,9 +1,11 @@
 """Config -> engine: the model loaded, adapted and handed to DeepSpeed, in the order that ZeRO-3 needs."""
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from ft_dist.config.schema import RunConfig
 from ft_dist.distributed import World
@@ -16,8 +18,13 @@ from ft_dist.model.load import add_adapters, enable_activation_checkpointing, lo
 from ft_dist.model.quiet import quietly
 
 
-def build_engine(config: RunConfig, world: World, *, folder: str, tokenizer: Any) -> Engine:
-    """Load `folder`, add adapters for LoRA, wrap in DeepSpeed. Raises ModelError."""
+def build_engine(
+    config: RunConfig, world: World, *, folder: str, tokenizer: Any, load: Callable[..., nn.Module] = load_model
+) -> Engine:
+    """Load `folder`, add adapters for LoRA, wrap in DeepSpeed. `load` takes what `load_model` does.
+
+    Raises ModelError.
+    """
     stage = effective_stage(config)
     _import_muon_uncompiled()
     _share_process_group()
@@ -25,7 +32,7 @@ def build_engine(config: RunConfig, world: World, *, folder: str, tokenizer: Any
     # new embedding rows and adapters start from random numbers, which must be the same on every rank
     torch.manual_seed(config.seed)
     with quietly():
-        model = load_model(config.model, folder=folder, vocabulary=len(tokenizer), zero3_settings=settings)
+        model = load(config.model, folder=folder, vocabulary=len(tokenizer), zero3_settings=settings)
         if config.engine.activation_checkpointing:
             enable_activation_checkpointing(model)
         if config.method.kind == "lora":

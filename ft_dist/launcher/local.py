@@ -15,11 +15,16 @@ def launched() -> bool:
 
 
 def default_nproc() -> int:
-    """One worker a visible GPU, or 1 on CPU; found without importing torch."""
+    """One worker a visible GPU, or 1 on CPU."""
+    return max(1, gpus())
+
+
+def gpus() -> int:
+    """Visible GPUs, found without importing torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return max(1, len([name for name in visible.split(",") if name.strip() and name.strip() != "-1"]))
-    return max(1, sum(path.name.removeprefix("nvidia").isdigit() for path in Path("/dev").glob("nvidia*")))
+        return len([name for name in visible.split(",") if name.strip() and name.strip() != "-1"])
+    return sum(path.name.removeprefix("nvidia").isdigit() for path in Path("/dev").glob("nvidia*"))
 
 
 def threads_per_worker(nproc: int) -> int:

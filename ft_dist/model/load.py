@@ -48,6 +48,30 @@ def load_model(
     return causal_lm
 
 
+def random_model(
+    model: ModelConfig,
+    *,
+    folder: str,
+    vocabulary: int,
+    zero3_settings: dict[str, Any] | None = None,
+) -> nn.Module:
+    """A model of the shape in `folder`'s config.json with random weights: its speed is that of the real one.
+
+    Made where it will run, so that billions of random numbers cost seconds on a GPU. Arguments as for `load_model`.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    place = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    with _partitioned_on_load(zero3_settings), quietly(), place if zero3_settings is None else contextlib.nullcontext():
+        causal_lm = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(folder),
+            dtype=DTYPES[model.dtype],
+            attn_implementation=attention_implementation(model),
+        )
+    causal_lm.config.use_cache = False
+    return causal_lm
+
+
 def attention_implementation(model: ModelConfig) -> str | None:
     """None leaves the choice to transformers: SDPA for architectures that have it, eager for the others."""
     if model.attention != "auto":

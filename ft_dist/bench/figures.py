@@ -1,0 +1,81 @@
+"""Medians, model FLOP utilisation and shares of time, from what the ranks of a measurement saw."""
+
+import statistics
+from typing import Any
+
+from ft_dist.bench.spec import Spec
+from ft_dist.resources import flops_per_token
+
+PHASES = ("data", "forward", "backward", "optimizer", "communication", "checkpoint", "other")
+
+FORMULA = (
+    "model FLOPs a token = N x (4 + 2 x trainable share) + 12 x layers x heads x head size x context: 4 N for LoRA, "
+    "6 N for full fine-tuning; context is the mean number of tokens a token looks at; recomputation does not count"
+)
+
+
+def figures(spec: Spec, seen: dict[str, Any]) -> dict[str, Any]:
+    """One flat record of a measurement: rates of real and labelled tokens, never of padding."""
+    timed = seen["records"][spec.warmup : spec.warmup + spec.steps]
+    seconds = [record["step_s"] + record["data_wait_s"] for record in timed]
+    step_s = statistics.median(seconds)
+    rates = {
+        f"{kind}_tokens_per_s": statistics.median(
+            record[f"{kind}_tokens"] / span for record, span in zip(timed, seconds, strict=True)
+        )
+        for kind in ("real", "labelled")
+    }
+    per_token = flops_per_token(total_parameters=seen["parameters"], trainable_share=seen["trainable_share"])
+    per_token += 12 * seen["attention_width"] * seen["context"]
+    world = seen["world_size"]
+    return {
+        **spec.settings,
+        **rates,
+        "step_s": step_s,
+        "mfu": rates["real_tokens_per_s"] * per_token / (seen["peak_flops"] * world),
+        "flops_a_token": per_token,
+        "peak_flops": seen["peak_flops"],
+        "peak_flops_source": "measured matrix product" if seen["peak_flops_measured"] else "data sheet, dense bf16",
+        "peak_bytes": seen["peak_bytes"],
+        "padded_share": sum(r["padded_tokens"] for r in timed)
+        / sum(r["padded_tokens"] + r["real_tokens"] for r in timed),
+        "parameters": seen["parameters"],
+        "world_size": world,
+        "zero_stage": seen["zero_stage"],
+        "kernels": seen["kernels"],
+        "device": seen["device"],
+        "versions": seen["versions"],
+        "time": _time(spec, seen),
+        "checkpoint_s": seen.get("checkpoint_s"),
+    }
+
+
+def _time(spec: Spec, seen: dict[str, Any]) -> dict[str, float]:
+    """Seconds a step by phase, medians over the steps that were told apart.
+
+    Communication is part of the phases around it and is taken out of the largest of them, backward. A checkpoint counts
+    with the time that one save holds training up.
+    """
+    told = seen["phases"]
+    if not told:
+        return {}
+    records = seen["records"][spec.warmup + spec.steps :]
+
+    def median(phase: str) -> float:
+        return statistics.median(taken.get(phase, 0.0) for taken in told)
+
+    found = {phase: median(phase) for phase in ("forward", "backward", "optimizer", "communication")}
+    whole = statistics.median(record["step_s"] for record in records)
+    found["other"] = max(0.0, whole - found["forward"] - found["backward"] - found["optimizer"])
+    inside_backward = min(found["communication"], found["backward"])
+    found["backward"] -= inside_backward
+    found["optimizer"] -= min(found["optimizer"], found["communication"] - inside_backward)
+    found["data"] = statistics.median(record["data_wait_s"] for record in records)
+    found["checkpoint"] = seen.get("checkpoint_stall_s", 0.0)
+    return {phase: found[phase] for phase in PHASES}
+
+
+def communication_share(record: dict[str, Any]) -> float:
+    """Of a step without checkpoint."""
+    time = {phase: seconds for phase, seconds in record["time"].items() if phase != "checkpoint"}
+    return time.get("communication", 0.0) / max(1e-12, sum(time.values()))

@@ -1,0 +1,132 @@
+"""Measurements as processes of their own, one after the other: one, a sweep of settings, a row of world sizes."""
+
+import contextlib
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ft_dist.bench.figures import communication_share, figures
+from ft_dist.bench.spec import Spec
+from ft_dist.errors import UserError
+from ft_dist.launcher.agent import run_here
+from ft_dist.launcher.local import launched
+
+SWEPT: dict[str, list[Any]] = {
+    "batch.micro_rows": [1, 2, 4],
+    "engine.activation_checkpointing": [False, True],
+    "engine.zero_stage": [0, 2, 3],
+    "model.kernels": ["auto", "off"],
+}
+FAILED = "failed"
+Say = Callable[[str], None]
+
+
+def measure_once(spec: Spec, *, nproc: int) -> dict[str, Any]:
+    """Run it on `nproc` ranks of this machine, or as this rank of a launcher's world. Raises UserError.
+
+    Ranks of a launcher's world other than 0 get an empty record.
+    """
+    folder = Path(spec.result).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    if launched():
+        from ft_dist.bench.rank import measure
+
+        seen = measure(spec)
+        return figures(spec, seen) if seen["records"] else {}
+    written = spec.write(folder / "spec.json")
+    with _told_apart(folder / "output.log"):
+        code = run_here([str(written)], spec.config(), nproc=nproc, max_restarts=0, module="ft_dist.bench.rank")
+    result = Path(spec.result)
+    if code != 0 or not result.is_file():
+        raise UserError(f"the measurement failed (exit code {code}): {_last_line(folder / 'output.log')}")
+    return figures(spec, json.loads(result.read_text(encoding="utf-8")))
+
+
+def sweep(spec: Spec, swept: dict[str, list[Any]], *, nproc: int, folder: Path, say: Say) -> list[dict[str, Any]]:
+    """Every combination of the settings, fastest first; what does not fit or fails is there too, with the reason."""
+    if launched():
+        raise UserError("--sweep starts ranks itself, setting by setting: run it without torchrun or srun.")
+    found: list[dict[str, Any]] = []
+    for number, values in enumerate(itertools.product(*swept.values())):
+        settings = dict(zip(swept, values, strict=True))
+        one = spec.changed(settings, folder / f"sweep-{number}")
+        rows = one.tree["batch"]
+        if rows["micro_rows"] * nproc > rows["global_rows"]:
+            continue
+        try:
+            record = measure_once(one, nproc=nproc)
+            rate, peak = record["real_tokens_per_s"], record["peak_bytes"] / 2**20
+            say(f"  {tell(settings)}: {rate:,.0f} tokens/s, {peak:,.0f} MiB")
+        except UserError as error:
+            record = {**settings, FAILED: str(error)}
+            say(f"  {tell(settings)}: {error}")
+        found.append(record)
+    return sorted(found, key=lambda record: -record.get("real_tokens_per_s", 0.0))
+
+
+def scale(spec: Spec, worlds: Sequence[int], *, weak: bool, folder: Path, say: Say) -> list[dict[str, Any]]:
+    """The same work on more and more ranks: `weak` keeps the rows a rank, otherwise the rows of a step stay.
+
+    `efficiency` is the rate over that of so many times the smallest world.
+    """
+    if launched():
+        raise UserError("--scaling starts ranks itself. Under torchrun or srun run plain bench once a world size.")
+    found: list[dict[str, Any]] = []
+    rows = spec.tree["batch"]["global_rows"]
+    for world in worlds:
+        settings = {"batch.global_rows": rows * world if weak else rows}
+        if not weak and rows < world:
+            raise UserError(
+                f"--scaling strong deals {rows} rows to {world} ranks. Use batch.global_rows of at least that."
+            )
+        settings["batch.micro_rows"] = min(spec.tree["batch"]["micro_rows"], -(-settings["batch.global_rows"] // world))
+        record = measure_once(spec.changed(settings, folder / f"world-{world}"), nproc=world)
+        found.append(record)
+        first = found[0]
+        ideal = first["real_tokens_per_s"] * world / first["world_size"]
+        record["efficiency"] = record["real_tokens_per_s"] / ideal
+        record["communication_share"] = communication_share(record)
+        say(
+            f"  {world} ranks: {record['real_tokens_per_s']:,.0f} tokens/s, efficiency {record['efficiency']:.2f}, "
+            f"communication {record['communication_share']:.0%} of a step"
+        )
+    return found
+
+
+def fastest(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Of those that ran."""
+    ran = [record for record in records if FAILED not in record]
+    return max(ran, key=lambda record: float(record["real_tokens_per_s"])) if ran else None
+
+
+def tell(settings: dict[str, Any]) -> str:
+    return " ".join(f"{key}={json.dumps(value).strip(chr(34))}" for key, value in settings.items())
+
+
+@contextlib.contextmanager
+def _told_apart(log: Path) -> Iterator[None]:
+    """What the ranks print goes to `log`: the report has the terminal to itself."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = [os.dup(1), os.dup(2)]
+    with log.open("wb") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for descriptor, original in zip((1, 2), saved, strict=True):
+                os.dup2(original, descriptor)
+                os.close(original)
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    told = [line for line in lines if "rror" in line]
+    return (told or lines or ["no output"])[-1].strip()

@@ -1,0 +1,138 @@
+"""Where a step's time goes: forward, backward, optimizer, and the collectives inside them.
+
+Hooks on the engine that is measured, for a few steps of their own: on a GPU each phase then waits for its kernels,
+which the timed steps before do not. Collectives are timed on the host; on a GPU they are read from the profiler.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ft_dist.engine.step import Engine
+
+COLLECTIVES = (
+    "all_reduce",
+    "all_reduce_coalesced",
+    "all_gather",
+    "all_gather_base",
+    "all_gather_coalesced",
+    "all_gather_into_tensor",
+    "broadcast",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_base",
+    "reduce_scatter_tensor",
+    "reduce_scatter_coalesced",
+    "all_to_all_single",
+    "barrier",
+)
+
+
+class Phases:
+    """Seconds by phase since it was made; `taken` starts over."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._on_gpu = engine.world.device.type == "cuda"
+        self._open: float | None = None
+        self._inside = 0
+        deepspeed: Any = engine.deepspeed
+        deepspeed.register_forward_pre_hook(self._forward_begins, with_kwargs=True)
+        deepspeed.register_forward_hook(self._forward_ends, with_kwargs=True)
+        deepspeed.backward = self._timed("backward", deepspeed.backward)
+        engine._update = self._timed("optimizer", engine._update)  # type: ignore[method-assign]
+
+    def taken(self) -> dict[str, float]:
+        seconds = dict(self._seconds)
+        self._seconds.clear()
+        return seconds
+
+    def _now(self) -> float:
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _forward_begins(self, *_: Any) -> None:
+        self._open = self._now()
+
+    def _forward_ends(self, *_: Any) -> None:
+        assert self._open is not None
+        self._seconds["forward"] += self._now() - self._open
+
+    def _timed(self, phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any, **named: Any) -> Any:
+            started = self._now()
+            try:
+                return call(*arguments, **named)
+            finally:
+                self._seconds[phase] += self._now() - started
+
+        return timed
+
+    @contextmanager
+    def communication(self) -> Iterator[None]:
+        """Inside, time spent in collectives counts as `communication`, beside the phase it is part of."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            yield
+            return
+        if self._on_gpu:
+            yield from self._profiled()
+            return
+        from deepspeed.comm import comm
+
+        # DeepSpeed keeps references to some of torch's functions from its start: its own methods are timed as well
+        places = [(place, name) for place in (dist, comm.cdb) for name in COLLECTIVES if hasattr(place, name)]
+        originals = [(place, name, getattr(place, name)) for place, name in places]
+        for place, name, call in originals:
+            setattr(place, name, self._collective(call))
+        try:
+            yield
+        finally:
+            for place, name, call in originals:
+                setattr(place, name, call)
+
+    def _collective(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any, **named: Any) -> Any:
+            self._inside += 1
+            started = time.perf_counter()
+            try:
+                work = call(*arguments, **named)
+            finally:
+                self._inside -= 1
+                if not self._inside:  # one collective may be made of others
+                    self._seconds["communication"] += time.perf_counter() - started
+            outermost = not self._inside and work is not None and hasattr(work, "wait")
+            return _TimedWork(work, self._seconds) if outermost else work
+
+        return timed
+
+    def _profiled(self) -> Iterator[None]:
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            yield
+            torch.cuda.synchronize()
+        micro = sum(event.device_time_total for event in profiler.key_averages() if "nccl" in event.key.lower())
+        self._seconds["communication"] += micro / 1e6
+
+
+class _TimedWork:
+    """A collective under way: waiting for it counts too."""
+
+    def __init__(self, work: Any, seconds: defaultdict[str, float]) -> None:
+        self._work, self._seconds = work, seconds
+
+    def wait(self, *arguments: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return self._work.wait(*arguments)
+        finally:
+            self._seconds["communication"] += time.perf_counter() - started
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)

@@ -1,0 +1,197 @@
+"""One rank of a measurement: `python -m ft_dist.bench.rank SPEC.json`, or called where a launcher has named the rank.
+
+The run is the product's own: `Run`, its data path, engine, recorder and checkpoints. Warm-up, timed steps, then steps
+whose phases are told apart, then one commit.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ft_dist.bench.spec import Spec
+from ft_dist.errors import EXIT_FINISHED, EXIT_USER, UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    from ft_dist.train import tell
+
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        measure(Spec.read(Path(arguments[0])))
+    except UserError as error:
+        tell(error)
+        return EXIT_USER
+    return EXIT_FINISHED
+
+
+def measure(spec: Spec) -> dict[str, Any]:
+    """What this rank saw; rank 0 also writes it to `spec.result`. Raises UserError."""
+    from ft_dist.model.quiet import quiet_process
+
+    quiet_process()
+    from ft_dist.bench.phases import Phases
+    from ft_dist.preemption.stop import StopRequest
+    from ft_dist.train import take_step
+
+    stop = StopRequest()
+    run = _prepare(spec, stop)
+    lengths = _Lengths()
+    phases: Any = None
+    by_phase: list[dict[str, float]] = []
+    saved: dict[str, float] = {}
+    last = spec.warmup + spec.steps + spec.phase_steps
+    try:
+        for batch in run.batches():
+            lengths.add(batch)
+            if run.step == spec.warmup + spec.steps:
+                phases = Phases(run.engine)
+            if phases is None:
+                take_step(run, stop, batch)
+            else:
+                with phases.communication():
+                    take_step(run, stop, batch)
+                by_phase.append(phases.taken())
+            if run.step == last:
+                break
+        if spec.checkpoint:
+            saved = _commit(run)
+        result = _figures(spec, run, lengths, by_phase) | saved
+    finally:
+        run.close()
+    if run.world.is_main:
+        Path(spec.result).write_text(json.dumps(result), encoding="utf-8")
+    return result
+
+
+def _prepare(spec: Spec, stop: Any) -> Any:
+    """The run as `ft-dist train` would make it; with synthetic samples, without tokenizer and weights."""
+    from ft_dist.run import prepare_run
+
+    config = spec.config()
+    if not spec.synthetic:
+        return prepare_run(config, stop)
+    import os
+
+    from ft_dist.bench.synthetic import SyntheticStore, VocabularyOnly
+    from ft_dist.data.mixture import Source
+    from ft_dist.data.stream import DataStream
+    from ft_dist.engine.build import build_engine
+    from ft_dist.model.load import load_model, random_model
+    from ft_dist.observe.recorder import log_rank_output
+    from ft_dist.preflight.ranks import form_world
+    from ft_dist.resources import keep_freed_memory
+    from ft_dist.run import Run
+
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    log_file = log_rank_output(config, rank=rank)
+    world, _ = form_world(config, rank=rank, size=size)
+    if world.device.type == "cpu":
+        keep_freed_memory()
+    shape = json.loads((Path(config.model.path) / "config.json").read_text(encoding="utf-8"))
+    vocabulary = int(shape.get("text_config", shape)["vocab_size"])
+    tokenizer = VocabularyOnly(vocabulary)
+    load = random_model if spec.random_weights else load_model
+    engine = build_engine(config, world, folder=config.model.path, tokenizer=tokenizer, load=load)
+    store = SyntheticStore(
+        max_length=config.data.max_length,
+        median=spec.median_length,
+        labelled=spec.labelled,
+        vocabulary=vocabulary,
+        seed=config.seed,
+    )
+    stream = DataStream(
+        [Source("synthetic", store)],
+        seed=config.seed,
+        global_rows=config.batch.global_rows,
+        max_length=config.data.max_length,
+        packing=config.data.packing,
+    )
+    run = Run(config, world, engine, stream, stop, tokenizer=tokenizer, held_out=None, folder=config.model.path)
+    run.log_file = log_file
+    run.start(facts=[], data_report={})
+    return run
+
+
+def _commit(run: Any) -> dict[str, float]:
+    """How long a save holds training up, and how long it takes until it is on disk."""
+    started = time.perf_counter()
+    run.clock.lap()
+    run.commit()
+    stall_s = time.perf_counter() - started
+    run.finish_commits()
+    return {"checkpoint_stall_s": stall_s, "checkpoint_s": time.perf_counter() - started}
+
+
+class _Lengths:
+    """Tokens, and the pairs of a token and one that it may look at, over all samples of this rank."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.pairs = 0
+
+    def add(self, batch: Any) -> None:
+        for micro in batch.micro_batches:
+            self.tokens += micro.real_tokens
+            # padding stands at position 0; a sample's token at position p looks at p + 1 tokens
+            self.pairs += int(micro.position_ids.sum()) + micro.real_tokens
+
+    @property
+    def context(self) -> float:
+        """Tokens that a token looks at, on average."""
+        return self.pairs / max(1, self.tokens)
+
+
+def _figures(spec: Spec, run: Any, lengths: _Lengths, by_phase: list[dict[str, float]]) -> dict[str, Any]:
+    import torch
+
+    from ft_dist.distributed import max_over_ranks
+    from ft_dist.resources import peak_flops, peak_memory_bytes, versions
+
+    engine, world = run.engine, run.world
+    model = engine.objective.causal_lm.config.get_text_config()
+    head = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+    # of all ranks the one that needs most
+    peak_bytes = max_over_ranks(float(peak_memory_bytes(world.device)), world)
+    return {
+        "records": _records(run),
+        "phases": by_phase,
+        "parameters": engine.total_parameters,
+        "trainable_share": engine.trainable_share,
+        "attention_width": model.num_hidden_layers * model.num_attention_heads * head,
+        "context": lengths.context,
+        "world_size": world.size,
+        "zero_stage": engine.stage,
+        "kernels": engine.kernels,
+        "peak_bytes": int(peak_bytes),
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
+        "peak_flops": peak_flops(world.device) or _matmul_flops(run.config.model.dtype),
+        "peak_flops_measured": peak_flops(world.device) is None,
+        "versions": versions(),
+    }
+
+
+def _records(run: Any) -> list[dict[str, Any]]:
+    if not run.world.is_main:
+        return []
+    lines = (run.config.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _matmul_flops(dtype: str) -> float:
+    """FLOP/s of one large matrix product with this process's threads: what utilisation is measured by without a data
+    sheet."""
+    import torch
+
+    size, best = 1024, float("inf")
+    a, b = (torch.randn(size, size).to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]) for _ in range(2))
+    for _ in range(5):
+        started = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""`ft-dist bench`: one measurement, a sweep or a row of world sizes, as one report."""
+
+import datetime
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ft_dist.bench import measure
+from ft_dist.bench.figures import FORMULA
+from ft_dist.bench.measure import SWEPT, measure_once, scale
+from ft_dist.bench.spec import make_spec
+from ft_dist.errors import UserError
+from ft_dist.launcher.local import default_nproc, launched
+
+
+def bench(
+    model: str,
+    overrides: Sequence[str],
+    *,
+    data: str = "synthetic",
+    method: str = "lora",
+    length: int = 1024,
+    rows: int = 2,
+    lengths: str = "full",
+    labelled: float = 1.0,
+    steps: int = 5,
+    checkpoint: bool = True,
+    nproc: int | None = None,
+    sweep: bool = False,
+    scaling: str | None = None,
+    shared: Path | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Measure and return {kind, title, date, machine, formula, measurements}. Raises UserError.
+
+    Inside torchrun or srun every rank calls it; `shared` is then a folder that all of them see, needed on several
+    nodes, and the report of a rank other than 0 has no measurements.
+    """
+    if sweep and scaling:
+        raise UserError("--sweep and --scaling are two different questions. Ask one of them at a time.")
+    ranks = int(os.environ["WORLD_SIZE"]) if launched() else nproc or default_nproc()
+    with tempfile.TemporaryDirectory(prefix="ft_dist-bench-") as name:
+        # ranks of a launcher's world write into one place; without a commit nothing of an earlier run can be in the way
+        folder = (shared or Path(tempfile.gettempdir()) / f"ft_dist-bench-{port()}") if launched() else Path(name)
+        spec = make_spec(
+            model,
+            overrides,
+            data=data,
+            method=method,
+            length=length,
+            rows=rows,
+            lengths=lengths,
+            labelled=labelled,
+            steps=steps,
+            checkpoint=checkpoint and not sweep and not launched(),
+            folder=folder,
+        )
+        config = spec.config()
+        title = f"{Path(model).name}, {method}, {config.model.dtype}, {rows} x {length} tokens a step, {ranks} ranks"
+        report: dict[str, Any] = {"kind": "single", "title": title, **machine(), "formula": FORMULA}
+        if sweep:
+            swept = {key: _reached(key, values, rows) for key, values in SWEPT.items()}
+            found = measure.sweep(spec, swept, nproc=ranks, folder=folder, say=say)
+            return report | {"kind": "sweep", "swept": list(swept), "measurements": found}
+        if scaling:
+            worlds = [world for world in (1, 2, 4, 8, 16) if world <= (nproc or 4)]
+            found = scale(spec, worlds, weak=scaling == "weak", folder=folder, say=say)
+            return report | {"kind": "scaling", "scaling": scaling, "measurements": found}
+        measured = measure_once(spec, nproc=ranks)
+        return report | {"measurements": [measured] if measured else []}
+
+
+def _reached(key: str, values: list[Any], rows: int) -> list[Any]:
+    """Micro-batches beyond the rows of a step are no settings of their own."""
+    return [value for value in values if key != "batch.micro_rows" or value <= rows]
+
+
+def port() -> str:
+    """What the ranks of one launch have in common and those of another have not."""
+    return os.environ.get("MASTER_PORT", os.environ.get("SLURM_JOB_ID", "0"))
+
+
+def machine() -> dict[str, str]:
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "machine": f"{cpu_name()}, {os.cpu_count()} cores",
+    }
+
+
+def cpu_name() -> str:
+    """What the processor calls itself."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.machine()
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.machine()

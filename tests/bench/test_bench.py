@@ -1,0 +1,174 @@
+"""The product's loop under the stop watch, for real: two gloo ranks, a sweep's bookkeeping, the arithmetic."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ft_dist.bench import measure
+from ft_dist.bench.figures import figures
+from ft_dist.bench.show import html, text
+from ft_dist.bench.spec import Spec, make_spec
+from ft_dist.bench.synthetic import SyntheticStore
+from ft_dist.errors import UserError
+
+
+def test_two_ranks_of_a_random_model(cli: Any, tmp_path: Path) -> None:
+    arguments = ["--length", "64", "--rows", "4", "--lengths", "20", "--labelled", "0.5", "--steps", "2"]
+    done = cli("bench", "tiny", *arguments, "--nproc", "2", "--to", str(tmp_path), "--json", "engine.zero_stage=2")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    (one,) = report["measurements"]
+    assert one["world_size"] == 2
+    assert one["zero_stage"] == 2
+    assert 0 < one["labelled_tokens_per_s"] < one["real_tokens_per_s"]
+    assert all(one["time"][phase] > 0 for phase in ("forward", "backward", "optimizer", "communication", "checkpoint"))
+    assert json.loads((tmp_path / "bench.json").read_text()) == report
+    page = (tmp_path / "bench.html").read_text()
+    assert page.count("<svg") == 3
+    assert "http" not in page, "nothing is fetched"
+    assert "fused" in one["kernels"], "the product's own engine"
+
+
+def test_the_ranks_of_torchrun_measure_together(tmp_path: Path) -> None:
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+    ]
+    bench = ["-m", "ft_dist.cli", "bench", "tiny", "--length", "64", "--steps", "1", "--to", str(tmp_path)]
+    done = subprocess.run([*torchrun, *bench, "model.dtype=fp32"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("where a step's time goes") == 1
+    assert json.loads((tmp_path / "bench.json").read_text())["measurements"][0]["world_size"] == 2
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def spec(folder: Path, *overrides: str, **changed: Any) -> Spec:
+    settings: dict[str, Any] = {
+        "data": "synthetic",
+        "method": "lora",
+        "length": 64,
+        "rows": 4,
+        "lengths": "full",
+        "labelled": 1.0,
+        "steps": 2,
+        "checkpoint": False,
+        "folder": folder,
+    }
+    return make_spec("tiny", overrides, **settings | changed)
+
+
+def seen(step_s: float, **changed: Any) -> dict[str, Any]:
+    record = {"step_s": step_s, "data_wait_s": 0.0, "real_tokens": 100, "labelled_tokens": 50, "padded_tokens": 100}
+    warm = record | {"step_s": 100.0}
+    return {
+        "records": [warm, warm, record, record, record, record],
+        "phases": [{"forward": 0.2, "backward": 0.5, "optimizer": 0.2, "communication": 0.1}] * 2,
+        "parameters": 1000,
+        "trainable_share": 0.0,
+        "attention_width": 10,
+        "context": 5.0,
+        "world_size": 1,
+        "zero_stage": 2,
+        "kernels": "",
+        "peak_bytes": 1 << 30,
+        "device": "cpu",
+        "peak_flops": 1e6,
+        "peak_flops_measured": True,
+        "versions": {},
+        **changed,
+    }
+
+
+def test_rates_leave_out_padding_and_warm_up(tmp_path: Path) -> None:
+    found = figures(spec(tmp_path), seen(1.0))
+    assert found["real_tokens_per_s"] == 100
+    assert found["labelled_tokens_per_s"] == 50
+    assert found["padded_share"] == 0.5
+    # 4 N + 12 x width x context, a token
+    assert found["mfu"] == pytest.approx(100 * (4 * 1000 + 12 * 10 * 5) / 1e6)
+    full = figures(spec(tmp_path), seen(1.0, trainable_share=1.0))
+    assert full["flops_a_token"] == 6 * 1000 + 12 * 10 * 5
+
+
+def test_the_phases_of_a_step_add_up_to_it(tmp_path: Path) -> None:
+    time = figures(spec(tmp_path), seen(1.0))["time"]
+    assert sum(seconds for phase, seconds in time.items() if phase != "checkpoint") == pytest.approx(1.0)
+    assert time["backward"] == pytest.approx(0.4), "communication is taken out"
+
+
+def test_a_sweep_names_the_fastest_that_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(one: Spec, *, nproc: int) -> dict[str, Any]:
+        rows = one.config().batch.micro_rows
+        if rows == 4:
+            raise UserError("out of memory")
+        return figures(one, seen(1 / rows))
+
+    monkeypatch.setattr(measure, "measure_once", run)
+    swept = {"batch.micro_rows": [1, 2, 4]}
+    found = measure.sweep(spec(tmp_path), swept, nproc=1, folder=tmp_path, say=lambda line: None)
+    report = {"kind": "sweep", "title": "t", "swept": list(swept), "measurements": found}
+    assert [record["batch.micro_rows"] for record in found] == [2, 1, 4]
+    assert text(report).endswith("fastest that fits: batch.micro_rows=2")
+    assert "out of memory" in text(report)
+    assert html(report).count("<svg") == 3
+
+
+def test_efficiency_is_the_share_of_perfect_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = []
+
+    def run(one: Spec, *, nproc: int) -> dict[str, Any]:
+        rows.append((one.config().batch.global_rows, one.config().batch.micro_rows))
+        return figures(one, seen(1.0 if nproc == 1 else 0.625, world_size=nproc))
+
+    monkeypatch.setattr(measure, "measure_once", run)
+    for weak in (True, False):
+        found = measure.scale(spec(tmp_path), [1, 2], weak=weak, folder=tmp_path, say=lambda line: None)
+        assert [record["efficiency"] for record in found] == [1.0, pytest.approx(0.8)]
+    assert rows == [(4, 4), (8, 4), (4, 4), (4, 2)]
+
+
+def test_synthetic_samples_have_the_lengths_and_labels_asked_for() -> None:
+    store = SyntheticStore(max_length=512, median=100, labelled=0.25, vocabulary=50, seed=1)
+    ids = np.arange(2000)
+    assert 90 < np.median(store.lengths_of(ids)) < 110
+    assert store.labelled_of(ids).sum() / store.lengths_of(ids).sum() == pytest.approx(0.25, abs=0.01)
+    tokens, mask, lengths = store.gather(ids[:50])
+    assert (len(tokens), len(mask)) == (lengths.sum(), lengths.sum())
+    assert mask.sum() == store.labelled_of(ids[:50]).sum()
+    assert tokens.max() < 50
+    assert (SyntheticStore(max_length=64, median=None, labelled=1, vocabulary=9, seed=0).lengths_of(ids) == 64).all()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"data": "mine.jsonl"}, "has no tokenizer"),
+        ({"labelled": 0.0}, "a share above 0"),
+        ({"lengths": "long"}, "neither full nor a median"),
+    ],
+)
+def test_what_cannot_be_measured_is_told(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        spec(tmp_path, **changed)
+
+
+def test_a_model_that_is_nowhere_is_told(cli: Any) -> None:
+    done = cli("bench", "no-such-model")
+    assert done.returncode == 2
+    assert "neither a model folder nor one of the shapes llama3-8b" in done.stderr

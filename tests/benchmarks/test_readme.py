@@ -1,0 +1,41 @@
+"""README's table is made of the result files; what is worse than before, or was not measured, is said."""
+
+from typing import Any
+
+import pytest
+
+from benchmarks.peers.compare import summary
+from benchmarks.readme import BEGIN, END, block, replaced
+from benchmarks.training.quick import regressions
+from tests.benchmarks.test_compare import turn
+
+WORK = {"model": "m", "method": "lora", "dtype": "fp32", "rows_a_step": 8, "data": "train.csv"}
+
+
+def report(date: str, rate: float) -> dict[str, Any]:
+    taken = {"ours": [turn(100, 2.5)], "ours packed": [turn(150, 2.7)], "trl": [turn(rate, 2.5)], "odd": [turn(9, 3)]}
+    found = summary(taken, dtype="fp32")
+    return {"kind": "peers", "date": date, "work": WORK, "failures": {"axolotl": "no wheel"}, **found}
+
+
+def test_the_newest_file_counts_and_gaps_are_told() -> None:
+    text = block([report("2026-01-01", 10), report("2026-02-02", 50)])
+    assert "| 2026-02-02 | m lora fp32, 8 rows of train.csv a step | trl | 3.00 (2.00) | 1.00 | 1.00 |" in text
+    assert "2026-01-01" not in text
+    assert "Not measured: axolotl (m lora fp32, 8 rows of train.csv a step): no wheel" in text
+    assert "odd (m lora fp32, 8 rows of train.csv a step) did other work: first loss 3.00000, ours 2.50000" in text
+    assert "Not measured: llamafactory, ms-swift, litgpt, torchtune." in text
+    assert text.endswith("Not measured: no comparison with peers on a GPU yet.")
+
+
+def test_only_what_stands_between_the_markers_changes() -> None:
+    assert replaced(f"a\n{BEGIN}\nold\n{END}\nb", "new") == f"a\n{BEGIN}\nnew\n{END}\nb"
+    with pytest.raises(SystemExit, match="each of these lines once"):
+        replaced("no markers", "new")
+
+
+def test_a_ratio_that_got_worse_is_a_regression() -> None:
+    before = {"lora_tokens_per_s": 2.0, "lora_peak": 0.5, "help_over_import_torch": 0.2}
+    assert regressions(before, {"lora_tokens_per_s": 1.9, "lora_peak": 0.45, "help_over_import_torch": 0.1}) == []
+    worse = regressions(before, {"lora_tokens_per_s": 1.5, "lora_peak": 0.7, "help_over_import_torch": 0.2})
+    assert [line.partition(":")[0] for line in worse] == ["lora_peak", "lora_tokens_per_s"]
