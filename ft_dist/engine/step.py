@@ -58,7 +58,7 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(
             model=objective,
             optimizer=optimizer,
-            config=deepspeed_config(config),
+            config=deepspeed_config(config, trainable=self.trainable_parameters),
             dist_init_required=False,
         )
         # the trial step that some of its optimizers take at the start would count as a step of Adam
@@ -145,7 +145,11 @@ class Engine:
 
     @property
     def trainable_share(self) -> float:
-        return sum(getattr(p, "ds_numel", p.numel()) for _, p in self.trainable()) / self.total_parameters
+        return self.trainable_parameters / self.total_parameters
+
+    @property
+    def trainable_parameters(self) -> int:
+        return sum(getattr(p, "ds_numel", p.numel()) for _, p in self.trainable())
 
 
 def inputs_of(batch: MicroBatch) -> dict[str, Any]:
