@@ -1,0 +1,98 @@
+"""Memory of a rank, by walking through its step: the peak, its parts, and when it comes."""
+
+from dataclasses import dataclass
+
+from ft_dist.plan.activations import RECOMPUTED, Walk
+from ft_dist.plan.job import Job
+from ft_dist.plan.ledger import Ledger
+from ft_dist.plan.states import States, moment_bytes
+
+CONTEXT, MARGIN = "CUDA and NCCL context", "fragmentation margin"
+CONTEXT_BYTES = 1_000_000_000
+"""A CUDA context with the kernels of torch's libraries, and NCCL's channel buffers"""
+MARGIN_SHARE = 0.05
+"""Of what torch's allocator holds: freed blocks that no request fits"""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of one rank. `tensors` is what torch's allocator counts at the peak; `peak` adds context and margin.
+
+    `host` is the rank's share of host memory: offloaded state, and the copy that a checkpoint is written from.
+    """
+
+    tensors: int
+    parts: dict[str, int]
+    moment: str
+    timeline: list[tuple[str, int]]
+    host: int
+    peak: int
+
+
+def memory_plan(job: Job) -> MemoryPlan:
+    ledger = Ledger()
+    walk_step(job, ledger)
+    parts = dict(ledger.peak_parts)
+    peak = ledger.peak_bytes
+    if job.gpu:
+        parts |= {CONTEXT: CONTEXT_BYTES, MARGIN: int(MARGIN_SHARE * peak)}
+        peak += parts[CONTEXT] + parts[MARGIN]
+    return MemoryPlan(ledger.peak_bytes, parts, ledger.peak_moment, ledger.timeline, host_bytes(job), peak)
+
+
+def walk_step(job: Job, ledger: Ledger) -> None:
+    """A step as it is from the second on: with the optimizer's state there. Of equal micro-batches the first and the
+    last are walked."""
+    ledger.at("between steps")
+    states = States(job, ledger)
+    first, last = 1, job.micro_batches
+    for index in sorted({first, last}):
+        micro_batch(job, ledger, states, last=index == last)
+    ledger.at("update")
+    states.update()
+
+
+def micro_batch(job: Job, ledger: Ledger, states: States, *, last: bool) -> None:
+    walk, layers = Walk(job, ledger), job.shape.layers
+    ledger.at("forward")
+    states.forward_gathers()
+    walk.forward_start()
+    for layer in range(layers):
+        ledger.at(f"forward of block {layer + 1}")
+        walk.forward_block(layer)
+        if job.checkpointing:
+            walk.release_block(layer)
+    walk.forward_end()
+    ledger.at("loss")
+    walk.loss()
+    walk.loss_backward()
+    if not job.lora and not job.shape.tied:
+        states(job.shape.vocabulary * job.shape.hidden)
+        ledger.free("d_head")
+    for layer in reversed(range(layers)):
+        ledger.at(f"backward of block {layer + 1}")
+        if job.checkpointing:
+            walk.part = RECOMPUTED
+            upstream = ledger.live.pop(f"x{layer + 1}", None)
+            walk.forward_block(layer)
+            ledger.free(f"x{layer + 1}")
+            if upstream:
+                ledger.live[f"x{layer + 1}"] = upstream
+        walk.backward_block(layer, states)
+    ledger.at("backward of the embedding")
+    if not job.lora:
+        embedding = job.shape.vocabulary * job.shape.hidden
+        ledger.spike("gradients", embedding * job.item)
+        ledger.free("d_head")
+        states(embedding)
+    walk.backward_end()
+    states.micro_batch_ends(last=last)
+
+
+def host_bytes(job: Job) -> int:
+    """Of one rank: the snapshot that a commit is written from, and what is offloaded to the host's memory."""
+    own = -(-job.trainable // job.ranks)
+    state = own * 4 + moment_bytes(job, own)
+    snapshot = own * 12 if job.config.optim.kind != "muon" else state
+    offloaded = state + own * 4 + own * job.item if job.config.engine.offload == "cpu" else 0
+    return int(snapshot + offloaded)
