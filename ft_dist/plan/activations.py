@@ -9,6 +9,8 @@ A block keeps for its backward pass, in elements a token, with Q and K the width
     Hugging   4 H + 2 Q + 2 K + 4 I, and 2 H in fp32 for its norms
 """
 
+from collections import defaultdict
+
 from ft_dist.plan.job import Job
 from ft_dist.plan.ledger import Ledger
 
@@ -44,6 +46,13 @@ class Walk:
         self.lse = job.tokens * job.shape.heads * 4
         self.mask = job.rows * job.length**2
         self.part = ACTIVATIONS
+        self.held: dict[int, list[str]] = defaultdict(list)
+        self.norms_keep_wide = not job.fused and job.item == 2
+        """Hugging Face's norms widen what they read, and the widened copy is what backward needs"""
+        widened = job.stage == 3 and self.norms_keep_wide
+        widths = [width for name, _, width in job.shape.linears() if name in job.adapted_names]
+        self.adapter_inputs = 4 * job.tokens * sum(widths) if widened else 0
+        """Under ZeRO-3 peft's adapters stay in fp32, and its own form widens x for each of them"""
 
     def ranks(self, *names: str) -> int:
         """Bytes of S = x A^T of the adapted ones among the matrices named."""
@@ -54,6 +63,7 @@ class Walk:
         for name, nbytes in tensors.items():
             if nbytes:
                 self.ledger.hold(self.part, f"{layer}.{name}", nbytes)
+                self.held[layer].append(name)
 
     def free(self, layer: int, *names: str) -> None:
         self.ledger.free(*(f"{layer}.{name}" for name in names))
@@ -87,7 +97,10 @@ class Walk:
         self.hold(layer, x_middle=self.h)
         self.free(layer, "out")
         if layer == 0 and self.job.lora and not self.job.checkpointing:
-            self.ledger.free("x0")  # nothing before the first adapter has a gradient
+            # nothing before the first adapter has a gradient
+            self.ledger.free("x0", "0.rstd1", "0.wide1")
+        elif self.norms_keep_wide and not self.job.checkpointing:
+            self.ledger.free(f"x{layer}")
         self._norm(layer, "2")
         self.hold(layer, gate=self.i, up=self.i, s_gated=self.ranks(*gated))
         self._peft_spike(gated, self.i)
@@ -98,6 +111,9 @@ class Walk:
         self._peft_spike(["mlp.down_proj"], self.h)
         self.ledger.hold(ACTIVATIONS, f"x{layer + 1}", self.h)
         self.free(layer, "out")
+        if self.norms_keep_wide:
+            self.free(layer, "x_middle")
+        self.hold(layer, x_adapters=self.adapter_inputs)
 
     def _norm(self, layer: int, index: str) -> None:
         extra = self.job.shape.block_norms // 2
@@ -121,7 +137,7 @@ class Walk:
 
     def release_block(self, layer: int) -> None:
         """Checkpointing: of a block only its input stays."""
-        self.free(layer, *(name.split(".", 1)[1] for name in list(self.ledger.live) if name.startswith(f"{layer}.")))
+        self.free(layer, *self.held.pop(layer, ()))
 
     # ---- loss
 
@@ -158,7 +174,8 @@ class Walk:
     def _plain_loss(self) -> None:
         job, ledger = self.job, self.ledger
         n, v = round(self.t * job.labelled), job.shape.vocabulary
-        ledger.hold(LOSS, "rows", n * job.shape.hidden * self.b)
+        if not job.lora or job.stage == 3:
+            ledger.hold(LOSS, "rows", n * job.shape.hidden * self.b)
         ledger.hold(LOSS, "logits", n * v * 4)
         ledger.hold(LOSS, "log_probs", n * v * 4)
         if self.b == 2:
@@ -235,7 +252,7 @@ class Walk:
         weights(*(["qkv_proj"] if job.shape.joined else ["q_proj", "k_proj", "v_proj"]))
         self.free(layer, "d_q_turned", "d_k_turned", "d_v", "s_qkv", "y1")
         self._norm_backward(layer, "1", "")
-        self.ledger.free(f"x{layer}")
+        self.ledger.free(f"x{layer}", f"{layer}.x_adapters")
 
     def _norm_backward(self, layer: int, index: str, source: str) -> None:
         self.hold(layer, d_norm=self.h)

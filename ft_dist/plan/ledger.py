@@ -12,6 +12,7 @@ class Ledger:
     parts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     peak_bytes: int = 0
     peak_parts: dict[str, int] = field(default_factory=dict)
+    """By part, those of no bytes too"""
     peak_moment: str = ""
     timeline: list[tuple[str, int]] = field(default_factory=list)
     moment: str = ""
@@ -47,6 +48,5 @@ class Ledger:
             self.timeline[-1] = (self.timeline[-1][0], now)
         if now > self.peak_bytes:
             self.peak_bytes, self.peak_moment = now, self.moment
-            self.peak_parts = {key: value for key, value in self.parts.items() if value}
-            if extra:
-                self.peak_parts[part] = self.peak_parts.get(part, 0) + extra
+            self.peak_parts = dict(self.parts)
+            self.peak_parts[part] = self.peak_parts.get(part, 0) + extra

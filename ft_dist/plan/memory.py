@@ -1,7 +1,8 @@
 """Memory of a rank, by walking through its step: the peak, its parts, and when it comes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from ft_dist.config.schema import RunConfig
 from ft_dist.plan.activations import RECOMPUTED, Walk
 from ft_dist.plan.job import Job
 from ft_dist.plan.ledger import Ledger
@@ -18,7 +19,7 @@ MARGIN_SHARE = 0.05
 class MemoryPlan:
     """Bytes of one rank. `tensors` is what torch's allocator counts at the peak; `peak` adds context and margin.
 
-    `host` is the rank's share of host memory: offloaded state, and the copy that a checkpoint is written from.
+    `block_kept` is what a block keeps for its backward pass, as it is and with checkpointing. `host` is the rank's share of host memory: offloaded state, and the copy that a checkpoint is written from.
     """
 
     tensors: int
@@ -27,17 +28,41 @@ class MemoryPlan:
     timeline: list[tuple[str, int]]
     host: int
     peak: int
+    block_kept: int
+    block_kept_checkpointed: int
 
 
 def memory_plan(job: Job) -> MemoryPlan:
     ledger = Ledger()
     walk_step(job, ledger)
-    parts = dict(ledger.peak_parts)
+    parts = {part: nbytes for part, nbytes in ledger.peak_parts.items() if nbytes}
     peak = ledger.peak_bytes
     if job.gpu:
         parts |= {CONTEXT: CONTEXT_BYTES, MARGIN: int(MARGIN_SHARE * peak)}
         peak += parts[CONTEXT] + parts[MARGIN]
-    return MemoryPlan(ledger.peak_bytes, parts, ledger.peak_moment, ledger.timeline, host_bytes(job), peak)
+    return MemoryPlan(
+        tensors=ledger.peak_bytes,
+        parts=parts,
+        moment=ledger.peak_moment,
+        timeline=ledger.timeline,
+        host=host_bytes(job),
+        peak=peak,
+        block_kept=kept_by_block(job),
+        block_kept_checkpointed=job.tokens * job.shape.hidden * job.item,
+    )
+
+
+def kept_by_block(job: Job) -> int:
+    """Bytes that a block past the first keeps for its backward pass without checkpointing."""
+    ledger = Ledger()
+    walk = Walk(replace(job, config=unchecked(job)), ledger)
+    walk.forward_block(1)
+    return ledger.total
+
+
+def unchecked(job: Job) -> RunConfig:
+    engine = job.config.engine.model_copy(update={"activation_checkpointing": False})
+    return job.config.model_copy(update={"engine": engine})
 
 
 def walk_step(job: Job, ledger: Ledger) -> None:

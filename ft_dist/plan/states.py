@@ -19,10 +19,11 @@ from ft_dist.plan.job import Job
 from ft_dist.plan.ledger import Ledger
 
 WEIGHTS, MASTER, MOMENTS, ADAPTERS = "weights", "fp32 master", "optimizer state", "adapters"
-GRADIENTS, BUCKETS, GATHERED = "gradients", "ZeRO buckets", "ZeRO-3 gathered"
+GRADIENTS, SUMS, BUCKETS, GATHERED = "gradients", "fp32 sums of gradients", "ZeRO buckets", "ZeRO-3 gathered"
 # DeepSpeed's defaults for stage 3
 MAX_LIVE, PERSISTENT, PREFETCH = 1_000_000_000, 100_000, 50_000_000
 SUB_GROUP = 1_000_000_000
+ALLREDUCE_ELEMENTS = 500_000_000
 
 
 def moment_bytes(job: Job, numel: float) -> float:
@@ -45,7 +46,8 @@ class States(Gradient):
         self.own = -(-job.trainable // job.ranks) if job.stage > 0 else job.trainable
         frozen = job.total - job.trainable if job.lora else 0
         weights = frozen * job.item / (job.ranks if job.stage == 3 else 1)
-        trained = (self.own if job.stage == 3 else job.trainable) * job.item
+        # peft makes adapters in fp32, and ZeRO-3 alone leaves them so
+        trained = self.own * (4 if job.lora else job.item) if job.stage == 3 else job.trainable * job.item
         ledger.hold(WEIGHTS, "frozen", weights)
         ledger.hold(ADAPTERS if job.lora else WEIGHTS, "trained", trained)
         self.bucket = reduce_bucket_elements(job.trainable) * job.item
@@ -55,9 +57,9 @@ class States(Gradient):
             ledger.hold(MOMENTS, "moments", moment_bytes(job, self.own))
         self.low = job.item == 2
         if job.stage == 1 and self.low:
-            ledger.hold(GRADIENTS, "sum", job.trainable * 4)
+            ledger.hold(SUMS, "sum", job.trainable * 4)
         if job.stage == 3:
-            ledger.hold(GRADIENTS, "sum", 0 if job.offload else self.own * 4)
+            ledger.hold(SUMS, "sum", 0 if job.offload else self.own * 4)
             ledger.hold(BUCKETS, "bucket", self.bucket)
         self.waiting = 0
 
@@ -84,7 +86,7 @@ class States(Gradient):
         if not size:
             return
         if job.stage == 2 and "sum" not in ledger.live and not job.offload:
-            ledger.hold(GRADIENTS, "sum", self.own * 4)
+            ledger.hold(SUMS, "sum", self.own * 4)
         ledger.spike(BUCKETS, size)
         self.waiting = 0
 
@@ -99,12 +101,17 @@ class States(Gradient):
         if job.stage >= 2:
             self._reduce()
         if job.stage == 1 and not self.low and last and not job.offload:
-            ledger.hold(GRADIENTS, "new", self.own * 4)
+            # whole gradients leave through the bucket, and what this rank owns is kept apart
+            ledger.free("grads")
+            ledger.hold(SUMS, "new", self.own * 4)
+        if job.stage == 0 and last:
+            # the all-reduce of DeepSpeed's plain engine flattens gradients, in a world of one too
+            ledger.spike(BUCKETS, min(job.trainable, ALLREDUCE_ELEMENTS) * job.item)
         if last:
             ledger.free("bucket" if job.stage < 3 else "")
         if job.stage == 2:
             if not self.low and not job.offload:
-                ledger.hold(GRADIENTS, "new", self.own * 4)
+                ledger.hold(SUMS, "new", self.own * 4)
                 if not last:
                     ledger.free("new")
             ledger.free("bucket")
@@ -113,11 +120,11 @@ class States(Gradient):
     def update(self) -> None:
         job, ledger = self.job, self.ledger
         if job.stage == 3 and not job.offload:
-            ledger.spike(GRADIENTS, min(self.own, SUB_GROUP) * 4)
+            ledger.spike(SUMS, min(self.own, SUB_GROUP) * 4)
         if job.stage == 2 and not self.low and not job.offload:
-            ledger.spike(GRADIENTS, self.own * 4)
+            ledger.spike(SUMS, self.own * 4)
         if job.stage == 1 and not self.low:
-            ledger.spike(GRADIENTS, self.own * 4)
+            ledger.spike(SUMS, self.own * 4)
         ledger.free("grads", "new")
         if job.stage == 2:
             ledger.free("sum")

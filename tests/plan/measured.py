@@ -1,8 +1,8 @@
 """One rank of a real run under torch's profiler: the bytes of tensors live at the peak of its steps, as JSON.
 
-`python -m tests.plan.measured OUT CONFIG [key=value ...]`. Counted are all allocations of torch's CPU allocator, those
-inside operators too, from before the weights are loaded; and the weights that are still pages of their file, which no
-allocator has seen.
+`python -m tests.plan.measured OUT CONFIG [key=value ...]`. What lives when a step begins is counted tensor by tensor
+(weights are loaded by threads and mapped from files, where no profiler looks); what comes and goes within it are the
+events of torch's CPU allocator, those inside operators too.
 """
 
 import gc
@@ -25,55 +25,52 @@ def main() -> None:
     from ft_dist.train import train
 
     torch.empty(0)
-    mapped: list[int] = []
+    held: list[int] = []
     original = Engine.train_step
 
     def noted(self: Engine, *arguments: Any, **options: Any) -> Any:
-        mapped.append(mapped_bytes())
+        held.append(held_bytes())
         with record_function(STEP):
             return original(self, *arguments, **options)
 
     Engine.train_step = noted  # type: ignore[method-assign]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         train(load_config(config_name, overrides), StopRequest())
-    starts, peaks, startup = peaks_of(profiler)
-    result = {"peak_bytes": [peak + mapped[i] for i, peak in enumerate(peaks)], "mapped_bytes": mapped[0]}
-    result |= {"at_start_bytes": [start + mapped[0] for start in starts], "startup_bytes": startup}
+    growths = growths_of(profiler)
+    result = {"peak_bytes": [start + growth for start, growth in zip(held, growths, strict=True)], "held_bytes": held}
     Path(out).write_text(json.dumps(result))
 
 
-def mapped_bytes() -> int:
-    """Bytes of storages that are mapped files."""
+def held_bytes() -> int:
+    """Bytes of all storages of weights, gradients, state and buffers. Token ids, which lie in numpy's memory, are no
+    part of it."""
     found: dict[int, int] = {}
     for thing in gc.get_objects():
         if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.device.type == "cpu":
             storage = thing.untyped_storage()
-            if storage.filename is not None:
-                found[thing.data_ptr()] = thing.numel() * thing.element_size()
+            if thing.dtype != torch.int64:
+                # of a mapped file only what the tensor covers
+                mapped = storage.filename is not None
+                place = thing.data_ptr() if mapped else storage.data_ptr()
+                found[place] = thing.numel() * thing.element_size() if mapped else storage.nbytes()
+    found.pop(0, None)
     return sum(found.values())
 
 
-def peaks_of(profiler: Any) -> tuple[list[int], list[int], int]:
-    """Bytes live at the start and the peak of every step, and the peak before the first."""
+def growths_of(profiler: Any) -> list[int]:
+    """How far memory grows within each step."""
     events = profiler.profiler.kineto_results.events()
     steps = sorted((e.start_ns(), e.end_ns()) for e in events if e.name() == STEP)
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    live, startup = 0, 0
-    starts, peaks = [-1] * len(steps), [0] * len(steps)
-    step = 0
-    for when, nbytes in changes:
-        while step < len(steps) and when > steps[step][1]:
-            step += 1
-        if step == len(steps):
-            break
-        if when >= steps[step][0]:
-            if starts[step] < 0:
-                starts[step] = live
-            peaks[step] = max(peaks[step], live + nbytes)
-        elif step == 0:
-            startup = max(startup, live + nbytes)
-        live += nbytes
-    return starts, peaks, startup
+    growths = []
+    for begin, end in steps:
+        live = peak = 0
+        for when, nbytes in changes:
+            if begin <= when <= end:
+                live += nbytes
+                peak = max(peak, live)
+        growths.append(peak)
+    return growths
 
 
 if __name__ == "__main__":
