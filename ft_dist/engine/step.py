@@ -140,6 +140,11 @@ class Engine:
         return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in self.trainable()}
 
     @property
+    def flash(self) -> bool:
+        """Whether attention is flash attention, which needs no mask for packed rows."""
+        return str(self.objective.causal_lm.config._attn_implementation).startswith("flash")
+
+    @property
     def total_parameters(self) -> int:
         return sum(getattr(p, "ds_numel", p.numel()) for p in self.objective.parameters())
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 
 from ft_dist.config.schema import RunConfig
 from ft_dist.engine.settings import effective_stage
@@ -125,3 +126,11 @@ def job_of(
     """Raises ModelError for a model that cannot be planned."""
     shape = model_shape(config.model.path, revision=config.model.revision)
     return Job(shape, config, ranks, ranks_per_node or ranks, gpu, flash)
+
+
+def flash_here(config: RunConfig) -> bool:
+    """Whether attention will be flash attention, if the run is on GPUs with the packages of this machine."""
+    attention = config.model.attention
+    if attention == "auto":
+        return config.model.dtype == "bf16" and find_spec("flash_attn") is not None
+    return attention == "flash_attention_2"

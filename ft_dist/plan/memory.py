@@ -11,6 +11,9 @@ from ft_dist.plan.states import States, moment_bytes
 CONTEXT, MARGIN = "CUDA and NCCL context", "fragmentation margin"
 CONTEXT_BYTES = 1_000_000_000
 """A CUDA context with the kernels of torch's libraries, and NCCL's channel buffers"""
+PROCESS, SNAPSHOT = "Python and its libraries", "copy for commits"
+PROCESS_BYTES = 600_000_000
+"""Resident memory of a rank before its model is loaded"""
 MARGIN_SHARE = 0.05
 """Of what torch's allocator holds: freed blocks that no request fits"""
 
@@ -19,7 +22,8 @@ MARGIN_SHARE = 0.05
 class MemoryPlan:
     """Bytes of one rank. `tensors` is what torch's allocator counts at the peak; `peak` adds context and margin.
 
-    `block_kept` is what a block keeps for its backward pass, as it is and with checkpointing. `host` is the rank's share of host memory: offloaded state, and the copy that a checkpoint is written from.
+    `block_kept` is what a block keeps for its backward pass, as it is and with checkpointing. `host` is the rank's
+    share of host memory: offloaded state, and the copy that a commit is written from.
     """
 
     tensors: int
@@ -40,6 +44,10 @@ def memory_plan(job: Job) -> MemoryPlan:
     if job.gpu:
         parts |= {CONTEXT: CONTEXT_BYTES, MARGIN: int(MARGIN_SHARE * peak)}
         peak += parts[CONTEXT] + parts[MARGIN]
+    else:
+        # host memory holds all of it
+        parts |= {PROCESS: PROCESS_BYTES, SNAPSHOT: snapshot_bytes(job)}
+        peak += parts[PROCESS] + parts[SNAPSHOT]
     return MemoryPlan(
         tensors=ledger.peak_bytes,
         parts=parts,
@@ -114,10 +122,14 @@ def micro_batch(job: Job, ledger: Ledger, states: States, *, last: bool) -> None
     states.micro_batch_ends(last=last)
 
 
-def host_bytes(job: Job) -> int:
-    """Of one rank: the snapshot that a commit is written from, and what is offloaded to the host's memory."""
+def snapshot_bytes(job: Job) -> int:
+    """The host's copy of a rank's state that a commit is written from; moments are in fp32 there."""
     own = -(-job.trainable // job.ranks)
-    state = own * 4 + moment_bytes(job, own)
-    snapshot = own * 12 if job.config.optim.kind != "muon" else state
-    offloaded = state + own * 4 + own * job.item if job.config.engine.offload == "cpu" else 0
-    return int(snapshot + offloaded)
+    return int(own * 4 + (moment_bytes(job, own) if job.config.optim.kind == "muon" else own * 8))
+
+
+def host_bytes(job: Job) -> int:
+    """Of one rank: the copy for commits, and what is offloaded to the host's memory."""
+    own = -(-job.trainable // job.ranks)
+    offloaded = moment_bytes(job, own) + own * (8 + job.item) if job.config.engine.offload == "cpu" else 0
+    return int(snapshot_bytes(job) + offloaded)

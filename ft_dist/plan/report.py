@@ -1,12 +1,15 @@
 """`ft-dist plan`: everything about a run as one tree for scripts, and as lines for people."""
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from ft_dist.config.schema import RunConfig
+from ft_dist.errors import ConfigError
 from ft_dist.plan.cost import run_plan, spot_plan
-from ft_dist.plan.gpu import Gpu, gpu_named
-from ft_dist.plan.job import Job, job_of
+from ft_dist.plan.fit import Place, fit, more_ranks, with_settings, write_recipe
+from ft_dist.plan.gpu import Gpu, device_here, gpu_like, gpu_named
+from ft_dist.plan.job import Job, flash_here, job_of
 from ft_dist.plan.memory import MemoryPlan, memory_plan
 from ft_dist.plan.speed import step_plan
 
@@ -37,11 +40,36 @@ class Cluster:
         return self.nodes * self.per_node
 
     def job(self, config: RunConfig) -> Job:
-        flash = config.model.attention == "flash_attention_2"
-        return job_of(config, ranks=self.ranks, ranks_per_node=self.per_node, gpu=True, flash=flash)
+        return job_of(config, ranks=self.ranks, ranks_per_node=self.per_node, gpu=True, flash=flash_here(config))
 
 
-def plan(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
+def gpu_here() -> str | None:
+    """The table's name for this machine's GPU."""
+    device = device_here(1)
+    chip = gpu_like(device.name) if device and device.gpu else None
+    return chip.key if chip else None
+
+
+def fitted(config: RunConfig, cluster: Cluster, path: Path, *, recipe: str) -> RunConfig:
+    """The config with the fastest setting that fits `cluster`, which is written to `path` as well.
+
+    Raises ConfigError where nothing fits.
+    """
+    job, chip = cluster.job(config), cluster.chip
+    place = Place(chip.memory, chip, cluster.network)
+    found = fit(job, place)
+    if found is None:
+        further = more_ranks(job, place)
+        hint = f"Take {further[0]} GPUs" if further else "Take a smaller model or a shorter data.max_length"
+        raise ConfigError(f"--fit: no setting fits {cluster.ranks} x {chip.name}. {hint}.")
+    heading = (
+        f"{recipe} for {cluster.ranks} x {chip.name}: {found.tokens_per_s:,.0f} tokens/s planned (ft-dist plan --fit)"
+    )
+    write_recipe(config, found, path, heading=heading)
+    return with_settings(config, found.settings)
+
+
+def plan_run(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
     """Raises ModelError, UserError."""
     job, chip = cluster.job(config), cluster.chip
     memory = memory_plan(job)
@@ -65,6 +93,7 @@ def plan(config: RunConfig, cluster: Cluster) -> dict[str, Any]:
             "zero_stage": job.stage,
             "micro_batches": job.micro_batches,
             "tokens_a_step": job.step_tokens,
+            "attention_mask": job.masked,
         },
         "memory": memory_tree(memory, chip.memory),
         "step": asdict(step),
@@ -100,6 +129,8 @@ def table(tree: dict[str, Any]) -> str:
     ]
     if not model["known"]:
         lines.append(f"note: {model['family']} is not among the families that plan knows; it is taken for Llama's kind")
+    if world["attention_mask"]:
+        lines.append("note: packed rows without flash attention take a mask in every block (pip install flash-attn)")
     lines += ["", f"memory of a GPU at its peak ({memory['peak_at']})"]
     for part, nbytes in sorted(memory["parts_bytes"].items(), key=lambda item: -item[1]):
         lines.append(f"  {part:28}{_gib(nbytes):>10}  {'#' * round(40 * nbytes / memory['peak_bytes'])}")
@@ -128,8 +159,8 @@ def _run_lines(run: dict[str, Any] | None, spot: dict[str, Any] | None) -> list[
         lines = ["", f"the run: {about}{steps}, {tokens}, {_time(run['hours'] * 3600)}{cost}"]
     if spot:
         lines += [
-            f"a preemption every {_time(spot['mean_time_between_s'])}: commit every {spot['best_interval_steps']} steps "
-            f"({_time(spot['best_interval_s'])}, Young/Daly), and {spot['lost_share']:.1%} of the time is lost; "
+            f"a preemption every {_time(spot['mean_time_between_s'])}: commit every "
+            f"{spot['best_interval_steps']} steps ({_time(spot['best_interval_s'])}, Young/Daly), and {spot['lost_share']:.1%} of the time is lost; "
             f"as configured {spot['lost_share_as_configured']:.1%}"
         ]
         if spot["hours"] is not None:

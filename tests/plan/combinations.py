@@ -74,7 +74,22 @@ COMBINATIONS = [
 
 def write_text(path: Path) -> Path:
     """One text so long that its rows are full, all but the last; every token but a row's last is labelled."""
-    words = "the quick brown fox jumps over a lazy dog and runs far away from every hill it has ever seen".split()
+    words = [
+        "the",
+        "quick",
+        "brown",
+        "fox",
+        "jumps",
+        "over",
+        "a",
+        "lazy",
+        "dog",
+        "and",
+        "runs",
+        "from",
+        "every",
+        "hill",
+    ]
     chance = random.Random(0)
     path.write_text(json.dumps({"text": " ".join(chance.choice(words) for _ in range(60_000))}) + "\n")
     return path
