@@ -19,7 +19,7 @@ from ft_dist.plan.memory import memory_plan
 from ft_dist.plan.speed import step_plan
 
 SLACK = 0.01
-"""Settings so close in speed count as equal: the lowest stage is taken, and of its settings that of least memory"""
+"""Settings so close in speed count as equal: that without offload, of the lowest stage, of least memory is taken"""
 KEYS = ("engine.zero_stage", "engine.offload", "engine.activation_checkpointing", "batch.micro_rows")
 
 
@@ -74,8 +74,7 @@ def fit(job: Job, place: Place) -> Fit | None:
             if settings["batch.micro_rows"] == 1:
                 too_much.add(apart)
             continue
-        order = (settings["engine.zero_stage"], peak)
-        if best is None or order < (best[1]["engine.zero_stage"], best[2]):
+        if best is None or _plain(settings, peak) < _plain(best[1], best[2]):
             best = (best[0] if best else speed), settings, peak
     if best is None:
         return None
@@ -83,6 +82,11 @@ def fit(job: Job, place: Place) -> Fit | None:
     speed = _speed(job, settings, place)
     reasons = {key: _reason(job, settings, key, place, speed, peak) for key in KEYS}
     return Fit(settings, peak, speed, reasons)
+
+
+def _plain(settings: dict[str, Any], peak: int) -> tuple[bool, int, int]:
+    """What is preferred among equals sorts first."""
+    return settings["engine.offload"] != "none", settings["engine.zero_stage"], peak
 
 
 def more_ranks(job: Job, place: Place, *, most: int = 1024) -> tuple[int, Fit] | None:

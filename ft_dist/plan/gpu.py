@@ -16,7 +16,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Gpu:
-    """Rates a second: `flops`, `matmul` and `attention` in FLOP, the others in bytes. `memory` in bytes.
+    """Rates a second: `flops`, `matmul`, `fp32` and `attention` in FLOP, the others in bytes. `memory` in bytes.
 
     `link` and `network` are one direction, for each GPU: to its node, and to other nodes.
     """
@@ -26,6 +26,7 @@ class Gpu:
     memory: int
     flops: float
     matmul: float
+    fp32: float
     attention: float
     bandwidth: float
     link: float
@@ -43,6 +44,7 @@ def gpus() -> dict[str, Gpu]:
             memory=int(row["memory"] * GIB),
             flops=row["flops"] * 1e12,
             matmul=row["matmul"] * 1e12,
+            fp32=row["fp32"] * 1e12,
             attention=row["attention"] * 1e12,
             bandwidth=row["bandwidth"] * 1e9,
             link=row["link"] * 1e9,

@@ -158,11 +158,9 @@ def _run_lines(run: dict[str, Any] | None, spot: dict[str, Any] | None) -> list[
         steps, tokens = f"{run['steps']:,} steps", f"{run['tokens'] / 1e6:,.1f} M tokens"
         lines = ["", f"the run: {about}{steps}, {tokens}, {_time(run['hours'] * 3600)}{cost}"]
     if spot:
-        lines += [
-            f"a preemption every {_time(spot['mean_time_between_s'])}: commit every "
-            f"{spot['best_interval_steps']} steps ({_time(spot['best_interval_s'])}, Young/Daly), and {spot['lost_share']:.1%} of the time is lost; "
-            f"as configured {spot['lost_share_as_configured']:.1%}"
-        ]
+        every = f"{spot['best_interval_steps']} steps ({_time(spot['best_interval_s'])}, Young/Daly)"
+        lost = f"{spot['lost_share']:.1%} of the time is lost; as configured {spot['lost_share_as_configured']:.1%}"
+        lines.append(f"a preemption every {_time(spot['mean_time_between_s'])}: commit every {every}, and {lost}")
         if spot["hours"] is not None:
             cost = "" if spot["cost"] is None else f", ${spot['cost']:,.2f}"
             lines.append(f"with them the run takes {_time(spot['hours'] * 3600)}{cost}")

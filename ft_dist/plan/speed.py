@@ -76,9 +76,10 @@ def step_plan(
     links = Links(gpu, job.ranks, min(job.ranks_per_node, job.ranks), network or gpu.network)
     again = (1.0 if job.checkpointing else 0.0) if recomputed is None else recomputed
     counts = job.micro_batches
-    matmul = matmul_flops(job, again) / (gpu.matmul * MATMUL_SHARE)
+    rate = gpu.matmul if job.item == 2 else gpu.fp32
+    matmul = matmul_flops(job, again) / (rate * MATMUL_SHARE)
     attention = attention_flops(job, 1.0 if recomputed is None and job.checkpointing else 0.0)
-    attention /= gpu.attention * ATTENTION_SHARE
+    attention /= (gpu.attention if job.item == 2 else gpu.fp32) * ATTENTION_SHARE
     moved = moved_bytes(job, again) / (gpu.bandwidth * MEMORY_SHARE)
     launches = (FUSED_LAUNCHES if job.fused else PLAIN_LAUNCHES) * (1 + again / 3) * job.shape.layers * LAUNCH_S
     compute = max(matmul + attention + moved, launches)
@@ -93,9 +94,9 @@ def step_plan(
         "update": update_s(job, gpu),
     }
     seconds = sum(parts.values())
-    rate = job.step_tokens / seconds
+    tokens_per_s = job.step_tokens / seconds
     model_flops = counts * (matmul_flops(job, 0.0) + attention_flops(job, 0.0))
-    return StepPlan(parts, seconds, rate, rate / job.ranks, model_flops / seconds / gpu.flops)
+    return StepPlan(parts, seconds, tokens_per_s, tokens_per_s / job.ranks, model_flops / seconds / gpu.flops)
 
 
 def matmul_flops(job: Job, recomputed: float) -> float:
