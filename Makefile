@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 WORKERS ?= 2
 export PYTHONUNBUFFERED := 1
 
-.PHONY: quickstart install test faults check format equivalence chaos slurm hosts clean
+.PHONY: quickstart install test faults check format equivalence plan chaos slurm hosts clean
 
 # The versions that were tested together; another torch is the user's own choice, so then nothing is pinned.
 CONSTRAINTS := $(if $(filter torch==2.13.0,$(TORCH)),-c constraints.txt)
@@ -52,6 +52,11 @@ format: $(VENV)/.dev
 # checkpoints that DeepSpeed itself wrote, imported
 equivalence: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m slow tests/e2e/test_equivalence.py tests/e2e/test_resume.py tests/checkpoint
+
+# the plan of memory against the tensors of 24 real runs, DeepSpeed's own among them (ten minutes on two cores)
+plan: $(VENV)/.dev
+	$(BIN)/ft-dist fetch smollm2-135m
+	FT_DIST_TEST_CACHE=$${FT_DIST_CACHE:-$$HOME/.cache/ft_dist} $(BIN)/python -m pytest -q -s -m slow tests/plan
 
 # 200 kills at random instants (KILLS=N SEED=N for others); `make faults` takes 12
 chaos: $(VENV)/.dev

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command and under ten minutes: parity of the kernels in bf16, their benchmarks,
-# and a LoRA step of the Llama-3-8B shape beside Hugging Face's. Offline, from a source tree that is not installed.
+# a LoRA step of the Llama-3-8B shape beside Hugging Face's, and the error of `ft-dist plan` (ten minutes more). Offline, from a source tree that is not installed.
 #   [OUT=DIR] [PYTHON=python3] [WHEELS=DIR] benchmarks/gpu.sh [--quick]
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -25,4 +25,6 @@ run 270 benchmarks.kernels --device cuda --json "$name-kernels.json" "$@"
 if [ -n "${WHEELS:-}" ]; then "$PYTHON" -m pip install --quiet --no-index --no-deps --find-links "$WHEELS" peft || failed=1; fi
 run 160 benchmarks.training --model llama3-8b --device cuda --dtype bf16 --rows 2 --tokens 4096 --warmup 2 --steps 5 \
     --turns 1 --json "$name-training-llama3-8b-lora.json"
+# D. what `ft-dist plan` said of 8 settings beside what they took: memory and step, with the error
+run 580 benchmarks.plan.measure --json "$name-plan.json"
 exit "$failed"

@@ -106,11 +106,8 @@ def micro_batch(job: Job, ledger: Ledger, states: States, *, last: bool) -> None
         ledger.at(f"backward of block {layer + 1}")
         if job.checkpointing:
             walk.part = RECOMPUTED
-            upstream = ledger.live.pop(f"x{layer + 1}", None)
             walk.forward_block(layer)
             ledger.free(f"x{layer + 1}")
-            if upstream:
-                ledger.live[f"x{layer + 1}"] = upstream
         walk.backward_block(layer, states)
     ledger.at("backward of the embedding")
     if not job.lora:

@@ -85,7 +85,8 @@ def step_plan(
     compute = max(matmul + attention + moved, launches)
     each, once = collectives(job, links, zeropp=zeropp)
     if job.stage == 3:
-        each = max(each - compute * HIDDEN_SHARE, 0.0)
+        # the first block's weights and the last one's gradients have nothing to hide behind
+        each = max(each - compute * HIDDEN_SHARE, each / job.shape.layers)
     parts = {
         "matrix products": counts * matmul,
         "attention": counts * attention,
