@@ -19,12 +19,14 @@ STEPS = 1000
 
 
 class Planned:
-    """Planned at the start of a run; None where plan does not know the model or the GPU."""
+    """Planned at the start of a run, on rank 0; None where plan does not know the model or the GPU."""
 
     def __init__(self, config: RunConfig, world: World, *, flash: bool) -> None:
         self.peak_bytes: int | None = None
         self.step_s: float | None = None
         self._took_s: deque[float] = deque(maxlen=STEPS)
+        if not world.is_main:
+            return
         gpu = world.device.type == "cuda"
         try:
             job = job_of(config, ranks=world.size, ranks_per_node=world.local_size, gpu=gpu, flash=flash)

@@ -102,14 +102,14 @@ def test_train_refuses_on_this_machine_unless_forced(cli, tmp_path):
 
 
 def test_launch_goes_by_the_gpu_that_the_profile_names(cli, tmp_path):
-    model = folder(LLAMA_70B, tmp_path / "model")
     profile = tmp_path / "cluster.yaml"
     profile.write_text(yaml.safe_dump({"gpus_per_node": 1, "gpu": "L40S"}))
-    data = tmp_path / "data.jsonl"
-    data.write_text('{"text": "hello"}\n')
-    run = ["launch", "llama3_8b_full_zero3", f"model.path={model}", f"data.train={data}"]
-    run += [f"output_dir={tmp_path / 'run'}", "--on", "sky", "--profile", str(profile), "--dry-run"]
+    run = ["launch", "quickstart", "method.kind=full", "data.train=s3://bucket/emails", "data.eval=[]"]
+    run += ["evaluate.generate=false", "data.max_length=8192", "batch.micro_rows=64", "batch.global_rows=64"]
+    run += ["checkpoint.path=s3://bucket/run", "--on", "sky", "--profile", str(profile), "--dry-run"]
     done = cli(*run)
     assert done.returncode == 2, done.stdout
     assert "NVIDIA L40S has 44.5 GiB" in done.stderr
-    assert cli(*run, "--force").returncode == 0
+    assert "This fits: " in done.stderr
+    forced = cli(*run, "--force")
+    assert forced.returncode == 0, forced.stderr

@@ -8,7 +8,7 @@ from ft_dist_kernels.linear_cross_entropy_chunks import chunk_rows as chunk_rows
 
 from ft_dist.config import load_config
 from ft_dist.errors import ConfigError, ModelError
-from ft_dist.model.builtin import builtin_names
+from ft_dist.model.builtin import builtin_names, resolve_model
 from ft_dist.model.tiny import tiny_names
 from ft_dist.plan.activations import chunk_rows
 from ft_dist.plan.gpu import gpu_like, gpu_named, gpus
@@ -22,14 +22,11 @@ from tests.plan.shapes import LLAMA_8B, LLAMA_70B, folder, shape
 def test_parameters_are_those_of_the_model(name):
     """By count and by shape, of every architecture that is promised."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    from ft_dist.model.builtin import resolve_model
-
+    config = AutoConfig.from_pretrained(resolve_model(name))
     with torch.device("meta"):
-        from transformers import AutoConfig
-
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(resolve_model(name)))
+        model = AutoModelForCausalLM.from_config(config)
     planned = model_shape(name)
     assert sorted(parameter.shape for parameter in planned.parameters) == sorted(
         tuple(parameter.shape) for parameter in model.parameters()
