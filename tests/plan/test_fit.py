@@ -103,10 +103,12 @@ def test_train_refuses_on_this_machine_unless_forced(cli, tmp_path):
 
 def test_launch_goes_by_the_gpu_that_the_profile_names(cli, tmp_path):
     profile = tmp_path / "cluster.yaml"
-    profile.write_text(yaml.safe_dump({"gpus_per_node": 1, "gpu": "L40S"}))
-    run = ["launch", "quickstart", "method.kind=full", "data.train=s3://bucket/emails", "data.eval=[]"]
+    profile.write_text(
+        yaml.safe_dump({"gpus_per_node": 1, "gpu": "L40S", "volumes": {"/data": "claim"}, "container": "image"})
+    )
+    run = ["launch", "quickstart", "method.kind=full", "data.train=/data/emails.jsonl", "data.eval=[]"]
     run += ["evaluate.generate=false", "data.max_length=8192", "batch.micro_rows=64", "batch.global_rows=64"]
-    run += ["checkpoint.path=s3://bucket/run", "--on", "sky", "--profile", str(profile), "--dry-run"]
+    run += ["output_dir=/data/run", "--on", "sky", "--profile", str(profile), "--dry-run"]
     done = cli(*run)
     assert done.returncode == 2, done.stdout
     assert "NVIDIA L40S has 44.5 GiB" in done.stderr
