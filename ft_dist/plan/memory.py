@@ -12,8 +12,8 @@ CONTEXT, MARGIN = "CUDA and NCCL context", "fragmentation margin"
 CONTEXT_BYTES = 1_000_000_000
 """A CUDA context with the kernels of torch's libraries, and NCCL's channel buffers"""
 PROCESS, SNAPSHOT = "Python and its libraries", "copy for commits"
-PROCESS_BYTES = 600_000_000
-"""Resident memory of a rank before its model is loaded"""
+PROCESS_BYTES = 700_000_000
+"""Resident memory of a rank of a model of no size: torch, DeepSpeed, transformers"""
 MARGIN_SHARE = 0.05
 """Of what torch's allocator holds: freed blocks that no request fits"""
 
