@@ -10,7 +10,7 @@ export PYTHONUNBUFFERED := 1
 # Container images often forbid Python to keep its byte code; every start would then compile 4,000 modules, for 7 s.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: quickstart install test faults check format equivalence chaos slurm hosts bench-quick clean
+.PHONY: quickstart install test faults check format equivalence plan chaos slurm hosts bench-quick clean
 
 # The versions that were tested together; another torch is the user's own choice, so then nothing is pinned.
 CONSTRAINTS := $(if $(filter torch==2.13.0,$(TORCH)),-c constraints.txt)
@@ -54,6 +54,11 @@ format: $(VENV)/.dev
 # checkpoints that DeepSpeed itself wrote, imported
 equivalence: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m slow tests/e2e/test_equivalence.py tests/e2e/test_resume.py tests/checkpoint
+
+# the plan of memory against the tensors of 24 real runs, DeepSpeed's own among them (ten minutes on two cores)
+plan: $(VENV)/.dev
+	$(BIN)/ft-dist fetch smollm2-135m
+	FT_DIST_TEST_CACHE=$${FT_DIST_CACHE:-$$HOME/.cache/ft_dist} $(BIN)/python -m pytest -q -s -m slow tests/plan
 
 # 200 kills at random instants (KILLS=N SEED=N for others); `make faults` takes 12
 chaos: $(VENV)/.dev

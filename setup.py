@@ -18,5 +18,6 @@ setup(
         "ft_dist.configs": ["*.yaml", "emails/*.jsonl"],
         "ft_dist.launch": ["*.j2", "profiles/*.yaml"],
         "ft_dist": ["py.typed"],
+        "ft_dist.plan": ["*.yaml"],
     },
 )

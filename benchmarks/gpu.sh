@@ -2,7 +2,7 @@
 # Everything that needs a GPU, in one command and under ten minutes: parity of the kernels in bf16; LoRA of the
 # Llama-3-8B shape and full fine-tuning of a 3B shape, bare steps beside Hugging Face + PEFT, Liger and Unsloth and whole
 # runs of the product; the kernels alone. Offline, from a source tree that is not installed.
-#   [OUT=DIR] [PYTHON=python3] [WHEELS=DIR] benchmarks/gpu.sh
+#   [OUT=DIR] [PYTHON=python3] [WHEELS=DIR] [PLAN=1] benchmarks/gpu.sh
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 PYTHON=${PYTHON:-python3}
@@ -47,4 +47,6 @@ run 110 benchmarks.training.pair --model llama3.2-3b --rows 2 --tokens 4096 --me
 run 75 ft_dist.cli bench llama3.2-3b --method full --length 4096 --rows 2 batch.micro_rows=2 --no-checkpoint \
     --to "$name-bench-llama3.2-3b-full"
 run 90 benchmarks.kernels --device cuda --quick --json "$name-kernels.json"
+# what `ft-dist plan` said of 8 settings beside what they took: memory and step, with the error (PLAN=1: ten minutes more)
+[ -z "${PLAN:-}" ] || run 580 benchmarks.plan.measure --json "$name-plan.json"
 exit "$failed"

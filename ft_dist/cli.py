@@ -23,6 +23,7 @@ app = typer.Typer(
 
 Config = Annotated[str, typer.Argument(help="YAML file, or the name of a shipped recipe such as smoke")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Override config keys")]
+Force = Annotated[bool, typer.Option("--force", help="Start even what is planned not to fit in memory")]
 Nproc = Annotated[int | None, typer.Option(min=1, help="Worker processes [default: one a GPU, or 1 on CPU]")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts")]
 
@@ -35,6 +36,7 @@ def train(
     max_restarts: Annotated[
         int, typer.Option(min=0, help="Start failed workers again from the last commit, so often between two commits")
     ] = 3,
+    force: Force = False,
 ) -> None:
     """Fine-tune as CONFIG says; run again to resume. Joins the world of torchrun or srun if started by them."""
     from ft_dist.check import check as check_config
@@ -51,6 +53,10 @@ def train(
     workers = nproc or default_nproc()
     settings = load_config(config, overrides or [])
     check_config(settings, world_size=workers)
+    if not force:
+        from ft_dist.plan.guard import check_fits_here
+
+        check_fits_here(settings, ranks=workers, ranks_per_node=workers)
     raise typer.Exit(run_here(arguments, settings, nproc=workers, max_restarts=max_restarts))
 
 
@@ -85,6 +91,56 @@ def check(
         arguments = ["--check", "--nnodes", nnodes, "--nproc", workers, *place, config, *(overrides or [])]
         raise typer.Exit(run_agent(arguments))
     typer.echo(json.dumps({"ok": True, "facts": facts}, indent=2) if as_json else "\n".join([*facts, "ready to train"]))
+
+
+@app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="h200, h100, a100-80, l40s, 4090, b200 or mi300x [default: this machine's, or h100]"),
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="[default: 8]")] = None,
+    price: Annotated[float | None, typer.Option(min=0.0, metavar="$/H", help="Of a GPU for an hour")] = None,
+    preemptions: Annotated[
+        float | None, typer.Option(min=0.0, metavar="N", help="Of a spot node in a day; suggests how often to commit")
+    ] = None,
+    network: Annotated[
+        float | None, typer.Option(min=0.1, metavar="GBIT/S", help="Between nodes, for each GPU [default: the GPU's]")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of an epoch [default: a quarter of the bytes of local files]")
+    ] = None,
+    fit: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write CONFIG with the fastest setting that fits to FILE")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw memory and step as HTML")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell memory, time and cost of CONFIG before a GPU is held. Reads the model's config.json, never its weights."""
+    from ft_dist.config import load_config
+    from ft_dist.plan.report import Cluster, fitted, gpu_here, plan_run, table
+
+    cluster = Cluster(
+        gpu=gpu or gpu_here() or "h100",
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        price=price,
+        preemptions=preemptions or None,
+        network=network * 1e9 / 8 if network else None,
+        tokens=tokens,
+    )
+    settings = load_config(config, overrides or [])
+    if fit:
+        settings = fitted(settings, cluster, fit, recipe=config)
+    tree = plan_run(settings, cluster)
+    if picture:
+        from ft_dist.plan.picture import write_picture
+
+        write_picture(tree, picture)
+    typer.echo(json.dumps(tree, indent=2) if as_json else table(tree))
 
 
 @app.command()
@@ -199,6 +255,7 @@ def launch(
     sweep: Annotated[list[str] | None, typer.Option(metavar="KEY=V1,V2", help="A run for each value")] = None,
     rdzv: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where the nodes of torchrun meet")] = None,
     max_restarts: Annotated[int, typer.Option(min=0, help="Restarts of failed workers between two commits")] = 3,
+    force: Force = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be submitted; write nothing")] = False,
     no_follow: Annotated[bool, typer.Option("--no-follow", help="Leave once it is submitted")] = False,
     as_json: AsJson = False,
@@ -219,7 +276,7 @@ def launch(
         rdzv=rdzv,
         max_restarts=max_restarts,
     )
-    submission = planned(request)
+    submission = planned(request, force=force)
     if dry_run:
         typer.echo(json.dumps(submission.as_dict(), indent=2) if as_json else submission.text(), nl=as_json)
         return

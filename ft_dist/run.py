@@ -25,7 +25,7 @@ from ft_dist.distributed import World, announce_stop, leave_world, stop_announce
 from ft_dist.engine.build import build_engine
 from ft_dist.engine.final import write_final
 from ft_dist.engine.step import Engine, StepResult
-from ft_dist.errors import Preempted, TrainingError
+from ft_dist.errors import Preempted, TrainingError, UserError
 from ft_dist.evaluate.comparison import comparison
 from ft_dist.evaluate.held_out import EvaluationStopped, HeldOut
 from ft_dist.model.builtin import resolve_model
@@ -33,6 +33,8 @@ from ft_dist.model.tokenizer import load_tokenizer
 from ft_dist.observe.console import Console
 from ft_dist.observe.recorder import Recorder, log_rank_output
 from ft_dist.observe.trackers import keep_wandb_run_id, wandb_run_id
+from ft_dist.plan.out_of_memory import is_out_of_memory, rows_after_shortage, shortage
+from ft_dist.plan.reality import Planned
 from ft_dist.preemption.listen import listen_for_notices
 from ft_dist.preemption.stop import StopRequest
 from ft_dist.preemption.watchdog import Watchdog
@@ -74,9 +76,15 @@ def prepare_run(config: RunConfig, stop: StopRequest) -> "Run":
     # nothing is written below output_dir before all that one process can find wrong has been told
     log_file = log_rank_output(config, rank=rank)
     world, agreed = form_world(config, rank=rank, size=size)
+    config = rows_after_shortage(config, world)
     if world.device.type == "cpu":
         keep_freed_memory()
-    engine = build_engine(config, world, folder=folder, tokenizer=tokenizer)
+    try:
+        engine = build_engine(config, world, folder=folder, tokenizer=tokenizer)
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise shortage(config, world, error, flash=False) from error
+        raise
     stream = open_stream(config, tokenizer, train_set)
     run = Run(config, world, engine, stream, stop, tokenizer=tokenizer, held_out=held_out, folder=folder)
     run.log_file = log_file
@@ -127,6 +135,7 @@ class Run:
         self._store_asked_at = 0.0
         self.recorder = Recorder(config, world, resumed_step=self.step)
         self.watchdog = Watchdog(timeout_s=config.hang_timeout_s, run_dir=config.run_dir, rank=world.rank, stop=stop)
+        self.planned = Planned(config, world, flash=engine.flash)
         self.watchdog.step = self.step
         engine.on_progress = self.watchdog.beat
         engine.before_update = self.checkpoints.wait_until_copied
@@ -232,6 +241,7 @@ class Run:
             "samples_seen": batch.state_after["samples_seen"],
         }
         self._checkpoint_stall_s = 0.0
+        self.planned.step_took(step_s)
         self.recorder.step(record, sample_ids=batch.batch.rows)
         self._tell(record, step_s + waited_s)
         self._tell_saves()
@@ -263,6 +273,12 @@ class Run:
         last = self.finished or self.step == self.first_step + 1
         eta_s = (total_steps - self.step) * seconds
         self.recorder.console.step(record, total_steps=total_steps, eta_s=eta_s, mfu=mfu, last=last)
+
+    def out_of_memory(self, error: BaseException) -> UserError | TrainingError | None:
+        """What to end the run with if `error` means that memory ran out."""
+        if not is_out_of_memory(error):
+            return None
+        return shortage(self.config, self.world, error, flash=self.engine.flash)
 
     def commit_is_due(self) -> bool:
         return self.finished or self.checkpoints.is_due(self.step)
@@ -350,6 +366,7 @@ class Run:
                 "skipped_steps": self.skipped_steps,
                 "world_size": self.world.size,
                 "peak_memory_bytes": peak_memory_bytes(self.world.device),
+                **self.planned.beside_reality(),
                 "before": before,
                 "after": after,
                 "versions": versions(),

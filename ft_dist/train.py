@@ -51,6 +51,11 @@ def train(config: RunConfig, stop: StopRequest) -> None:
         run.write_final()
         after = run.evaluate("after")
         run.summarise(before=before, after=after)
+    except (RuntimeError, MemoryError) as error:
+        told = run.out_of_memory(error)
+        if told is None:
+            raise
+        raise told from error
     finally:
         run.close()
 

@@ -140,6 +140,11 @@ class BatchConfig(Section):
 
     global_rows: PositiveInt = 32
     micro_rows: PositiveInt = 1
+    halve_when_out_of_memory: bool = Field(
+        default=False,
+        description="A run out of memory is started again with half of micro_rows: the same batches of the same "
+        "samples, in smaller pieces",
+    )
 
 
 class OptimConfig(Section):

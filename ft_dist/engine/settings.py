@@ -8,6 +8,9 @@ from typing import Any
 
 from ft_dist.config.schema import RunConfig
 
+REDUCE_BUCKET_ELEMENTS = 50_000_000
+"""100 MB in bf16, more than a link needs to be busy; DeepSpeed's own 500 million are allocated whole, on every rank"""
+
 
 def effective_stage(config: RunConfig) -> int:
     """The ZeRO stage that DeepSpeed runs.
@@ -20,7 +23,8 @@ def effective_stage(config: RunConfig) -> int:
     return config.engine.zero_stage
 
 
-def deepspeed_config(config: RunConfig) -> dict[str, Any]:
+def deepspeed_config(config: RunConfig, *, trainable: int | None = None) -> dict[str, Any]:
+    """`trainable` counts the parameters that are trained, where they are known: buffers are no larger than that."""
     stage = effective_stage(config)
     # the CPU-offload path keeps its sum in host buffers only if it expects more than one micro-batch
     accumulation = 2 if config.engine.offload != "none" else 1
@@ -33,7 +37,7 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "wall_clock_breakdown": False,
         "steps_per_print": None,
-        "zero_optimization": _zero(config, stage),
+        "zero_optimization": _zero(config, stage, trainable),
     }
     if config.model.dtype == "bf16":
         settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
@@ -41,8 +45,15 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     return settings
 
 
-def _zero(config: RunConfig, stage: int) -> dict[str, Any]:
+def reduce_bucket_elements(trainable: int) -> int:
+    """Gradients that are reduced at once; no more than there are."""
+    return max(2, min(REDUCE_BUCKET_ELEMENTS, trainable + trainable % 2))
+
+
+def _zero(config: RunConfig, stage: int, trainable: int | None) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": stage}
+    if trainable is not None:
+        zero["reduce_bucket_size"] = reduce_bucket_elements(trainable)
     if stage in (1, 2):
         zero |= {"overlap_comm": False, "contiguous_gradients": True}
     if stage == 3:

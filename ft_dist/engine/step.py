@@ -57,7 +57,7 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(
             model=objective,
             optimizer=optimizer,
-            config=deepspeed_config(config),
+            config=deepspeed_config(config, trainable=self.trainable_parameters),
             dist_init_required=False,
         )
         # the trial step that some of its optimizers take at the start would count as a step of Adam
@@ -139,9 +139,18 @@ class Engine:
         return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in self.trainable()}
 
     @property
+    def flash(self) -> bool:
+        """Whether attention is flash attention, which needs no mask for packed rows."""
+        return str(self.objective.causal_lm.config._attn_implementation).startswith("flash")
+
+    @property
     def total_parameters(self) -> int:
         return sum(getattr(p, "ds_numel", p.numel()) for p in self.objective.parameters())
 
     @property
     def trainable_share(self) -> float:
-        return sum(getattr(p, "ds_numel", p.numel()) for _, p in self.trainable()) / self.total_parameters
+        return self.trainable_parameters / self.total_parameters
+
+    @property
+    def trainable_parameters(self) -> int:
+        return sum(getattr(p, "ds_numel", p.numel()) for _, p in self.trainable())

@@ -17,6 +17,8 @@ from ft_dist.launcher.follow import follow
 from ft_dist.launcher.record import RECORD, JobState, Record, progress, read_record, stop_mark
 from ft_dist.launcher.request import SEES_OUR_DISKS, Request, runs_of
 from ft_dist.launcher.submission import Submission
+from ft_dist.plan.gpu import device_here
+from ft_dist.plan.guard import check_fits, device_called
 
 TARGETS: dict[str, ModuleType] = {
     "local": here,
@@ -30,14 +32,20 @@ TARGETS: dict[str, ModuleType] = {
 Say = Callable[[str], None]
 
 
-def planned(request: Request) -> Submission:
-    """What would be submitted, its configs and data checked as `ft-dist check` does. Writes nothing.
+def planned(request: Request, *, force: bool = False) -> Submission:
+    """What would be submitted, its configs and data checked as `ft-dist check` does, and, unless `force`, whether it
+    fits the GPUs that the profile names, or those of this machine. Writes nothing.
 
     Raises UserError.
     """
     runs = runs_of(request)
     for run in runs if request.target in SEES_OUR_DISKS else []:
         check(run.config, world_size=request.world_size)
+    if not force:
+        local = request.target == "local" and request.profile.gpu is None
+        device = device_here(request.nproc) if local else device_called(request.profile.gpu)
+        for run in runs if request.gpus_per_node or local else []:
+            check_fits(run.config, ranks=request.world_size, ranks_per_node=request.nproc, device=device)
     return TARGETS[request.target].plan(request, runs)
 
 

@@ -31,6 +31,12 @@ def builtin_names() -> list[str]:
     return list(_VERSIONS)
 
 
+def cached_folder(name: str) -> Path | None:
+    """Where a built-in model lies if it has been made; nothing is."""
+    folder = cache_dir() / "models" / f"{name}-{_VERSIONS[name]}"
+    return folder if folder.is_dir() else None
+
+
 def resolve_model(path: str, progress: Progress = print) -> str:
     """The folder or hub id that `model.path` means; a built-in name is made first if it is not in the cache.
 

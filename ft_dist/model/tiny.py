@@ -45,14 +45,13 @@ def tiny_names() -> list[str]:
     return list(_ARCHITECTURES)
 
 
-def make_tiny(name: str, folder: Path, progress: Callable[[str], None] = print) -> None:
-    """Write model and tokenizer of `name` into `folder`, in fp32, loadable by plain transformers."""
-    import torch
-    import transformers
-
+def tiny_config(name: str) -> dict[str, Any]:
+    """What config.json says of `name`."""
     class_name, extra = _ARCHITECTURES[name]
+    family = class_name.removesuffix("Config").lower().replace("gemma3text", "gemma3_text")
     token_ids = {token: 256 + index for index, token in enumerate(SPECIAL_TOKENS)}
-    settings: dict[str, Any] = {
+    return {
+        "model_type": family,
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 64,
         "intermediate_size": 160,
@@ -65,6 +64,15 @@ def make_tiny(name: str, folder: Path, progress: Callable[[str], None] = print) 
         "pad_token_id": token_ids[PAD],
         **extra,
     }
+
+
+def make_tiny(name: str, folder: Path, progress: Callable[[str], None] = print) -> None:
+    """Write model and tokenizer of `name` into `folder`, in fp32, loadable by plain transformers."""
+    import torch
+    import transformers
+
+    class_name, _ = _ARCHITECTURES[name]
+    settings = {key: value for key, value in tiny_config(name).items() if key != "model_type"}
     with quietly():
         config = getattr(transformers, class_name)(**settings)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)

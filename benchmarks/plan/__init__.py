@@ -1,0 +1,1 @@
+"""Plots of what `ft_dist.plan` says, for the docs."""

@@ -1,0 +1,107 @@
+"""From the time of a step to the hours and the price of a run, spot machines that are taken away included."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from ft_dist.config.schema import RunConfig
+from ft_dist.plan.job import Job
+from ft_dist.plan.states import moment_bytes
+from ft_dist.storage import is_url
+
+BYTES_A_TOKEN = 4.0
+"""Of English text under a vocabulary of 32 thousand or more"""
+SNAPSHOT_BYTES_S = 20e9
+"""From a GPU to pinned memory of its host: what a commit holds training up for"""
+RESTART_S = 180.0
+"""A new machine is there, imports, loads the model and the newest commit, and is at its first step again"""
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """`hours` and `cost` without preemptions; None where the length of the run or the price is not known."""
+
+    steps: int
+    tokens: int
+    estimated: bool
+    hours: float
+    cost: float | None
+
+
+@dataclass(frozen=True)
+class SpotPlan:
+    """What preemptions at a rate make of a run, with a commit every `interval_steps`."""
+
+    mean_time_between_s: float
+    commit_s: float
+    best_interval_s: float
+    best_interval_steps: int
+    lost_share: float
+    lost_share_as_configured: float
+    hours: float | None
+    cost: float | None
+
+
+def epoch_tokens(config: RunConfig) -> int | None:
+    """Tokens of data.train if it lies in local files: about a quarter of its bytes; otherwise None."""
+    total = 0
+    for source in config.data.train:
+        path = Path(source.path).expanduser()
+        if is_url(source.path) or source.live or not path.exists():
+            return None
+        files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+        total += int(sum(file.stat().st_size for file in files) / BYTES_A_TOKEN * source.weight)
+    return total
+
+
+def run_plan(job: Job, step_s: float, *, tokens: int | None, price: float | None) -> RunPlan | None:
+    """`tokens` of an epoch, or None for what local files hold; `price` of a GPU for an hour. None where nothing says
+    how long the run is."""
+    config = job.config
+    known = tokens if tokens is not None else epoch_tokens(config)
+    steps = None if known is None else math.ceil(known / job.step_tokens) * config.optim.epochs
+    limit = config.optim.max_steps
+    if limit is not None:
+        steps = limit if steps is None else min(steps, limit)
+    if steps is None:
+        return None
+    hours = steps * step_s / 3600
+    cost = None if price is None else hours * price * job.ranks
+    return RunPlan(steps, steps * job.step_tokens, tokens is None and steps != limit, hours, cost)
+
+
+def commit_seconds(job: Job) -> float:
+    """How long training stands still for a commit: the copy of a rank's state; it is written in the background."""
+    own = job.trainable / job.ranks
+    return (own * 4 + moment_bytes(job, own)) / SNAPSHOT_BYTES_S
+
+
+def best_interval(commit_s: float, mean_time_s: float) -> float:
+    """Seconds between commits that lose the least: Young (1974), to the higher order of Daly (2006),
+    https://doi.org/10.1016/j.future.2004.11.016. For commits longer than half the mean time: that time."""
+    if commit_s >= mean_time_s / 2:
+        return mean_time_s
+    ratio = commit_s / (2 * mean_time_s)
+    return math.sqrt(2 * commit_s * mean_time_s) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - commit_s
+
+
+def lost_share(interval_s: float, commit_s: float, mean_time_s: float, restart_s: float = RESTART_S) -> float:
+    """Share of wall time that commits, work done twice and restarts take: Daly's full model of exponential failures."""
+    work = interval_s / mean_time_s
+    wall = mean_time_s * math.exp(restart_s / mean_time_s) * math.expm1((interval_s + commit_s) / mean_time_s)
+    return 1 - (work * mean_time_s) / wall
+
+
+def spot_plan(job: Job, step_s: float, run: RunPlan | None, *, preemptions: float) -> SpotPlan:
+    """`preemptions` of a node in a day; any node's ends the step of all."""
+    nodes = -(-job.ranks // job.ranks_per_node)
+    mean = 86400 / (preemptions * nodes)
+    commit = commit_seconds(job)
+    interval = max(best_interval(commit, mean), step_s)
+    steps = max(1, round(interval / step_s))
+    lost = lost_share(steps * step_s, commit, mean)
+    configured = job.config.checkpoint.interval_steps or (run.steps if run else steps)
+    hours = run.hours / (1 - lost) if run else None
+    cost = run.cost / (1 - lost) if run and run.cost is not None else None
+    as_configured = lost_share(configured * step_s, commit, mean)
+    return SpotPlan(mean, commit, interval, steps, lost, as_configured, hours, cost)

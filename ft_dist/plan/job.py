@@ -1,0 +1,136 @@
+"""A config on a given model and world, as the numbers that memory and time depend on."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+
+from ft_dist.config.schema import RunConfig
+from ft_dist.engine.settings import effective_stage
+from ft_dist.plan.shape import ModelShape, Parameter, model_shape
+
+BYTES = {"bf16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What runs on each rank. Sizes in elements and bytes; `labelled` is the share of tokens that carry a label."""
+
+    shape: ModelShape
+    config: RunConfig
+    ranks: int
+    ranks_per_node: int
+    gpu: bool
+    flash: bool = False
+    labelled: float = 1.0
+
+    @property
+    def stage(self) -> int:
+        return effective_stage(self.config)
+
+    @property
+    def lora(self) -> bool:
+        return self.config.method.kind == "lora"
+
+    @property
+    def checkpointing(self) -> bool:
+        return self.config.engine.activation_checkpointing
+
+    @property
+    def offload(self) -> bool:
+        """Whether the optimizer's state is on the host."""
+        return self.config.engine.offload != "none"
+
+    @property
+    def fused(self) -> bool:
+        return self.config.model.kernels != "off" and self.shape.known
+
+    @property
+    def fused_head(self) -> bool:
+        return self.config.model.kernels != "off"
+
+    @property
+    def item(self) -> int:
+        """Bytes of a weight and of an activation."""
+        return BYTES[self.config.model.dtype]
+
+    @property
+    def rows(self) -> int:
+        """Rows of one forward: a rank's share of the global batch may be less than batch.micro_rows."""
+        return min(self.config.batch.micro_rows, -(-self.config.batch.global_rows // self.ranks))
+
+    @property
+    def length(self) -> int:
+        return self.config.data.max_length
+
+    @property
+    def tokens(self) -> int:
+        """T: tokens of a micro-batch."""
+        return self.rows * self.length
+
+    @property
+    def micro_batches(self) -> int:
+        """Forward passes of a rank in a step; the rank with the most."""
+        return -(-self.config.batch.global_rows // (self.ranks * self.rows))
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step, over all ranks."""
+        return self.config.batch.global_rows * self.length
+
+    @property
+    def masked(self) -> bool:
+        """Whether attention takes a mask of length x length: packed rows, without flash attention."""
+        return self.config.data.packing and not self.flash and self.config.model.attention != "flex_attention"
+
+    @cached_property
+    def adapted(self) -> list[Parameter]:
+        return self.shape.adapted(self.config.method.target_modules) if self.lora else []
+
+    @cached_property
+    def trained(self) -> list[Parameter]:
+        """Parameters with a gradient, adapters by their own names."""
+        if not self.lora:
+            return self.shape.parameters
+        rank, found = self.config.method.rank, []
+        for matrix in self.adapted:
+            out, width = matrix.shape
+            name = matrix.name.removesuffix(".weight")
+            found.append(Parameter(f"{name}.lora_A.weight", (rank, width), matrix.layer, False))
+            found.append(Parameter(f"{name}.lora_B.weight", (out, rank), matrix.layer, False))
+            if self.config.method.dora:
+                found.append(Parameter(f"{name}.lora_magnitude_vector.weight", (out,), matrix.layer, False))
+        return found
+
+    @cached_property
+    def trainable(self) -> int:
+        return sum(parameter.numel for parameter in self.trained)
+
+    @cached_property
+    def total(self) -> int:
+        """Parameters of the model with its adapters."""
+        return self.shape.total_parameters + (self.trainable if self.lora else 0)
+
+    @cached_property
+    def adapted_names(self) -> frozenset[str]:
+        """Of a block: `mlp.up_proj` and so on."""
+        return frozenset(
+            parameter.name.split(".", 3)[3].removesuffix(".weight")
+            for parameter in self.adapted
+            if parameter.layer is not None
+        )
+
+
+def job_of(
+    config: RunConfig, *, ranks: int, ranks_per_node: int | None = None, gpu: bool = True, flash: bool = False
+) -> Job:
+    """Raises ModelError for a model that cannot be planned."""
+    shape = model_shape(config.model.path, revision=config.model.revision)
+    return Job(shape, config, ranks, ranks_per_node or ranks, gpu, flash)
+
+
+def flash_here(config: RunConfig) -> bool:
+    """Whether attention will be flash attention, if the run is on GPUs with the packages of this machine."""
+    attention = config.model.attention
+    if attention == "auto":
+        return config.model.dtype == "bf16" and find_spec("flash_attn") is not None
+    return attention == "flash_attention_2"

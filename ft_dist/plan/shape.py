@@ -1,0 +1,209 @@
+"""What a model's config.json says about its size: every parameter by name, without weights and without torch.
+
+Known are dense decoders of the families that `model/fused.py` knows; another family with the same keys is taken for
+Llama's layout and said to be so.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ft_dist.errors import ModelError
+from ft_dist.model.builtin import SMOLLM2, cached_folder, resolve_model
+from ft_dist.model.facts import match_target_modules
+from ft_dist.model.tiny import tiny_config, tiny_names
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
+# of the package's own config.json (ft_dist/model/smollm.py), for machines that have not fetched it
+_SMOLLM2 = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A tensor of the model. `layer` is None outside the decoder's blocks."""
+
+    name: str
+    shape: tuple[int, ...]
+    layer: int | None
+    linear: bool
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a dense decoder. All in elements; `hidden` H, `intermediate` I, `vocabulary` V."""
+
+    family: str
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool
+    qkv_bias: bool = False
+    output_bias: bool = False
+
+    @property
+    def q_width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    @property
+    def known(self) -> bool:
+        return self.family in FAMILIES
+
+    @property
+    def joined(self) -> bool:
+        """Phi-3 keeps q, k, v in one matrix, and gate and up in another."""
+        return self.family == "phi3"
+
+    @property
+    def head_norms(self) -> bool:
+        return self.family in ("qwen3", "gemma3_text")
+
+    @property
+    def block_norms(self) -> int:
+        """Norms of the residual stream in a block; Gemma 2 and 3 also have two after their parts."""
+        return 4 if self.family.startswith("gemma") else 2
+
+    def linears(self) -> list[tuple[str, int, int]]:
+        """(name, out, in) of the matrices of a block, in the order in which forward meets them."""
+        h, i, q, kv = self.hidden, self.intermediate, self.q_width, self.kv_width
+        if self.joined:
+            attention = [("self_attn.qkv_proj", q + 2 * kv, h)]
+            gated = [("mlp.gate_up_proj", 2 * i, h)]
+        else:
+            attention = [(f"self_attn.{name}_proj", width, h) for name, width in (("q", q), ("k", kv), ("v", kv))]
+            gated = [("mlp.gate_proj", i, h), ("mlp.up_proj", i, h)]
+        return [*attention, ("self_attn.o_proj", h, q), *gated, ("mlp.down_proj", h, i)]
+
+    @cached_property
+    def parameters(self) -> list[Parameter]:
+        """Every parameter once; a tied head has none of its own."""
+        found = [Parameter("model.embed_tokens.weight", (self.vocabulary, self.hidden), None, False)]
+        for layer in range(self.layers):
+            prefix = f"model.layers.{layer}."
+            for name, out, width in self.linears():
+                found.append(Parameter(f"{prefix}{name}.weight", (out, width), layer, True))
+                biased = self.output_bias if name.endswith("o_proj") else self.qkv_bias and "self_attn" in name
+                if biased:
+                    found.append(Parameter(f"{prefix}{name}.bias", (out,), layer, False))
+            norms = [(f"norm{index}.weight", self.hidden) for index in range(self.block_norms)]
+            if self.head_norms:
+                norms += [("self_attn.q_norm.weight", self.head_dim), ("self_attn.k_norm.weight", self.head_dim)]
+            found += [Parameter(prefix + name, (width,), layer, False) for name, width in norms]
+        found.append(Parameter("model.norm.weight", (self.hidden,), None, False))
+        if not self.tied:
+            found.append(Parameter("lm_head.weight", (self.vocabulary, self.hidden), None, False))
+        return found
+
+    @cached_property
+    def total_parameters(self) -> int:
+        return sum(parameter.numel for parameter in self.parameters)
+
+    @cached_property
+    def block_matrices(self) -> int:
+        """Elements of the matrices of one block."""
+        return sum(out * width for _, out, width in self.linears())
+
+    def adapted(self, targets: str | list[str]) -> list[Parameter]:
+        """The matrices that LoRA adapts. Raises ModelError for a target that matches nothing."""
+        matrices = {p.name.removesuffix(".weight"): p for p in self.parameters if p.linear}
+        if targets == "all-linear":
+            return list(matrices.values())
+        head = Parameter("lm_head.weight", (self.vocabulary, self.hidden), None, True)
+        return [(matrices | {"lm_head": head})[name] for name in match_target_modules([*matrices, "lm_head"], targets)]
+
+
+def model_shape(path: str, *, revision: str | None = None) -> ModelShape:
+    """The shape of a folder, built-in name or hub id; of the hub only config.json is read, and nothing is made.
+
+    Raises ModelError for what does not exist, has no dense decoder, or cannot be reached.
+    """
+    return shape_of_config(_read_config(path, revision), path)
+
+
+def shape_of_config(whole: dict[str, Any], path: str) -> ModelShape:
+    """From the tree of a config.json. Raises ModelError."""
+    config = whole.get("text_config", whole)
+    family = str(config.get("model_type", whole.get("model_type", "unknown")))
+    experts = config.get("num_local_experts") or config.get("num_experts") or config.get("n_routed_experts")
+    if experts:
+        raise ModelError(f"model.path={path}: has {experts} experts in a layer; plan knows dense decoders only.")
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    missing = [name for name in names if not isinstance(config.get(name), int)]
+    if missing:
+        raise ModelError(
+            f"model.path={path}: config.json ({family}) has no {', '.join(missing)}; plan knows dense decoders that "
+            "say these."
+        )
+    heads = config["num_attention_heads"]
+    return ModelShape(
+        family="gemma3_text" if family == "gemma3" else family,
+        hidden=config["hidden_size"],
+        intermediate=config["intermediate_size"],
+        layers=config["num_hidden_layers"],
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        vocabulary=config["vocab_size"],
+        tied=bool(config.get("tie_word_embeddings", whole.get("tie_word_embeddings", family.startswith("gemma")))),
+        qkv_bias=family == "qwen2" or bool(config.get("attention_bias", False)),
+        output_bias=family != "qwen2" and bool(config.get("attention_bias", False)),
+    )
+
+
+def _read_config(path: str, revision: str | None) -> dict[str, Any]:
+    if path in (SMOLLM2, *tiny_names()):
+        folder = cached_folder(path)
+        if folder is None:
+            return dict(_SMOLLM2) if path == SMOLLM2 else tiny_config(path)
+    else:
+        place = resolve_model(path)
+        folder = Path(place)
+        if not folder.is_dir():
+            return _from_hub(place, revision)
+    return _tree(folder / "config.json")
+
+
+def _from_hub(hub_id: str, revision: str | None) -> dict[str, Any]:
+    from huggingface_hub import hf_hub_download
+
+    from ft_dist.model.builtin import check_hub
+
+    check_hub(hub_id, revision)
+    try:
+        return _tree(Path(hf_hub_download(hub_id, "config.json", revision=revision)))
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        raise ModelError(f"model.path={hub_id}: the hub did not deliver its config.json ({reason}).") from None
+
+
+def _tree(file: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file}: not readable as JSON ({error}).") from None
+    if not isinstance(tree, dict):
+        raise ModelError(f"{file}: holds {type(tree).__name__}, not a JSON object.")
+    return tree

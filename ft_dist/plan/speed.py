@@ -1,0 +1,180 @@
+"""Time of a step on GPUs: arithmetic, bytes moved through device memory, and communication that nothing hides.
+
+A step is its micro-batches and one update. A micro-batch takes, one after another, its matrix products, its attention
+and what only moves bytes (norms, activations, rotary embedding, loss), each at a share of what the GPU reaches at
+best; then come collectives, of which ZeRO-3's hide behind arithmetic. The shares below are one set for all models,
+methods and GPUs; tests/plan/test_published.py holds them against published runs.
+
+T tokens, H hidden, I intermediate, Q and K widths of queries and keys, P trained parameters, N ranks.
+"""
+
+from dataclasses import dataclass
+
+from ft_dist.plan.gpu import Gpu
+from ft_dist.plan.job import Job
+from ft_dist.plan.states import MAX_LIVE
+
+MATMUL_SHARE = 0.69
+"""Of the best matrix product that was measured on the GPU: layers' shapes, and clocks under a load of hours"""
+ATTENTION_SHARE = 1.0
+"""Of flash attention's published rate, which is already one of training shapes"""
+MEMORY_SHARE = 0.80
+"""Of the data sheet's bandwidth: what copies reach"""
+LINK_SHARE = 0.80
+"""Of links in and between nodes: what NCCL's large collectives reach"""
+HIDDEN_SHARE = 0.90
+"""Of arithmetic that ZeRO-3's collectives may run behind"""
+HOP_S = 5e-6
+"""One step of a ring"""
+LAUNCH_S = 4e-6
+FUSED_LAUNCHES, PLAIN_LAUNCHES = 90, 330
+"""Kernels of a block, forward and backward"""
+PCIE_BYTES_S, HOST_BYTES_S = 25e9, 15e9
+"""Offload: to the host of one GPU, and what its share of the host's memory moves for the update"""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Seconds of a step by part, in the order in which they come; tokens a second over all ranks."""
+
+    parts: dict[str, float]
+    seconds: float
+    tokens_per_s: float
+    tokens_per_s_gpu: float
+    mfu: float
+
+
+@dataclass(frozen=True)
+class Links:
+    """Where collectives go. `network` in bytes a second for each GPU."""
+
+    gpu: Gpu
+    ranks: int
+    per_node: int
+    network: float
+
+    def gather_s(self, nbytes: float, calls: float = 1, *, ranks: int | None = None) -> float:
+        """An all-gather to, or a reduce-scatter from, `nbytes` whole on every rank: a ring in and between nodes."""
+        ranks = self.ranks if ranks is None else ranks
+        if ranks == 1:
+            return 0.0
+        nodes = -(-ranks // self.per_node)
+        inside = nbytes * (ranks - 1) / ranks / self.gpu.link
+        between = nbytes * (nodes - 1) / nodes / self.per_node / self.network if nodes > 1 else 0.0
+        hops = min(ranks, self.per_node) - 1 + nodes - 1
+        return max(inside, between) / LINK_SHARE + calls * hops * HOP_S
+
+
+def step_plan(
+    job: Job, gpu: Gpu, *, network: float | None = None, zeropp: bool = False, recomputed: float | None = None
+) -> StepPlan:
+    """`zeropp`: ZeRO++ (arXiv 2306.10209): gathers in 8 bits and within the node for backward, gradients in 4 bits.
+
+    `recomputed` is the share of a block's forward matrix products that backward repeats, where that is neither none
+    nor all of them (selective checkpointing, of other trainers).
+    """
+    links = Links(gpu, job.ranks, min(job.ranks_per_node, job.ranks), network or gpu.network)
+    again = (1.0 if job.checkpointing else 0.0) if recomputed is None else recomputed
+    counts = job.micro_batches
+    rate = gpu.matmul if job.item == 2 else gpu.fp32
+    matmul = matmul_flops(job, again) / (rate * MATMUL_SHARE)
+    attention = attention_flops(job, 1.0 if recomputed is None and job.checkpointing else 0.0)
+    attention /= (gpu.attention if job.item == 2 else gpu.fp32) * ATTENTION_SHARE
+    moved = moved_bytes(job, again) / (gpu.bandwidth * MEMORY_SHARE)
+    launches = (FUSED_LAUNCHES if job.fused else PLAIN_LAUNCHES) * (1 + again / 3) * job.shape.layers * LAUNCH_S
+    compute = max(matmul + attention + moved, launches)
+    each, once = collectives(job, links, zeropp=zeropp)
+    if job.stage == 3:
+        # the first block's weights and the last one's gradients have nothing to hide behind
+        each = max(each - compute * HIDDEN_SHARE, each / job.shape.layers)
+    parts = {
+        "matrix products": counts * matmul,
+        "attention": counts * attention,
+        "memory-bound": counts * (compute - matmul - attention),
+        "communication": counts * each + once,
+        "update": update_s(job, gpu),
+    }
+    seconds = sum(parts.values())
+    tokens_per_s = job.step_tokens / seconds
+    model_flops = counts * (matmul_flops(job, 0.0) + attention_flops(job, 0.0))
+    return StepPlan(parts, seconds, tokens_per_s, tokens_per_s / job.ranks, model_flops / seconds / gpu.flops)
+
+
+def matmul_flops(job: Job, recomputed: float) -> float:
+    """Of a micro-batch of a rank: 2 forward, 2 for gradients of activations, 2 for those of what is trained."""
+    shape, tokens = job.shape, job.tokens
+    blocks, head = shape.block_matrices * shape.layers, shape.vocabulary * shape.hidden
+    per_token = blocks * (4 + 2 * recomputed) + job.labelled * head * 4
+    if job.lora:
+        per_token += job.trainable * (6 + 2 * recomputed)
+    else:
+        per_token += 2 * blocks + 2 * job.labelled * head
+    return tokens * per_token
+
+
+def attention_flops(job: Job, recomputed: float) -> float:
+    """Causal: half of the square. 4 T S Q forward, 2.5 times that backward (FlashAttention-2); a mask costs all of
+    the square."""
+    shape = job.shape
+    forward = 4 * job.tokens * job.length * shape.q_width * shape.layers * (1.0 if job.masked else 0.5)
+    return forward * (3.5 + recomputed)
+
+
+def moved_bytes(job: Job, recomputed: float) -> float:
+    """Bytes that element-wise work reads and writes, counted from the ops of a block, in elements a token."""
+    shape = job.shape
+    h, i, q, k = shape.hidden, shape.intermediate, shape.q_width, shape.kv_width
+    outs = sum(out for name, out, _ in shape.linears() if name in job.adapted_names)
+    ins = sum(width for name, _, width in shape.linears() if name in job.adapted_names)
+    norms = shape.block_norms
+    if job.fused:
+        forward = 2 * norms * h + 6 * h + 4 * (q + k) + 3 * i + 2 * outs + ins
+        backward = 3 * norms * h + 6 * h + 6 * (q + k) + 5 * i + 2 * outs + ins
+    else:
+        forward = 17 * norms * h + 6 * h + 12 * (q + k) + 5 * i + 5 * outs + ins
+        backward = 34 * norms * h + 6 * h + 14 * (q + k) + 9 * i + 2 * outs + 3 * ins
+    blocks = job.tokens * shape.layers * (forward * (1 + recomputed) + backward) * job.item
+    logits = job.tokens * job.labelled * shape.vocabulary * (3 * job.item if job.fused_head else 24)
+    return blocks + logits
+
+
+def collectives(job: Job, links: Links, *, zeropp: bool) -> tuple[float, float]:
+    """Seconds of communication of a micro-batch, and once a step.
+
+    Stages 0 and 1 reduce whole gradients once a step, stage 2 in every micro-batch (its partitions add up the
+    result); both by all-reduce, which is a reduce-scatter and an all-gather. Stage 3 gathers weights for forward and
+    for backward, unless memory for a billion elements keeps them, and scatters gradients.
+    """
+    if job.ranks == 1:
+        return 0.0, 0.0
+    b, trained = job.item, job.trainable
+    gradients = 2 * links.gather_s(trained * b, calls=_buckets(trained))
+    if job.stage == 0:
+        return 0.0, gradients
+    updated = links.gather_s(trained * b)
+    if job.stage == 1:
+        return 0.0, gradients * 4 / b + updated
+    if job.stage == 2:
+        return gradients, updated
+    blocks = job.shape.layers
+    weights = job.total * b
+    again = max(0.0, 1 - MAX_LIVE / job.total)
+    forward = links.gather_s(weights * (0.5 if zeropp else 1.0), calls=blocks)
+    node = links.per_node if zeropp else None
+    backward = links.gather_s(weights * again, calls=blocks, ranks=node)
+    scattered = links.gather_s(trained * b * (0.25 if zeropp else 1.0), calls=_buckets(trained))
+    return forward + backward + scattered, 0.0
+
+
+def _buckets(trained: int) -> int:
+    from ft_dist.engine.settings import reduce_bucket_elements
+
+    return -(-trained // reduce_bucket_elements(trained))
+
+
+def update_s(job: Job, gpu: Gpu) -> float:
+    """AdamW reads and writes master, moments and gradients, after a pass for the norm; offloaded, over PCIe."""
+    own = job.trainable / (1 if job.stage == 0 else job.ranks)
+    if job.offload:
+        return own * (4 + job.item) / PCIE_BYTES_S + own * 32 / HOST_BYTES_S
+    return own * 44 / (gpu.bandwidth * MEMORY_SHARE)

@@ -1,0 +1,125 @@
+"""The settings whose memory is measured: model, method, ZeRO stage, ranks, checkpointing, kernels."""
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.conftest import ROOT
+
+
+class Combination(NamedTuple):
+    model: str
+    method: str
+    stage: int
+    ranks: int
+    checkpointing: bool
+    kernels: bool
+    dtype: str
+    micro_batches: int
+
+    @property
+    def name(self) -> str:
+        marks = ["ckpt"] * self.checkpointing + ["off"] * (not self.kernels)
+        return "-".join([self.model, self.method, f"z{self.stage}", f"r{self.ranks}", *marks, self.dtype])
+
+    def overrides(self, data: Path, folder: Path) -> list[str]:
+        return [
+            f"model.path={'smollm2-135m' if self.model == 'smollm2' else 'tiny-llama'}",
+            f"model.dtype={self.dtype}",
+            f"model.kernels={'auto' if self.kernels else 'off'}",
+            f"method.kind={self.method}",
+            f"engine.zero_stage={self.stage}",
+            f"engine.activation_checkpointing={str(self.checkpointing).lower()}",
+            f"batch.global_rows={self.ranks * self.micro_batches}",
+            f"data.train={data}",
+            "data.eval=[]",
+            "data.packing=false",
+            "data.too_long=truncate",
+            f"data.max_length={256 if self.model == 'smollm2' else 512}",
+            "optim.max_steps=2",
+            "checkpoint.interval_steps=0",
+            "checkpoint.resume=never",
+            f"output_dir={folder}",
+        ]
+
+
+_HALF = [
+    # method, stage, ranks, checkpointing, kernels, dtype of smollm2, its micro-batches
+    ("full", 0, 1, False, True, "fp32", 1),
+    ("full", 1, 2, True, True, "fp32", 1),
+    ("full", 2, 1, True, False, "fp32", 2),
+    ("full", 2, 2, False, True, "bf16", 1),
+    ("full", 3, 2, False, True, "bf16", 2),
+    ("full", 3, 1, True, True, "fp32", 1),
+    ("lora", 0, 2, False, True, "fp32", 2),
+    ("lora", 1, 1, False, False, "bf16", 1),
+    ("lora", 2, 2, True, True, "bf16", 2),
+    ("lora", 2, 1, False, True, "fp32", 1),
+    ("lora", 3, 1, False, False, "fp32", 2),
+    ("lora", 3, 2, True, True, "fp32", 1),
+]
+COMBINATIONS = [
+    Combination(model, method, stage, ranks, checkpointing, kernels, dtype if large else small_dtype, micro)
+    for model, large in (("tiny", False), ("smollm2", True))
+    for method, stage, ranks, checkpointing, kernels, dtype, micros in _HALF
+    for small_dtype in ["fp32" if stage == 0 else "bf16"]
+    for micro in [micros if large else 2]
+]
+
+
+def write_text(path: Path) -> Path:
+    """One text so long that its rows are full, all but the last; every token but a row's last is labelled."""
+    words = [
+        "the",
+        "quick",
+        "brown",
+        "fox",
+        "jumps",
+        "over",
+        "a",
+        "lazy",
+        "dog",
+        "and",
+        "runs",
+        "from",
+        "every",
+        "hill",
+    ]
+    chance = random.Random(0)
+    path.write_text(json.dumps({"text": " ".join(chance.choice(words) for _ in range(60_000))}) + "\n")
+    return path
+
+
+def measure(combination: Combination, folder: Path) -> dict[str, int]:
+    """Run it under torch's profiler; what rank 0 saw (see tests/plan/measured.py)."""
+    data = write_text(folder / "text.jsonl")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    ranks = []
+    for rank in range(combination.ranks):
+        place = {"RANK": rank, "WORLD_SIZE": combination.ranks, "LOCAL_RANK": rank, "MASTER_PORT": port}
+        environment = {name: str(value) for name, value in place.items()}
+        if combination.ranks == 1:
+            environment = {}
+        command = [sys.executable, "-W", "ignore", "-m", "tests.plan.measured", str(folder / f"rank{rank}.json")]
+        command += ["smoke", *combination.overrides(data, folder / "run")]
+        with (folder / f"rank{rank}.log").open("w") as log:
+            ranks.append(
+                subprocess.Popen(
+                    command,
+                    cwd=ROOT,
+                    env=os.environ | environment | {"PYTHONPATH": path, "MASTER_ADDR": "127.0.0.1"},
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    codes = [process.wait() for process in ranks]
+    assert codes == [0] * combination.ranks, (folder / "rank0.log").read_text()[-3000:]
+    return json.loads((folder / "rank0.json").read_text())

@@ -1,0 +1,58 @@
+"""A rank whose allocator really fails, because its address space is limited in the middle of a run."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT, SMALL_RUN, read_lines
+
+# 48 rows of 512 tokens keep about 170 MiB for backward, half of them half of that
+WIDE = [
+    *SMALL_RUN,
+    "method.kind=full",
+    "data.train=emails/train.jsonl",
+    "batch.global_rows=48",
+    "batch.micro_rows=48",
+    "optim.max_steps=2",
+]
+
+
+def rank(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_the_plan_is_told_beside_what_the_allocator_says(tmp_path):
+    done = rank("tests.plan.limited", "60", *WIDE, f"output_dir={tmp_path / 'run'}")
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    for told in ("batch.micro_rows=48", "The allocator says: ", "Planned: ", "This takes less: "):
+        assert told in done.stderr
+    assert "batch.micro_rows=48" not in done.stderr.split("This takes less: ")[1]
+
+
+def test_the_next_start_takes_half_the_rows_of_the_same_batches(tmp_path):
+    folder, plain = tmp_path / "run", tmp_path / "plain"
+    halving = [*WIDE, "batch.halve_when_out_of_memory=true"]
+    failed = rank("tests.plan.limited", "60", *halving, f"output_dir={folder}")
+    assert failed.returncode == 1, failed.stderr[-2000:]
+    assert "goes on from the last commit with batch.micro_rows=24" in failed.stderr
+    assert json.loads((folder / "micro_rows.json").read_text()) == {"micro_rows": 24}
+
+    done = rank("ft_dist.train", *halving, f"output_dir={folder}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "micro_rows: 24" in (folder / "config.yaml").read_text()
+    assert rank("ft_dist.train", *WIDE, f"output_dir={plain}").returncode == 0
+    assert (folder / "samples.jsonl").read_text() == (plain / "samples.jsonl").read_text()
+    losses = [[line["loss"] for line in read_lines(run / "metrics.jsonl")] for run in (folder, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+    summary = json.loads((plain / "summary.json").read_text())
+    assert summary["step_s"] > 0
+    assert summary["planned_step_s"] is None  # of CPUs nothing is known
+    assert summary["planned_peak_bytes"] == pytest.approx(summary["peak_memory_bytes"], rel=0.35)

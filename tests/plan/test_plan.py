@@ -1,0 +1,188 @@
+"""`ft-dist plan` on models of which only config.json is there."""
+
+import json
+import xml.etree.ElementTree as ET
+
+import pytest
+from ft_dist_kernels.linear_cross_entropy_chunks import chunk_rows as chunk_rows_of_the_kernel
+
+from ft_dist.config import load_config
+from ft_dist.errors import ConfigError, ModelError
+from ft_dist.model.builtin import builtin_names, resolve_model
+from ft_dist.model.tiny import tiny_names
+from ft_dist.plan.activations import chunk_rows
+from ft_dist.plan.gpu import gpu_like, gpu_named, gpus
+from ft_dist.plan.memory import memory_plan
+from ft_dist.plan.report import Cluster, fitted, plan_run, table
+from ft_dist.plan.shape import model_shape, shape_of_config
+from tests.plan.shapes import LLAMA_8B, LLAMA_70B, folder, shape
+
+
+@pytest.mark.parametrize("name", tiny_names())
+def test_parameters_are_those_of_the_model(name):
+    """By count and by shape, of every architecture that is promised."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(resolve_model(name))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    planned = model_shape(name)
+    assert sorted(parameter.shape for parameter in planned.parameters) == sorted(
+        tuple(parameter.shape) for parameter in model.parameters()
+    )
+
+
+def test_published_models_have_their_size():
+    assert shape(LLAMA_8B).total_parameters == 8_030_261_248
+    assert shape(LLAMA_70B).total_parameters == 70_553_706_496
+
+
+def test_nothing_is_fetched_or_made(tmp_path, monkeypatch):
+    monkeypatch.setenv("FT_DIST_CACHE", str(tmp_path / "cache"))
+    for name in builtin_names():
+        assert model_shape(name).total_parameters > 0
+    assert model_shape("smollm2-135m").total_parameters == 134_515_008
+    assert not (tmp_path / "cache").exists()
+
+
+def test_experts_and_strangers_are_told():
+    with pytest.raises(ModelError, match="128 experts"):
+        shape_of_config(LLAMA_8B | {"num_experts": 128}, "m")
+    with pytest.raises(ModelError, match="no hidden_size"):
+        shape_of_config({"model_type": "mamba"}, "m")
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("vocabulary", [260, 49_152, 128_256, 262_144])
+def test_loss_chunks_are_cut_as_the_kernel_cuts_them(gpu, vocabulary):
+    for count in (0, 1, 127, 255, 2048, 8191, 65_536):
+        ours = chunk_rows(count, vocabulary, gpu=gpu, bytes_a_logit=2 if gpu else 4)
+        assert ours == chunk_rows_of_the_kernel(count, vocabulary, "cuda" if gpu else "cpu", 2 if gpu else 4)
+
+
+def test_a_plan_of_70b_needs_neither_torch_nor_weights(cli, tmp_path):
+    """In well under two seconds; here it is shown that nothing heavy is even imported."""
+    import subprocess
+    import sys
+
+    from tests.conftest import ROOT
+
+    model = folder(LLAMA_70B, tmp_path / "model")
+    arguments = ["plan", "llama3_8b_full_zero3", f"model.path={model}", "--gpu", "h200", "--nodes", "2", "--json"]
+    code = (
+        "import sys\nfrom ft_dist.cli import app\n"
+        f"try: app({arguments!r})\nexcept SystemExit: pass\n"
+        "print('loaded', [name for name in ('torch', 'transformers', 'deepspeed') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    text, _, loaded = done.stdout.rpartition("loaded")
+    assert loaded.strip() == "[]"
+    tree = json.loads(text)
+    assert tree["world"]["gpus"] == 16
+    assert sum(tree["memory"]["parts_bytes"].values()) == tree["memory"]["peak_bytes"]
+    assert sum(tree["step"]["parts"].values()) == pytest.approx(tree["step"]["seconds"])
+    assert [path.name for path in model.iterdir()] == ["config.json"]
+
+
+def plan_of(tmp_path, *overrides, recipe="llama3_8b_lora", **cluster):
+    config = load_config(recipe, [f"model.path={folder(LLAMA_8B, tmp_path / 'model')}", *overrides])
+    return plan_run(config, Cluster(**cluster))
+
+
+def test_more_of_what_saves_memory_takes_less(tmp_path):
+    def peak(*overrides):
+        return plan_of(tmp_path, *overrides, recipe="llama3_8b_full_zero3")["memory"]["tensors_bytes"]
+
+    stages = [peak(f"engine.zero_stage={stage}", "batch.micro_rows=2") for stage in (1, 2, 3)]
+    assert stages == sorted(stages, reverse=True)
+    assert peak("engine.offload=cpu") < peak()
+    assert peak("optim.kind=adamw_8bit") < peak("optim.kind=muon") < peak()
+    assert (
+        peak()
+        < peak("engine.activation_checkpointing=false")
+        < peak("engine.activation_checkpointing=false", "model.kernels=off")
+    )
+    assert peak("data.packing=false", "engine.activation_checkpointing=false") < peak(
+        "engine.activation_checkpointing=false"
+    )
+
+
+def test_time_grows_with_work_and_shrinks_with_gpus(tmp_path):
+    def step(*overrides, **cluster):
+        return plan_of(tmp_path, *overrides, **cluster)["step"]
+
+    assert step()["seconds"] > step("engine.activation_checkpointing=false")["seconds"]
+    assert step(gpu="h100")["tokens_per_s"] > 2 * step(gpu="a100-80")["tokens_per_s"]
+    wide = "batch.global_rows=512"
+    few, many = step(wide, nodes=1), step(wide, nodes=8)
+    assert 6 < many["tokens_per_s"] / few["tokens_per_s"] <= 8
+    full = ["method.kind=full", "engine.zero_stage=2", wide]
+    assert step(*full, nodes=8)["parts"]["communication"] > 20 * step(wide, nodes=8)["parts"]["communication"]
+    assert step(*full, nodes=8, network=3e9)["seconds"] > 1.5 * step(*full, nodes=8)["seconds"]
+
+
+def test_gpus_are_known_by_the_names_that_others_give_them():
+    for name, key in (
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA GeForce RTX 4090", "4090"),
+        ("NVIDIA L40S", "l40s"),
+        ("A100-80GB:8", "a100-80"),
+        ("AMD Instinct MI300X", "mi300x"),
+    ):
+        assert gpu_like(name) == gpu_named(key), name
+    assert gpu_like("Tesla T4") is None
+    for chip in gpus().values():
+        assert chip.attention < chip.matmul < chip.flops
+
+
+def test_the_picture_is_one_file(tmp_path, cli):
+    picture = tmp_path / "plan.html"
+    done = cli("plan", "smoke", "--gpu", "l40s", "--picture", str(picture))
+    assert done.returncode == 0, done.stderr
+    text = picture.read_text()
+    assert "http" not in text.replace("http://www.w3.org", "")
+    for drawing in text.split("<svg")[1:]:
+        ET.fromstring("<svg" + drawing.split("</svg>")[0] + "</svg>")
+    assert text.count("<svg") == 3
+    assert "optimizer state" in text
+
+
+def test_lines_for_people(tmp_path):
+    told = table(plan_of(tmp_path, price=2.0, tokens=10_000_000, preemptions=2.0))
+    for line in ("fits", "tokens/s", "in all", "Young/Daly", "$", "flash"):
+        assert line in told
+    assert "DOES NOT FIT" in table(plan_of(tmp_path, gpu="4090", recipe="llama3_8b_full_zero3"))
+    assert "--tokens" in table(plan_of(tmp_path, "data.train=s3://bucket/data"))
+
+
+def test_host_memory_counts_what_is_offloaded(tmp_path):
+    inside = plan_of(tmp_path, recipe="llama3_8b_full_zero3")["memory"]["host_bytes"]
+    outside = plan_of(tmp_path, "engine.offload=cpu", recipe="llama3_8b_full_zero3")["memory"]["host_bytes"]
+    assert outside - inside > 8e9 / 8 * 8
+
+
+def test_a_gpu_that_is_not_in_the_table(cli):
+    done = cli("plan", "smoke", "--gpu", "tpu")
+    assert done.returncode == 2
+    assert "h100" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_unwritable_places_are_told(tmp_path, cli):
+    done = cli("plan", "smoke", "--gpu", "h100", "--fit", str(tmp_path / "no" / "recipe.yaml"))
+    assert done.returncode == 2
+    assert "recipe.yaml: cannot be written" in done.stderr
+    config = load_config("llama3_8b_full_zero3", [f"model.path={folder(LLAMA_70B, tmp_path / 'm')}"])
+    with pytest.raises(ConfigError, match="no setting fits"):
+        fitted(config, Cluster(gpu="4090", gpus_per_node=1), tmp_path / "x.yaml", recipe="x")
+
+
+def test_memory_is_counted_once(tmp_path):
+    config = load_config("llama3_8b_lora", [f"model.path={folder(LLAMA_8B, tmp_path / 'model')}"])
+    memory = memory_plan(Cluster().job(config))
+    assert sum(memory.parts.values()) == memory.peak
+    assert max(nbytes for _, nbytes in memory.timeline) == memory.tensors
