@@ -5,7 +5,7 @@ micro-batch, H hidden, I intermediate, V vocabulary, n labelled rows of a loss c
 
 A block keeps for its backward pass, in elements a token, with Q and K the widths of queries and of keys:
 
-    kernels   4 H + 2 Q + 2 K + 3 I + the ranks of its adapters
+    kernels   4 H + 2 Q + 2 K + 3 I + the ranks of its adapters, and Q for the order of packed samples
     Hugging   4 H + 2 Q + 2 K + 4 I, and 2 H in fp32 for its norms
 """
 
@@ -18,9 +18,9 @@ ACTIVATIONS, LOSS, GRADIENTS = "activations", "loss", "gradients"
 RECOMPUTED = "recomputed block"
 # of the kernels' CPU forms (kernels/ft_dist_kernels/glu.py, linear_cross_entropy_chunks.py, products.py)
 CPU_TILE_ELEMENTS = 512 * 1024
-WIDENED_TILE_BYTES = 16 * 2**20
+WIDENED_TILE_BYTES = 4 * 2**20
 GPU_LOGITS_BYTES, GPU_CHUNK_ROWS = 256 * 2**20, (1024, 4096)
-CPU_LOGITS_BYTES, CPU_CHUNK_ROWS = 64 * 2**20, (128, 1024)
+CPU_LOGITS_BYTES, CPU_CHUNK_ROWS = 96 * 2**20, (128, 1024)
 
 
 def chunk_rows(count: int, vocabulary: int, *, gpu: bool, bytes_a_logit: int) -> int:
@@ -91,6 +91,11 @@ class Walk:
             # sdpa takes repeated keys and values with a mask, and a mask in the dtype of the queries
             self.hold(layer, k_repeated=self.q, v_repeated=self.q, mask=self.mask * self.b)
             self.free(layer, "k_turned", "v")
+        if self.job.by_segment and self.job.config.data.packing:
+            # attention keeps its own order of tokens, and the projection after it that of the rows
+            self.hold(layer, q_spread=self.q, k_spread=self.kv, v_spread=self.kv)
+            self.free(layer, "q_turned", "k_turned", "v")
+            self.hold(layer, o_spread=self.q)
         self.hold(layer, o=self.q, lse=self.lse)
         self.hold(layer, s_o=self.ranks("self_attn.o_proj"), out=self.h)
         self._peft_spike(["self_attn.o_proj"], self.h)
@@ -155,16 +160,18 @@ class Walk:
         (self._fused_loss if self.job.fused_head else self._plain_loss)()
 
     def _fused_loss(self) -> None:
-        """Chunks of logits that become their own gradient; on CPU in fp32, with a half-precision weight in tiles."""
+        """Chunks of logits that become their own gradient; on CPU in fp32, beside a half-precision weight in tiles and
+        the gradient rounded as that is."""
         job, ledger = self.job, self.ledger
         n_all, v, h = round(self.t * job.labelled), job.shape.vocabulary, job.shape.hidden
         logit = self.b if job.gpu else 4
-        n = chunk_rows(n_all, v, gpu=job.gpu, bytes_a_logit=logit)
+        rounded = self.b if self.b == 2 and not job.gpu else 0
+        n = chunk_rows(n_all, v, gpu=job.gpu, bytes_a_logit=logit + rounded)
         ledger.hold(LOSS, "d_rows", n_all * h * self.b)
         ledger.hold(LOSS, "labels", n_all * 28)
         if not job.lora:
             ledger.hold(LOSS, "d_head", v * h * 4)
-        ledger.hold(LOSS, "logits", n * v * logit)
+        ledger.hold(LOSS, "logits", n * v * (logit + rounded))
         ledger.hold(LOSS, "rows", n * h * logit)
         ledger.hold(LOSS, "d_wide", n * h * 4)
         if self.b == 2 and not job.gpu:
@@ -243,6 +250,7 @@ class Walk:
         self.hold(layer, d_q=self.q, d_k=self.kv, d_v=self.kv)
         if job.masked:
             self.hold(layer, d_repeated=2 * self.q)
+        self.free(layer, "q_spread", "k_spread", "v_spread", "o_spread")
         self.free(
             layer, "q_turned", "k_turned", "k_repeated", "v_repeated", "v", "o", "lse", "mask", "d_o", "d_repeated"
         )

@@ -79,8 +79,15 @@ class Job:
 
     @property
     def masked(self) -> bool:
-        """Whether attention takes a mask of length x length: packed rows, without flash attention."""
-        return self.config.data.packing and not self.flash and self.config.model.attention != "flex_attention"
+        """Whether attention takes a mask of length x length."""
+        apart = self.flash or self.by_segment or self.config.model.attention == "flex_attention"
+        return self.config.data.packing and not apart
+
+    @property
+    def by_segment(self) -> bool:
+        """Whether our own attention goes sample by sample."""
+        sdpa = self.config.model.attention in ("auto", "sdpa") and not self.flash
+        return self.fused and sdpa and self.shape.family != "gemma2"  # its scores are soft-capped
 
     @cached_property
     def adapted(self) -> list[Parameter]:

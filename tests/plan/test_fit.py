@@ -50,7 +50,8 @@ def test_the_recipe_written_is_the_fastest_that_fits(cli, tmp_path, model):
 
 
 def test_what_cannot_fit_is_refused_with_the_nearest_that_does(model):
-    config = load_config("llama3_8b_full_zero3", [f"model.path={model}", "engine.zero_stage=1", "batch.micro_rows=16"])
+    wide = ["engine.zero_stage=1", "batch.global_rows=512", "batch.micro_rows=64"]
+    config = load_config("llama3_8b_full_zero3", [f"model.path={model}", *wide])
     device = Device("NVIDIA GeForce RTX 4090", gpu_named("4090").memory, gpu=True)
     with pytest.raises(ConfigError, match="This fits: ") as raised:
         check_fits(config, ranks=8, ranks_per_node=8, device=device)

@@ -16,6 +16,7 @@ WIDE = [
     "data.train=emails/train.jsonl",
     "batch.global_rows=48",
     "batch.micro_rows=48",
+    "data.packing=true",
     "optim.max_steps=2",
 ]
 
