@@ -25,15 +25,15 @@ from ft_dist.distributed import World, announce_stop, leave_world, stop_announce
 from ft_dist.engine.build import build_engine
 from ft_dist.engine.final import write_final
 from ft_dist.engine.step import Engine, StepResult
-from ft_dist.errors import Preempted, TrainingError, UserError
-from ft_dist.evaluate.comparison import comparison
+from ft_dist.errors import Preempted, TrainingError
+from ft_dist.evaluate.comparison import comparison, summary_line
 from ft_dist.evaluate.held_out import EvaluationStopped, HeldOut
 from ft_dist.model.builtin import resolve_model
 from ft_dist.model.tokenizer import load_tokenizer
 from ft_dist.observe.console import Console
 from ft_dist.observe.recorder import Recorder, log_rank_output
 from ft_dist.observe.trackers import keep_wandb_run_id, wandb_run_id
-from ft_dist.plan.out_of_memory import is_out_of_memory, rows_after_shortage, shortage
+from ft_dist.plan.out_of_memory import rows_after_shortage, telling_shortage
 from ft_dist.plan.reality import Planned
 from ft_dist.preemption.listen import listen_for_notices
 from ft_dist.preemption.stop import StopRequest
@@ -79,12 +79,8 @@ def prepare_run(config: RunConfig, stop: StopRequest) -> "Run":
     config = rows_after_shortage(config, world)
     if world.device.type == "cpu":
         keep_freed_memory()
-    try:
+    with telling_shortage(config, world, flash=False):
         engine = build_engine(config, world, folder=folder, tokenizer=tokenizer)
-    except (RuntimeError, MemoryError) as error:
-        if is_out_of_memory(error):
-            raise shortage(config, world, error, flash=False) from error
-        raise
     stream = open_stream(config, tokenizer, train_set)
     run = Run(config, world, engine, stream, stop, tokenizer=tokenizer, held_out=held_out, folder=folder)
     run.log_file = log_file
@@ -274,12 +270,6 @@ class Run:
         eta_s = (total_steps - self.step) * seconds
         self.recorder.console.step(record, total_steps=total_steps, eta_s=eta_s, mfu=mfu, last=last)
 
-    def out_of_memory(self, error: BaseException) -> UserError | TrainingError | None:
-        """What to end the run with if `error` means that memory ran out."""
-        if not is_out_of_memory(error):
-            return None
-        return shortage(self.config, self.world, error, flash=self.engine.flash)
-
     def commit_is_due(self) -> bool:
         return self.finished or self.checkpoints.is_due(self.step)
 
@@ -404,11 +394,3 @@ class Run:
             self._data_changes = self.stream.load_state_dict(state["data"])
         if self.world.is_main and state.get("wandb_run_id") and not wandb_run_id(self.config):
             keep_wandb_run_id(self.config, state["wandb_run_id"])
-
-
-def summary_line(scores: dict[str, Any]) -> str:
-    parts = [f"{key} {scores[key]:.4f}" for key in ("loss", "perplexity") if scores[key] is not None]
-    parts = parts or ["loss not finite"]
-    if scores.get("accuracy") is not None:
-        parts.append(f"accuracy {scores['accuracy']:.1%}")
-    return ", ".join(parts)

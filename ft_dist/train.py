@@ -39,23 +39,20 @@ def train(config: RunConfig, stop: StopRequest) -> None:
     from ft_dist.model.quiet import quiet_process
 
     quiet_process()
+    from ft_dist.plan.out_of_memory import telling_shortage
     from ft_dist.run import prepare_run
 
     run = prepare_run(config, stop)
     try:
-        before = run.evaluate("before") if config.evaluate.before else None
-        stop.training_started()
-        step_until_done(run, stop)
-        run.finish_commits()
-        stop.training_ended()
-        run.write_final()
-        after = run.evaluate("after")
-        run.summarise(before=before, after=after)
-    except (RuntimeError, MemoryError) as error:
-        told = run.out_of_memory(error)
-        if told is None:
-            raise
-        raise told from error
+        with telling_shortage(run.config, run.world, flash=run.engine.flash):
+            before = run.evaluate("before") if config.evaluate.before else None
+            stop.training_started()
+            step_until_done(run, stop)
+            run.finish_commits()
+            stop.training_ended()
+            run.write_final()
+            after = run.evaluate("after")
+            run.summarise(before=before, after=after)
     finally:
         run.close()
 

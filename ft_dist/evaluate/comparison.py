@@ -35,3 +35,12 @@ def _answers(before: dict[str, Any] | None, after: dict[str, Any]) -> list[str]:
 def one_line(text: str, width: int) -> str:
     flat = " ".join(text.split())
     return flat if len(flat) <= width else f"{flat[: width - 3]}..."
+
+
+def summary_line(scores: dict[str, Any]) -> str:
+    """Scores in a few words."""
+    parts = [f"{key} {scores[key]:.4f}" for key in ("loss", "perplexity") if scores[key] is not None]
+    parts = parts or ["loss not finite"]
+    if scores.get("accuracy") is not None:
+        parts.append(f"accuracy {scores['accuracy']:.1%}")
+    return ", ".join(parts)

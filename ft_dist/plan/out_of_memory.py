@@ -5,6 +5,8 @@ folder, and the next start, which the agent makes at once, takes it. Global batc
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -38,6 +40,17 @@ def rows_after_shortage(config: RunConfig, world: World) -> RunConfig:
     # a node that does not see rank 0's disk goes by the others
     rows = int(-max_over_ranks(-float(rows), world)) if config.batch.halve_when_out_of_memory else rows
     return config.model_copy(update={"batch": config.batch.model_copy(update={"micro_rows": rows})})
+
+
+@contextmanager
+def telling_shortage(config: RunConfig, world: World, *, flash: bool) -> Iterator[None]:
+    """Ends a run that runs out of memory inside with what `shortage` says."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise shortage(config, world, error, flash=flash) from error
 
 
 def shortage(config: RunConfig, world: World, error: BaseException, *, flash: bool) -> ConfigError | TrainingError:
