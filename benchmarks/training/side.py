@@ -11,6 +11,7 @@ import resource
 import statistics
 import tempfile
 import time
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -154,13 +155,18 @@ def hugging_face_forward(model: Any) -> Any:
 
 
 def rows(options: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """Random tokens; the last `labelled` share of every row carries labels, except its very last token."""
+    """Random tokens, `samples` of unlike lengths in every row. Of each the last `labelled` share carries labels, except
+    its very last token."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, 400, (options.rows, options.tokens), generator=generator)
     labels = ids.roll(-1, dims=1)
-    labels[:, : int(options.tokens * (1 - options.labelled))] = -100
-    labels[:, -1] = -100
-    positions = torch.arange(options.tokens).repeat(options.rows, 1)
+    positions = torch.empty_like(ids)
+    cuts = 1 + torch.randperm(options.tokens - 1, generator=generator)[: options.samples - 1]
+    bounds = [0, *sorted(cuts.tolist()), options.tokens]
+    for start, end in pairwise(bounds):
+        positions[:, start:end] = torch.arange(end - start)
+        labels[:, start : start + int((end - start) * (1 - options.labelled))] = -100
+        labels[:, end - 1] = -100
     batch = {"input_ids": ids, "labels": labels, "position_ids": positions}
     return {name: tensor.to(options.device) for name, tensor in batch.items()}
 
@@ -194,7 +200,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--labelled", type=float, default=1.0)
+    parser.add_argument("--samples", type=int, default=1, help="samples in a row")
+    parser.add_argument("--labelled", type=float, default=1.0, help="share of a sample that is learnt")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--steps", type=int, default=2)
