@@ -100,7 +100,8 @@ def run_chunks(
     grads = _allocate(head, hidden_TH, count, wanted)
     rows = chunk_rows(count, vocabulary, hidden.device.type, _bytes_a_logit(head, dtype))
     logits_nV = torch.empty(min(rows, count), vocabulary, device=hidden.device, dtype=dtype)
-    rounded_nV = torch.empty_like(logits_nV, dtype=head.weight.dtype) if _rounds(head, dtype) else None
+    rounds = wanted.hidden and _rounds(head, dtype)
+    rounded_nV = torch.empty_like(logits_nV, dtype=head.weight.dtype) if rounds else None
     softmax_step = _triton_softmax_step() if head.options.triton else softmax_step_torch
     for start in range(0, count, rows):
         chunk = slice(start, min(start + rows, count))
@@ -118,7 +119,7 @@ def run_chunks(
             want_grad=any(wanted),
         )
         if any(wanted):
-            rounded = None if rounded_nV is None or not wanted.hidden else rounded_nV[: len(logits)].copy_(logits)
+            rounded = None if rounded_nV is None else rounded_nV[: len(logits)].copy_(logits)
             _accumulate(grads, logits, rounded, head, hidden_nH, source_nH, s_nR, chunk)
     return tokens, grads
 

@@ -106,8 +106,7 @@ def segment_attention(
         )
         outputs.append(y_bnsd.transpose(1, 2).reshape(count * longest, heads, width))
     y_PND = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    y_TND = y_PND if segments.in_order else _Collect.apply(y_PND, segments)
-    return y_TND.view(batch, positions, heads, width)
+    return _collect(y_PND, segments).view(batch, positions, heads, width)
 
 
 def segment_attention_reference(
@@ -132,7 +131,15 @@ def _tokens_first(x: Tensor) -> Tensor:
 
 
 def _spread(x_TND: Tensor, segments: Segments) -> Tensor:
-    return x_TND if segments.in_order else _Spread.apply(x_TND, segments)
+    """Tokens (T, N, D) -> places (P, N, D)."""
+    return x_TND if segments.in_order else _Rearrange.apply(x_TND, segments.token_of, segments.place_of, None)
+
+
+def _collect(y_PND: Tensor, segments: Segments) -> Tensor:
+    """Places (P, N, D) -> tokens (T, N, D)."""
+    if segments.in_order:
+        return y_PND
+    return _Rearrange.apply(y_PND, segments.place_of, segments.token_of, segments.padding)
 
 
 def _band(longest: int, window: int, device: torch.device) -> Tensor:
@@ -141,31 +148,17 @@ def _band(longest: int, window: int, device: torch.device) -> Tensor:
     return (distance >= 0) & (distance < window)
 
 
-class _Spread(torch.autograd.Function):
-    """Tokens (T, N, D) -> places (P, N, D). Each token has one place, so that backward is a selection as well."""
+class _Rearrange(torch.autograd.Function):
+    """Rows of x in the order of `index`. `inverse` names the one place of each row; `padding`, the rows of x that stand
+    for no token: such a query would still pass gradients on to keys of its segment."""
 
     @staticmethod
-    def forward(ctx: Any, x_TND: Tensor, segments: Segments) -> Tensor:
-        ctx.segments = segments
-        return x_TND.index_select(0, segments.token_of)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_PND: Tensor) -> tuple[Tensor, None]:
-        return grad_PND.index_select(0, ctx.segments.place_of), None
-
-
-class _Collect(torch.autograd.Function):
-    """Places (P, N, D) -> tokens (T, N, D)."""
-
-    @staticmethod
-    def forward(ctx: Any, y_PND: Tensor, segments: Segments) -> Tensor:
-        ctx.segments = segments
-        return y_PND.index_select(0, segments.place_of)
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, padding: Tensor | None) -> Tensor:
+        ctx.inverse, ctx.padding = inverse, padding
+        return x.index_select(0, index)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_TND: Tensor) -> tuple[Tensor, None]:
-        grad_PND = grad_TND.index_select(0, ctx.segments.token_of)
-        # a query that stands for no token would still pass gradients on to keys of its segment
-        return grad_PND.index_fill_(0, ctx.segments.padding, 0), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        gathered = grad.index_select(0, ctx.inverse)
+        return (gathered if ctx.padding is None else gathered.index_fill_(0, ctx.padding, 0)), None, None, None
