@@ -23,6 +23,7 @@ import numpy.typing as npt
 from jinja2.exceptions import TemplateError
 
 from ft_dist.data.formats import Sample
+from ft_dist.data.pretokens import PretokenCache
 from ft_dist.data.spans import Messages, Render, Skeleton, Spans, TurnMarks, find_marks, find_spans, make_skeleton
 from ft_dist.data.token_bytes import Ids, TokenBytes, token_range
 from ft_dist.errors import DataError, ModelError
@@ -98,6 +99,10 @@ class Encoder:
     def _token_bytes(self) -> TokenBytes | None:
         """Made when the first text is encoded for training: it walks the whole vocabulary."""
         return TokenBytes.of(self._backend) if self._backend is not None else None
+
+    @cached_property
+    def _pretokens(self) -> PretokenCache | None:
+        return PretokenCache.of(self._backend) if self._backend is not None else None
 
     def tokenise(self, rendered: Sequence[Spans]) -> list[Encoded]:
         """Token ids and masks of rendered texts, in order."""
@@ -232,8 +237,11 @@ class Encoder:
         if self._backend.padding is not None:
             self._backend.no_padding()
         if chats is None or self._token_bytes is not None:
-            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=special)
-            arrays = [np.array(encoding.ids, np.uint32) for encoding in encodings]
+            if self._pretokens is not None:
+                arrays = self._pretokens.encode(texts, add_special_tokens=special)
+            else:
+                encodings = self._backend.encode_batch_fast(texts, add_special_tokens=special)
+                arrays = [np.array(encoding.ids, np.uint32) for encoding in encodings]
             if chats is None:
                 return [(ids, []) for ids in arrays]
             return [self._placed(ids, spans, special) for ids, spans in zip(arrays, chats, strict=True)]
