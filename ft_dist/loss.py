@@ -69,6 +69,10 @@ class CausalObjective(nn.Module):
         hidden = causal_lm.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False, **apart)
         return self.head(hidden.last_hidden_state, labels)
 
+    def computed_tokens(self, batch: MicroBatch) -> int:
+        """Tokens that run for a batch: where attention goes sample by sample, no padding, shared ones once."""
+        return len(batch.kept) if self.by_segment else batch.input_ids.numel()
+
     def batch_loss(self, batch: MicroBatch) -> torch.Tensor:
         return self(**batch.inputs())
 

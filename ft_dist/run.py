@@ -228,6 +228,7 @@ class Run:
             "labelled_tokens": batch.batch.labelled_tokens,
             "real_tokens": batch.batch.real_tokens,
             "padded_tokens": int(result.sums[1]),
+            "computed_tokens": int(result.sums[2]),
             "tokens_per_s": round(batch.batch.real_tokens / (step_s + waited_s), 3),
             "step_s": round(step_s, 6),
             "data_wait_s": round(waited_s, 6),
@@ -264,7 +265,8 @@ class Run:
             per_token = flops_per_token(
                 total_parameters=self.engine.total_parameters, trainable_share=self.engine.trainable_share
             )
-            mfu = record["real_tokens"] * per_token / seconds / (peak * self.world.size)
+            needed = min(record["real_tokens"], record["computed_tokens"])
+            mfu = needed * per_token / seconds / (peak * self.world.size)
         total_steps = self.step if self.finished else max(self.total_steps, self.step + 1)
         last = self.finished or self.step == self.first_step + 1
         eta_s = (total_steps - self.step) * seconds

@@ -85,11 +85,12 @@ def take_step(run: Any, stop: StopRequest, batch: Any) -> None:
     run.seed_step()
     rate = learning_rate(run.config.optim, step=run.step + 1, total_steps=run.total_steps)
     padded = sum(micro_batch.padded_tokens for micro_batch in batch.micro_batches)
+    computed = sum(run.engine.objective.computed_tokens(micro_batch) for micro_batch in batch.micro_batches)
     result = run.engine.train_step(
         batch.micro_batches,
         labelled_tokens=batch.batch.labelled_tokens,
         learning_rate=rate,
-        to_sum=lambda: [float(stop.wanted), float(padded)],
+        to_sum=lambda: [float(stop.wanted), float(padded), float(computed)],
         abandon=batch.given_up,
     )
     if result.abandoned:

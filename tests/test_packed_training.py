@@ -1,5 +1,6 @@
 """The same samples in one global batch, packed or a row each, give the same loss and the same gradients in fp32."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ from ft_dist.loss import CausalObjective
 from ft_dist.model.builtin import resolve_model
 from ft_dist.model.fused import fuse
 from ft_dist.model.load import add_adapters, load_model
-from tests.data.stores import random_store
+from tests.data.stores import ListStore, random_store
 
 
 def build(kind: str, kernels: str) -> CausalObjective:
@@ -57,6 +58,33 @@ def test_packed_equals_a_row_each(kind, kernels):
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert gradients.keys() == expected.keys()
     assert len(gradients) > 10
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-5 * float(expected[name].abs().max()))
+
+
+def chats_with_one_system_prompt() -> ListStore:
+    """Nine samples: a system prompt of 30 tokens, of two questions one, answers of different lengths, an end."""
+    chance = np.random.default_rng(0)
+    system, questions = chance.integers(1, 200, 30).tolist(), chance.integers(1, 200, (2, 9)).tolist()
+    samples = []
+    for number in range(9):
+        answer = chance.integers(1, 200, 3 + 5 * number).tolist()
+        tokens = [*system, *questions[number % 2], *answer, 7]
+        samples.append((tokens, [False] * 39 + [True] * len(answer) + [False]))
+    return ListStore(samples)
+
+
+@pytest.mark.parametrize("rows", [[[0, 1, 2], [3, 4, 5, 6], [7, 8]], [[number] for number in range(9)]])
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_what_samples_share_is_computed_once_and_counts_for_all(kind, rows):
+    store = chats_with_one_system_prompt()
+    objective = build(kind, "torch")
+    together = collate(rows, store)
+    assert len(together.kept) < 0.5 * together.real_tokens
+    loss, gradients = loss_and_gradients(objective, store, [rows])
+    expected_loss, expected = loss_and_gradients(objective, store, [[[number]] for number in range(9)])
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-5 * float(expected[name].abs().max()))
 

@@ -10,7 +10,8 @@ PHASES = ("data", "forward", "backward", "optimizer", "communication", "checkpoi
 
 FORMULA = (
     "model FLOPs a token = N x (4 + 2 x trainable share) + 12 x layers x heads x head size x context: 4 N for LoRA, "
-    "6 N for full fine-tuning; context is the mean number of tokens a token looks at; recomputation does not count"
+    "6 N for full fine-tuning; context is the mean number of tokens a token looks at; recomputation does not count, "
+    "and a token that samples share counts once"
 )
 
 
@@ -26,13 +27,17 @@ def figures(spec: Spec, seen: dict[str, Any]) -> dict[str, Any]:
         for kind in ("real", "labelled")
     }
     per_token = flops_per_token(total_parameters=seen["parameters"], trainable_share=seen["trainable_share"])
+    needed_tokens_per_s = statistics.median(
+        min(record["real_tokens"], record["computed_tokens"]) / span
+        for record, span in zip(timed, seconds, strict=True)
+    )
     per_token += 12 * seen["attention_width"] * seen["context"]
     world = seen["world_size"]
     return {
         **spec.settings,
         **rates,
         "step_s": step_s,
-        "mfu": rates["real_tokens_per_s"] * per_token / (seen["peak_flops"] * world),
+        "mfu": needed_tokens_per_s * per_token / (seen["peak_flops"] * world),
         "flops_a_token": per_token,
         "peak_flops": seen["peak_flops"],
         "peak_flops_source": "measured matrix product" if seen["peak_flops_measured"] else "data sheet, dense bf16",

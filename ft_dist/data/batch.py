@@ -13,8 +13,9 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from ft_dist_kernels.segment_attention import Segments, find_segments
+from ft_dist_kernels.segment_attention import Segments
 
+from ft_dist.data.prefixes import needed_tokens
 from ft_dist.data.store import SampleStore, end_to_end
 from ft_dist.data.stream import GlobalBatch, Row
 
@@ -36,8 +37,8 @@ class MicroBatch:
     already), and IGNORED where the next token is not learnt, belongs to another sample, or is padding. Positions
     restart at 0 with each sample; each pad token is a segment of its own at position 0.
 
-    kept: (T,) int64, the tokens, counted over the rows, that need to run where attention goes sample by sample: all but
-    the padding, a multiple of 8. `segments` lie among these.
+    kept: (T,) int64, the tokens, counted over the rows, that need to run where attention goes sample by sample (see
+    prefixes.py), a multiple of 8. `segments` lie among these.
     """
 
     input_ids: torch.Tensor
@@ -84,7 +85,7 @@ def collate(rows: Sequence[Row], store: SampleStore, *, pad_id: int = 0) -> Micr
     """Rows of global sample ids -> tensors. No rows give the dummy: one pad token that predicts nothing."""
     if not rows:
         zero = np.zeros((1, 1), np.int64)
-        return _micro_batch(zero + pad_id, zero + IGNORED, zero, [0])
+        return _micro_batch(zero + pad_id, zero + IGNORED, zero, 0)
     tokens, mask, lengths = store.gather(np.fromiter(chain.from_iterable(rows), np.int64))
     positions = end_to_end(np.zeros_like(lengths), lengths)
     learnt = np.flatnonzero(mask & (positions > 0))  # what comes first in a sample has no token before it
@@ -102,25 +103,21 @@ def collate(rows: Sequence[Row], store: SampleStore, *, pad_id: int = 0) -> Micr
         input_RL[row, : end - start] = tokens[start:end]
         label_RL[row, : end - start] = labels[start:end]
         position_RL[row, : end - start] = positions[start:end]
-    return _micro_batch(input_RL, label_RL, position_RL, [end - start for start, end in zip(starts, ends, strict=True)])
+    return _micro_batch(input_RL, label_RL, position_RL, len(tokens))
 
 
-def _micro_batch(
-    input_RL: np.ndarray, label_RL: np.ndarray, position_RL: np.ndarray, row_tokens: list[int]
-) -> MicroBatch:
-    real = (np.arange(input_RL.shape[1]) < np.array(row_tokens)[:, None]).ravel()
-    missing = -sum(row_tokens) % ROUND_TO if any(row_tokens) else 1
-    real[np.flatnonzero(~real)[:missing]] = True
-    positions, kept = torch.from_numpy(position_RL), torch.from_numpy(np.flatnonzero(real))
+def _micro_batch(input_RL: np.ndarray, label_RL: np.ndarray, position_RL: np.ndarray, real_tokens: int) -> MicroBatch:
+    predicts = label_RL != IGNORED
+    needed = needed_tokens(input_RL.ravel(), predicts.ravel(), position_RL.ravel(), round_to=ROUND_TO)
     return MicroBatch(
         input_ids=torch.from_numpy(input_RL),
         labels=torch.from_numpy(label_RL),
-        position_ids=positions,
-        kept=kept,
-        segments=find_segments(positions.view(-1)[kept][None]),
-        real_tokens=sum(row_tokens),
-        labelled_tokens=int(np.count_nonzero(label_RL != IGNORED)),
-        padded_tokens=input_RL.size - sum(row_tokens),
+        position_ids=torch.from_numpy(position_RL),
+        kept=needed.kept,
+        segments=needed.segments,
+        real_tokens=real_tokens,
+        labelled_tokens=int(np.count_nonzero(predicts)),
+        padded_tokens=input_RL.size - real_tokens,
     )
 
 

@@ -19,11 +19,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ft_dist_kernels.products import widens
+from ft_dist_kernels.products import matmul, matmul_into, widens
 
 GPU_LOGITS_BYTES, GPU_CHUNK_ROWS = 256 * 2**20, (1024, 4096)
 CPU_LOGITS_BYTES, CPU_CHUNK_ROWS = 96 * 2**20, (128, 1024)
 WIDENED_TILE_BYTES = 4 * 2**20
+CPU_TILES = 16
+"""Parts of a vocabulary whose logits are made one after the other where oneDNN makes them: it has no `out`"""
 SCALED_ROWS = 4096
 
 
@@ -259,10 +261,13 @@ def _take(source_TH: Tensor, rows_N: Tensor | None, chunk: slice, dtype: torch.d
 
 
 def _tiles(matrix_VH: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The matrix in `dtype`: whole, or tiles of rows widened one after the other, each over the one before."""
+    """The matrix in `dtype`: whole on a GPU that need not widen it, otherwise tiles of rows, each widened over the one
+    before."""
     vocabulary, width = matrix_VH.shape
     if matrix_VH.dtype is dtype:
-        yield slice(0, vocabulary), matrix_VH
+        step = max(256, vocabulary // CPU_TILES) if matrix_VH.device.type == "cpu" else max(1, vocabulary)
+        for start in range(0, vocabulary, step):
+            yield slice(start, min(start + step, vocabulary)), matrix_VH[start : start + step]
         return
     step = max(256, WIDENED_TILE_BYTES // (max(width, 1) * dtype.itemsize))
     buffer = matrix_VH.new_empty(min(step, vocabulary), width, dtype=dtype)
@@ -278,7 +283,7 @@ def _logits_into(logits_nV: Tensor, head: Head, hidden_nH: Tensor, source_nH: Te
     for tile, weight_vH in _tiles(head.weight, dtype):
         tile_nv, weight_Hv = logits_nV[:, tile], weight_vH.T
         if s_nR is None or head.lora_b is None:
-            torch.mm(hidden_nH, weight_Hv, out=tile_nv)
+            matmul_into(tile_nv, hidden_nH, weight_Hv)
         else:  # the small term first: its rounding is small, and the sum is rounded once
             torch.mm(s_nR, head.lora_b[tile].to(dtype).T * head.options.lora_scale, out=tile_nv)
             tile_nv.addmm_(hidden_nH, weight_Hv)
@@ -343,6 +348,8 @@ def _accumulate(
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """left right in fp32."""
+    if left.dtype is right.dtype is torch.float32:
+        return matmul(left, right)
     total = torch.zeros(left.shape[0], right.shape[1], device=left.device, dtype=torch.float32)
     add_product(total, left, right)
     return total

@@ -5,7 +5,11 @@ would take 25 times the arithmetic that they need, and mask every fast path of P
 of like length are laid side by side as a batch, (segments, longest, heads, width); each batch is plain causal
 attention, which padding after a segment's end cannot touch.
 
-Shapes: B rows, S positions, T = B S tokens, P places of all batches together, N heads, D head width.
+Segments that begin alike (a system prompt) can share tokens: what a token's layers compute depends on the tokens before
+it alone, so that one computation serves all of them, and its gradient is the sum of theirs. Such a token lies at
+several places; it is queried at the first, and is a key and a value at all.
+
+Shapes: B rows, S positions, T = B S tokens, P places of all batches together, C copies, N heads, D head width.
 """
 
 from collections.abc import Callable
@@ -25,13 +29,17 @@ class Segments:
     """Where each token lies among the batches.
 
     token_of (P,): the token at each place, some token of the same rows where no segment reaches; place_of (T,): the
-    place of each token; padding: the places without a token; shapes: segments and length of each batch, in order.
-    `in_order`: the places are the tokens.
+    first place of each token; shared: the tokens with more places than one; copies (C,): those further places, and
+    copied (C,): of which of the shared tokens; unread: the places that no token's output is taken from, without a token
+    or copies; shapes: segments and length of each batch, in order. `in_order`: the places are the tokens.
     """
 
     token_of: Tensor
     place_of: Tensor
-    padding: Tensor
+    shared: Tensor
+    copies: Tensor
+    copied: Tensor
+    unread: Tensor
     shapes: tuple[tuple[int, int], ...]
     in_order: bool
 
@@ -42,9 +50,8 @@ class Segments:
         return self._changed(Tensor.pin_memory)
 
     def _changed(self, change: Callable[[Tensor], Tensor]) -> "Segments":
-        return replace(
-            self, token_of=change(self.token_of), place_of=change(self.place_of), padding=change(self.padding)
-        )
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
 
 
 def find_segments(position_ids: Tensor) -> Segments:
@@ -52,24 +59,43 @@ def find_segments(position_ids: Tensor) -> Segments:
     flat = position_ids.reshape(-1)
     starts = torch.nonzero(flat == 0).squeeze(1)
     lengths = torch.diff(starts, append=starts.new_tensor([flat.numel()]))
+    return lay_segments(torch.arange(flat.numel()), lengths)
+
+
+def lay_segments(tokens: Tensor, lengths: Tensor) -> Segments:
+    """tokens (sum of lengths,) int64 on CPU: the token at each position of the segments, end to end; every token from 0
+    to the largest comes at least once. lengths: of the segments, all above 0."""
+    starts = torch.cumsum(lengths, 0) - lengths
     order = torch.argsort(lengths, descending=True, stable=True)
     starts, lengths = starts[order], lengths[order]
-    token_of, valid, shapes, first = [], [], [], 0
+    positions, valid, shapes, first = [], [], [], 0
     while first < len(lengths):
         longest = int(lengths[first])
         shortest = 1 if 1 < longest <= SHORT else longest // 2
         count = int((lengths[first:] > shortest).sum())
         places = torch.arange(longest).expand(count, longest)
         reached = places < lengths[first : first + count, None]
-        token_of.append((starts[first : first + count, None] + places * reached).flatten())
+        positions.append((starts[first : first + count, None] + places * reached).flatten())
         valid.append(reached.flatten())
         shapes.append((count, longest))
         first += count
-    tokens, reached = torch.cat(token_of), torch.cat(valid)
-    place_of = torch.empty_like(flat)
-    place_of[tokens[reached]] = torch.nonzero(reached).squeeze(1)
-    in_order = torch.equal(place_of, torch.arange(len(tokens)))
-    return Segments(tokens, place_of, torch.nonzero(~reached).squeeze(1), tuple(shapes), in_order)
+    token_of, reached = tokens[torch.cat(positions)], torch.cat(valid)
+    places = torch.nonzero(reached).squeeze(1)
+    by_token, order = torch.sort(token_of[places], stable=True)
+    is_first = torch.diff(by_token, prepend=by_token.new_tensor([-1])) > 0
+    place_of, copies = places[order[is_first]], places[order[~is_first]]
+    shared, copied = torch.unique_consecutive(by_token[~is_first], return_inverse=True)
+    read = torch.zeros_like(reached).index_fill_(0, place_of, True)
+    return Segments(
+        token_of=token_of,
+        place_of=place_of,
+        shared=shared,
+        copies=copies,
+        copied=copied,
+        unread=torch.nonzero(~read).squeeze(1),
+        shapes=tuple(shapes),
+        in_order=torch.equal(place_of, torch.arange(len(token_of))),
+    )
 
 
 @torch._disable_dynamo
@@ -89,7 +115,8 @@ def segment_attention(
     """
     batch, heads, positions, width = q.shape
     sizes = [count * longest for count, longest in segments.shapes]
-    spread = [_spread(_tokens_first(x), segments).split(sizes) for x in (q, k, v)]
+    # a copy's output is not taken, so that no gradient comes back to its query
+    spread = [_spread(_tokens_first(x), segments, summed=x is not q).split(sizes) for x in (q, k, v)]
     outputs = []
     for (count, longest), *parts in zip(segments.shapes, *spread, strict=True):
         q_bnsd, k_bnsd, v_bnsd = (part.view(count, longest, *part.shape[1:]).transpose(1, 2) for part in parts)
@@ -130,16 +157,19 @@ def _tokens_first(x: Tensor) -> Tensor:
     return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
 
 
-def _spread(x_TND: Tensor, segments: Segments) -> Tensor:
-    """Tokens (T, N, D) -> places (P, N, D)."""
-    return x_TND if segments.in_order else _Rearrange.apply(x_TND, segments.token_of, segments.place_of, None)
+def _spread(x_TND: Tensor, segments: Segments, *, summed: bool) -> Tensor:
+    """Tokens (T, N, D) -> places (P, N, D); the gradients of copies are `summed`."""
+    if segments.in_order:
+        return x_TND
+    copies = segments if summed and len(segments.copies) else None
+    return _Rearrange.apply(x_TND, segments.token_of, segments.place_of, copies, None)
 
 
 def _collect(y_PND: Tensor, segments: Segments) -> Tensor:
     """Places (P, N, D) -> tokens (T, N, D)."""
     if segments.in_order:
         return y_PND
-    return _Rearrange.apply(y_PND, segments.place_of, segments.token_of, segments.padding)
+    return _Rearrange.apply(y_PND, segments.place_of, segments.token_of, None, segments.unread)
 
 
 def _band(longest: int, window: int, device: torch.device) -> Tensor:
@@ -149,16 +179,34 @@ def _band(longest: int, window: int, device: torch.device) -> Tensor:
 
 
 class _Rearrange(torch.autograd.Function):
-    """Rows of x in the order of `index`. `inverse` names the one place of each row; `padding`, the rows of x that stand
-    for no token: such a query would still pass gradients on to keys of its segment."""
+    """Rows of x in the order of `index`. `inverse` names the first place of each row; the segments of `copies` the
+    further ones; `unread`, the rows of x that the result leaves out: such a query would still pass gradients on to keys
+    of its segment."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, padding: Tensor | None) -> Tensor:
-        ctx.inverse, ctx.padding = inverse, padding
+    def forward(
+        ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, copies: Segments | None, unread: Tensor | None
+    ) -> Tensor:
+        ctx.inverse, ctx.copies, ctx.unread = inverse, copies, unread
         return x.index_select(0, index)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         gathered = grad.index_select(0, ctx.inverse)
-        return (gathered if ctx.padding is None else gathered.index_fill_(0, ctx.padding, 0)), None, None, None
+        if ctx.unread is not None:
+            gathered.index_fill_(0, ctx.unread, 0)
+        if ctx.copies is not None:
+            _add_copies(gathered, grad, ctx.copies)
+        return gathered, None, None, None, None
+
+
+def _add_copies(gathered: Tensor, grad: Tensor, segments: Segments) -> None:
+    """Add the gradients of copies to those of their tokens: in fp32, in the same order every time."""
+    sums = gathered.index_select(0, segments.shared).float()
+    values = grad.index_select(0, segments.copies).float()
+    if grad.device.type == "cpu":
+        sums.index_add_(0, segments.copied, values)
+    else:  # where index_add_ would be atomic
+        sums.index_put_((segments.copied,), values, accumulate=True)
+    gathered.index_copy_(0, segments.shared, sums.to(grad.dtype))

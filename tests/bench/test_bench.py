@@ -74,7 +74,14 @@ def spec(folder: Path, *overrides: str, **changed: Any) -> Spec:
 
 
 def seen(step_s: float, **changed: Any) -> dict[str, Any]:
-    record = {"step_s": step_s, "data_wait_s": 0.0, "real_tokens": 100, "labelled_tokens": 50, "padded_tokens": 100}
+    record = {
+        "step_s": step_s,
+        "data_wait_s": 0.0,
+        "real_tokens": 100,
+        "labelled_tokens": 50,
+        "padded_tokens": 100,
+        "computed_tokens": 100,
+    }
     warm = record | {"step_s": 100.0}
     return {
         "records": [warm, warm, record, record, record, record],

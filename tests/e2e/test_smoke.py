@@ -17,6 +17,7 @@ METRICS = {
     "labelled_tokens",
     "real_tokens",
     "padded_tokens",
+    "computed_tokens",
     "tokens_per_s",
     "step_s",
     "data_wait_s",

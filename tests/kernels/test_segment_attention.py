@@ -2,7 +2,12 @@
 
 import pytest
 import torch
-from ft_dist_kernels.segment_attention import find_segments, segment_attention, segment_attention_reference
+from ft_dist_kernels.segment_attention import (
+    find_segments,
+    lay_segments,
+    segment_attention,
+    segment_attention_reference,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import check_parity
@@ -68,7 +73,7 @@ def test_every_token_has_one_place_and_padding_is_bounded(lengths):
     tokens = sum(lengths)
     assert torch.equal(segments.token_of[segments.place_of], torch.arange(tokens))
     places = sum(count * longest for count, longest in segments.shapes)
-    assert len(segments.token_of) == places == tokens + len(segments.padding)
+    assert len(segments.token_of) == places == tokens + len(segments.unread)
     assert all(longest <= 32 or count * longest <= 2 * tokens for count, longest in segments.shapes)
     assert len(segments.shapes) <= 6
 
@@ -77,7 +82,7 @@ def test_what_a_segment_does_not_reach_changes_nothing():
     """Padding repeats a token: neither its value nor its gradient may show anywhere."""
     rows = [[40, 50, 33]]
     segments, inputs = find_segments(positions_of(rows)), make_inputs(rows, torch.float32)
-    assert len(segments.padding) > 0
+    assert len(segments.unread) > 0
     for tensor in inputs.values():
         tensor.requires_grad_()
     y = segment_attention(**inputs, segments=segments, scale=0.25)
@@ -86,6 +91,39 @@ def test_what_a_segment_does_not_reach_changes_nothing():
         outside = torch.cat([tensor.grad[:, :, :40], tensor.grad[:, :, 61:]], 2)
         assert outside.abs().max() == 0
         assert tensor.grad[:, :, 40:61].abs().max() > 0
+
+
+SHARING = {
+    "a system prompt": [[0, 1, 2, 3, 4], [0, 1, 2, 5, 6, 7, 8], [0, 1, 2, 9]],
+    "a tree": [[0, 1, 2], [0, 1, 3, 4], [0, 1, 3, 5, 6], [7, 8]],
+    "all but one": [[*range(40)], [*range(39), 40], [*range(20), 41]],
+}
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SHARING)
+def test_segments_that_share_tokens(name, dtype, window):
+    """As if each segment had its own: values, and the gradients' sums over all of them."""
+    lists = SHARING[name]
+    flat = torch.tensor([token for tokens in lists for token in tokens])
+    lengths = torch.tensor([len(tokens) for tokens in lists])
+    segments = lay_segments(flat, lengths)
+    tokens = int(flat.max()) + 1
+    positions = torch.cat([torch.arange(length) for length in lengths.tolist()])[None]
+    first = torch.tensor([flat.tolist().index(token) for token in range(tokens)])
+
+    def truth(q, k, v):
+        apart = [x[:, :, flat] for x in (q, k, v)]
+        return segment_attention_reference(*apart, positions, scale=0.25, window=window)[:, first]
+
+    upstream = torch.randn(1, tokens, 4, 16, generator=torch.Generator().manual_seed(3))
+    check_parity(
+        lambda q, k, v: segment_attention(q, k, v, segments, scale=0.25, window=window),
+        truth,
+        make_inputs([[tokens]], dtype),
+        upstream=upstream.to(dtype).float(),
+    )
 
 
 def test_two_runs_give_the_same_bits():

@@ -1,0 +1,85 @@
+"""Which tokens of a micro-batch have to run: of samples that begin alike the beginning once, and nothing in vain.
+
+What the layers compute at a token depends on the tokens before it in its sample and on nothing else. So the system
+prompt that every sample of a micro-batch begins with, or the question that several answers follow, needs one
+computation; the gradients of all samples meet in it, and the sums are those of computing it for each. And what stands
+after the last token that predicts something changes nothing. Peers compute all of it.
+
+Only tokens without a label are shared, so that each label still has a token of its own. Dropout is drawn for a shared
+token once: each sample sees what it would see by itself, but no longer independently of the others.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from ft_dist_kernels.segment_attention import Segments, lay_segments
+
+Places = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
+
+WORTHWHILE = 1 / 16
+"""Share of the tokens that sharing has to spare: gathering keys of shared tokens has its own price"""
+
+
+@dataclass(frozen=True, slots=True)
+class Needed:
+    """kept (T,) int64: the places of the tokens that run, counted as those given are; `segments` lie among them."""
+
+    kept: torch.Tensor
+    segments: Segments
+
+
+def needed_tokens(tokens: Places, predicts: Flags, positions: Places, *, round_to: int) -> Needed:
+    """All (N,): ids of samples end to end, whether a label belongs to the token, and its position in its sample, 0 for
+    every padding token. What is kept is filled up to a multiple of `round_to` with tokens that would not have to run,
+    as far as there are any, each by itself."""
+    starts = np.flatnonzero(positions == 0)
+    used = np.maximum.reduceat(np.where(predicts, positions + 1, 0), starts)
+    alive = used > 0
+    if not alive.any():
+        used[0], alive[0] = 1, True
+    starts, used = starts[alive], used[alive]
+    place = starts.repeat(used) + _counted(used)
+    owner = _shared_places(tokens, predicts, starts, used)
+    if np.count_nonzero(owner != place) < WORTHWHILE * len(place):
+        owner = place
+    kept = np.unique(owner)
+    spare = np.delete(np.arange(len(tokens)), kept)[: -len(kept) % round_to]
+    kept = np.sort(np.concatenate([kept, spare]))
+    where = np.searchsorted(kept, np.concatenate([owner, spare]))
+    segments = lay_segments(torch.from_numpy(where), torch.from_numpy(np.append(used, np.ones_like(spare))))
+    return Needed(torch.from_numpy(kept), segments)
+
+
+def _counted(lengths: Places) -> Places:
+    """0, 1, ... for each of the lengths."""
+    return np.arange(int(lengths.sum())) - (np.cumsum(lengths) - lengths).repeat(lengths)
+
+
+def _shared_places(tokens: Places, predicts: Flags, starts: Places, used: Places) -> Places:
+    """For each used token the place whose computation serves it: its own, or that in a sample that begins alike."""
+    bounds = np.cumsum(used)
+    place = starts.repeat(used) + _counted(used)
+    wide = tokens.astype(">u4")
+    beginnings = []
+    for start, end in zip(starts.tolist(), (starts + used).tolist(), strict=True):
+        beginnings.append(wide[start : start + int(predicts[start:end].argmax())].tobytes())
+    order = sorted(range(len(starts)), key=beginnings.__getitem__)
+    for before, this in pairwise(order):
+        common = _common_tokens(beginnings[before], beginnings[this])
+        if common:
+            mine, theirs = bounds[this] - used[this], bounds[before] - used[before]
+            place[mine : mine + common] = place[theirs : theirs + common]
+    return place
+
+
+def _common_tokens(one: bytes, other: bytes) -> int:
+    size = min(len(one), len(other))
+    if not size or one[:4] != other[:4]:
+        return 0
+    differs = np.frombuffer(one, np.uint32, size // 4) != np.frombuffer(other, np.uint32, size // 4)
+    at = int(differs.argmax())
+    return at if differs[at] else size // 4
