@@ -18,7 +18,7 @@ ACTIVATIONS, LOSS, GRADIENTS = "activations", "loss", "gradients"
 RECOMPUTED = "recomputed block"
 # of the kernels' CPU forms (kernels/ft_dist_kernels/glu.py, linear_cross_entropy_chunks.py, products.py)
 CPU_TILE_ELEMENTS = 512 * 1024
-WIDENED_TILE_BYTES = 4 * 2**20
+WIDENED_TILE_BYTES, CPU_TILES = 4 * 2**20, 16
 GPU_LOGITS_BYTES, GPU_CHUNK_ROWS = 256 * 2**20, (1024, 4096)
 CPU_LOGITS_BYTES, CPU_CHUNK_ROWS = 96 * 2**20, (128, 1024)
 
@@ -174,8 +174,12 @@ class Walk:
         ledger.hold(LOSS, "logits", n * v * (logit + rounded))
         ledger.hold(LOSS, "rows", n * h * logit)
         ledger.hold(LOSS, "d_wide", n * h * 4)
-        if self.b == 2 and not job.gpu:
-            ledger.spike(LOSS, min(WIDENED_TILE_BYTES, v * h * 4))
+        if not job.gpu:
+            tile = v // CPU_TILES
+            if self.b == 2:
+                tile = min(tile, max(256, WIDENED_TILE_BYTES // (4 * h)))
+            # logits are made a tile at a time, beside their place
+            ledger.spike(LOSS, tile * (n * 4 + (h * 4 if self.b == 2 else 0)))
         ledger.free("logits", "rows", "d_wide")
 
     def _plain_loss(self) -> None:

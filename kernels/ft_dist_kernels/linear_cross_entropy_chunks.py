@@ -264,12 +264,15 @@ def _tiles(matrix_VH: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tenso
     """The matrix in `dtype`: whole on a GPU that need not widen it, otherwise tiles of rows, each widened over the one
     before."""
     vocabulary, width = matrix_VH.shape
+    on_cpu = matrix_VH.device.type == "cpu"
     if matrix_VH.dtype is dtype:
-        step = max(256, vocabulary // CPU_TILES) if matrix_VH.device.type == "cpu" else max(1, vocabulary)
+        step = max(1, vocabulary // CPU_TILES if on_cpu else vocabulary)
         for start in range(0, vocabulary, step):
             yield slice(start, min(start + step, vocabulary)), matrix_VH[start : start + step]
         return
     step = max(256, WIDENED_TILE_BYTES // (max(width, 1) * dtype.itemsize))
+    if on_cpu:
+        step = max(1, min(step, vocabulary // CPU_TILES))
     buffer = matrix_VH.new_empty(min(step, vocabulary), width, dtype=dtype)
     for start in range(0, vocabulary, step):
         tile = slice(start, min(start + step, vocabulary))

@@ -56,4 +56,5 @@ def test_the_next_start_takes_half_the_rows_of_the_same_batches(tmp_path):
     summary = json.loads((plain / "summary.json").read_text())
     assert summary["step_s"] > 0
     assert summary["planned_step_s"] is None  # of CPUs nothing is known
-    assert summary["planned_peak_bytes"] == pytest.approx(summary["peak_memory_bytes"], rel=0.35)
+    # planned for rows full of different tokens; the e-mails share their system prompt
+    assert 0.9 < summary["planned_peak_bytes"] / summary["peak_memory_bytes"] < 1.6
