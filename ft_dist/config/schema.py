@@ -177,7 +177,9 @@ class OptimConfig(Section):
 class EngineConfig(Section):
     """How DeepSpeed shards the work."""
 
-    zero_stage: Literal[0, 1, 2, 3] = 2
+    zero_stage: Literal["auto", 0, 1, 2, 3] = Field(
+        default="auto", description="What ranks share; auto: 2, or 0 where one rank trains in fp32"
+    )
     offload: Literal["none", "cpu", "nvme"] = Field(default="none", description="Where optimizer state lives")
     nvme_path: str | None = None
     activation_checkpointing: bool = False

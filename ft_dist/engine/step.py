@@ -43,7 +43,7 @@ class Engine:
 
         self.config = config
         self.world = world
-        self.stage = effective_stage(config)
+        self.stage = effective_stage(config, world.size)
         self.objective = objective
         self.kernels = ""
         self.on_progress: Callable[[], None] = lambda: None
@@ -57,7 +57,7 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(
             model=objective,
             optimizer=optimizer,
-            config=deepspeed_config(config, trainable=self.trainable_parameters),
+            config=deepspeed_config(config, ranks=world.size, trainable=self.trainable_parameters),
             dist_init_required=False,
         )
         # the trial step that some of its optimizers take at the start would count as a step of Adam

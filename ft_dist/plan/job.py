@@ -25,7 +25,7 @@ class Job:
 
     @property
     def stage(self) -> int:
-        return effective_stage(self.config)
+        return effective_stage(self.config, self.ranks)
 
     @property
     def lora(self) -> bool:

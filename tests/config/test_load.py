@@ -43,7 +43,7 @@ def test_off_is_a_word_and_not_a_truth_value(tmp_path):
         ("optim.learnig_rate=1", "unknown key. Did you mean optim.lr?"),
         ("lora_r=8", "unknown key. Did you mean method.rank?"),
         ("data.train.0.wieght=2", "Did you mean data.train.weight?"),
-        ("engine.zero_stage=7", "engine.zero_stage=7: should be 0, 1, 2 or 3."),
+        ("engine.zero_stage=7", "engine.zero_stage=7: should be 'auto', 0, 1, 2 or 3."),
         ("batch.global_rows=many", 'batch.global_rows="many": should be'),
         ("method.rank=0", "method.rank=0: should be greater than 0."),
         ("engine.offload=nvme", "engine: offload=nvme needs engine.nvme_path"),

@@ -74,7 +74,7 @@ def test_unknown_format(refused, tmp_path):
 
 
 def test_zero_stage_7(refused):
-    assert "engine.zero_stage=7: should be 0, 1, 2 or 3" in refused("engine.zero_stage=7")
+    assert "engine.zero_stage=7: should be 'auto', 0, 1, 2 or 3" in refused("engine.zero_stage=7")
 
 
 def test_target_module_that_matches_nothing(refused):

@@ -3,7 +3,7 @@
 import pytest
 
 from ft_dist.config import load_config
-from ft_dist.engine.settings import REDUCE_BUCKET_ELEMENTS, deepspeed_config
+from ft_dist.engine.settings import REDUCE_BUCKET_ELEMENTS, deepspeed_config, effective_stage
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -12,5 +12,19 @@ from ft_dist.engine.settings import REDUCE_BUCKET_ELEMENTS, deepspeed_config
 )
 def test_a_bucket_is_no_larger_than_what_is_trained(stage, trainable, elements):
     config = load_config("smoke", [f"engine.zero_stage={stage}"])
-    zero = deepspeed_config(config, trainable=trainable)["zero_optimization"]
+    zero = deepspeed_config(config, ranks=2, trainable=trainable)["zero_optimization"]
     assert zero["reduce_bucket_size"] == elements
+
+
+@pytest.mark.parametrize(
+    "asked, dtype, ranks, stage",
+    [("auto", "fp32", 1, 0), ("auto", "fp32", 2, 2), ("auto", "bf16", 1, 2), ("0", "bf16", 1, 1), ("3", "fp32", 1, 3)],
+)
+def test_one_rank_in_fp32_has_nothing_to_share(asked, dtype, ranks, stage):
+    config = load_config("smoke", [f"engine.zero_stage={asked}", f"model.dtype={dtype}"])
+    assert effective_stage(config, ranks) == stage
+
+
+def test_offloaded_state_needs_a_stage_that_knows_it():
+    config = load_config("smoke", ["engine.zero_stage=auto", "model.dtype=fp32", "engine.offload=cpu"])
+    assert effective_stage(config, 1) == 2
