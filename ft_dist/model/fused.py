@@ -13,7 +13,14 @@ from ft_dist_kernels.backend import HAS_TRITON, Backend
 from torch import nn
 
 from ft_dist.errors import ModelError
-from ft_dist.model.fused_forward import attention_forward, lora_forward, mlp_forward, norm_forward, takes_segments
+from ft_dist.model.fused_forward import (
+    attention_forward,
+    linear_forward,
+    lora_forward,
+    mlp_forward,
+    norm_forward,
+    takes_segments,
+)
 
 # SmolLM and SmolLM2 are Llama models
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3_text", "phi3")
@@ -94,6 +101,8 @@ def _fuse_lora(module: nn.Module, report: FusedReport, backend: Backend, zero3: 
 
 def _fuse_part(module: Any, report: FusedReport, backend: Backend, *, together: bool) -> None:
     name = type(module).__name__
+    if type(module) is nn.Linear and backend == "torch":
+        _swap(module, linear_forward(module))
     if name.endswith("RMSNorm"):
         _swap(module, norm_forward(module, gemma=name.startswith("Gemma"), backend=backend))
         report.fused["RMSNorm"] += 1

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from ft_dist_kernels.backend import Backend
 from ft_dist_kernels.glu import geglu, swiglu
+from ft_dist_kernels.linear import gains_from_onednn, linear_group
 from ft_dist_kernels.lora_linear import LoraWeights, lora_linear_group
 from ft_dist_kernels.rms_norm import rms_norm
 from ft_dist_kernels.rope import rope
@@ -63,8 +64,19 @@ def lora_forward(layer: Any, *, backend: Backend) -> Any:
     return forward
 
 
+def linear_forward(layer: Any) -> Any:
+    original = layer.forward
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if not gains_from_onednn(x, layer.weight):
+            return original(x)
+        return linear_group(x, [(layer.weight, layer.bias)])[0]
+
+    return forward
+
+
 def linears(layers: Sequence[Any], x: torch.Tensor, *, together: bool, backend: Backend) -> list[torch.Tensor]:
-    """Outputs of layers that read the same x: in one group where all carry adapters, one by one otherwise.
+    """Outputs of layers that read the same x: in one group where all or none carry adapters, one by one otherwise.
 
     `together` is off under ZeRO-3, where each layer's weights are gathered at its own boundary.
     """
@@ -72,6 +84,8 @@ def linears(layers: Sequence[Any], x: torch.Tensor, *, together: bool, backend: 
         members = [lora_weights(layer) for layer in layers]
         if all(member is not None for member in members):
             return lora_linear_group(x, [member for member in members if member is not None], backend=backend)
+    if together and all(type(layer) is nn.Linear and gains_from_onednn(x, layer.weight) for layer in layers):
+        return linear_group(x, [(layer.weight, layer.bias) for layer in layers])
     return [layer(x) for layer in layers]
 
 

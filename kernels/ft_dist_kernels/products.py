@@ -38,7 +38,7 @@ def widens(tensor: Tensor) -> bool:
 
 def matmul(left: Tensor, right: Tensor, plus: Tensor | None = None) -> Tensor:
     """left (M, K) @ right (K, N), plus `plus` (M, N), in the dtype of all. Not differentiable."""
-    if not _takes_onednn(left, right):
+    if not takes_onednn(left, right):
         return torch.mm(left, right) if plus is None else torch.addmm(plus, left, right)
     linear = torch.ops.mkldnn._linear_pointwise
     if plus is None:
@@ -48,13 +48,14 @@ def matmul(left: Tensor, right: Tensor, plus: Tensor | None = None) -> Tensor:
 
 def matmul_into(out: Tensor, left: Tensor, right: Tensor) -> None:
     """Writes left @ right into `out`; on CPU best a tile that stays in cache."""
-    if _takes_onednn(left, right):
+    if takes_onednn(left, right):
         out.copy_(matmul(left, right))
     else:
         torch.mm(left, right, out=out)
 
 
-def _takes_onednn(left: Tensor, right: Tensor) -> bool:
+def takes_onednn(left: Tensor, right: Tensor) -> bool:
+    """Whether `matmul` of these two goes to oneDNN."""
     return (
         left.device.type == "cpu"
         and left.dtype == right.dtype == torch.float32
@@ -85,7 +86,7 @@ def sum_products(
     All operands share one dtype, which is the result's.
     """
     left, right = products[0]
-    if alpha == 1.0 and any(_takes_onednn(*product) for product in products):
+    if alpha == 1.0 and any(takes_onednn(*product) for product in products):
         return _by_onednn(products, bias_N, out)
     if widens(left):
         target = left.new_empty(left.shape[0], right.shape[1]) if out is None else out
