@@ -28,7 +28,7 @@ def build_engine(
     stage = effective_stage(config, world.size)
     _import_muon_uncompiled()
     _share_process_group()
-    settings = deepspeed_config(config, ranks=world.size) if stage == 3 else None
+    settings = deepspeed_config(config, ranks=world.size, device_type=world.device.type) if stage == 3 else None
     # new embedding rows and adapters start from random numbers, which must be the same on every rank
     torch.manual_seed(config.seed)
     with quietly():

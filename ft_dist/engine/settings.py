@@ -27,7 +27,9 @@ def effective_stage(config: RunConfig, ranks: int) -> int:
     return 1 if stage == 0 and dtype == "bf16" else stage
 
 
-def deepspeed_config(config: RunConfig, *, ranks: int, trainable: int | None = None) -> dict[str, Any]:
+def deepspeed_config(
+    config: RunConfig, *, ranks: int, device_type: str, trainable: int | None = None
+) -> dict[str, Any]:
     """`trainable` counts the parameters that are trained, where they are known: buffers are no larger than that."""
     stage = effective_stage(config, ranks)
     # the CPU-offload path keeps its sum in host buffers only if it expects more than one micro-batch
@@ -41,7 +43,7 @@ def deepspeed_config(config: RunConfig, *, ranks: int, trainable: int | None = N
         "zero_force_ds_cpu_optimizer": False,
         "wall_clock_breakdown": False,
         "steps_per_print": None,
-        "zero_optimization": _zero(config, stage, trainable),
+        "zero_optimization": _zero(config, stage, device_type, trainable),
     }
     if config.model.dtype == "bf16":
         settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
@@ -54,7 +56,7 @@ def reduce_bucket_elements(trainable: int) -> int:
     return max(2, min(REDUCE_BUCKET_ELEMENTS, trainable + trainable % 2))
 
 
-def _zero(config: RunConfig, stage: int, trainable: int | None) -> dict[str, Any]:
+def _zero(config: RunConfig, stage: int, device_type: str, trainable: int | None) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": stage}
     if trainable is not None:
         zero["reduce_bucket_size"] = reduce_bucket_elements(trainable)
@@ -62,6 +64,10 @@ def _zero(config: RunConfig, stage: int, trainable: int | None) -> dict[str, Any
         zero |= {"overlap_comm": False, "contiguous_gradients": True}
     if stage == 3:
         zero |= {"stage3_gather_16bit_weights_on_model_save": False}
+        if device_type == "cpu":
+            # gloo works on the cores that compute, and holds every bucket twice: fetching ahead is no faster there, and
+            # how much of it is in flight, up to 3 x the weights, is left to chance
+            zero["stage3_prefetch_bucket_size"] = 0
     if config.engine.offload == "cpu":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
     if config.engine.offload == "nvme":

@@ -57,7 +57,9 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(
             model=objective,
             optimizer=optimizer,
-            config=deepspeed_config(config, ranks=world.size, trainable=self.trainable_parameters),
+            config=deepspeed_config(
+                config, ranks=world.size, device_type=world.device.type, trainable=self.trainable_parameters
+            ),
             dist_init_required=False,
         )
         # the trial step that some of its optimizers take at the start would count as a step of Adam
