@@ -26,6 +26,8 @@ Ids = npt.NDArray[np.uint32]
 
 LIMIT = 2**18
 """Pre-tokens that are kept, some 40 MB; past it the cache begins anew"""
+LONG = 8
+"""Ids of a pre-token, on average, past which it does so as well"""
 LETTER, NUMBER, SPACE, OTHER = "x", "0", "\v", "~"
 """Stand-ins of a class; no pattern may name them"""
 _CLASSES = {"L": "A-Za-z", "N": "0-9", "Lu": "A-Z", "Ll": "a-z", "Lt": "", "Lm": "", "Lo": "", "M": ""}
@@ -81,7 +83,7 @@ class PretokenCache(dict[str, int]):
 
     def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[Ids]:
         """Ids of each text, as `backend.encode_batch_fast` gives them."""
-        if len(self) > LIMIT:
+        if len(self) > LIMIT or len(self._ids) > LIMIT * LONG:
             self._clear()
         around = self._around if add_special_tokens else ((), ())
         pieces: list[str] = []

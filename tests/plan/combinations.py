@@ -21,10 +21,11 @@ class Combination(NamedTuple):
     kernels: bool
     dtype: str
     micro_batches: int
+    packing: bool = False
 
     @property
     def name(self) -> str:
-        marks = ["ckpt"] * self.checkpointing + ["off"] * (not self.kernels)
+        marks = ["ckpt"] * self.checkpointing + ["off"] * (not self.kernels) + ["packed"] * self.packing
         return "-".join([self.model, self.method, f"z{self.stage}", f"r{self.ranks}", *marks, self.dtype])
 
     def overrides(self, data: Path, folder: Path) -> list[str]:
@@ -38,7 +39,7 @@ class Combination(NamedTuple):
             f"batch.global_rows={self.ranks * self.micro_batches}",
             f"data.train={data}",
             "data.eval=[]",
-            "data.packing=false",
+            f"data.packing={str(self.packing).lower()}",
             "data.too_long=truncate",
             f"data.max_length={256 if self.model == 'smollm2' else 512}",
             "optim.max_steps=2",
@@ -72,8 +73,15 @@ COMBINATIONS = [
 ]
 
 
-def write_text(path: Path) -> Path:
-    """One text so long that its rows are full, all but the last; every token but a row's last is labelled."""
+PACKED = [
+    Combination("tiny", "lora", 2, 1, False, True, "bf16", 2, packing=True),
+    Combination("tiny", "full", 0, 1, True, True, "fp32", 1, packing=True),
+]
+
+
+def write_text(path: Path, *, short: bool = False) -> Path:
+    """One text so long that its rows are full, all but the last, or `short` ones for rows of many; every token but the
+    last of a row, or of a text, is labelled."""
     words = [
         "the",
         "quick",
@@ -91,13 +99,17 @@ def write_text(path: Path) -> Path:
         "hill",
     ]
     chance = random.Random(0)
-    path.write_text(json.dumps({"text": " ".join(chance.choice(words) for _ in range(60_000))}) + "\n")
+    texts = [60_000]
+    if short:
+        texts = [chance.randint(2, 12) for _ in range(6_000)]
+    lines = [json.dumps({"text": " ".join(chance.choice(words) for _ in range(count))}) for count in texts]
+    path.write_text("\n".join(lines) + "\n")
     return path
 
 
 def measure(combination: Combination, folder: Path) -> dict[str, int]:
     """Run it under torch's profiler; what rank 0 saw (see tests/plan/measured.py)."""
-    data = write_text(folder / "text.jsonl")
+    data = write_text(folder / "text.jsonl", short=combination.packing)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
