@@ -46,12 +46,13 @@ def needed_tokens(tokens: Places, predicts: Flags, positions: Places, *, round_t
     owner = _shared_places(tokens, predicts, starts, used)
     if np.count_nonzero(owner != place) < WORTHWHILE * len(place):
         owner = place
-    kept = np.unique(owner)
-    spare = np.delete(np.arange(len(tokens)), kept)[: -len(kept) % round_to]
-    kept = np.sort(np.concatenate([kept, spare]))
-    where = np.searchsorted(kept, np.concatenate([owner, spare]))
+    runs = np.zeros(len(tokens), np.bool_)
+    runs[owner] = True
+    spare = np.flatnonzero(~runs)[: -np.count_nonzero(runs) % round_to]
+    runs[spare] = True
+    where = (np.cumsum(runs) - 1)[np.concatenate([owner, spare])]
     segments = lay_segments(torch.from_numpy(where), torch.from_numpy(np.append(used, np.ones_like(spare))))
-    return Needed(torch.from_numpy(kept), segments)
+    return Needed(torch.from_numpy(np.flatnonzero(runs)), segments)
 
 
 def _counted(lengths: Places) -> Places:

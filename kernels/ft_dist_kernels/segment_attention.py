@@ -84,10 +84,12 @@ def lay_segments(tokens: Tensor, lengths: Tensor) -> Segments:
         first += count
     token_of, reached = tokens[torch.cat(positions)], torch.cat(valid)
     places = torch.nonzero(reached).squeeze(1)
-    by_token, order = torch.sort(token_of[places], stable=True)
-    is_first = torch.diff(by_token, prepend=by_token.new_tensor([-1])) > 0
-    place_of, copies = places[order[is_first]], places[order[~is_first]]
-    shared, copied = torch.unique_consecutive(by_token[~is_first], return_inverse=True)
+    at_places = token_of[places]
+    place_of = places.new_full((int(tokens.max()) + 1,), len(token_of)).scatter_reduce_(0, at_places, places, "amin")
+    is_copy = place_of[at_places] != places
+    by_token, order = torch.sort(at_places[is_copy], stable=True)
+    copies = places[is_copy][order]
+    shared, copied = torch.unique_consecutive(by_token, return_inverse=True)
     read = torch.zeros_like(reached).index_fill_(0, place_of, True)
     return Segments(
         token_of=token_of,
