@@ -3,8 +3,10 @@
 import ctypes
 import importlib.metadata
 import platform
+import re
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -43,6 +45,12 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Most memory that was in use at once: allocated on a GPU, resident on CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    if sys.platform == "linux":
+        # ru_maxrss would begin with what the process had that started this one
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)
 

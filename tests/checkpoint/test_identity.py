@@ -38,7 +38,7 @@ def test_how_it_runs_may_change_and_is_shown(base):
         'model.dtype: "bf16" -> "fp32"',
         "batch.micro_rows: 1 -> 4",
         "optim.lr: 0.0002 -> 1e-05",
-        "engine.zero_stage: 2 -> 3",
+        'engine.zero_stage: "auto" -> 3',
         'engine.offload: "none" -> "cpu"',
     ]
     assert check(config(), config(), base) == []
