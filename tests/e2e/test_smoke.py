@@ -65,8 +65,9 @@ def test_the_parts_of_the_loop_are_its_wall_time(smoke):
     loop_starts = next(e["time"] for e in events if e.get("when") == "before")
     loop_ends = next(e["time"] for e in events if e["event"] == "saved" and e["step"] == 12)
     parts = sum(line["step_s"] + line["data_wait_s"] + line["checkpoint_stall_s"] for line in lines)
-    parts += events[[e["event"] for e in events].index("saved") + 2]["seconds"]
-    assert parts == pytest.approx(loop_ends - loop_starts, rel=0.1)
+    parts += next(e["seconds"] for e in events if e["event"] == "saved" and e["step"] == 12)
+    # half a second, for a loop of four, in which a busy machine may run others between the parts
+    assert parts == pytest.approx(loop_ends - loop_starts, rel=0.1, abs=0.5)
 
 
 def test_summary_holds_both_scores(smoke):
