@@ -17,6 +17,8 @@ import numpy.typing as npt
 import torch
 from ft_dist_kernels.segment_attention import Segments, lay_segments
 
+from ft_dist.data.store import end_to_end
+
 Places = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
@@ -42,8 +44,8 @@ def needed_tokens(tokens: Places, predicts: Flags, positions: Places, *, round_t
     if not alive.any():
         used[0], alive[0] = 1, True
     starts, used = starts[alive], used[alive]
-    place = starts.repeat(used) + _counted(used)
-    owner = _shared_places(tokens, predicts, starts, used)
+    place = end_to_end(starts, used)
+    owner = _shared_places(place, tokens, predicts, starts, used)
     if np.count_nonzero(owner != place) < WORTHWHILE * len(place):
         owner = place
     runs = np.zeros(len(tokens), np.bool_)
@@ -55,15 +57,10 @@ def needed_tokens(tokens: Places, predicts: Flags, positions: Places, *, round_t
     return Needed(torch.from_numpy(np.flatnonzero(runs)), segments)
 
 
-def _counted(lengths: Places) -> Places:
-    """0, 1, ... for each of the lengths."""
-    return np.arange(int(lengths.sum())) - (np.cumsum(lengths) - lengths).repeat(lengths)
-
-
-def _shared_places(tokens: Places, predicts: Flags, starts: Places, used: Places) -> Places:
-    """For each used token the place whose computation serves it: its own, or that in a sample that begins alike."""
-    bounds = np.cumsum(used)
-    place = starts.repeat(used) + _counted(used)
+def _shared_places(place: Places, tokens: Places, predicts: Flags, starts: Places, used: Places) -> Places:
+    """For each used token, which lies at `place`, that whose computation serves it: its own, or that in a sample that
+    begins alike."""
+    first, owner = np.cumsum(used) - used, place.copy()
     wide = tokens.astype(">u4")
     beginnings = []
     for start, end in zip(starts.tolist(), (starts + used).tolist(), strict=True):
@@ -72,9 +69,8 @@ def _shared_places(tokens: Places, predicts: Flags, starts: Places, used: Places
     for before, this in pairwise(order):
         common = _common_tokens(beginnings[before], beginnings[this])
         if common:
-            mine, theirs = bounds[this] - used[this], bounds[before] - used[before]
-            place[mine : mine + common] = place[theirs : theirs + common]
-    return place
+            owner[first[this] : first[this] + common] = owner[first[before] : first[before] + common]
+    return owner
 
 
 def _common_tokens(one: bytes, other: bytes) -> int:
