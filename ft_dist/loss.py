@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from ft_dist_kernels.backend import Backend
 from ft_dist_kernels.linear_cross_entropy import linear_cross_entropy
-from ft_dist_kernels.segment_attention import Segments
+from ft_dist_kernels.segments import Segments
 from torch import nn
 
 from ft_dist.data.batch import IGNORED, MicroBatch

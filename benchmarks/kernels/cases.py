@@ -223,7 +223,8 @@ def _rope(model: Model, tokens: int) -> Case:
 
 def _segments(model: Model, tokens: int, longest: int) -> Case:
     """One packed row of samples between a quarter of `longest` and `longest`."""
-    from ft_dist_kernels.segment_attention import find_segments, segment_attention
+    from ft_dist_kernels.segment_attention import segment_attention
+    from ft_dist_kernels.segments import find_segments
 
     scale, repeats = model.head**-0.5, model.heads // model.kv_heads
 

@@ -123,7 +123,7 @@ def utilisation(model: Any, options: argparse.Namespace, tokens_per_s: float) ->
 
 
 def our_forward(model: Any, options: argparse.Namespace) -> Any:
-    from ft_dist_kernels.segment_attention import find_segments
+    from ft_dist_kernels.segments import find_segments
 
     from ft_dist.loss import CausalObjective
     from ft_dist.model.fused import fuse

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from ft_dist_kernels.segment_attention import Segments
+from ft_dist_kernels.segments import Segments
 
 from ft_dist.data.prefixes import needed_tokens
 from ft_dist.data.store import SampleStore, end_to_end

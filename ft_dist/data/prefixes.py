@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 import torch
-from ft_dist_kernels.segment_attention import Segments, lay_segments
+from ft_dist_kernels.segments import Segments, lay_segments
 
 from ft_dist.data.store import end_to_end
 
@@ -37,7 +37,7 @@ class Needed:
 def needed_tokens(tokens: Places, predicts: Flags, positions: Places, *, round_to: int) -> Needed:
     """All (N,): ids of samples end to end, whether a label belongs to the token, and its position in its sample, 0 for
     every padding token. What is kept is filled up to a multiple of `round_to` with tokens that would not have to run,
-    as far as there are any, each by itself."""
+    as far as there are any; together they are one more segment."""
     starts = np.flatnonzero(positions == 0)
     used = np.maximum.reduceat(np.where(predicts, positions + 1, 0), starts)
     alive = used > 0
@@ -53,7 +53,8 @@ def needed_tokens(tokens: Places, predicts: Flags, positions: Places, *, round_t
     spare = np.flatnonzero(~runs)[: -np.count_nonzero(runs) % round_to]
     runs[spare] = True
     where = (np.cumsum(runs) - 1)[np.concatenate([owner, spare])]
-    segments = lay_segments(torch.from_numpy(where), torch.from_numpy(np.append(used, np.ones_like(spare))))
+    lengths = np.append(used, len(spare)) if len(spare) else used
+    segments = lay_segments(torch.from_numpy(where), torch.from_numpy(lengths))
     return Needed(torch.from_numpy(np.flatnonzero(runs)), segments)
 
 

@@ -122,7 +122,7 @@ class Engine:
 
     def _update_replicated(self) -> tuple[float, bool]:
         """Stage 0 in fp32, where DeepSpeed has no optimizer wrapper of its own to clip and to tell a bad step."""
-        parameters = [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
+        parameters = [parameter for _, parameter in self.trainable()]
         limit = self.config.optim.max_grad_norm or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
         skipped = not math.isfinite(norm)

@@ -15,7 +15,8 @@ from ft_dist_kernels.linear import gains_from_onednn, linear_group
 from ft_dist_kernels.lora_linear import LoraWeights, lora_linear_group
 from ft_dist_kernels.rms_norm import rms_norm
 from ft_dist_kernels.rope import rope
-from ft_dist_kernels.segment_attention import Segments, segment_attention
+from ft_dist_kernels.segment_attention import segment_attention
+from ft_dist_kernels.segments import Segments
 from torch import nn
 
 

@@ -16,8 +16,8 @@ from ft_dist.plan.ledger import Ledger
 
 ACTIVATIONS, LOSS, GRADIENTS = "activations", "loss", "gradients"
 RECOMPUTED = "recomputed block"
-# of the kernels' CPU forms (kernels/ft_dist_kernels/glu.py, linear_cross_entropy_chunks.py, products.py)
-CPU_TILE_ELEMENTS = 512 * 1024
+# of the kernels' CPU forms (kernels/ft_dist_kernels/tiles.py, linear_cross_entropy_chunks.py, products.py)
+CPU_TILE_ELEMENTS = 256 * 1024
 WIDENED_TILE_BYTES, CPU_TILES = 4 * 2**20, 16
 GPU_LOGITS_BYTES, GPU_CHUNK_ROWS = 256 * 2**20, (1024, 4096)
 CPU_LOGITS_BYTES, CPU_CHUNK_ROWS = 96 * 2**20, (128, 1024)

@@ -26,9 +26,10 @@ from torch import Tensor
 
 from ft_dist_kernels.aot import AotCase, Chip
 from ft_dist_kernels.backend import Backend, use_triton
+from ft_dist_kernels.tiles import tiles
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
-CPU_TILE_ELEMENTS = 512 * 1024
+
 _APPROXIMATE = {"gelu_tanh": "tanh", "gelu": "none"}
 
 
@@ -114,16 +115,10 @@ class _Glu(torch.autograd.Function):
         return dgate, dup, None, None
 
 
-def _tiles(rows: int, width: int) -> list[slice]:
-    """Blocks of rows that bound the one temporary of the backward pass."""
-    step = max(1, CPU_TILE_ELEMENTS // max(width, 1))
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-
-
 def forward_torch(gate_TI: Tensor, up_TI: Tensor, y_TI: Tensor, activation: Activation) -> None:
-    for tile in _tiles(*gate_TI.shape):
-        _activate(gate_TI[tile], activation, y_TI[tile])
-        y_TI[tile].mul_(up_TI[tile])
+    for gate, up, y in tiles(gate_TI.shape[1], gate_TI, up_TI, y_TI):
+        _activate(gate, activation, y)
+        y.mul_(up)
 
 
 def backward_torch(
@@ -134,11 +129,10 @@ def backward_torch(
     dup_TI: Tensor,
     activation: Activation,
 ) -> None:
-    for tile in _tiles(*gate_TI.shape):
-        gate, dy = gate_TI[tile], dy_TI[tile]
-        _activate(gate, activation, dup_TI[tile])
-        dup_TI[tile].mul_(dy)
-        dact, dgate = dy * up_TI[tile], dgate_TI[tile]
+    for gate, up, dy, dgate, dup in tiles(gate_TI.shape[1], gate_TI, up_TI, dy_TI, dgate_TI, dup_TI):
+        _activate(gate, activation, dup)
+        dup.mul_(dy)
+        dact = dy * up
         if activation == "silu":
             torch.ops.aten.silu_backward.grad_input(dact, gate, grad_input=dgate)
         else:

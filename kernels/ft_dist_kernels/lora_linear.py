@@ -107,12 +107,14 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
-        with torch.autocast(ctx.device, enabled=False):
-            dx_TI, grads = _backward(ctx, upstream)
-        return None, dx_TI, *grads
+        if torch.is_autocast_enabled(ctx.device):
+            with torch.autocast(ctx.device, enabled=False):
+                return None, *_backward(ctx, upstream)
+        return None, *_backward(ctx, upstream)
 
 
-def _backward(ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[Tensor | None, list[Tensor | None]]:
+def _backward(ctx: Any, upstream: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients over x and over each tensor of the members."""
     x_TI, s_TS, *saved = ctx.saved_tensors
     packs = [saved[i : i + 3] for i in range(0, len(saved), 3)]
     need_x, needs = ctx.needs_input_grad[1], [ctx.needs_input_grad[i : i + 4] for i in range(2, 2 + 4 * len(packs), 4)]
@@ -120,7 +122,7 @@ def _backward(ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[Tensor | Non
     grads: list[list[Tensor | None]] = [[None] * 4 for _ in packs]
     dys = {i: _rows_dense(dy) for i, dy in enumerate(upstream) if dy is not None}
     if not dys:
-        return None, [grad for member_grads in grads for grad in member_grads]
+        return [None] * (1 + 4 * len(packs))
     # A member without an upstream gradient must contribute zeros to the shared dX.
     ds_TS = torch.empty_like(s_TS) if len(dys) == len(packs) else torch.zeros_like(s_TS)
     for i, dy_TO in dys.items():
@@ -146,7 +148,7 @@ def _backward(ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[Tensor | Non
             member_grads[2] = a_grad
     if dx_TI is not None:
         dx_TI = _add_base(dx_TI, [(dys[i], packs[i][0], ctx.plan.quantized[i]) for i in dys])
-    return dx_TI, [grad for member_grads in grads for grad in member_grads]
+    return [dx_TI, *(grad for member_grads in grads for grad in member_grads)]
 
 
 def _add_base(dx_TI: Tensor, members: Sequence[tuple[Tensor, Tensor, NF4Weight | None]]) -> Tensor:
@@ -236,15 +238,21 @@ def lora_linear_group(x: Tensor, members: Sequence[LoraWeights], *, backend: Bac
     for member in group:
         _checked(x, member, dtype)
     x_TI = x.to(dtype).reshape(-1, x.shape[-1])
+    if not autocast:
+        return _run_group(x, x_TI, group, backend)
+    with torch.autocast(device, enabled=False):
+        return _run_group(x, x_TI, group, backend)
+
+
+def _run_group(x: Tensor, x_TI: Tensor, group: Sequence[LoraWeights], backend: Backend) -> list[Tensor]:
     outputs: dict[int, Tensor] = {}
     plain = [i for i, member in enumerate(group) if member.dora_magnitude is None]
-    with torch.autocast(device, enabled=False):
-        for begin in range(0, len(plain), MAX_GROUP):
-            indices = plain[begin : begin + MAX_GROUP]
-            outputs.update(zip(indices, _run_slice(x_TI, [group[i] for i in indices], backend), strict=True))
-        for i, member in enumerate(group):
-            if member.dora_magnitude is not None:
-                outputs[i] = dora_linear(x_TI, member, _member(member, 0))
+    for begin in range(0, len(plain), MAX_GROUP):
+        indices = plain[begin : begin + MAX_GROUP]
+        outputs.update(zip(indices, _run_slice(x_TI, [group[i] for i in indices], backend), strict=True))
+    for i, member in enumerate(group):
+        if member.dora_magnitude is not None:
+            outputs[i] = dora_linear(x_TI, member, _member(member, 0))
     return [outputs[i].view(*x.shape[:-1], outputs[i].shape[1]) for i in range(len(group))]
 
 

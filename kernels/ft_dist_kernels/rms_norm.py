@@ -18,7 +18,6 @@ Shapes: T rows (any leading shape), H width.
 Source: Zhang and Sennrich (arXiv 1910.07467).
 """
 
-from collections.abc import Iterator
 from typing import Any, overload
 
 import torch
@@ -26,8 +25,7 @@ from torch import Tensor
 
 from ft_dist_kernels.aot import AotCase, Chip
 from ft_dist_kernels.backend import Backend, use_triton
-
-CPU_TILE_ELEMENTS = 128 * 1024
+from ft_dist_kernels.tiles import tiles
 
 
 @overload
@@ -168,13 +166,6 @@ class _RmsNorm(torch.autograd.Function):
         return dx if want_x else None, dx if want_residual else None, dweight, None, None, None, None
 
 
-def _tiles(rows: int, width: int) -> Iterator[slice]:
-    """Blocks of rows that stay in a CPU core's cache through all the steps of a pass."""
-    step = max(1, CPU_TILE_ELEMENTS // max(width, 1))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
-
-
 def forward_torch(
     x_TH: Tensor,
     residual_TH: Tensor | None,
@@ -186,17 +177,17 @@ def forward_torch(
     offset: float,
     cast_before_weight: bool,
 ) -> None:
-    scale_H = weight_H.float() + offset
-    for tile in _tiles(*x_TH.shape):
-        if residual_TH is not None:
-            torch.add(x_TH[tile], residual_TH[tile], out=sum_TH[tile])
-        wide = sum_TH[tile].float()
-        rstd_t1 = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-        rstd_T[tile] = rstd_t1.squeeze(-1)
-        normed = wide * rstd_t1
-        if cast_before_weight:
-            normed = normed.to(x_TH.dtype).float()
-        y_TH[tile] = normed.mul_(scale_H)
+    scale_H, width = weight_H.float() + offset if offset else weight_H.float(), x_TH.shape[1]
+    if residual_TH is not None:
+        for x, residual, total in tiles(width, x_TH, residual_TH, sum_TH):
+            torch.add(x, residual, out=total)
+    for total, rstd_t, y in tiles(width, sum_TH, rstd_T, y_TH):
+        wide = total.float()
+        torch.mean(wide.square(), -1, out=rstd_t).add_(eps).rsqrt_()
+        normed = wide * rstd_t[:, None]
+        if cast_before_weight and y.dtype != normed.dtype:
+            normed = normed.to(y.dtype).float()
+        torch.mul(normed, scale_H, out=y)
 
 
 def backward_torch(
@@ -210,20 +201,21 @@ def backward_torch(
     cast_before_weight: bool,
     want_weight: bool,
 ) -> Tensor | None:
-    scale_H = weight_H.float() + offset
+    scale_H, width = weight_H.float() + offset if offset else weight_H.float(), sum_TH.shape[1]
     dweight_H = torch.zeros_like(scale_H) if want_weight else None
-    for tile in _tiles(*sum_TH.shape):
-        dy, rstd_t1 = dy_TH[tile].float(), rstd_T[tile, None]
-        normed = sum_TH[tile].float() * rstd_t1
+    more = [] if dsum_TH is None else [dsum_TH]
+    for total, rstd_t, dy_tH, dx, *dsum in tiles(width, sum_TH, rstd_T, dy_TH, dx_TH, *more):
+        dy, rstd_t1 = dy_tH.float(), rstd_t[:, None]
+        normed = total.float() * rstd_t1
         if dweight_H is not None:
-            rounded = normed.to(sum_TH.dtype) if cast_before_weight else normed
+            rounded = normed.to(total.dtype) if cast_before_weight else normed
             dweight_H.add_((rounded * dy).sum(0))
         g = dy * scale_H
-        mean_t1 = (g * normed).mean(-1, keepdim=True)
-        dx = g.sub_(normed.mul_(mean_t1)).mul_(rstd_t1)
-        if dsum_TH is not None:
-            dx.add_(dsum_TH[tile])
-        dx_TH[tile] = dx
+        g.addcmul_(normed, torch.linalg.vecdot(g, normed)[:, None], value=-1 / width)
+        if dsum:
+            dx.copy_(g.mul_(rstd_t1).add_(dsum[0]))
+        else:
+            torch.mul(g, rstd_t1, out=dx)
     return None if dweight_H is None else dweight_H.to(weight_H.dtype)
 
 

@@ -24,10 +24,9 @@ from torch import Tensor
 from ft_dist_kernels.aot import AotCase, Chip
 from ft_dist_kernels.backend import Backend, use_triton
 from ft_dist_kernels.rope_scaling import rope_inv_freq
+from ft_dist_kernels.tiles import tiles
 
 __all__ = ["rope", "rope_inv_freq", "rope_reference", "rope_tables"]
-
-CPU_TILE_ELEMENTS = 128 * 1024
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
@@ -131,21 +130,19 @@ def _rotate(
 
 
 def rotate_torch(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor, inverse: bool) -> None:
-    """Blocks of positions small enough to stay in a CPU core's cache."""
-    batch, heads, positions, width = x.shape
-    half = cos.shape[-1] // 2
-    step = max(1, CPU_TILE_ELEMENTS // max(batch * heads * width, 1))
-    cos, sin = cos.to(x.dtype)[:, None], sin.to(x.dtype)[:, None]
-    sign = 1 if inverse else -1
-    for start in range(0, positions, step):
-        tile = slice(start, min(start + step, positions))
-        c1, c2 = cos[:, :, tile].split(half, -1)
-        s1, s2 = sin[:, :, tile].split(half, -1)
-        x1, x2, passing = x[:, :, tile].split((half, half, width - 2 * half), -1)
-        y1, y2, passed = y[:, :, tile].split((half, half, width - 2 * half), -1)
-        torch.mul(x1, c1, out=y1).addcmul_(x2, s2 if inverse else s1, value=sign)
-        torch.mul(x2, c2, out=y2).addcmul_(x1, s1 if inverse else s2, value=-sign)
-        passed.copy_(passing)
+    batch, heads, _, width = x.shape
+    rotated, half = cos.shape[-1], cos.shape[-1] // 2
+    if rotated < width:
+        y[..., rotated:].copy_(x[..., rotated:])
+        x, y = x[..., :rotated], y[..., :rotated]
+    for x_t, y_t, c, s in tiles(
+        batch * heads * rotated, x, y, cos.to(x.dtype)[:, None], sin.to(x.dtype)[:, None], dim=2
+    ):
+        x1, x2 = x_t.split(half, -1)
+        y1, y2 = torch.mul(x_t, c, out=y_t).split(half, -1)
+        s1, s2 = s.split(half, -1)
+        y1.addcmul_(x2, s2 if inverse else s1, value=1 if inverse else -1)
+        y2.addcmul_(x1, s1 if inverse else s2, value=-1 if inverse else 1)
 
 
 def _triton_kernels() -> Any:

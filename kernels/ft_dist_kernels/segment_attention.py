@@ -1,106 +1,20 @@
 """Causal attention inside segments (the samples of packed rows), with neither a mask nor work across their borders.
 
-A mask that keeps the samples of a row apart costs the whole row's square: 25 samples of 40 tokens in a row of 1,000
-would take 25 times the arithmetic that they need, and mask every fast path of PyTorch's attention away. Here segments
-of like length are laid side by side as a batch, (segments, longest, heads, width); each batch is plain causal
-attention, which padding after a segment's end cannot touch.
+`segments.py` lays the tokens out so that every batch is plain causal attention. Short segments in fp32 on CPU take a
+form of their own (`short_attention.py`), all else PyTorch's attention.
 
-Segments that begin alike (a system prompt) can share tokens: what a token's layers compute depends on the tokens before
-it alone, so that one computation serves all of them, and its gradient is the sum of theirs. Such a token lies at
-several places; it is queried at the first, and is a key and a value at all.
-
-Shapes: B rows, S positions, T = B S tokens, P places of all batches together, C copies, N heads, D head width.
+Shapes: B rows, S positions, T = B S tokens, P places of all batches together, N heads, M of keys, D head width.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
-SHORT = 32
-"""Segments up to this long share a batch: attention over so few tokens costs less than another call"""
-WHOLE = 64
-"""Up to this length fp32 attention on CPU keeps its weights for the backward pass, which are no more than its output:
-0.5 to 0.7 of the time of PyTorch's own, which is made for long rows"""
-
-
-@dataclass(frozen=True, eq=False)
-class Segments:
-    """Where each token lies among the batches.
-
-    token_of (P,): the token at each place, some token of the same rows where no segment reaches; place_of (T,): the
-    first place of each token; shared: the tokens with more places than one; copies (C,): those further places, and
-    copied (C,): of which of the shared tokens; unread: the places that no token's output is taken from, without a token
-    or copies; shapes: segments and length of each batch, in order. `in_order`: the places are the tokens.
-    """
-
-    token_of: Tensor
-    place_of: Tensor
-    shared: Tensor
-    copies: Tensor
-    copied: Tensor
-    unread: Tensor
-    shapes: tuple[tuple[int, int], ...]
-    in_order: bool
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Segments":
-        return self._changed(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "Segments":
-        return self._changed(Tensor.pin_memory)
-
-    def _changed(self, change: Callable[[Tensor], Tensor]) -> "Segments":
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
-
-
-def find_segments(position_ids: Tensor) -> Segments:
-    """position_ids (B, S) int64 on CPU, 0 where a segment begins; every row begins one."""
-    flat = position_ids.reshape(-1)
-    starts = torch.nonzero(flat == 0).squeeze(1)
-    lengths = torch.diff(starts, append=starts.new_tensor([flat.numel()]))
-    return lay_segments(torch.arange(flat.numel()), lengths)
-
-
-def lay_segments(tokens: Tensor, lengths: Tensor) -> Segments:
-    """tokens (sum of lengths,) int64 on CPU: the token at each position of the segments, end to end; every token from 0
-    to the largest comes at least once. lengths: of the segments, all above 0."""
-    starts = torch.cumsum(lengths, 0) - lengths
-    order = torch.argsort(lengths, descending=True, stable=True)
-    starts, lengths = starts[order], lengths[order]
-    positions, valid, shapes, first = [], [], [], 0
-    while first < len(lengths):
-        longest = int(lengths[first])
-        shortest = 1 if 1 < longest <= SHORT else longest // 2
-        count = int((lengths[first:] > shortest).sum())
-        places = torch.arange(longest).expand(count, longest)
-        reached = places < lengths[first : first + count, None]
-        positions.append((starts[first : first + count, None] + places * reached).flatten())
-        valid.append(reached.flatten())
-        shapes.append((count, longest))
-        first += count
-    token_of, reached = tokens[torch.cat(positions)], torch.cat(valid)
-    places = torch.nonzero(reached).squeeze(1)
-    at_places = token_of[places]
-    place_of = places.new_full((int(tokens.max()) + 1,), len(token_of)).scatter_reduce_(0, at_places, places, "amin")
-    is_copy = place_of[at_places] != places
-    by_token, order = torch.sort(at_places[is_copy], stable=True)
-    copies = places[is_copy][order]
-    shared, copied = torch.unique_consecutive(by_token, return_inverse=True)
-    read = torch.zeros_like(reached).index_fill_(0, place_of, True)
-    return Segments(
-        token_of=token_of,
-        place_of=place_of,
-        shared=shared,
-        copies=copies,
-        copied=copied,
-        unread=torch.nonzero(~read).squeeze(1),
-        shapes=tuple(shapes),
-        in_order=torch.equal(place_of, torch.arange(len(token_of))),
-    )
+from ft_dist_kernels.segments import Segments, Shape
+from ft_dist_kernels.short_attention import short_attention, suits
 
 
 @torch._disable_dynamo
@@ -114,33 +28,32 @@ def segment_attention(
     window: int | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """q (B, N, S, D), k and v (B, N_kv, S, D), N a multiple of N_kv; returns (B, S, N, D).
+    """q (B, N, S, D), k and v (B, M, S, D), N a multiple of M; returns (B, S, N, D).
 
     A token sees the tokens before it in its segment and itself, with a `window` only that many of them.
     """
     batch, heads, positions, width = q.shape
-    sizes = [count * longest for count, longest in segments.shapes]
-    # a copy's output is not taken, so that no gradient comes back to its query
-    spread = [_spread(_tokens_first(x), segments, summed=x is not q).split(sizes) for x in (q, k, v)]
+    q_TND, k_TMD, v_TMD = (_tokens_first(x) for x in (q, k, v))
+    if suits(q_TND, segments) and not dropout_p:
+        y_TND = short_attention(q_TND, k_TMD, v_TMD, segments, scale=scale, window=window)
+        return y_TND.view(batch, positions, heads, width)
+    shapes = segments.shapes
+    per_key = [shape.rows * shape.longest for shape in shapes]
+    of_queries = _spread_queries(q_TND, segments).split([shape.rows * shape.queries for shape in shapes])
+    of_keys, of_values = (_spread_keys(x, segments).split(per_key) for x in (k_TMD, v_TMD))
     outputs = []
-    for (count, longest), *parts in zip(segments.shapes, *spread, strict=True):
-        if q.device.type == "cpu" and q.dtype == torch.float32 and longest <= min(WHOLE, width) and not dropout_p:
-            tokens = [part.view(count, longest, *part.shape[1:]) for part in parts]
-            outputs.append(_WholeAttention.apply(*tokens, scale, window).reshape(count * longest, heads, width))
-            continue
-        q_bnsd, k_bnsd, v_bnsd = (part.view(count, longest, *part.shape[1:]).transpose(1, 2) for part in parts)
-        mask = None if window is None or longest <= window else _band(longest, window, q.device)
+    for shape, *parts in zip(shapes, of_queries, of_keys, of_values, strict=True):
+        q_bnsd, k_bmsd, v_bmsd = (part.view(shape.rows, -1, *part.shape[1:]).transpose(1, 2) for part in parts)
         y_bnsd = F.scaled_dot_product_attention(
             q_bnsd,
-            k_bnsd,
-            v_bnsd,
-            attn_mask=mask,
+            k_bmsd,
+            v_bmsd,
+            attn_mask=_mask(shape, window, q.device),
             dropout_p=dropout_p,
-            is_causal=mask is None,
             scale=scale,
             enable_gqa=k.shape[1] != heads,
         )
-        outputs.append(y_bnsd.transpose(1, 2).reshape(count * longest, heads, width))
+        outputs.append(y_bnsd.transpose(1, 2).reshape(-1, heads, width))
     y_PND = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return _collect(y_PND, segments).view(batch, positions, heads, width)
 
@@ -166,69 +79,32 @@ def _tokens_first(x: Tensor) -> Tensor:
     return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
 
 
-def _spread(x_TND: Tensor, segments: Segments, *, summed: bool) -> Tensor:
-    """Tokens (T, N, D) -> places (P, N, D); the gradients of copies are `summed`."""
+def _mask(shape: Shape, window: int | None, device: torch.device) -> Tensor:
+    """Of queries that stand behind the keys that they share; PyTorch sees a causal one and builds none."""
+    if window is None or shape.longest <= window:
+        return causal_lower_right(shape.queries, shape.longest)
+    return shape.seen(window, device)
+
+
+def _spread_queries(x_TND: Tensor, segments: Segments) -> Tensor:
+    """Tokens (T, N, D) -> places (P, N, D). A token is queried once, so that one gradient comes back to it."""
     if segments.in_order:
         return x_TND
-    copies = segments if summed and len(segments.copies) else None
-    return _Rearrange.apply(x_TND, segments.token_of, segments.place_of, copies, None)
+    return _Rearrange.apply(x_TND, segments.queries, segments.query_of, None, None)
+
+
+def _spread_keys(x_TMD: Tensor, segments: Segments) -> Tensor:
+    """Tokens (T, M, D) -> places (P, M, D); the gradients of copies are summed."""
+    if segments.in_order:
+        return x_TMD
+    return _Rearrange.apply(x_TMD, segments.keys, segments.key_of, segments if len(segments.copies) else None, None)
 
 
 def _collect(y_PND: Tensor, segments: Segments) -> Tensor:
     """Places (P, N, D) -> tokens (T, N, D)."""
     if segments.in_order:
         return y_PND
-    return _Rearrange.apply(y_PND, segments.place_of, segments.token_of, None, segments.unread)
-
-
-def _band(longest: int, window: int, device: torch.device) -> Tensor:
-    index = torch.arange(longest, device=device)
-    distance = index[:, None] - index
-    return (distance >= 0) & (distance < window)
-
-
-class _WholeAttention(torch.autograd.Function):
-    """softmax(scale Q K^T) V by plain products. q (b, L, N, D), k and v (b, L, M, D) -> (b, L, N, D).
-
-    The queries of the N / M heads that share a key lie below each other: rows of one product, G = L N / M of them.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-        batch, longest, heads, width = q.shape
-        ctx.shape, ctx.scale = (batch, longest, k.shape[2], heads // k.shape[2], width), scale
-        q_cGD, k_cLD, v_cLD = _below(q, ctx.shape), _below(k, ctx.shape), _below(v, ctx.shape)
-        seen = _band(longest, window or longest, q.device)
-        mask_GL = torch.zeros(longest, longest).masked_fill_(~seen, float("-inf")).repeat(ctx.shape[3], 1)
-        weights_cGL = torch.baddbmm(mask_GL.expand(len(k_cLD), -1, -1), q_cGD, k_cLD.transpose(1, 2), alpha=scale)
-        weights_cGL = torch.softmax(weights_cGL, -1)
-        ctx.save_for_backward(q_cGD, k_cLD, v_cLD, weights_cGL)
-        return _beside(torch.bmm(weights_cGL, v_cLD), ctx.shape)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        q_cGD, k_cLD, v_cLD, weights_cGL = ctx.saved_tensors
-        dy_cGD = _below(dy, ctx.shape)
-        dv_cLD = torch.bmm(weights_cGL.transpose(1, 2), dy_cGD)
-        d_weights_cGL = torch.bmm(dy_cGD, v_cLD.transpose(1, 2))
-        d_scores_cGL = torch._softmax_backward_data(d_weights_cGL, weights_cGL, -1, dy.dtype).mul_(ctx.scale)
-        dq = _beside(torch.bmm(d_scores_cGL, k_cLD), ctx.shape)
-        dk = _beside(torch.bmm(d_scores_cGL.transpose(1, 2), q_cGD), ctx.shape)
-        return dq, dk, _beside(dv_cLD, ctx.shape), None, None
-
-
-def _below(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """(b, L, heads, D) -> (b M, heads / M * L, D)"""
-    batch, longest, shared, _, width = shape
-    return x.reshape(batch, longest, shared, -1, width).permute(0, 2, 3, 1, 4).reshape(batch * shared, -1, width)
-
-
-def _beside(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """(b M, heads / M * L, D) -> (b, L, heads, D)"""
-    batch, longest, shared, _, width = shape
-    apart = x.view(batch, shared, -1, longest, width).permute(0, 3, 1, 2, 4)
-    return apart.reshape(batch, longest, -1, width)
+    return _Rearrange.apply(y_PND, segments.query_of, segments.queries, None, segments.unread)
 
 
 class _Rearrange(torch.autograd.Function):

@@ -1,6 +1,7 @@
 """What runs of a micro-batch: enough for every label, each token after its own beginning, and little else."""
 
 import numpy as np
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,10 +29,13 @@ def test_every_label_has_its_token_behind_its_own_beginning(samples, round_to):
     assert np.array_equal(kept, np.unique(kept))
     assert set(np.flatnonzero(predicts)) <= set(kept.tolist())
     # each segment is the beginning of a sample, token by token at its place
-    found, at = [], 0
-    for count, longest in segments.shapes:
+    found, at, at_query = [], 0, 0
+    for count, begin, longest in segments.shapes:
         for _ in range(count):
-            run = kept[segments.token_of[at : at + longest].numpy()]
+            keys = segments.keys[at : at + longest]
+            assert torch.equal(segments.queries[at_query : at_query + longest - begin], keys[begin:])
+            at_query += longest - begin
+            run = kept[keys.numpy()]
             place = np.arange(longest)
             ends = np.flatnonzero(positions[run] != place)
             length = int(ends[0]) if len(ends) else longest
@@ -56,7 +60,9 @@ def test_a_shared_beginning_runs_once_and_nothing_runs_behind_the_last_label():
     needed = needed_tokens(tokens, predicts, np.tile(np.arange(6), 3), round_to=1)
     # 5 6 7 1, 3 for the second sample, 8 4 for the third
     assert sorted(tokens[needed.kept.numpy()].tolist()) == [1, 3, 4, 5, 6, 7, 8]
-    assert len(needed.segments.copies) == 5
+    segments = needed.segments
+    assert len(segments.queries) - len(segments.unread) == 7
+    assert segments.shapes == ((3, 2, 4), (1, 0, 3))
 
 
 def test_what_carries_a_label_is_never_shared():

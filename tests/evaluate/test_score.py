@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from ft_dist_kernels.segment_attention import find_segments
+from ft_dist_kernels.segments import find_segments
 from transformers import AutoModelForCausalLM
 
 from ft_dist.data.batch import MicroBatch

@@ -2,12 +2,8 @@
 
 import pytest
 import torch
-from ft_dist_kernels.segment_attention import (
-    find_segments,
-    lay_segments,
-    segment_attention,
-    segment_attention_reference,
-)
+from ft_dist_kernels.segment_attention import segment_attention, segment_attention_reference
+from ft_dist_kernels.segments import find_segments, lay_segments
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import check_parity
@@ -71,11 +67,13 @@ def test_any_lengths(lengths, window):
 def test_every_token_has_one_place_and_padding_is_bounded(lengths):
     segments = find_segments(positions_of([lengths]))
     tokens = sum(lengths)
-    assert torch.equal(segments.token_of[segments.place_of], torch.arange(tokens))
-    places = sum(count * longest for count, longest in segments.shapes)
-    assert len(segments.token_of) == places == tokens + len(segments.unread)
-    assert all(longest <= 32 or count * longest <= 2 * tokens for count, longest in segments.shapes)
-    assert len(segments.shapes) <= 6
+    assert torch.equal(segments.queries[segments.query_of], torch.arange(tokens))
+    assert torch.equal(segments.queries, segments.keys)
+    assert torch.equal(segments.query_of, segments.key_of)
+    places = sum(count * longest for count, _, longest in segments.shapes)
+    assert len(segments.queries) == places == tokens + len(segments.unread)
+    assert all(count * longest <= 2 * tokens + 128 for count, _, longest in segments.shapes)
+    assert len(segments.shapes) <= 7
 
 
 def test_what_a_segment_does_not_reach_changes_nothing():
@@ -124,6 +122,16 @@ def test_segments_that_share_tokens(name, dtype, window):
         make_inputs([[tokens]], dtype),
         upstream=upstream.to(dtype).float(),
     )
+
+
+def test_a_shared_beginning_is_queried_once():
+    beginning = [*range(30)]
+    lists = [[*beginning, *range(first, first + 20)] for first in range(30, 190, 20)]
+    tokens = [token for segment in lists for token in segment]
+    segments = lay_segments(torch.tensor(tokens), torch.tensor([50] * 8))
+    assert segments.shapes == ((8, 30, 50), (1, 0, 30))
+    assert torch.equal(segments.queries.sort().values, torch.arange(190))
+    assert len(segments.unread) == 0
 
 
 def test_two_runs_give_the_same_bits():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ft_dist_kernels.segment_attention import find_segments
+from ft_dist_kernels.segments import find_segments
 
 from ft_dist.config.schema import MethodConfig
 from ft_dist.errors import ModelError
