@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from ft_dist_kernels.segments import Segments, Shape
 from ft_dist_kernels.short_attention import short_attention, suits
@@ -44,11 +43,13 @@ def segment_attention(
     outputs = []
     for shape, *parts in zip(shapes, of_queries, of_keys, of_values, strict=True):
         q_bnsd, k_bmsd, v_bmsd = (part.view(shape.rows, -1, *part.shape[1:]).transpose(1, 2) for part in parts)
+        mask = _mask(shape, window, q.device)
         y_bnsd = F.scaled_dot_product_attention(
             q_bnsd,
             k_bmsd,
             v_bmsd,
-            attn_mask=_mask(shape, window, q.device),
+            attn_mask=mask,
+            is_causal=mask is None,
             dropout_p=dropout_p,
             scale=scale,
             enable_gqa=k.shape[1] != heads,
@@ -79,9 +80,15 @@ def _tokens_first(x: Tensor) -> Tensor:
     return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
 
 
-def _mask(shape: Shape, window: int | None, device: torch.device) -> Tensor:
-    """Of queries that stand behind the keys that they share; PyTorch sees a causal one and builds none."""
-    if window is None or shape.longest <= window:
+def _mask(shape: Shape, window: int | None, device: torch.device) -> Tensor | None:
+    """None: each query sees the keys up to its own, the first query the first key."""
+    whole = window is None or shape.longest <= window
+    if whole and shape.begin == 0:
+        return None
+    if whole and device.type == "cuda":
+        # of queries behind the keys that they share; imported here, as it loads torch's compiler: two seconds
+        from torch.nn.attention.bias import causal_lower_right
+
         return causal_lower_right(shape.queries, shape.longest)
     return shape.seen(window, device)
 
