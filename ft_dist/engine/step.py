@@ -62,6 +62,9 @@ class Engine:
             ),
             dist_init_required=False,
         )
+        if self.stage == 0 and world.size == 1:
+            # DeepSpeed would flatten all gradients, reduce them over one rank and copy them back
+            self.deepspeed.enable_backward_allreduce = False
         # the trial step that some of its optimizers take at the start would count as a step of Adam
         self.base_optimizer.state.clear()
 
@@ -123,6 +126,9 @@ class Engine:
     def _update_replicated(self) -> tuple[float, bool]:
         """Stage 0 in fp32, where DeepSpeed has no optimizer wrapper of its own to clip and to tell a bad step."""
         parameters = [parameter for _, parameter in self.trainable()]
+        for parameter in parameters:
+            if parameter.grad is None:  # of a layer that nothing went through: still decayed, as on several ranks
+                parameter.grad = torch.zeros_like(parameter)
         limit = self.config.optim.max_grad_norm or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
         skipped = not math.isfinite(norm)

@@ -104,8 +104,8 @@ class States(Gradient):
             # whole gradients leave through the bucket, and what this rank owns is kept apart
             ledger.free("grads")
             ledger.hold(SUMS, "new", self.own * 4)
-        if job.stage == 0 and last:
-            # the all-reduce of DeepSpeed's plain engine flattens gradients, in a world of one too
+        if job.stage == 0 and last and job.ranks > 1:
+            # the all-reduce of DeepSpeed's plain engine flattens gradients
             ledger.spike(BUCKETS, min(job.trainable, ALLREDUCE_ELEMENTS) * job.item)
         if last:
             ledger.free("bucket" if job.stage < 3 else "")

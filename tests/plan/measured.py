@@ -45,6 +45,7 @@ def held_bytes() -> int:
     """Bytes of all storages of weights, gradients, state and buffers. Token ids, which lie in numpy's memory, are no
     part of it."""
     found: dict[int, int] = {}
+    gc.unfreeze()  # a run freezes what lives before its first step, and get_objects() leaves that out
     for thing in gc.get_objects():
         if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.device.type == "cpu":
             storage = thing.untyped_storage()
