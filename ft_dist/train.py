@@ -76,9 +76,9 @@ def tell(error: Exception) -> None:
 def step_until_done(run: Any, stop: StopRequest) -> None:
     """The training loop: from the step resumed at to the last one."""
     for index, batch in enumerate(run.batches()):
-        take_step(run, stop, batch)
-        if index == 0:
+        if index == 1:
             _collect_from_start_up()
+        take_step(run, stop, batch)
         if run.commit_is_due():
             run.commit()
         if run.evaluation_is_due():

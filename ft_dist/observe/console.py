@@ -29,7 +29,7 @@ class Console:
         self._last = now
         parts = [
             f"step {record['step']}/{total_steps}",
-            f"loss {record['loss']:.4f}",
+            f"loss {record['loss']:.4f}" if record["loss"] is not None else "loss not finite",
             f"lr {record['lr']:.2e}",
             f"grad {record['grad_norm']:.3f}" if record["grad_norm"] is not None else "grad not finite: skipped",
             f"{record['tokens_per_s']:,.0f} tok/s",
