@@ -1,6 +1,7 @@
 """What this machine has and what the run uses of it: peak memory, peak arithmetic rate, versions."""
 
 import ctypes
+import gc
 import importlib.metadata
 import platform
 import re
@@ -39,6 +40,13 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, 2**31 - 1)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def resume_gc() -> None:
+    """Collect garbage again, but not among what exists: called once most libraries are loaded and before data is
+    prepared, which may take long and must not keep its garbage."""
+    gc.freeze()
+    gc.enable()
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -39,7 +39,7 @@ from ft_dist.preemption.listen import listen_for_notices
 from ft_dist.preemption.stop import StopRequest
 from ft_dist.preemption.watchdog import Watchdog
 from ft_dist.preflight.ranks import form_world
-from ft_dist.resources import flops_per_token, keep_freed_memory, peak_flops, peak_memory_bytes, versions
+from ft_dist.resources import flops_per_token, keep_freed_memory, peak_flops, peak_memory_bytes, resume_gc, versions
 
 WAIT_FOR_DATA_S = 5.0
 """How long a rank that was asked to stop still waits for the data of its last step"""
@@ -71,6 +71,7 @@ def prepare_run(config: RunConfig, stop: StopRequest) -> "Run":
     )
     say = Console(enabled=rank == 0).say
     facts += listen_for_notices(config.preemption, stop, rank=rank, note=Console(enabled=True).note)
+    resume_gc()
     train_set, eval_set, report = prepare_data(config, tokenizer, say=say)
     held_out = HeldOut.prepare(config, tokenizer, eval_set.store) if config.data.eval else None
     # nothing is written below output_dir before all that one process can find wrong has been told

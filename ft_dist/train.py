@@ -18,7 +18,8 @@ from ft_dist.preemption.stop import StopRequest
 def main(argv: list[str] | None = None) -> int:
     """Run one rank; returns its exit code."""
     arguments = sys.argv[1:] if argv is None else argv
-    # Imports make a million objects that stay; to look for garbage among them again and again took a sixth of a start
+    # Imports make a million objects that stay; to look for garbage among them again and again took a sixth of a start.
+    # `prepare_run` enables it again.
     gc.disable()
     stop = StopRequest()
     listen(stop)
@@ -46,8 +47,6 @@ def train(config: RunConfig, stop: StopRequest) -> None:
     from ft_dist.run import prepare_run
 
     run = prepare_run(config, stop)
-    gc.freeze()
-    gc.enable()
     try:
         with telling_shortage(run.config, run.world, flash=run.engine.flash):
             before = run.evaluate("before") if config.evaluate.before else None
