@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ft_dist.checkpoint.format import commits
+from ft_dist.preemption.stop import SAME_NOTICE_S
 from tests.chaos.storm import workers_of
 from tests.conftest import ROOT, SMALL_RUN, read_lines, start_cli
 from tests.preemption.metadata import MetadataServer
@@ -131,17 +132,20 @@ def test_a_signal_before_the_first_step_leaves_at_once(metadata, tmp_path):
 def test_a_signal_in_a_commit_finishes_it_and_a_second_leaves_the_one_before_intact(tmp_path):
     folder = tmp_path / "run"
     root = folder / "checkpoints"
+    # several times the pause below, on a fast machine too
+    longer = ["batch.global_rows=960", "optim.epochs=6", "optim.max_steps=3"]
 
     def signal_in_commit() -> "subprocess.Popen[str]":
-        process = start(folder, *LONG_STEPS, "checkpoint.interval_steps=1")
+        process = start(folder, *longer, "checkpoint.interval_steps=1")
         before = {step.name for step in root.glob("step-*")}
         wait_until(process, lambda: any(step.name not in before for step in root.glob("step-*")))
         process.send_signal(signal.SIGTERM)
         return process
 
     process = signal_in_commit()
-    # the stop is agreed in the long step that follows; a second signal does not wait for it
-    time.sleep(1.2)
+    # the stop is agreed in the long step that follows; a second signal does not wait for it. The collection of garbage
+    # between these two steps may delay the first signal's reading.
+    time.sleep(SAME_NOTICE_S + 1)
     process.send_signal(signal.SIGTERM)
     end_of(process, 75, within_s=5)
     assert [commit.step for commit in commits(root)] == [1]
