@@ -19,6 +19,14 @@ class ConfigError(UserError):
     """A config value, key or combination that cannot work."""
 
 
+class MemoryPlanError(ConfigError):
+    """A run that is planned not to fit. `short` has only the two figures."""
+
+    def __init__(self, message: str, *, short: str) -> None:
+        super().__init__(message)
+        self.short = short
+
+
 class DataError(UserError):
     """A data file that is missing, malformed or empty; names file and line."""
 

@@ -25,6 +25,7 @@ def bench(
     steps: Annotated[int, typer.Option(min=1, help="Timed steps, after two to warm up")] = 5,
     nproc: Annotated[int | None, typer.Option(min=1, help="Worker processes [default: one a GPU, or 1 on CPU]")] = None,
     checkpoint: Annotated[bool, typer.Option(help="Also time one save of the training state")] = True,
+    force: Annotated[bool, typer.Option("--force", help="Start even what is planned not to fit in memory")] = False,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Try micro-batches, checkpointing, ZeRO stages, kernels; name the fastest")
     ] = False,
@@ -49,6 +50,7 @@ def bench(
         labelled=labelled,
         steps=steps,
         checkpoint=checkpoint,
+        force=force,
         nproc=nproc,
         sweep=sweep,
         scaling=scaling,

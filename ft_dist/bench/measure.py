@@ -11,9 +11,10 @@ from typing import Any
 
 from ft_dist.bench.figures import communication_share, figures
 from ft_dist.bench.spec import Spec
-from ft_dist.errors import UserError
+from ft_dist.errors import MemoryPlanError, UserError
 from ft_dist.launcher.agent import run_here
 from ft_dist.launcher.local import launched
+from ft_dist.plan.guard import check_fits_here
 
 SWEPT: dict[str, list[Any]] = {
     "batch.micro_rows": [1, 2, 4],
@@ -30,6 +31,7 @@ def measure_once(spec: Spec, *, nproc: int) -> dict[str, Any]:
 
     Ranks of a launcher's world other than 0 get an empty record.
     """
+    refuse_what_cannot_fit(spec, nproc=nproc)
     folder = Path(spec.result).parent
     folder.mkdir(parents=True, exist_ok=True)
     if launched():
@@ -44,6 +46,13 @@ def measure_once(spec: Spec, *, nproc: int) -> dict[str, Any]:
     if code != 0 or not result.is_file():
         raise UserError(f"the measurement failed (exit code {code}): {_last_line(folder / 'output.log')}")
     return figures(spec, json.loads(result.read_text(encoding="utf-8")))
+
+
+def refuse_what_cannot_fit(spec: Spec, *, nproc: int) -> None:
+    """Raises MemoryPlanError, unless the measurement is forced: random weights alone may fill a machine."""
+    if not spec.force:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", nproc)) if launched() else nproc
+        check_fits_here(spec.config(), ranks=nproc, ranks_per_node=here)
 
 
 def sweep(spec: Spec, swept: dict[str, list[Any]], *, nproc: int, folder: Path, say: Say) -> list[dict[str, Any]]:
@@ -62,8 +71,9 @@ def sweep(spec: Spec, swept: dict[str, list[Any]], *, nproc: int, folder: Path, 
             rate, peak = record["real_tokens_per_s"], record["peak_bytes"] / 2**20
             say(f"  {tell(settings)}: {rate:,.0f} tokens/s, {peak:,.0f} MiB")
         except UserError as error:
-            record = {**settings, FAILED: str(error)}
-            say(f"  {tell(settings)}: {error}")
+            why = error.short if isinstance(error, MemoryPlanError) else str(error)
+            record = {**settings, FAILED: why}
+            say(f"  {tell(settings)}: {why}")
         found.append(record)
     return sorted(found, key=lambda record: -record.get("real_tokens_per_s", 0.0))
 
@@ -77,6 +87,7 @@ def scale(spec: Spec, worlds: Sequence[int], *, weak: bool, folder: Path, say: S
         raise UserError("--scaling starts ranks itself. Under torchrun or srun run plain bench once a world size.")
     found: list[dict[str, Any]] = []
     rows = spec.tree["batch"]["global_rows"]
+    planned = []
     for world in worlds:
         settings = {"batch.global_rows": rows * world if weak else rows}
         if not weak and rows < world:
@@ -84,7 +95,10 @@ def scale(spec: Spec, worlds: Sequence[int], *, weak: bool, folder: Path, say: S
                 f"--scaling strong deals {rows} rows to {world} ranks. Use batch.global_rows of at least that."
             )
         settings["batch.micro_rows"] = min(spec.tree["batch"]["micro_rows"], -(-settings["batch.global_rows"] // world))
-        record = measure_once(spec.changed(settings, folder / f"world-{world}"), nproc=world)
+        planned.append(spec.changed(settings, folder / f"world-{world}"))
+        refuse_what_cannot_fit(planned[-1], nproc=world)
+    for world, one in zip(worlds, planned, strict=True):
+        record = measure_once(one, nproc=world)
         found.append(record)
         first = found[0]
         ideal = first["real_tokens_per_s"] * world / first["world_size"]

@@ -28,6 +28,7 @@ def bench(
     labelled: float = 1.0,
     steps: int = 5,
     checkpoint: bool = True,
+    force: bool = False,
     nproc: int | None = None,
     sweep: bool = False,
     scaling: str | None = None,
@@ -57,6 +58,7 @@ def bench(
             steps=steps,
             checkpoint=checkpoint and not sweep and not launched(),
             folder=folder,
+            force=force,
         )
         config = spec.config()
         title = f"{Path(model).name}, {method}, {config.model.dtype}, {rows} x {length} tokens a step, {ranks} ranks"

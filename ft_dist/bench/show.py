@@ -16,14 +16,15 @@ _WIDTH, _BAR, _LEFT = 900, 26, 300
 def text(report: dict[str, Any]) -> str:
     """One line a measurement; a single one with its time by phase; a sweep ends with the fastest that fits."""
     records = report["measurements"]
-    lines = [f"{'':44}{'real/s':>10}{'labelled/s':>12}{'step s':>9}{'MFU':>7}{'peak MiB':>10}{'padding':>9}"]
+    width = 2 + max(len(name_of(record, report)) for record in records)
+    lines = [f"{'':{width}}{'real/s':>10}{'labelled/s':>12}{'step s':>9}{'MFU':>7}{'peak MiB':>10}{'padding':>9}"]
     for record in records:
-        name = name_of(record, report)
+        name = f"{name_of(record, report):{width}}"
         if FAILED in record:
-            lines.append(f"{name:44}{record[FAILED]}")
+            lines.append(f"{name}{record[FAILED]}")
             continue
         lines.append(
-            f"{name:44}{record['real_tokens_per_s']:10,.0f}{record['labelled_tokens_per_s']:12,.0f}"
+            f"{name}{record['real_tokens_per_s']:10,.0f}{record['labelled_tokens_per_s']:12,.0f}"
             f"{record['step_s']:9.3f}{record['mfu']:7.1%}{record['peak_bytes'] / 2**20:10,.0f}"
             f"{record['padded_share']:9.1%}"
             + (f"  efficiency {record['efficiency']:.2f}" if "efficiency" in record else "")

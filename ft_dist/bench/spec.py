@@ -29,6 +29,8 @@ class Spec:
     steps: int = 5
     phase_steps: int = 2
     checkpoint: bool = True
+    force: bool = False
+    """Start even what is planned not to fit in memory"""
     settings: dict[str, Any] = field(default_factory=dict)
     """Overrides by which this measurement differs from its neighbours in a sweep"""
 
@@ -66,6 +68,7 @@ def make_spec(
     steps: int,
     checkpoint: bool,
     folder: Path,
+    force: bool = False,
 ) -> Spec:
     """`rows` packed rows of `length` tokens a rank and micro-batch. Raises UserError."""
     from ft_dist.launcher.local import gpus
@@ -104,4 +107,5 @@ def make_spec(
         labelled=labelled,
         steps=steps,
         checkpoint=checkpoint,
+        force=force,
     )

@@ -1,7 +1,7 @@
 """What cannot fit is told before it is started, with the nearest thing that does."""
 
 from ft_dist.config.schema import RunConfig
-from ft_dist.errors import ConfigError, ModelError
+from ft_dist.errors import MemoryPlanError, ModelError
 from ft_dist.plan.fit import KEYS, Fit, Place, fit, more_ranks, settings_of
 from ft_dist.plan.gpu import Device, device_here, gpu_like
 from ft_dist.plan.job import Job, flash_here, job_of
@@ -9,8 +9,8 @@ from ft_dist.plan.memory import MARGIN, memory_plan
 
 
 def check_fits(config: RunConfig, *, ranks: int, ranks_per_node: int, device: Device | None) -> str | None:
-    """Raise ConfigError for a run that cannot fit `device`; otherwise a line of what it will take, or None where that
-    is not known (the device, or a model that plan does not know).
+    """Raise MemoryPlanError for a run that cannot fit `device`; otherwise a line of what it will take, or None where
+    that is not known (the device, or a model that plan does not know).
 
     The fragmentation margin does not count against a run: it may be smaller. On CPU only tensors do.
     """
@@ -26,9 +26,10 @@ def check_fits(config: RunConfig, *, ranks: int, ranks_per_node: int, device: De
     if least <= device.memory:
         tight = "" if memory.peak <= device.memory else "; that is tight"
         return f"memory: {need} of {have} a rank planned ({device.name}){tight}"
-    raise ConfigError(
+    raise MemoryPlanError(
         f"this run needs about {need} a rank ({memory.moment}), and {device.name} has {have}. "
-        f"{_nearest(job, device)} (ft-dist plan shows the parts; --force starts it anyway)"
+        f"{_nearest(job, device)} (ft-dist plan shows the parts; --force starts it anyway)",
+        short=f"not started: {need} of {have} a rank planned",
     )
 
 

@@ -32,7 +32,7 @@ TELL_INTERVAL_S = 30.0
 ALL_REDUCE_ELEMENTS = {"cpu": 2**20, "cuda": 2**24}
 REPEATS = 3
 WORK_REPEATS = {"cpu": 200, "cuda": 20}
-"""A tenth of a second or more: a container's limit on processor time lets bursts of milliseconds through at full speed"""
+"""A tenth of a second: a container's limit on processor time lets bursts of milliseconds through at full speed"""
 
 
 def form_world(config: RunConfig, *, rank: int, size: int) -> tuple[World, list[str]]:

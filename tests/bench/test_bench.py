@@ -70,7 +70,7 @@ def spec(folder: Path, *overrides: str, **changed: Any) -> Spec:
         "checkpoint": False,
         "folder": folder,
     }
-    return make_spec("tiny", overrides, **settings | changed)
+    return make_spec(overrides=overrides, **{"model": "tiny"} | settings | changed)
 
 
 def seen(step_s: float, **changed: Any) -> dict[str, Any]:
@@ -136,6 +136,14 @@ def test_a_sweep_names_the_fastest_that_fits(tmp_path: Path, monkeypatch: pytest
     assert html(report).count("<svg") == 3
 
 
+def test_a_sweep_starts_nothing_that_is_planned_not_to_fit(tmp_path: Path) -> None:
+    swept = {"engine.zero_stage": [0, 2]}
+    large = spec(tmp_path, model="llama3-8b", length=131072)
+    found = measure.sweep(large, swept, nproc=1, folder=tmp_path, say=lambda line: None)
+    assert ["a rank planned" in record["failed"] for record in found] == [True, True]
+    assert not (tmp_path / "sweep-0").exists()
+
+
 def test_efficiency_is_the_share_of_perfect_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = []
 
@@ -173,6 +181,13 @@ def test_synthetic_samples_have_the_lengths_and_labels_asked_for() -> None:
 def test_what_cannot_be_measured_is_told(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         spec(tmp_path, **changed)
+
+
+def test_what_cannot_fit_is_refused(cli: Any) -> None:
+    done = cli("bench", "llama3-8b", "--length", "131072", "--rows", "8")
+    assert done.returncode == 2
+    assert "this run needs about" in done.stderr
+    assert "--force starts it anyway" in done.stderr
 
 
 def test_a_model_that_is_nowhere_is_told(cli: Any) -> None:
