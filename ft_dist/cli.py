@@ -25,7 +25,7 @@ app = typer.Typer(
 Config = Annotated[str, typer.Argument(help="YAML file, or the name of a shipped recipe such as smoke")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Override config keys")]
 Force = Annotated[bool, typer.Option("--force", help="Start even what is planned not to fit in memory")]
-Nproc = Annotated[int | None, typer.Option(min=1, help="Worker processes [default: one a GPU, or 1 on CPU]")]
+Nproc = Annotated[int | None, typer.Option(min=1, help="Worker processes (default: one a GPU, or 1 on CPU)")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts")]
 
 
@@ -101,8 +101,8 @@ app.command()(plan)
 def prepare(
     config: Config,
     overrides: Overrides = None,
-    to: Annotated[str | None, typer.Option(metavar="DIR_OR_URL", help="Where the sets go [default: the cache]")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Tokenising processes [default: one a core]")] = None,
+    to: Annotated[str | None, typer.Option(metavar="DIR_OR_URL", help="Where the sets go (default: the cache)")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Tokenising processes (default: one a core)")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 2 on warnings too")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -124,7 +124,7 @@ def prepare(
 @app.command(name="eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="Run folder, model folder, built-in name or hub id")],
-    data: Annotated[list[str] | None, typer.Option(help="Held-out files [default: the run's data.eval]")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="Held-out files (default: the run's data.eval)")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 32,
     max_samples: Annotated[int | None, typer.Option(min=1)] = None,
     as_json: AsJson = False,
@@ -203,8 +203,8 @@ def launch(
         Literal["local", "torchrun", "slurm", "sky", "k8s", "vm"], typer.Option(help="Where to run")
     ] = "local",
     nodes: Annotated[str, typer.Option(metavar="N|MIN:MAX", help="Machines")] = "1",
-    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="0 trains on CPU [default: the profile's]")] = None,
-    nproc: Annotated[int | None, typer.Option(min=1, help="Workers on each node [default: one a GPU, or 1]")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="0 trains on CPU (default: the profile's)")] = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Workers on each node (default: one a GPU, or 1)")] = None,
     profile: Annotated[str | None, typer.Option(help="What the cluster asks for: YAML file, or name of one")] = None,
     sweep: Annotated[list[str] | None, typer.Option(metavar="KEY=V1,V2", help="A run for each value")] = None,
     rdzv: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where the nodes of torchrun meet")] = None,

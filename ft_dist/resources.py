@@ -1,6 +1,5 @@
 """What this machine has and what the run uses of it: peak memory, peak arithmetic rate, versions."""
 
-import ctypes
 import gc
 import importlib.metadata
 import platform
@@ -24,22 +23,6 @@ PEAK_BF16_FLOPS = {
 }
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "triton", "datasets", "safetensors")
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep the activations that a CPU step frees for the next step.
-
-    By default it gives blocks of over 32 MiB, and the top of its heap, back to the kernel at once, so that every step
-    faults the same pages in again: a LoRA step of SmolLM2-135M took 10.2 s with it, and 10.6 s without.
-    No effect without glibc.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, 2**31 - 1)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def resume_gc() -> None:

@@ -9,7 +9,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -39,7 +39,7 @@ from ft_dist.preemption.listen import listen_for_notices
 from ft_dist.preemption.stop import StopRequest
 from ft_dist.preemption.watchdog import Watchdog
 from ft_dist.preflight.ranks import form_world
-from ft_dist.resources import flops_per_token, keep_freed_memory, peak_flops, peak_memory_bytes, resume_gc, versions
+from ft_dist.resources import flops_per_token, peak_flops, peak_memory_bytes, resume_gc, versions
 
 WAIT_FOR_DATA_S = 5.0
 """How long a rank that was asked to stop still waits for the data of its last step"""
@@ -57,8 +57,8 @@ class Clock:
         return elapsed
 
 
-def prepare_run(config: RunConfig, stop: StopRequest) -> "Run":
-    """Everything up to the first step. Raises UserError."""
+def prepare_run(config: RunConfig, stop: StopRequest, *, free_memory: Callable[[], None]) -> "Run":
+    """Everything up to the first step. `free_memory` is called before weights are loaded. Raises UserError."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     facts = check(config, world_size=size)
     folder = resolve_model(config.model.path)
@@ -78,8 +78,7 @@ def prepare_run(config: RunConfig, stop: StopRequest) -> "Run":
     log_file = log_rank_output(config, rank=rank)
     world, agreed = form_world(config, rank=rank, size=size)
     config = rows_after_shortage(config, world)
-    if world.device.type == "cpu":
-        keep_freed_memory()
+    free_memory()
     with telling_shortage(config, world, flash=False):
         engine = build_engine(config, world, folder=folder, tokenizer=tokenizer)
     stream = open_stream(config, tokenizer, train_set)

@@ -125,9 +125,9 @@ def utilisation(model: Any, options: argparse.Namespace, tokens_per_s: float) ->
 def our_forward(model: Any, options: argparse.Namespace) -> Any:
     from ft_dist_kernels.segments import find_segments
 
+    from ft_dist.heap import keep_freed_memory
     from ft_dist.loss import CausalObjective
     from ft_dist.model.fused import fuse
-    from ft_dist.resources import keep_freed_memory
 
     if options.device == "cpu":
         keep_freed_memory()  # as `ft-dist train` does

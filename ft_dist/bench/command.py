@@ -23,7 +23,7 @@ def bench(
     ] = "full",
     labelled: Annotated[float, typer.Option(help="Share of synthetic tokens that is learnt")] = 1.0,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps, after two to warm up")] = 5,
-    nproc: Annotated[int | None, typer.Option(min=1, help="Worker processes [default: one a GPU, or 1 on CPU]")] = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Worker processes (default: one a GPU, or 1 on CPU)")] = None,
     checkpoint: Annotated[bool, typer.Option(help="Also time one save of the training state")] = True,
     force: Annotated[bool, typer.Option("--force", help="Start even what is planned not to fit in memory")] = False,
     sweep: Annotated[

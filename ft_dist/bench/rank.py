@@ -7,10 +7,12 @@ whose phases are told apart, then one commit.
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ft_dist.bench.spec import Spec
+from ft_dist.config import RunConfig
 from ft_dist.errors import EXIT_FINISHED, EXIT_USER, UserError
 
 
@@ -31,12 +33,16 @@ def measure(spec: Spec) -> dict[str, Any]:
     from ft_dist.model.quiet import quiet_process
 
     quiet_process()
+    from ft_dist.plan.ahead import touch_planned
+
+    config = spec.config()
+    free_memory = touch_planned(config)
     from ft_dist.bench.phases import Phases
     from ft_dist.preemption.stop import StopRequest
     from ft_dist.train import take_step
 
     stop = StopRequest()
-    run = _prepare(spec, stop)
+    run = _prepare(spec, config, stop, free_memory)
     lengths = _Lengths()
     phases: Any = None
     by_phase: list[dict[str, float]] = []
@@ -65,13 +71,12 @@ def measure(spec: Spec) -> dict[str, Any]:
     return result
 
 
-def _prepare(spec: Spec, stop: Any) -> Any:
+def _prepare(spec: Spec, config: RunConfig, stop: Any, free_memory: Callable[[], None]) -> Any:
     """The run as `ft-dist train` would make it; with synthetic samples, without tokenizer and weights."""
     from ft_dist.run import prepare_run
 
-    config = spec.config()
     if not spec.synthetic:
-        return prepare_run(config, stop)
+        return prepare_run(config, stop, free_memory=free_memory)
     import os
 
     from ft_dist.bench.synthetic import SyntheticStore, VocabularyOnly
@@ -81,14 +86,12 @@ def _prepare(spec: Spec, stop: Any) -> Any:
     from ft_dist.model.load import load_model, random_model
     from ft_dist.observe.recorder import log_rank_output
     from ft_dist.preflight.ranks import form_world
-    from ft_dist.resources import keep_freed_memory
     from ft_dist.run import Run
 
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     log_file = log_rank_output(config, rank=rank)
     world, _ = form_world(config, rank=rank, size=size)
-    if world.device.type == "cpu":
-        keep_freed_memory()
+    free_memory()
     shape = json.loads((Path(config.model.path) / "config.json").read_text(encoding="utf-8"))
     vocabulary = int(shape.get("text_config", shape)["vocab_size"])
     tokenizer = VocabularyOnly(vocabulary)

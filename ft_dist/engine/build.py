@@ -40,6 +40,8 @@ def build_engine(
             model = add_adapters(model, config.method, new_token_ids=new_ids)
         if stage != 3:
             model.to(world.device)
+        if stage == 0 and world.device.type == "cpu":
+            own_trained_weights(model)
         causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         report = fuse(causal_lm, kernels=config.model.kernels, device_type=world.device.type, zero3=stage == 3)
         objective = CausalObjective(model, fused=report.head_backend, by_segment=report.segments, zero3=stage == 3)
@@ -48,6 +50,16 @@ def build_engine(
         tell_optimizer(engine)
         engine.kernels = report.line()
         return engine
+
+
+def own_trained_weights(model: nn.Module) -> None:
+    """Copy what is trained out of the mapped file of its checkpoint, which the first update would copy page by page.
+
+    That took 1.2 s for SmolLM2-135M. Higher stages copy weights themselves; frozen ones stay mapped, once for all.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.clone()
 
 
 def _share_process_group() -> None:

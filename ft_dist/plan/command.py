@@ -14,19 +14,19 @@ def plan(
     ] = None,
     gpu: Annotated[
         str | None,
-        typer.Option(help="h200, h100, a100-80, l40s, 4090, b200 or mi300x [default: this machine's, or h100]"),
+        typer.Option(help="h200, h100, a100-80, l40s, 4090, b200 or mi300x (default: this machine's, or h100)"),
     ] = None,
     nodes: Annotated[int, typer.Option(min=1)] = 1,
-    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="[default: 8]")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs of a node (default: 8)")] = None,
     price: Annotated[float | None, typer.Option(min=0.0, metavar="$/H", help="Of a GPU for an hour")] = None,
     preemptions: Annotated[
         float | None, typer.Option(min=0.0, metavar="N", help="Of a spot node in a day; suggests how often to commit")
     ] = None,
     network: Annotated[
-        float | None, typer.Option(min=0.1, metavar="GBIT/S", help="Between nodes, for each GPU [default: the GPU's]")
+        float | None, typer.Option(min=0.1, metavar="GBIT/S", help="Between nodes, for each GPU (default: the GPU's)")
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(min=1, help="Of an epoch [default: a quarter of the bytes of local files]")
+        int | None, typer.Option(min=1, help="Of an epoch (default: a quarter of the bytes of local files)")
     ] = None,
     fit: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write CONFIG with the fastest setting that fits to FILE")

@@ -85,10 +85,14 @@ class Device:
 
 def device_here(ranks_per_node: int) -> Device | None:
     """The smallest GPU of this machine, or its memory where it has none; None where neither can be told."""
-    if any(Path("/dev").glob("nvidia[0-9]*")) and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+    if gpus_here():
         return _nvidia()
     free = free_host_memory()
     return Device("this machine's memory", free // ranks_per_node, gpu=False) if free else None
+
+
+def gpus_here() -> bool:
+    return any(Path("/dev").glob("nvidia[0-9]*")) and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
 
 
 def _nvidia() -> Device | None:

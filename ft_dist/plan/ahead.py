@@ -1,0 +1,40 @@
+"""What a rank's steps will take on CPU, used once before the libraries that train are imported, which takes as long."""
+
+import os
+from collections.abc import Callable
+
+from ft_dist.config.schema import RunConfig
+from ft_dist.errors import UserError
+from ft_dist.heap import keep_freed_memory, touch_ahead
+from ft_dist.plan.gpu import free_host_memory, gpus_here
+from ft_dist.plan.job import Job, job_of
+from ft_dist.plan.ledger import Ledger
+from ft_dist.plan.memory import memory_plan
+from ft_dist.plan.states import States
+
+ACTIVATIONS_SHARE = 8
+"""An eighth of what full rows of data.max_length would take: a run whose rows are short takes no more than without"""
+
+
+def touch_planned(config: RunConfig) -> Callable[[], None]:
+    """Begin; the result, called before weights are loaded, lets the run have it. Nothing happens on GPUs."""
+    free = free_host_memory()
+    if gpus_here() or not free:
+        return lambda: None
+    keep_freed_memory()
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    try:
+        ranks = int(os.environ.get("WORLD_SIZE", 1))
+        job = job_of(config, ranks=ranks, ranks_per_node=local_ranks, gpu=False, flash=False)
+    except UserError:
+        return lambda: None  # the checks of the model itself say it better
+    return touch_ahead(min(sure_bytes(job), free // (2 * local_ranks)))
+
+
+def sure_bytes(job: Job) -> int:
+    """What a step takes whatever its rows are. Frozen weights stay mapped from their files."""
+    ledger = Ledger()
+    States(job, ledger)
+    _, frozen = ledger.live["frozen"]
+    passing = max(job.trainable * job.item, (memory_plan(job).tensors - ledger.total) // ACTIVATIONS_SHARE)
+    return ledger.total - frozen + passing
