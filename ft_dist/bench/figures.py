@@ -59,7 +59,7 @@ def _time(spec: Spec, seen: dict[str, Any]) -> dict[str, float]:
     """Seconds a step by phase, medians over the steps that were told apart.
 
     Communication is part of the phases around it and is taken out of the largest of them, backward. A checkpoint counts
-    with the time that one save holds training up.
+    that was timed counts with the time that one save holds training up.
     """
     told = seen["phases"]
     if not told:
@@ -76,8 +76,9 @@ def _time(spec: Spec, seen: dict[str, Any]) -> dict[str, float]:
     found["backward"] -= inside_backward
     found["optimizer"] -= min(found["optimizer"], found["communication"] - inside_backward)
     found["data"] = statistics.median(record["data_wait_s"] for record in records)
-    found["checkpoint"] = seen.get("checkpoint_stall_s", 0.0)
-    return {phase: found[phase] for phase in PHASES}
+    if "checkpoint_stall_s" in seen:
+        found["checkpoint"] = seen["checkpoint_stall_s"]
+    return {phase: found[phase] for phase in PHASES if phase in found}
 
 
 def communication_share(record: dict[str, Any]) -> float:
