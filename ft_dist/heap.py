@@ -29,8 +29,8 @@ def keep_freed_memory() -> None:
 def touch_ahead(nbytes: int) -> Callable[[], None]:
     """Have a thread use `nbytes` of the heap, beside whatever this one does next.
 
-    The result waits for it and frees them, to be allocated again. Call `keep_freed_memory` first: otherwise glibc
-    gives them back. No effect without glibc.
+    The result ends that, after the block it is at, and frees them all, to be allocated again. Call `keep_freed_memory`
+    first: otherwise glibc gives them back. No effect without glibc.
     """
     libc = _glibc()
     if libc is None or nbytes <= 0:
@@ -38,16 +38,18 @@ def touch_ahead(nbytes: int) -> Callable[[], None]:
     libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
     libc.free.argtypes = [ctypes.c_void_p]
     blocks = [libc.malloc(min(_BLOCK, nbytes - begin)) for begin in range(0, nbytes, _BLOCK)]
+    enough = threading.Event()
 
     def touch() -> None:
         for number, block in enumerate(blocks):
-            if block:
+            if block and not enough.is_set():
                 ctypes.memset(block, 0, min(_BLOCK, nbytes - number * _BLOCK))
 
     thread = threading.Thread(target=touch, name="touch-ahead", daemon=True)
     thread.start()
 
     def free() -> None:
+        enough.set()
         thread.join()
         for block in blocks:
             libc.free(block)

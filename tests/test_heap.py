@@ -14,13 +14,17 @@ from ft_dist.model.load import load_model
 
 MIB = 2**20
 PROGRAM = """
-import json, resource, sys
+import json, resource, sys, threading
 import torch
 from ft_dist.heap import keep_freed_memory, touch_ahead
 from ft_dist.resources import peak_memory_bytes
 
 keep_freed_memory()
-touch_ahead(int(sys.argv[1]))()
+free = touch_ahead(int(sys.argv[1]))
+for thread in threading.enumerate():
+    if thread.name == "touch-ahead":
+        thread.join()
+free()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 tensors = [torch.zeros(16 * 2**20, dtype=torch.uint8) for _ in range(16)]
 faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before

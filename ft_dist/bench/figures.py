@@ -58,8 +58,8 @@ def figures(spec: Spec, seen: dict[str, Any]) -> dict[str, Any]:
 def _time(spec: Spec, seen: dict[str, Any]) -> dict[str, float]:
     """Seconds a step by phase, medians over the steps that were told apart.
 
-    Communication is part of the phases around it and is taken out of the largest of them, backward. A checkpoint counts
-    that was timed counts with the time that one save holds training up.
+    Communication is part of the phases around it and is taken out of the largest of them, backward. A checkpoint, where
+    one was timed, counts with the time that it holds training up.
     """
     told = seen["phases"]
     if not told:
