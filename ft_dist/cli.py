@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from ft_dist.bench.command import bench
-from ft_dist.errors import EXIT_USER, UserError
+from ft_dist.errors import EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
 from ft_dist.plan.command import plan
 
 app = typer.Typer(
@@ -363,6 +363,9 @@ def main() -> None:
     except UserError as error:
         typer.echo(f"ft-dist: error: {error}", err=True)
         sys.exit(EXIT_USER)
+    except Preempted as stopped:
+        typer.echo(f"ft-dist: {stopped}", err=True)
+        sys.exit(EXIT_PREEMPTED)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 
 from ft_dist.bench.figures import communication_share, figures
 from ft_dist.bench.spec import Spec
-from ft_dist.errors import MemoryPlanError, UserError
+from ft_dist.errors import EXIT_PREEMPTED, MemoryPlanError, Preempted, UserError
 from ft_dist.launcher.agent import run_here
 from ft_dist.launcher.local import launched
 from ft_dist.plan.guard import check_fits_here
@@ -27,9 +27,9 @@ Say = Callable[[str], None]
 
 
 def measure_once(spec: Spec, *, nproc: int) -> dict[str, Any]:
-    """Run it on `nproc` ranks of this machine, or as this rank of a launcher's world. Raises UserError.
+    """Run it on `nproc` ranks of this machine, or as this rank of a launcher's world.
 
-    Ranks of a launcher's world other than 0 get an empty record.
+    Raises UserError, and Preempted if a signal ended it. Ranks of a launcher's world other than 0 get an empty record.
     """
     refuse_what_cannot_fit(spec, nproc=nproc)
     folder = Path(spec.result).parent
@@ -42,6 +42,8 @@ def measure_once(spec: Spec, *, nproc: int) -> dict[str, Any]:
     written = spec.write(folder / "spec.json")
     with _told_apart(folder / "output.log"):
         code = run_here([str(written)], spec.config(), nproc=nproc, max_restarts=0, module="ft_dist.bench.rank")
+    if code == EXIT_PREEMPTED:
+        raise Preempted("a signal ended the measurement")
     result = Path(spec.result)
     if code != 0 or not result.is_file():
         raise UserError(f"the measurement failed (exit code {code}): {_last_line(folder / 'output.log')}")

@@ -1,9 +1,11 @@
 """The product's loop under the stop watch, for real: two gloo ranks, a sweep's bookkeeping, the arithmetic."""
 
 import json
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from ft_dist.bench.show import html, text
 from ft_dist.bench.spec import Spec, make_spec
 from ft_dist.bench.synthetic import SyntheticStore
 from ft_dist.errors import UserError
+from tests.chaos.storm import workers_of
+from tests.conftest import CLI, ROOT
 
 
 def test_two_ranks_of_a_random_model(cli: Any, tmp_path: Path) -> None:
@@ -142,6 +146,22 @@ def test_a_sweep_starts_nothing_that_is_planned_not_to_fit(tmp_path: Path) -> No
     found = measure.sweep(large, swept, nproc=1, folder=tmp_path, say=lambda line: None)
     assert ["a rank planned" in record["failed"] for record in found] == [True, True]
     assert not (tmp_path / "sweep-0").exists()
+
+
+def test_a_signal_ends_a_whole_sweep(tmp_path: Path) -> None:
+    """And not the measurement that it meets alone."""
+    log = tmp_path / "said"
+    command = [*CLI, "bench", "tiny", "--length", "64", "--steps", "100000", "--sweep"]
+    with log.open("wb") as said, subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said) as sweep:
+        deadline = time.monotonic() + 120
+        while not workers_of(sweep.pid, module="ft_dist.bench.rank"):
+            assert sweep.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(1)
+        sweep.send_signal(signal.SIGINT)
+        assert sweep.wait(timeout=60) == 75
+    assert "a signal ended the measurement" in log.read_text()
 
 
 def test_efficiency_is_the_share_of_perfect_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

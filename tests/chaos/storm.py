@@ -205,12 +205,12 @@ def newest_start(folder: Path) -> int:
     return starts_of(folder)[-1]
 
 
-def workers_of(pid: int) -> list[int]:
+def workers_of(pid: int, *, module: str = "ft_dist.train") -> list[int]:
     """The ranks that an agent runs, in their order."""
     workers = []
     with suppress(OSError):
         for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            if b"ft_dist.train" in Path(f"/proc/{child}/cmdline").read_bytes():
+            if module in Path(f"/proc/{child}/cmdline").read_text():
                 workers.append(int(child))
     return workers
 
