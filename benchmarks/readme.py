@@ -65,11 +65,11 @@ def is_gpu(report: dict[str, Any]) -> bool:
 
 
 def newest(reports: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The last report of every kind of work."""
+    """The last report of every kind of work beside the same peers."""
     last: dict[str, dict[str, Any]] = {}
     for report in reports:
         if report.get("kind") in ("peers", "pair", "quick", "curves"):
-            last[f"{report['kind']} {work(report)}"] = report
+            last[f"{report['kind']} {work(report)} {sorted(report.get('sides', []))}"] = report
     return list(last.values())
 
 
@@ -77,7 +77,10 @@ def work(report: dict[str, Any]) -> str:
     """What was done, in a few words."""
     if report["kind"] in ("peers", "curves"):
         told = report["work"]
-        return f"{told['model']} {told['method']} {told['dtype']}, {told['rows_a_step']} rows of {told['data']} a step"
+        turns = max(map(len, report.get("turns", {}).values()), default=0)
+        times = f", {turns} turn{'s' if turns > 1 else ''}" if turns else ""
+        rows = f"{told['rows_a_step']} rows of {told['data']} a step"
+        return f"{told['model']} {told['method']} {told['dtype']}, {rows}{times}"
     arguments = report.get("arguments") or report.get("work") or []
     told = " ".join(arguments).replace("--", "")
     return f"{told}, random tokens"

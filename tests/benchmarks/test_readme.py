@@ -15,17 +15,27 @@ WORK = {"model": "m", "method": "lora", "dtype": "fp32", "rows_a_step": 8, "data
 def report(date: str, rate: float) -> dict[str, Any]:
     taken = {"ours": [turn(100, 2.5)], "ours packed": [turn(150, 2.7)], "trl": [turn(rate, 2.5)], "odd": [turn(9, 3)]}
     found = summary(taken, dtype="fp32")
-    return {"kind": "peers", "date": date, "work": WORK, "failures": {"axolotl": "no wheel"}, **found}
+    return {"kind": "peers", "date": date, "work": WORK, "failures": {"axolotl": "no wheel"}, "turns": taken, **found}
 
 
 def test_the_newest_file_counts_and_gaps_are_told() -> None:
     text = block([report("2026-01-01", 10), report("2026-02-02", 50)])
-    assert "| 2026-02-02 | m lora fp32, 8 rows of train.csv a step | trl | 3.00 (2.00) | 1.00 | 1.00 |" in text
+    assert "| 2026-02-02 | m lora fp32, 8 rows of train.csv a step, 1 turn | trl | 3.00 (2.00) | 1.00 | 1.00 |" in text
     assert "2026-01-01" not in text
-    assert "Not measured: axolotl (m lora fp32, 8 rows of train.csv a step): no wheel" in text
-    assert "odd (m lora fp32, 8 rows of train.csv a step) did other work: first loss 3.00000, ours 2.50000" in text
+    assert "Not measured: axolotl (m lora fp32, 8 rows of train.csv a step, 1 turn): no wheel" in text
+    assert (
+        "odd (m lora fp32, 8 rows of train.csv a step, 1 turn) did other work: first loss 3.00000, ours 2.50000" in text
+    )
     assert "Not measured: llamafactory, ms-swift, litgpt, torchtune." in text
     assert text.endswith("Not measured: no comparison with peers on a GPU yet.")
+
+
+def test_fewer_peers_do_not_hide_the_others() -> None:
+    of_two = report("2026-02-02", 50)
+    alone = {name: side for name, side in of_two["sides"].items() if name != "odd"}
+    text = block([report("2026-01-01", 10), of_two | {"sides": alone}])
+    assert "2026-01-01" in text
+    assert "2026-02-02" in text
 
 
 def test_only_what_stands_between_the_markers_changes() -> None:
