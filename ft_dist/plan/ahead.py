@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 from ft_dist.config.schema import RunConfig
 from ft_dist.errors import UserError
@@ -17,10 +18,13 @@ ACTIVATIONS_SHARE = 8
 
 
 def touch_planned(config: RunConfig) -> Callable[[], None]:
-    """Begin; the result, called before weights are loaded, lets the run have it. Nothing happens on GPUs."""
+    """Begin; the result, called before weights are loaded, lets the run have it. Nothing happens on GPUs.
+
+    Where there may be one, AMD's integrated ones too, torch is asked once it is there, and nothing is touched.
+    """
     free = free_host_memory()
-    if gpus_here() or not free:
-        return lambda: None
+    if gpus_here() or Path("/dev/kfd").exists() or not free:
+        return _keep_on_cpu
     keep_freed_memory()
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     try:
@@ -29,6 +33,13 @@ def touch_planned(config: RunConfig) -> Callable[[], None]:
     except UserError:
         return lambda: None  # the checks of the model itself say it better
     return touch_ahead(min(sure_bytes(job), free // (2 * local_ranks)))
+
+
+def _keep_on_cpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        keep_freed_memory()
 
 
 def sure_bytes(job: Job) -> int:

@@ -92,9 +92,8 @@ def device_here(ranks_per_node: int) -> Device | None:
 
 
 def gpus_here() -> bool:
-    """Whether this process may see a GPU, found without importing torch."""
-    found = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()  # the second is AMD's
-    return found and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
+    """Whether this process may see an NVIDIA GPU, found without importing torch."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
 
 
 def _nvidia() -> Device | None:
