@@ -1,8 +1,10 @@
 """What is touched ahead is what a step will take."""
 
 import pytest
+import torch
 
 from ft_dist.config import load_config
+from ft_dist.plan import ahead
 from ft_dist.plan.ahead import sure_bytes
 from ft_dist.plan.job import Job, job_of
 from ft_dist.plan.memory import memory_plan
@@ -26,3 +28,14 @@ def test_weights_gradients_and_moments_are_sure_in_full_training():
     assert sure_bytes(one) >= one.trainable * 4 * 4
     frozen = one.total * 4
     assert sure_bytes(job("method.kind=lora")) < frozen, "they stay in the file"
+
+
+def test_where_a_gpu_may_be_torch_decides_and_nothing_is_touched(monkeypatch):
+    called = []
+    monkeypatch.setattr(ahead, "gpus_here", lambda: True)
+    monkeypatch.setattr(ahead, "touch_ahead", called.append)
+    monkeypatch.setattr(ahead, "keep_freed_memory", lambda: called.append("kept"))
+    free_memory = ahead.touch_planned(load_config("smoke", ROWS))
+    assert called == []
+    free_memory()
+    assert called == ([] if torch.cuda.is_available() else ["kept"])
