@@ -65,12 +65,16 @@ def own_trained_weights(model: nn.Module) -> None:
 def _share_process_group() -> None:
     """Let DeepSpeed's communication layer use the process group that exists; without it ZeRO-3 would load for one rank.
 
-    Its shared-memory operator for CPU inference stays out: training never calls it, and building it needs a compiler.
+    DeepSpeed builds a shared-memory operator for inference on CPU, which training never calls and which needs a
+    compiler. A list made here spares the compiler probes that DeepSpeed's own starts when it is first read. Other
+    accelerators have no such operator, and nothing to switch off.
     """
     import deepspeed
-    from deepspeed.ops.op_builder import ShareMemCommBuilder
+    from deepspeed.accelerator import get_accelerator
 
-    deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is not None:
+        vars(deepspeed.ops).setdefault("__compatible_ops__", {})[builder.NAME] = False
     deepspeed.init_distributed(verbose=False)
 
 
