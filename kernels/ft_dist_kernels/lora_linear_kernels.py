@@ -102,12 +102,12 @@ def up_backward_kernel(
         in_ranks = (rows[:, None] < T) & (ranks[None, :] < R)
         if NEED_DS:
             ds_tr = tl.dot(dy_to, b_or, input_precision=P)
-            tl.store(ds_parts + (block * T.to(tl.int64) + rows[:, None]) * R + ranks[None, :], ds_tr, mask=in_ranks)
+            tl.store(ds_parts + (block.to(tl.int64) * T + rows[:, None]) * R + ranks[None, :], ds_tr, mask=in_ranks)
         if NEED_DB:
             s_tr = tl.load(s + rows[:, None] * stride_s + ranks[None, :], mask=in_ranks, other=0.0)
             acc = tl.dot(tl.trans(dy_to), s_tr, acc, input_precision=P)
     if NEED_DB:
-        tl.store(db_parts + (split * out_features.to(tl.int64) + columns[:, None]) * R + ranks[None, :], acc, mask=own)
+        tl.store(db_parts + (split.to(tl.int64) * out_features + columns[:, None]) * R + ranks[None, :], acc, mask=own)
 
 
 @triton.jit
@@ -151,7 +151,7 @@ def _load_a(a, rank, columns, in_features, RP: tl.constexpr):
 def _store_a(parts, acc, split, first_rank, rank, width, columns, in_features, RP: tl.constexpr):
     ranks = tl.arange(0, RP)
     tl.store(
-        parts + (split * width.to(tl.int64) + first_rank + ranks[:, None]) * in_features + columns[None, :],
+        parts + (split.to(tl.int64) * width + first_rank + ranks[:, None]) * in_features + columns[None, :],
         acc,
         mask=(ranks[:, None] < rank) & (columns[None, :] < in_features),
     )
@@ -215,7 +215,9 @@ def sum_kernel(parts, out, numel, columns, stride_out, splits, alpha, BLOCK: tl.
     """out[i // columns, i % columns] = alpha * the sum over splits of parts[split, i], first to last."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for split in range(splits):
-        total += tl.load(parts + split * numel.to(tl.int64) + index, mask=index < numel, other=0.0)
+    parts += index
+    for _ in range(splits):
+        total += tl.load(parts, mask=index < numel, other=0.0)
+        parts += numel
     at = index // columns * stride_out + index % columns
     tl.store(out + at, (total * alpha).to(out.dtype.element_ty), mask=index < numel)

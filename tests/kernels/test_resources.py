@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-def resources(*arguments, **variables):
+def resources(*arguments, module="resources", **variables):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
-    command = [sys.executable, "-m", "benchmarks.kernels.resources", *arguments]
+    command = [sys.executable, "-m", f"benchmarks.kernels.{module}", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -32,6 +32,12 @@ def test_every_kernel_fits_every_chip(tmp_path, form):
     with_kernels -= {"dropout"}  # functions that other kernels call, no kernel of its own
     assert {(row["op"], row["chip"]) for row in rows} >= {(op, chip) for op in with_kernels for chip in CHIPS}
     assert all(row["registers"] > 0 and row["spill_bytes"] == 0 and not row["problem"] for row in rows)
+
+
+def test_every_kernel_compiles_where_an_argument_is_one():
+    """Triton turns an integer equal to 1 into a constant: one token, rank 1, one output."""
+    result = resources(module="ones")
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
 
 
 def test_refuses_the_interpreter_and_unknown_ops():
