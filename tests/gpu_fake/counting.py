@@ -22,12 +22,15 @@ from tests.gpu_fake import attention, device, launches
 
 ROOT = Path(__file__).resolve().parents[2]
 # views, allocations and questions: nothing runs on the device
-FREE = set(
-    "view _unsafe_view reshape _reshape_alias t transpose permute expand squeeze unsqueeze unbind select slice narrow "
-    "split split_with_sizes unsafe_split chunk unfold diagonal as_strided alias detach detach_ view_as_real lift_fresh "
-    "empty empty_like empty_strided new_empty new_empty_strided set_ resize_ sym_size sym_numel sym_stride "
-    "is_same_size device wait_tensor record_stream _local_scalar_dense".split()
-)
+# fmt: off
+FREE = {
+    "view", "_unsafe_view", "reshape", "_reshape_alias", "t", "transpose", "permute", "expand", "squeeze",
+    "unsqueeze", "unbind", "select", "slice", "narrow", "split", "split_with_sizes", "unsafe_split", "chunk",
+    "unfold", "diagonal", "as_strided", "alias", "detach", "detach_", "view_as_real", "lift_fresh", "empty",
+    "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_", "resize_", "sym_size", "sym_numel",
+    "sym_stride", "is_same_size", "device", "wait_tensor", "record_stream", "_local_scalar_dense",
+}
+# fmt: on
 # kernels that an operation starts, where it is not one
 KERNELS = {
     "_scaled_dot_product_flash_attention_backward": 3,

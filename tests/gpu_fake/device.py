@@ -1,4 +1,4 @@
-"""A simulated H100: tensors on `cuda` have shapes and no values, and the Python side of torch.cuda answers for the chip.
+"""A simulated H100: tensors on `cuda` have shapes and no values, and the Python side of torch.cuda speaks for the chip.
 
 `simulate()` comes first in a process, before torch is imported. It changes torch for the whole process, so every use
 runs in a process of its own. Nothing computes: what depends on a value (a loss, a norm) reads as 0.
@@ -7,7 +7,8 @@ runs in a process of its own. Nothing computes: what depends on a value (a loss,
 import contextlib
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -185,10 +186,12 @@ def _apply(module: Any, change: Any, recurse: bool = True) -> Any:
     return module
 
 
-@contextlib.contextmanager
-def fake_tensors() -> Iterator[None]:
-    """Tensors made here have no values. Real ones may be read; what is made of them is fake."""
+@cache
+def fake_tensors() -> Any:
+    """The mode in which tensors that are made have no values. Real ones may be read; what is made of them is fake.
+
+    One for the process: what the product keeps from a step has to fit the next one.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        yield
+    return FakeTensorMode(allow_non_fake_inputs=True)

@@ -45,7 +45,17 @@ METHODS: dict[str, list[str]] = {
     "dora": ["method.kind=lora", "method.dora=true"],
     "lora-head": ["method.kind=lora", "method.target_modules=[q_proj,lm_head]"],
 }
-# tiny models at which every kernel of theirs runs
+# a tiny model of each family that our kernels know, wide enough for all of them
+FAMILY_MODELS = {
+    "llama": "tiny-llama",
+    "mistral": "tiny-mistral",
+    "qwen2": "tiny-qwen2",
+    "qwen3": "tiny-qwen3",
+    "gemma2": "tiny-gemma2",
+    "gemma3": "tiny-gemma3 with vision",
+    "gemma3_text": "tiny-gemma3",
+    "phi3": "tiny-phi3",
+}
 _WIDER = {
     "hidden_size": 256,
     "intermediate_size": 512,
@@ -55,6 +65,7 @@ _WIDER = {
     "vocab_size": 1024,
     "max_position_embeddings": 8192,
 }
+_VISION = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 @dataclass(frozen=True)
@@ -95,22 +106,26 @@ class Setting:
         return validate(spec.tree | {"batch": {"global_rows": self.rows * self.ranks, "micro_rows": self.rows}})
 
     def _write(self, path: Path) -> None:
-        if self.model in SHAPES:
-            write_shape(self.model, path)
+        name, _, vision = self.model.partition(" with ")
+        if name in SHAPES:
+            write_shape(name, path)
             shape = json.loads((path / "config.json").read_text())
-        elif self.model in tiny_names():
+        elif name in tiny_names():
             path.mkdir(parents=True, exist_ok=True)
-            shape = tiny_config(self.model) | _WIDER
+            shape = tiny_config(name) | _WIDER
         else:
-            raise SystemExit(f"{self.model}: neither of {', '.join([*SHAPES, *tiny_names()])}")
+            raise SystemExit(f"{self.model}: not one of {', '.join([*SHAPES, *tiny_names()])}")
         types = shape.get("layer_types")
         if types:
             shape["layer_types"] = [types[index % len(types)] for index in range(self.layers)]
-        (path / "config.json").write_text(json.dumps(shape | {"num_hidden_layers": self.layers}))
+        shape["num_hidden_layers"] = self.layers
+        if vision:
+            shape = {"model_type": "gemma3", "text_config": shape, "vision_config": _VISION}
+        (path / "config.json").write_text(json.dumps(shape))
 
     def vocabulary(self, config: RunConfig) -> int:
         shape = json.loads((Path(config.model.path) / "config.json").read_text())
-        return int(shape["vocab_size"])
+        return int(shape.get("text_config", shape)["vocab_size"])
 
 
 def form_world(ranks: int) -> World:

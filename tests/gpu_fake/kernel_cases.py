@@ -1,0 +1,99 @@
+"""Every op of our kernels, forward and backward, at aligned, ragged and one-row lengths: each kernel is compiled.
+
+    python -m tests.gpu_fake.kernel_cases [OP ...] [--json FILE]
+
+The ops are those of `benchmarks/kernels`, at the shapes that its parity check and its timings use on a GPU. Exits 1 if
+one of them fails.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.gpu_fake import device, launches
+
+LENGTHS = (1, 8, 37, 4096)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu_fake.kernel_cases", description=__doc__.splitlines()[0])
+    parser.add_argument("ops", nargs="*", help="all by default")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    device.simulate()
+    rows = [row for op in options.ops or all_ops() for row in run(op)]
+    failed = [row for row in rows if row["error"]]
+    for row in failed:
+        print(f"{row['op']} {row['case']} T={row['tokens']}: {row['error']}")
+    seconds = sum(compiled.seconds for compiled in launches.COMPILED.values())
+    print(f"{len(rows)} cases, {len(failed)} failed; {len(launches.COMPILED)} kernels compiled in {seconds:.0f} s")
+    if options.json:
+        options.json.write_text(json.dumps(rows), encoding="utf-8")
+    return 1 if failed else 0
+
+
+def all_ops() -> tuple[str, ...]:
+    from benchmarks.kernels.cases import OPS
+
+    return OPS
+
+
+def run(op: str) -> list[dict[str, Any]]:
+    """One row for each case and length; `error` is empty where everything compiled."""
+    from benchmarks.kernels import cases, parity
+
+    # the numbers do not matter here, and billions of them would be drawn
+    cases._normal = _empty
+    models = [cases.SMOLLM2, cases.SMOLLM2._replace(gelu=True), parity.RAGGED, cases.LLAMA3, cases.QWEN3, cases.GEMMA3]
+    rows = []
+    for model in models:
+        for make in cases.cases_of(model, max(LENGTHS)).get(op, ()):
+            for tokens in LENGTHS:
+                case = make()
+                rows.append({"op": op, "case": case.label, "tokens": tokens, "error": _error(case, tokens)})
+    return rows
+
+
+def _empty(*shape: int, dtype: Any, device: str, std: float = 1.0, grad: bool = True) -> Any:
+    import torch
+
+    return torch.empty(shape, dtype=dtype, device=device).requires_grad_(grad)
+
+
+def _error(case: Any, tokens: int) -> str:
+    """What goes wrong in a forward and backward pass of the case; nothing if all is well."""
+    import torch
+
+    from tests.gpu_fake.counting import Count
+
+    inputs = case.make(tokens, torch.bfloat16, "cpu")
+    try:
+        with device.fake_tensors(), Count():
+            given = {name: _moved(value) for name, value in inputs.items()}
+            outputs = case.ours(**given)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            leaves = [value for value in given.values() if isinstance(value, torch.Tensor) and value.requires_grad]
+            if leaves:
+                torch.autograd.grad(outputs, leaves, [torch.empty_like(output) for output in outputs])
+    except Exception as problem:  # whatever a compiler says
+        return f"{type(problem).__name__}: {str(problem).strip().splitlines()[-1][:300]}"
+    return ""
+
+
+def _moved(value: Any) -> Any:
+    """The same on the device, as a leaf where it was one."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cuda").requires_grad_(value.requires_grad)
+    if hasattr(value, "to"):
+        return value.to("cuda")
+    if isinstance(value, tuple):
+        return type(value)(*map(_moved, value)) if hasattr(value, "_fields") else value
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
