@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from ft_dist_kernels.backend import Backend
 from ft_dist_kernels.linear_cross_entropy import linear_cross_entropy
-from ft_dist_kernels.segments import Segments
+from ft_dist_kernels.ragged_segments import AnySegments
 from torch import nn
 
 from ft_dist.data.batch import IGNORED, MicroBatch
@@ -48,7 +48,7 @@ class CausalObjective(nn.Module):
         labels: torch.Tensor,
         position_ids: torch.Tensor,
         kept: torch.Tensor | None = None,
-        segments: Segments | None = None,
+        segments: AnySegments | None = None,
     ) -> torch.Tensor:
         """Sum of -log p(label) over labelled tokens, fp32.
 

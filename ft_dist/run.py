@@ -177,13 +177,15 @@ class Run:
         if self.finished:
             return
         self.clock.lap()
+        on_gpu = self.world.device.type == "cuda"
         with Prefetcher(
             self.stream,
             rank=self.world.rank,
             world=self.world.size,
             micro_rows=self.config.batch.micro_rows,
             pad_id=self.tokenizer.pad_token_id or 0,
-            pin_memory=self.world.device.type == "cuda",
+            gpu_length=self.config.data.max_length if on_gpu else None,
+            pin_memory=on_gpu,
             give_up=self._is_late,
         ) as prefetcher:
             for batch in prefetcher:

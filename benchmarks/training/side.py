@@ -123,7 +123,7 @@ def utilisation(model: Any, options: argparse.Namespace, tokens_per_s: float) ->
 
 
 def our_forward(model: Any, options: argparse.Namespace) -> Any:
-    from ft_dist_kernels.segments import find_segments
+    from ft_dist_kernels.ragged_segments import segments_for
 
     from ft_dist.heap import keep_freed_memory
     from ft_dist.loss import CausalObjective
@@ -135,7 +135,7 @@ def our_forward(model: Any, options: argparse.Namespace) -> Any:
     report = fuse(causal_lm, kernels="auto", device_type=options.device, zero3=False)
     objective = CausalObjective(model, fused=report.head_backend, by_segment=report.segments)
 
-    segments = find_segments(rows(options)["position_ids"].cpu()).to(options.device)
+    segments = segments_for(options.device, rows(options)["position_ids"].cpu()).to(options.device)
 
     def forward(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         kept = torch.arange(batch["labels"].numel(), device=options.device)

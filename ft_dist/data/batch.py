@@ -1,19 +1,21 @@
 """Deal a global batch to ranks, turn rows of samples into tensors, and do so ahead of the training thread.
 
-Shapes: R rows of a micro-batch, L tokens of its longest row rounded up to a multiple of 8 (tensor cores and the Triton
-kernels like it; both for packed and for unpacked rows).
+Shapes: R rows of a micro-batch, L tokens of its longest row rounded up: on CPU to a multiple of 8, where a GPU computes
+to a sixteenth of the longest row that the run may see. Kernels, allocator and matrix products then meet few shapes,
+however the samples' lengths change from step to step, and all of them multiples of 16, as Triton and tensor cores like.
 """
 
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from ft_dist_kernels.segments import Segments
+from ft_dist_kernels.ragged_segments import AnySegments
 
 from ft_dist.data.prefixes import needed_tokens
 from ft_dist.data.store import SampleStore, end_to_end
@@ -23,6 +25,9 @@ IGNORED = -100
 """Label of a token that predicts nothing (the default of torch's cross entropy)"""
 
 ROUND_TO = 8
+
+GPU_SHAPES = 16
+"""Lengths that the rows of a micro-batch may have on a GPU, and numbers of tokens that run of as many rows"""
 
 INPUTS = ("input_ids", "labels", "position_ids", "kept", "segments")
 
@@ -38,14 +43,14 @@ class MicroBatch:
     restart at 0 with each sample; each pad token is a segment of its own at position 0.
 
     kept: (T,) int64, the tokens, counted over the rows, that need to run where attention goes sample by sample (see
-    prefixes.py), a multiple of 8. `segments` lie among these.
+    prefixes.py), rounded up as L is, of R rows together. `segments` lie among these.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     position_ids: torch.Tensor
     kept: torch.Tensor
-    segments: Segments
+    segments: AnySegments
     real_tokens: int
     labelled_tokens: int
     padded_tokens: int
@@ -81,11 +86,13 @@ def deal(batch: GlobalBatch, *, rank: int, world: int, micro_rows: int) -> list[
     return [mine[number * micro_rows : (number + 1) * micro_rows] for number in range(micro_batches)]
 
 
-def collate(rows: Sequence[Row], store: SampleStore, *, pad_id: int = 0) -> MicroBatch:
-    """Rows of global sample ids -> tensors. No rows give the dummy: one pad token that predicts nothing."""
+def collate(rows: Sequence[Row], store: SampleStore, *, pad_id: int = 0, gpu_length: int | None = None) -> MicroBatch:
+    """Rows of global sample ids -> tensors. No rows give the dummy, in which nothing predicts anything: one pad token,
+    or as many as a GPU's shortest row has. `gpu_length`: the longest row of the run, where a GPU computes."""
+    round_to = ROUND_TO if gpu_length is None else -(-gpu_length // (GPU_SHAPES * 16)) * 16
     if not rows:
-        zero = np.zeros((1, 1), np.int64)
-        return _micro_batch(zero + pad_id, zero + IGNORED, zero, 0)
+        zero = np.zeros((1, 1 if gpu_length is None else round_to), np.int64)
+        return _micro_batch(zero + pad_id, zero + IGNORED, zero, 0, round_to, gpu_length is not None)
     tokens, mask, lengths = store.gather(np.fromiter(chain.from_iterable(rows), np.int64))
     positions = end_to_end(np.zeros_like(lengths), lengths)
     learnt = np.flatnonzero(mask & (positions > 0))  # what comes first in a sample has no token before it
@@ -95,7 +102,7 @@ def collate(rows: Sequence[Row], store: SampleStore, *, pad_id: int = 0) -> Micr
     samples = np.cumsum([len(row) for row in rows])
     ends = np.cumsum(lengths)[samples - 1].tolist()
     starts = [0, *ends[:-1]]
-    width = -(-max(end - start for start, end in zip(starts, ends, strict=True)) // ROUND_TO) * ROUND_TO
+    width = -(-max(end - start for start, end in zip(starts, ends, strict=True)) // round_to) * round_to
     input_RL = np.full((len(rows), width), pad_id, np.int64)
     label_RL = np.full((len(rows), width), IGNORED, np.int64)
     position_RL = np.zeros((len(rows), width), np.int64)
@@ -103,12 +110,17 @@ def collate(rows: Sequence[Row], store: SampleStore, *, pad_id: int = 0) -> Micr
         input_RL[row, : end - start] = tokens[start:end]
         label_RL[row, : end - start] = labels[start:end]
         position_RL[row, : end - start] = positions[start:end]
-    return _micro_batch(input_RL, label_RL, position_RL, len(tokens))
+    if gpu_length is not None:
+        round_to *= len(rows)
+    return _micro_batch(input_RL, label_RL, position_RL, len(tokens), round_to, gpu_length is not None)
 
 
-def _micro_batch(input_RL: np.ndarray, label_RL: np.ndarray, position_RL: np.ndarray, real_tokens: int) -> MicroBatch:
+def _micro_batch(
+    input_RL: np.ndarray, label_RL: np.ndarray, position_RL: np.ndarray, real_tokens: int, round_to: int, gpu: bool
+) -> MicroBatch:
     predicts = label_RL != IGNORED
-    needed = needed_tokens(input_RL.ravel(), predicts.ravel(), position_RL.ravel(), round_to=ROUND_TO)
+    flat = input_RL.ravel(), predicts.ravel(), position_RL.ravel()
+    needed = needed_tokens(*flat, round_to=round_to, ragged=gpu)
     return MicroBatch(
         input_ids=torch.from_numpy(input_RL),
         labels=torch.from_numpy(label_RL),
@@ -167,13 +179,14 @@ class Prefetcher:
         world: int,
         micro_rows: int,
         pad_id: int = 0,
+        gpu_length: int | None = None,
         depth: int = 2,
         pin_memory: bool = False,
         give_up: Callable[[], bool] = lambda: False,
     ) -> None:
         self._stream = stream
         self._deal = {"rank": rank, "world": world, "micro_rows": micro_rows}
-        self._pad_id = pad_id
+        self._collate = partial(collate, pad_id=pad_id, gpu_length=gpu_length)
         self._pin_memory = pin_memory
         self._ready: queue.Queue[Prefetched | BaseException] = queue.Queue(maxsize=depth)
         self._give_up = give_up
@@ -205,7 +218,7 @@ class Prefetcher:
                 if awaited is not None and self._ready.empty() and self._give_up():
                     self._given_up = True
                     batch, state_after = awaited
-                    dummies = [collate((), self._stream.store, pad_id=self._pad_id) for _ in deal(batch, **self._deal)]
+                    dummies = [self._collate((), self._stream.store) for _ in deal(batch, **self._deal)]
                     return Prefetched(batch, dummies, state_after, given_up=True)
 
     def __enter__(self) -> "Prefetcher":
@@ -239,7 +252,7 @@ class Prefetcher:
         batch = self._stream.next_batch()
         state_after = self._stream.state_dict()
         self._collating = batch, state_after
-        micro_batches = [collate(rows, self._stream.store, pad_id=self._pad_id) for rows in deal(batch, **self._deal)]
+        micro_batches = [self._collate(rows, self._stream.store) for rows in deal(batch, **self._deal)]
         if self._pin_memory:
             micro_batches = [micro_batch.pin_memory() for micro_batch in micro_batches]
         return Prefetched(batch, micro_batches, state_after)

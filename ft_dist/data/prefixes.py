@@ -7,6 +7,9 @@ after the last token that predicts something changes nothing. Peers compute all 
 
 Only tokens without a label are shared, so that each label still has a token of its own. Dropout is drawn for a shared
 token once: each sample sees what it would see by itself, but no longer independently of the others.
+
+How many tokens run is rounded up with tokens that would not have to: a little on CPU, to few different counts where a
+GPU computes, whose kernels and memory are chosen by shapes.
 """
 
 from dataclasses import dataclass
@@ -15,7 +18,8 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 import torch
-from ft_dist_kernels.segments import Segments, lay_segments
+from ft_dist_kernels.ragged_segments import AnySegments, lay_ragged
+from ft_dist_kernels.segments import lay_segments
 
 from ft_dist.data.store import end_to_end
 
@@ -31,13 +35,13 @@ class Needed:
     """kept (T,) int64: the places of the tokens that run, counted as those given are; `segments` lie among them."""
 
     kept: torch.Tensor
-    segments: Segments
+    segments: AnySegments
 
 
-def needed_tokens(tokens: Places, predicts: Flags, positions: Places, *, round_to: int) -> Needed:
+def needed_tokens(tokens: Places, predicts: Flags, positions: Places, *, round_to: int, ragged: bool = False) -> Needed:
     """All (N,): ids of samples end to end, whether a label belongs to the token, and its position in its sample, 0 for
     every padding token. What is kept is filled up to a multiple of `round_to` with tokens that would not have to run,
-    as far as there are any; together they are one more segment."""
+    as far as there are any; they make segments of their own. `ragged`: the segments are those of a GPU."""
     starts = np.flatnonzero(positions == 0)
     used = np.maximum.reduceat(np.where(predicts, positions + 1, 0), starts)
     alive = used > 0
@@ -48,6 +52,8 @@ def needed_tokens(tokens: Places, predicts: Flags, positions: Places, *, round_t
     owner = _shared_places(place, tokens, predicts, starts, used)
     if np.count_nonzero(owner != place) < WORTHWHILE * len(place):
         owner = place
+    if ragged:
+        return _in_order(owner, place, used, of=len(tokens), round_to=round_to)
     runs = np.zeros(len(tokens), np.bool_)
     runs[owner] = True
     spare = np.flatnonzero(~runs)[: -np.count_nonzero(runs) % round_to]
@@ -56,6 +62,36 @@ def needed_tokens(tokens: Places, predicts: Flags, positions: Places, *, round_t
     lengths = np.append(used, len(spare)) if len(spare) else used
     segments = lay_segments(torch.from_numpy(where), torch.from_numpy(lengths))
     return Needed(torch.from_numpy(np.flatnonzero(runs)), segments)
+
+
+def _in_order(owner: Places, place: Places, used: Places, *, of: int, round_to: int) -> Needed:
+    """Each sample is queried from its first token on that no earlier sample has, and samples and stretches of spare
+    tokens follow each other by these, so that queries lie as tokens do."""
+    _, first, inverse = np.unique(owner, return_index=True, return_inverse=True)
+    owner = place[first][inverse]  # of the samples that share a token the earliest
+    runs = np.zeros(of, np.bool_)
+    runs[owner] = True
+    spare_starts, spare_lengths = _longest_gaps(runs, -np.count_nonzero(runs) % round_to)
+    spare = end_to_end(spare_starts, spare_lengths)
+    runs[spare] = True
+    begins = np.cumsum(used) - used
+    own = place[begins] + np.add.reduceat((owner != place).astype(np.int64), begins)
+    lengths = np.concatenate([used, spare_lengths])
+    order = np.argsort(np.concatenate([own, spare_starts]), kind="stable")
+    at = end_to_end((np.cumsum(lengths) - lengths)[order], lengths[order])
+    where = (np.cumsum(runs) - 1)[np.concatenate([owner, spare])[at]]
+    segments = lay_ragged(torch.from_numpy(where), torch.from_numpy(lengths[order]))
+    return Needed(torch.from_numpy(np.flatnonzero(runs)), segments)
+
+
+def _longest_gaps(runs: Flags, missing: int) -> tuple[Places, Places]:
+    """Starts and lengths of stretches of tokens that do not run, `missing` together or all: few, so the longest."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[True], runs, [True]]).astype(np.int8)))
+    starts, lengths = edges[::2], edges[1::2] - edges[::2]
+    order = np.argsort(-lengths, kind="stable")
+    before = np.cumsum(lengths[order]) - lengths[order]
+    order, before = order[before < missing], before[before < missing]
+    return starts[order], np.minimum(lengths[order], missing - before)
 
 
 def _shared_places(place: Places, tokens: Places, predicts: Flags, starts: Places, used: Places) -> Places:

@@ -24,6 +24,7 @@ class HeldOut:
 
     def __init__(self, config: RunConfig, store: SampleStore, prompts: list[LabelledPrompt]) -> None:
         self.settings = config.evaluate
+        self.max_length = config.data.max_length
         self.store = store
         self.prompts = prompts
 
@@ -97,8 +98,10 @@ class HeldOut:
         mine = by_length[world.rank :: world.size]
         rows = self.settings.batch_rows
         share = -(-len(by_length) // world.size)
+        gpu_length = self.max_length if world.device.type == "cuda" else None
         for start in range(0, share, rows):
-            yield collate([[index] for index in mine[start : start + rows]], self.store, pad_id=pad_id)
+            samples = [[index] for index in mine[start : start + rows]]
+            yield collate(samples, self.store, pad_id=pad_id, gpu_length=gpu_length)
 
 
 class _Stopping:

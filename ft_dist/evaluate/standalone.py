@@ -79,10 +79,10 @@ def _score(
     count = min(len(store), max_samples or len(store))
     tell(f"scoring {count} samples")
     objective = CausalObjective(model)
-    starts = range(0, count, rows)
+    options = {"pad_id": tokenizer.pad_token_id, "gpu_length": data.max_length if model.device.type == "cuda" else None}
     batches = (
-        collate([[sample] for sample in range(start, min(start + rows, count))], store, pad_id=tokenizer.pad_token_id)
-        for start in starts
+        collate([[sample] for sample in range(start, min(start + rows, count))], store, **options)
+        for start in range(0, count, rows)
     )
 
     def summed(batch: MicroBatch) -> tuple[Any, int]:

@@ -9,7 +9,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from ft_dist_kernels.backend import HAS_TRITON, Backend
+from ft_dist_kernels.ragged_attention import KERNEL_NAMES, attention_kernel
 from torch import nn
 
 from ft_dist.errors import ModelError
@@ -37,6 +39,8 @@ class FusedReport:
     left: Counter[str] = field(default_factory=Counter)
     segments: bool = False
     """Whether every layer can be told the samples of packed rows, instead of a mask over whole rows"""
+    attention: str = ""
+    """The kernel that then attends on a GPU"""
 
     @property
     def head_backend(self) -> Backend | None:
@@ -54,7 +58,8 @@ class FusedReport:
             return "kernels: off, Hugging Face's own layers run"
         done = ", ".join(f"{count} {kind}" for kind, count in self.fused.items() if count) or "nothing"
         rest = "; ".join(f"{count} x {why}" if count > 1 else why for why, count in self.left.items())
-        return f"kernels ({self.backend}): {done} fused" + (f"; left as they are: {rest}" if rest else "")
+        attention = f"; {self.attention}" if self.attention else ""
+        return f"kernels ({self.backend}): {done} fused{attention}" + (f"; left as they are: {rest}" if rest else "")
 
 
 def chosen_backend(kernels: str, *, device_type: str) -> Backend:
@@ -81,8 +86,12 @@ def fuse(causal_lm: Any, *, kernels: str, device_type: str, zero3: bool) -> Fuse
         _fuse_lora(module, report, backend, zero3)
         if known:
             _fuse_part(module, report, backend, together=not zero3)
-    layers = causal_lm.config.get_text_config().num_hidden_layers
-    report.segments = report.fused[ATTENTION] == layers and takes_segments(causal_lm)
+    config = causal_lm.config.get_text_config()
+    report.segments = report.fused[ATTENTION] == config.num_hidden_layers and takes_segments(causal_lm)
+    if report.segments and device_type == "cuda":
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        device = torch.device("cuda", torch.cuda.current_device())
+        report.attention = KERNEL_NAMES[attention_kernel(device, causal_lm.dtype, width)]
     return report
 
 

@@ -13,10 +13,10 @@ from ft_dist_kernels.backend import Backend
 from ft_dist_kernels.glu import geglu, swiglu
 from ft_dist_kernels.linear import gains_from_onednn, linear_group
 from ft_dist_kernels.lora_linear import LoraWeights, lora_linear_group
+from ft_dist_kernels.ragged_segments import AnySegments
 from ft_dist_kernels.rms_norm import rms_norm
 from ft_dist_kernels.rope import rope
 from ft_dist_kernels.segment_attention import segment_attention
-from ft_dist_kernels.segments import Segments
 from torch import nn
 
 
@@ -131,7 +131,7 @@ def attention_forward(module: Any, *, together: bool, backend: Backend) -> Any:
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: Any = None,
         past_key_values: Any = None,
-        segments: Segments | None = None,
+        segments: AnySegments | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, Any]:
         shape = hidden_states.shape[:-1]

@@ -1,7 +1,8 @@
 """Causal attention inside segments (the samples of packed rows), with neither a mask nor work across their borders.
 
-`segments.py` lays the tokens out so that every batch is plain causal attention. Short segments in fp32 on CPU take a
-form of their own (`short_attention.py`), all else PyTorch's attention.
+On a GPU one variable-length call serves all segments (`ragged_attention.py`). On CPU `segments.py` lays the tokens out
+so that every batch is plain causal attention: short segments in fp32 take a form of their own (`short_attention.py`),
+all else PyTorch's attention.
 
 Shapes: B rows, S positions, T = B S tokens, P places of all batches together, N heads, M of keys, D head width.
 """
@@ -12,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ft_dist_kernels.segments import Segments, Shape
+from ft_dist_kernels.ragged_attention import ragged_attention
+from ft_dist_kernels.ragged_segments import AnySegments, RaggedSegments
+from ft_dist_kernels.segments import Segments
 from ft_dist_kernels.short_attention import short_attention, suits
 
 
@@ -21,7 +24,7 @@ def segment_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    segments: Segments,
+    segments: AnySegments,
     *,
     scale: float,
     window: int | None = None,
@@ -29,13 +32,34 @@ def segment_attention(
 ) -> Tensor:
     """q (B, N, S, D), k and v (B, M, S, D), N a multiple of M; returns (B, S, N, D).
 
-    A token sees the tokens before it in its segment and itself, with a `window` only that many of them.
+    A token sees the tokens before it in its segment and itself, with a `window` only that many of them. Raises
+    ValueError for segments that are laid for CPU and tensors that are not there.
     """
-    batch, heads, positions, width = q.shape
     q_TND, k_TMD, v_TMD = (_tokens_first(x) for x in (q, k, v))
-    if suits(q_TND, segments) and not dropout_p:
-        y_TND = short_attention(q_TND, k_TMD, v_TMD, segments, scale=scale, window=window)
-        return y_TND.view(batch, positions, heads, width)
+    options: dict[str, Any] = {"scale": scale, "window": window}
+    if isinstance(segments, RaggedSegments):
+        y_TND = ragged_attention(q_TND, k_TMD, v_TMD, segments, **options, dropout_p=dropout_p)
+    elif q.device.type != "cpu":
+        raise ValueError(f"segments laid for cpu cannot serve attention on {q.device}: take those of segments_for")
+    elif suits(q_TND, segments) and not dropout_p:
+        y_TND = short_attention(q_TND, k_TMD, v_TMD, segments, **options)
+    else:
+        y_TND = _by_batches(q_TND, k_TMD, v_TMD, segments, **options, dropout_p=dropout_p)
+    return y_TND.view(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
+
+
+def _by_batches(
+    q_TND: Tensor,
+    k_TMD: Tensor,
+    v_TMD: Tensor,
+    segments: Segments,
+    *,
+    scale: float,
+    window: int | None,
+    dropout_p: float,
+) -> Tensor:
+    """PyTorch's attention, a call for each batch."""
+    _, heads, width = q_TND.shape
     shapes = segments.shapes
     per_key = [shape.rows * shape.longest for shape in shapes]
     of_queries = _spread_queries(q_TND, segments).split([shape.rows * shape.queries for shape in shapes])
@@ -43,7 +67,9 @@ def segment_attention(
     outputs = []
     for shape, *parts in zip(shapes, of_queries, of_keys, of_values, strict=True):
         q_bnsd, k_bmsd, v_bmsd = (part.view(shape.rows, -1, *part.shape[1:]).transpose(1, 2) for part in parts)
-        mask = _mask(shape, window, q.device)
+        # None: each query sees the keys up to its own, the first query the first key
+        plain = shape.begin == 0 and (window is None or shape.longest <= window)
+        mask = None if plain else shape.seen(window)
         y_bnsd = F.scaled_dot_product_attention(
             q_bnsd,
             k_bmsd,
@@ -52,11 +78,11 @@ def segment_attention(
             is_causal=mask is None,
             dropout_p=dropout_p,
             scale=scale,
-            enable_gqa=k.shape[1] != heads,
+            enable_gqa=k_TMD.shape[1] != heads,
         )
         outputs.append(y_bnsd.transpose(1, 2).reshape(-1, heads, width))
     y_PND = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return _collect(y_PND, segments).view(batch, positions, heads, width)
+    return _collect(y_PND, segments)
 
 
 def segment_attention_reference(
@@ -78,19 +104,6 @@ def segment_attention_reference(
 def _tokens_first(x: Tensor) -> Tensor:
     """(B, N, S, D) -> (T, N, D), without a copy where memory already holds heads beside each other."""
     return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
-
-
-def _mask(shape: Shape, window: int | None, device: torch.device) -> Tensor | None:
-    """None: each query sees the keys up to its own, the first query the first key."""
-    whole = window is None or shape.longest <= window
-    if whole and shape.begin == 0:
-        return None
-    if whole and device.type == "cuda":
-        # of queries behind the keys that they share; imported here, as it loads torch's compiler: two seconds
-        from torch.nn.attention.bias import causal_lower_right
-
-        return causal_lower_right(shape.queries, shape.longest)
-    return shape.seen(window, device)
 
 
 def _spread_queries(x_TND: Tensor, segments: Segments) -> Tensor:
@@ -141,8 +154,5 @@ def _add_copies(gathered: Tensor, grad: Tensor, segments: Segments) -> None:
     """Add the gradients of copies to those of their tokens: in fp32, in the same order every time."""
     sums = gathered.index_select(0, segments.shared).float()
     values = grad.index_select(0, segments.copies).float()
-    if grad.device.type == "cpu":
-        sums.index_add_(0, segments.copied, values)
-    else:  # where index_add_ would be atomic
-        sums.index_put_((segments.copied,), values, accumulate=True)
+    sums.index_add_(0, segments.copied, values)
     gathered.index_copy_(0, segments.shared, sums.to(grad.dtype))

@@ -33,11 +33,9 @@ class Shape(NamedTuple):
     def queries(self) -> int:
         return self.longest - self.begin
 
-    def seen(self, window: int | None = None, device: torch.device | None = None) -> Tensor:
+    def seen(self, window: int | None = None) -> Tensor:
         """(queries, longest) bool: which keys a query sees, at most `window` of them."""
-        distance = torch.arange(self.begin, self.longest, device=device)[:, None] - torch.arange(
-            self.longest, device=device
-        )
+        distance = torch.arange(self.begin, self.longest)[:, None] - torch.arange(self.longest)
         return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
@@ -77,10 +75,13 @@ class Segments:
 
 def find_segments(position_ids: Tensor) -> Segments:
     """position_ids (B, S) int64 on CPU, 0 where a segment begins; every row begins one."""
-    flat = position_ids.reshape(-1)
-    starts = torch.nonzero(flat == 0).squeeze(1)
-    lengths = torch.diff(starts, append=starts.new_tensor([flat.numel()]))
-    return lay_segments(torch.arange(flat.numel()), lengths)
+    return lay_segments(torch.arange(position_ids.numel()), segment_lengths(position_ids))
+
+
+def segment_lengths(position_ids: Tensor) -> Tensor:
+    """(segments,) int64 of position_ids (B, S) int64 on CPU."""
+    starts = torch.nonzero(position_ids.reshape(-1) == 0).squeeze(1)
+    return torch.diff(starts, append=starts.new_tensor([position_ids.numel()]))
 
 
 def lay_segments(tokens: Tensor, lengths: Tensor) -> Segments:

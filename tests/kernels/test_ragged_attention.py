@@ -1,0 +1,278 @@
+"""Attention over ragged segments: the layout, the gathering of shared keys, and what PyTorch's kernels are asked.
+
+Flash kernels do not run on CPU. `Kernels` takes the place of PyTorch's operators, keeps exactly to what these promise
+(and no more: what lies in no segment is NaN), and counts.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from ft_dist_kernels import ragged_attention as module
+from ft_dist_kernels.ragged_attention import attention_kernel, ragged_attention, sum_places, sum_places_reference
+from ft_dist_kernels.ragged_segments import coarse, fine, lay_ragged, segments_for
+from ft_dist_kernels.segment_attention import segment_attention, segment_attention_reference
+from ft_dist_kernels.segments import find_segments
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from parity import BACKEND_DTYPES, check_parity
+from test_segment_attention import ROWS, SHARING, make_inputs, positions_of
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+SCALE = 0.25
+
+
+def flattened(lists):
+    return torch.tensor([token for tokens in lists for token in tokens]), torch.tensor([len(one) for one in lists])
+
+
+class Kernels:
+    """`_flash_attention_forward` and `_efficient_attention_forward` with their backward passes, on CPU."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, ...]] = []
+
+    def attend(self, q, k, v, query_ends, key_ends, scale, left):
+        """Query i of n sees key j of m where 0 <= i + m - n - j, and <= left unless that is negative."""
+        y = torch.full_like(q, float("nan"))
+        repeats = q.shape[1] // k.shape[1]
+        for start, end, key_start, key_end in zip(
+            query_ends, query_ends[1:], key_ends, key_ends[1:], strict=False
+        ):  # fmt: skip
+            keys, values = (x[key_start:key_end].repeat_interleave(repeats, 1) for x in (k, v))
+            count = key_end - key_start
+            distance = torch.arange(end - start)[:, None] + count - (end - start) - torch.arange(count)
+            seen = (distance >= 0) & ((distance <= left) if left >= 0 else (distance == distance))
+            scores = torch.einsum("qhd,khd->hqk", q[start:end], keys) * scale
+            weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+            y[start:end] = torch.einsum("hqk,khd->qhd", weights, values)
+        return y
+
+    def gradients(self, dy, q, k, v, query_ends, key_ends, scale, left):
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            parts = self.attend(*leaves, query_ends, key_ends, scale, left)[: query_ends[-1]]
+        dq, dk, dv = torch.autograd.grad(parts, leaves, dy[: query_ends[-1]])
+        dk[key_ends[-1] :], dv[key_ends[-1] :] = float("nan"), float("nan")
+        return dq, dk, dv
+
+    def check(self, q, k, ends, longest):
+        self.calls.append((len(q), len(k), len(ends[0]), *longest))
+        for end, most in zip(ends, longest, strict=True):
+            assert end.dtype == torch.int32
+            assert end.is_contiguous()
+            assert int(end.diff().max()) <= most
+
+    def flash_forward(
+        self, q, k, v, query_ends, key_ends, longest_q, longest_k, p, causal, debug, *, scale,
+        window_size_left, window_size_right,
+    ):  # fmt: skip
+        self.check(q, k, (query_ends, key_ends), (longest_q, longest_k))
+        assert (p, debug, window_size_right) == (0.0, False, 0)
+        assert causal == (window_size_left < 0)
+        y = self.attend(q, k, v, query_ends.tolist(), key_ends.tolist(), scale, window_size_left)
+        return y, torch.zeros(q.shape[1], len(q)), torch.zeros(2), torch.zeros(()), None
+
+    def flash_backward(
+        self, dy, q, k, v, y, lse, query_ends, key_ends, longest_q, longest_k, p, causal, seed, offset, *, scale,
+        window_size_left, window_size_right,
+    ):  # fmt: skip
+        assert torch._C._get_deterministic_algorithms()
+        assert not torch._C._get_deterministic_algorithms_warn_only()
+        assert not torch._C._get_deterministic_fill_uninitialized_memory()
+        assert (lse.shape, seed.shape, y.shape) == ((q.shape[1], len(q)), (2,), q.shape)
+        return self.gradients(dy, q, k, v, query_ends.tolist(), key_ends.tolist(), scale, window_size_left)
+
+    def efficient_forward(
+        self, q, k, v, bias, query_ends, key_ends, longest_q, longest_k, p, mask, lse, *, scale, window_size=0
+    ):
+        self.check(q[0], k[0], (query_ends, key_ends), (longest_q, longest_k))
+        assert (len(q), bias, p, mask, lse) == (1, None, 0.0, 2, True)
+        assert q.shape[2] == k.shape[2] == v.shape[2]
+        assert longest_q <= q.shape[1]
+        assert longest_k <= k.shape[1]
+        y = self.attend(q[0], k[0], v[0], query_ends.tolist(), key_ends.tolist(), scale, window_size - 1)
+        return y[None], torch.zeros(1), torch.zeros(()), torch.zeros(()), longest_q, longest_k
+
+    def efficient_backward(
+        self, dy, q, k, v, bias, y, query_ends, key_ends, longest_q, longest_k, lse, p, seed, offset, mask,
+        bias_grad, *, scale, num_splits_key, window_size=0,
+    ):  # fmt: skip
+        assert (bias, p, mask, bias_grad, num_splits_key) == (None, 0.0, 2, False, 1)
+        ends = query_ends.tolist(), key_ends.tolist()
+        gradients = self.gradients(dy[0], q[0], k[0], v[0], *ends, scale, window_size - 1)
+        return (*(grad[None] for grad in gradients), None)
+
+
+@pytest.fixture(params=["flash", "efficient"])
+def kernels(request, monkeypatch):
+    stand_in = Kernels()
+    for name in ("flash", "efficient"):
+        for way in ("forward", "backward"):
+            monkeypatch.setattr(torch.ops.aten, f"_{name}_attention_{way}", getattr(stand_in, f"{name}_{way}"))
+    monkeypatch.setattr(module, "attention_kernel", lambda *_, **__: request.param)
+    return stand_in
+
+
+@pytest.mark.parametrize("window", [None, 4, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ROWS)
+def test_parity_in_one_call(kernels, name, dtype, window):
+    rows = ROWS[name]
+    positions, inputs = positions_of(rows), make_inputs(rows, dtype)
+    segments = segments_for("cuda", positions)
+    upstream = torch.randn(inputs["q"].transpose(1, 2).shape, generator=torch.Generator().manual_seed(3))
+    check_parity(
+        lambda q, k, v: segment_attention(q, k, v, segments, scale=SCALE, window=window),
+        lambda q, k, v: segment_attention_reference(q, k, v, positions, scale=SCALE, window=window),
+        inputs,
+        upstream=upstream.to(dtype).float(),
+    )
+    assert len(kernels.calls) == 2  # a call a run
+    assert not torch._C._get_deterministic_algorithms()
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SHARING)
+def test_segments_that_share_tokens(kernels, name, dtype, window):
+    """As if each segment had its own: values, and the gradients' sums over all of them."""
+    flat, lengths = flattened(SHARING[name])
+    segments = lay_ragged(flat, lengths)
+    tokens = int(flat.max()) + 1
+    positions = torch.cat([torch.arange(length) for length in lengths.tolist()])[None]
+    first = torch.tensor([flat.tolist().index(token) for token in range(tokens)])
+
+    def truth(q, k, v):
+        apart = [x[:, :, flat] for x in (q, k, v)]
+        return segment_attention_reference(*apart, positions, scale=SCALE, window=window)[:, first]
+
+    upstream = torch.randn(1, tokens, 4, 16, generator=torch.Generator().manual_seed(3))
+    check_parity(
+        lambda q, k, v: segment_attention(q, k, v, segments, scale=SCALE, window=window),
+        truth,
+        make_inputs([[tokens]], dtype),
+        upstream=upstream.to(dtype).float(),
+    )
+    assert len(kernels.calls) == 2
+
+
+def test_one_token(kernels):
+    """What a rank without rows runs."""
+    inputs = {name: tensor.requires_grad_() for name, tensor in make_inputs([[1]], torch.float32).items()}
+    y = segment_attention(**inputs, segments=segments_for("cuda", positions_of([[1]])), scale=SCALE)
+    y.sum().backward()
+    assert torch.equal(y[0, 0], inputs["v"][0, :, 0].repeat_interleave(2, 0))
+    assert inputs["q"].grad.abs().max() < 1e-6
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=12), st.sampled_from([None, 2, 7, 40]))
+def test_the_cpu_form_is_the_reference(lengths, window):
+    positions, inputs = positions_of([lengths]), make_inputs([lengths], torch.float32, heads=2, kv_heads=1, width=4)
+    y = segment_attention(**inputs, segments=segments_for("cuda", positions), scale=SCALE, window=window)
+    torch.testing.assert_close(
+        y, segment_attention_reference(**inputs, position_ids=positions, scale=SCALE, window=window)
+    )
+
+
+def test_tokens_must_come_in_the_order_of_their_segments():
+    with pytest.raises(ValueError, match="order"):
+        lay_ragged(torch.tensor([2, 0, 1]), torch.tensor([1, 2]))
+
+
+def test_sizes_are_rounded_up_coarsely():
+    assert [coarse(count) for count in (1, 2, 3, 20, 32, 33)] == [1, 2, 4, 20 + 12, 32, 64]
+    assert [fine(count) for count in (1, 16, 17, 1000, 4097)] == [16, 16, 32, 1024, 4608]
+    assert len({fine(count) for count in range(4096, 8193)}) == 9
+    segments = lay_ragged(torch.arange(60), torch.tensor([7, 20, 33]))
+    assert segments.query_ends.tolist() == [0, 7, 27, 60, 60]
+    assert segments.key_ends is segments.query_ends
+    assert (segments.longest_queries, segments.longest_keys) == (60, 60)
+
+
+def test_segments_of_a_cpu_are_refused_elsewhere():
+    inputs = {name: tensor.to("meta") for name, tensor in make_inputs(ROWS["many"], torch.float32).items()}
+    with pytest.raises(ValueError, match="laid for cpu"):
+        segment_attention(**inputs, segments=find_segments(positions_of(ROWS["many"])), scale=SCALE)
+
+
+@pytest.mark.parametrize("window", [None, 64])
+@pytest.mark.parametrize("function", [module._Flash, module._Efficient])
+def test_pytorch_has_these_operators(function, window):
+    """Their real signatures, on tensors without memory."""
+    if function is module._Efficient and window:
+        pytest.skip("PyTorch's shape rule of the efficient backward knows no window")
+    segments = lay_ragged(torch.arange(256), torch.tensor([100, 156]))
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        q, k, v = (torch.empty(256, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+        segments = segments._changed(lambda x: torch.empty_like(x, device="cuda"))
+        context = SimpleNamespace(save_for_backward=lambda *tensors: vars(context).update(saved_tensors=tensors))
+        y = function.forward(context, q, k, v, segments, SCALE, window, 0.0)
+        assert (y.shape, y.device.type, y.dtype) == (q.shape, "cuda", q.dtype)
+        gradients = function.backward(context, torch.empty_like(y))
+        assert [grad.shape for grad in gradients[:3]] == [q.shape, k.shape, v.shape]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "capability", "expected"),
+    [
+        (torch.bfloat16, 128, (9, 0), "flash"),
+        (torch.float16, 256, (8, 0), "flash"),
+        (torch.float32, 64, (9, 0), "efficient"),
+        (torch.bfloat16, 320, (9, 0), "efficient"),
+        (torch.bfloat16, 36, (9, 0), "efficient"),
+        (torch.float16, 64, (7, 5), "efficient"),
+    ],
+)
+def test_which_kernel(monkeypatch, dtype, width, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(module, "_flash3_function", lambda: None)
+    attention_kernel.cache_clear()
+    assert attention_kernel(torch.device("cuda", 0), dtype, width) == expected
+    attention_kernel.cache_clear()
+
+
+@pytest.mark.parametrize("repeats", [True, False])
+def test_flash_attention_3_has_to_repeat_its_bits(monkeypatch, repeats):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(module, "_flash3_function", lambda: len)
+    monkeypatch.setattr(module, "_repeats_its_bits", lambda *_: repeats)
+    attention_kernel.cache_clear()
+    device = torch.device("cuda", 0)
+    assert attention_kernel(device, torch.bfloat16, 128) == ("flash3" if repeats else "flash")
+    assert attention_kernel(device, torch.bfloat16, 256) == "flash"
+    assert attention_kernel(device, torch.bfloat16, 128, dropout=True) == "flash"
+    attention_kernel.cache_clear()
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-3])
+def test_bits_that_differ_are_noticed(monkeypatch, noise):
+    def attend(q, k, v, *_, softmax_scale, **__):
+        weight = 1 + noise * torch.rand(())
+        return q * weight * softmax_scale + (k + v).repeat_interleave(4, 1)
+
+    monkeypatch.setattr(module, "_flash3_function", lambda: attend)
+    assert module._repeats_its_bits(torch.device("cpu"), torch.float32, 8) == (noise == 0)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
+@pytest.mark.parametrize("shape", [(2, 16), (1, 1), (3, 700)])
+def test_sums_over_places(backend, dtype, shape):
+    flat, lengths = flattened(SHARING["a tree"])
+    segments = lay_ragged(flat, lengths)
+    x_KMD = torch.randn(len(segments.keys), *shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x_KMD[len(flat) :] = float("nan")
+    sums = sum_places(x_KMD, segments, backend=backend)
+    truth = torch.stack([x_KMD[: len(flat)][flat == token].double().sum(0) for token in range(int(flat.max()) + 1)])
+    torch.testing.assert_close(sums.double(), truth, rtol=float(torch.finfo(dtype).eps), atol=1e-6)
+    assert torch.equal(sums, sum_places_reference(x_KMD, segments.places, segments.place_ends))
+
+
+def test_attention_without_gradients_gathers_too():
+    segments = lay_ragged(*flattened(SHARING["a system prompt"]))
+    q, k, v = (torch.randn(10, heads, 8, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2))
+    with torch.no_grad():
+        assert ragged_attention(q, k, v, segments, scale=SCALE).isfinite().all()
