@@ -30,11 +30,11 @@ def build(kind: str, kernels: str) -> CausalObjective:
     return CausalObjective(model, fused=report.head_backend, by_segment=report.segments)
 
 
-def loss_and_gradients(objective, store, micro_batches):
+def loss_and_gradients(objective, store, micro_batches, *, gpu_length=None):
     objective.zero_grad()
     total, labelled = 0.0, 0
     for rows in micro_batches:
-        batch = collate(rows, store)
+        batch = collate(rows, store, gpu_length=gpu_length)
         loss = objective.batch_loss(batch)
         loss.backward()
         total, labelled = total + float(loss.detach()), labelled + batch.labelled_tokens
@@ -74,14 +74,16 @@ def chats_with_one_system_prompt() -> ListStore:
     return ListStore(samples)
 
 
+@pytest.mark.parametrize("gpu_length", [None, 512])
 @pytest.mark.parametrize("rows", [[[0, 1, 2], [3, 4, 5, 6], [7, 8]], [[number] for number in range(9)]])
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_what_samples_share_is_computed_once_and_counts_for_all(kind, rows):
+def test_what_samples_share_is_computed_once_and_counts_for_all(kind, rows, gpu_length):
+    """On CPU, and with what a GPU is given."""
     store = chats_with_one_system_prompt()
     objective = build(kind, "torch")
     together = collate(rows, store)
     assert len(together.kept) < 0.5 * together.real_tokens
-    loss, gradients = loss_and_gradients(objective, store, [rows])
+    loss, gradients = loss_and_gradients(objective, store, [rows], gpu_length=gpu_length)
     expected_loss, expected = loss_and_gradients(objective, store, [[[number]] for number in range(9)])
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert gradients.keys() == expected.keys()

@@ -161,21 +161,21 @@ class _Efficient(torch.autograd.Function):
         place = (segments.query_ends, segments.key_ends, segments.longest_queries, segments.longest_keys)
         options = {"scale": scale} if window is None else {"scale": scale, "window_size": window}
         y, lse, seed, offset, _, _ = torch.ops.aten._efficient_attention_forward(
-            q[None], k[None], v[None], None, *place, drop, CAUSAL_FROM_BOTTOM_RIGHT, True, **options
+            *(x.unsqueeze(0) for x in (q, k, v)), None, *place, drop, CAUSAL_FROM_BOTTOM_RIGHT, True, **options
         )
         ctx.save_for_backward(q, k, v, y, lse, seed, offset)
         ctx.place, ctx.drop, ctx.options = place, drop, options
-        return y[0]
+        return y.squeeze(0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, y, lse, seed, offset = ctx.saved_tensors
         gradients = torch.ops.aten._efficient_attention_backward(
-            dy[None], q[None], k[None], v[None], None, y, *ctx.place, lse, ctx.drop, seed, offset,
+            *(x.unsqueeze(0) for x in (dy, q, k, v)), None, y, *ctx.place, lse, ctx.drop, seed, offset,
             CAUSAL_FROM_BOTTOM_RIGHT, False, num_splits_key=1, **ctx.options,
         )  # fmt: skip
-        return (*(grad[0] for grad in gradients[:3]), None, None, None, None)
+        return (*(grad.squeeze(0) for grad in gradients[:3]), None, None, None, None)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ft_dist.bench.synthetic import SyntheticStore
 from ft_dist.data.batch import IGNORED, Prefetcher, collate, deal
 from ft_dist.data.mixture import Source
 from ft_dist.data.stream import DataStream
@@ -27,6 +28,46 @@ def test_dummy_predicts_nothing():
     assert got.labels.tolist() == [[IGNORED]]
     assert got.kept.tolist() == [0]
     assert (got.real_tokens, got.labelled_tokens, got.padded_tokens) == (0, 0, 1)
+
+
+def test_shapes_on_a_gpu_do_not_follow_lengths():
+    """Twenty steps of packed chats: what kernels, allocator and matrix products see."""
+    store = SyntheticStore(max_length=4096, median=300, labelled=0.5, vocabulary=1000, seed=0)
+    stream = DataStream([Source("chats", store)], seed=0, global_rows=2, max_length=4096, packing=True)
+    seen = set()
+    for _ in range(20):
+        got = collate(stream.next_batch().rows, store, gpu_length=4096)
+        sizes = len(got.segments.query_ends), got.segments.longest_queries, got.segments.longest_keys
+        seen.add((got.input_ids.shape, len(got.kept), *sizes))
+    assert len(seen) <= 4, seen
+    assert {shape[1] for shape in seen} == {8192}
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_lengths_on_a_gpu_are_sixteenths_of_the_longest(packing):
+    store = random_store(300, 700)
+    stream = DataStream([Source("a", store)], seed=1, global_rows=3, max_length=1000, packing=packing)
+    for _ in range(10):
+        rows = stream.next_batch().rows
+        got, on_cpu = collate(rows, store, gpu_length=1000), collate(rows, store)
+        assert got.input_ids.shape[1] % 64 == 0
+        assert got.input_ids.shape[1] < on_cpu.input_ids.shape[1] + 64
+        assert len(got.kept) % (3 * 64) == 0
+        assert len(got.kept) < len(on_cpu.kept) + 3 * 64
+        width = on_cpu.input_ids.shape[1]
+        assert torch.equal(got.labels[:, :width], on_cpu.labels)
+        assert (got.labelled_tokens, got.real_tokens) == (on_cpu.labelled_tokens, on_cpu.real_tokens)
+        assert got.real_tokens + got.padded_tokens == got.input_ids.numel()
+        labelled = got.labels.flatten() != IGNORED
+        assert labelled[got.kept].sum() == labelled.sum()
+
+
+def test_the_dummy_of_a_gpu_is_a_shortest_row():
+    got = collate([], random_store(1, 4), pad_id=7, gpu_length=4096)
+    assert torch.equal(got.input_ids, torch.full((1, 256), 7))
+    assert (got.labels == IGNORED).all()
+    assert len(got.kept) == 256
+    assert got.segments.query_ends.tolist() == [0, 1, 256]
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -53,6 +53,36 @@ def test_every_label_has_its_token_behind_its_own_beginning(samples, round_to):
     assert len(kept) % round_to == 0 or spare == 0
 
 
+@settings(max_examples=300, deadline=None)
+@given(st.lists(sample, min_size=1, max_size=8), st.sampled_from([1, 4, 8, 16]))
+def test_on_a_gpu_too_every_label_has_its_token_behind_its_own_beginning(samples, round_to):
+    tokens, predicts, positions = laid(samples)
+    needed = needed_tokens(tokens, predicts, positions, round_to=round_to, ragged=True)
+    kept, segments = needed.kept.numpy(), needed.segments
+    assert np.array_equal(kept, np.unique(kept))
+    assert len(kept) % round_to == 0 or len(kept) == len(tokens)
+    on_cpu = needed_tokens(tokens, predicts, positions, round_to=1)
+    assert len(kept) - len(on_cpu.kept) < round_to
+    keys = kept if segments.keys is None else kept[segments.keys.numpy()]
+    query_ends, key_ends = segments.query_ends.tolist(), segments.key_ends.tolist()
+    assert query_ends[-1] == len(kept)
+    found = {}
+    for start, end, key_start, key_end in zip(query_ends, query_ends[1:], key_ends, key_ends[1:], strict=False):
+        run = keys[key_start:key_end]
+        assert np.array_equal(run[len(run) - (end - start) :], kept[start:end])
+        found |= {int(place): tokens[run[: at + 1]].tolist() for at, place in enumerate(run)}
+    for place in np.flatnonzero(predicts).tolist():
+        assert found[place] == tokens[place - positions[place] : place + 1].tolist()
+
+
+def test_on_a_gpu_spare_tokens_come_in_few_stretches():
+    """Many samples end in one token that predicts nothing; the padding is one stretch that does as well."""
+    tokens, positions = np.ones(120, np.int64), np.append(np.tile(np.arange(10), 8), np.zeros(40, np.int64))
+    predicts = np.append(np.tile(np.arange(10) < 9, 8), np.zeros(40, np.bool_))
+    needed = needed_tokens(tokens, predicts, positions, round_to=100, ragged=True)
+    assert needed.segments.query_ends.tolist()[:10] == [*range(0, 73, 9), 100]
+
+
 def test_a_shared_beginning_runs_once_and_nothing_runs_behind_the_last_label():
     F, T = False, True
     tokens = np.array([5, 6, 7, 1, 2, 9, 5, 6, 7, 3, 4, 9, 5, 6, 8, 4, 9, 9])

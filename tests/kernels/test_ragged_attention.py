@@ -4,6 +4,7 @@ Flash kernels do not run on CPU. `Kernels` takes the place of PyTorch's operator
 (and no more: what lies in no segment is NaN), and counts.
 """
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -197,20 +198,29 @@ def test_segments_of_a_cpu_are_refused_elsewhere():
         segment_attention(**inputs, segments=find_segments(positions_of(ROWS["many"])), scale=SCALE)
 
 
+@pytest.mark.parametrize("name", ["flash_forward", "flash_backward", "efficient_forward", "efficient_backward"])
+def test_the_stand_ins_take_what_pytorchs_operators_take(name):
+    family, way = name.split("_")
+    real = getattr(torch.ops.aten, f"_{family}_attention_{way}").default._schema.arguments
+    ours = inspect.signature(getattr(Kernels(), name)).parameters.values()
+    positional = [entry for entry in ours if entry.kind is not entry.KEYWORD_ONLY]
+    assert len(positional) == sum(not entry.kwarg_only for entry in real)
+    assert {entry.name for entry in ours if entry.kind is entry.KEYWORD_ONLY} <= {
+        entry.name for entry in real if entry.kwarg_only
+    }
+
+
 @pytest.mark.parametrize("window", [None, 64])
-@pytest.mark.parametrize("function", [module._Flash, module._Efficient])
-def test_pytorch_has_these_operators(function, window):
-    """Their real signatures, on tensors without memory."""
-    if function is module._Efficient and window:
-        pytest.skip("PyTorch's shape rule of the efficient backward knows no window")
+def test_pytorchs_flash_operators_accept_the_call(window):
+    """On tensors without memory."""
     segments = lay_ragged(torch.arange(256), torch.tensor([100, 156]))
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        q, k, v = (torch.empty(256, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-        segments = segments._changed(lambda x: torch.empty_like(x, device="cuda"))
+    with FakeTensorMode(), torch.no_grad():
+        q, k, v = (torch.empty(256, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2))
+        segments = segments._changed(lambda x: torch.empty(x.shape, dtype=x.dtype, device="cuda"))
         context = SimpleNamespace(save_for_backward=lambda *tensors: vars(context).update(saved_tensors=tensors))
-        y = function.forward(context, q, k, v, segments, SCALE, window, 0.0)
+        y = module._Flash.forward(context, q, k, v, segments, SCALE, window, 0.0)
         assert (y.shape, y.device.type, y.dtype) == (q.shape, "cuda", q.dtype)
-        gradients = function.backward(context, torch.empty_like(y))
+        gradients = module._Flash.backward(context, torch.empty_like(y))
         assert [grad.shape for grad in gradients[:3]] == [q.shape, k.shape, v.shape]
 
 
