@@ -5,6 +5,7 @@ Shapes: T tokens, H hidden, I intermediate, V vocabulary, R rank, D head. Costs 
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -221,43 +222,57 @@ def _rope(model: Model, tokens: int) -> Case:
     )
 
 
-def _segments(model: Model, tokens: int, longest: int) -> Case:
-    """One packed row of samples between a quarter of `longest` and `longest`."""
+def _segments(model: Model, tokens: int, longest: int, *, window: int | None = None, shared: int = 0) -> Case:
+    """One packed row of samples between a quarter of `longest` and `longest`. With `shared`, of which up to half of the
+    row may be, all of them begin with the same tokens, which lie in front."""
+    from ft_dist_kernels.ragged_segments import lay_ragged
     from ft_dist_kernels.segment_attention import segment_attention
-    from ft_dist_kernels.segments import find_segments
+    from ft_dist_kernels.segments import lay_segments
 
     scale, repeats = model.head**-0.5, model.heads // model.kv_heads
 
     def make(tokens: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
         to = {"dtype": dtype, "device": device}
+        beginning = min(shared, tokens // 2)
         lengths = torch.randint(longest // 4, longest + 1, (tokens,), generator=torch.Generator().manual_seed(1))
-        positions = torch.cat([torch.arange(length) for length in lengths.tolist()])[None, :tokens]
-        sample, index = (positions == 0).cumsum(1)[0], torch.arange(tokens)
-        mask = (sample[:, None] == sample) & (index[:, None] >= index)
+        sample = torch.arange(1, tokens + 1).repeat_interleave(lengths)[: tokens - beginning]
+        own = torch.unique_consecutive(sample, return_counts=True)[1].tolist()
+        ends = torch.tensor([beginning, *own]).cumsum(0).tolist()
+        front = torch.arange(beginning)
+        parts = [torch.cat([front, torch.arange(*pair)]) for pair in pairwise(ends)]
+        lay = lay_segments if device == "cpu" else lay_ragged
+        segments = lay(torch.cat(parts), torch.tensor([len(part) for part in parts]))
+        sample = torch.cat([torch.zeros_like(front), sample])
+        position = torch.cat([front, *(beginning + torch.arange(length) for length in own)])
+        distance = position[:, None] - position
+        mask = ((sample[:, None] == sample) | (sample == 0)) & (distance >= 0)
+        if window is not None:
+            mask &= distance < window
         inputs = {
             name: _normal(1, tokens, heads, model.head, grad=False, **to).transpose(1, 2).requires_grad_()
             for name, heads in (("q", model.heads), ("k", model.kv_heads), ("v", model.kv_heads))
         }
-        return inputs | {"segments": find_segments(positions).to(device), "mask": mask[None, None].to(device)}
+        return inputs | {"segments": segments.to(device), "mask": mask[None, None].to(device)}
 
     def ours(q: Tensor, k: Tensor, v: Tensor, segments: Any, mask: Tensor) -> Tensor:
-        return segment_attention(q, k, v, segments, scale=scale)
+        return segment_attention(q, k, v, segments, scale=scale, window=window)
 
     def eager(q: Tensor, k: Tensor, v: Tensor, segments: Any, mask: Tensor) -> Tensor:
         """transformers' sdpa_attention_forward with the mask that it makes for packed rows."""
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
 
-    heads = 2 * model.heads + 2 * model.kv_heads
+    heads, seen = 2 * model.heads + 2 * model.kv_heads, min(longest + shared, window or longest + shared)
+    kind = "".join((f", window {window}" if window else "", f", {shared} shared" if shared else ""))
     return Case(
         op="segment_attention",
-        label=f"{model.name} T={tokens}, samples of {longest // 4}-{longest}",
+        label=f"{model.name} T={tokens}, samples of {longest // 4}-{longest}{kind}",
         tokens=tokens,
         make=make,
         ours=ours,
         eager=eager,
-        cost=lambda tokens: (2.0 * 2 * tokens * heads * model.head, 7.0 * tokens * longest * model.heads * model.head),
-        formula="bytes 2 * 2T(q, k, v, y); FLOPs 7 T longest (heads D), half of it masked",
+        cost=lambda tokens: (2.0 * 2 * tokens * heads * model.head, 7.0 * tokens * seen * model.heads * model.head),
+        formula="bytes 2 * 2T(q, k, v, y); FLOPs 7 T keys (heads D), keys the most that a token may see, half masked",
     )
 
 
@@ -295,7 +310,13 @@ def cases_of(model: Model, tokens: int) -> dict[str, list[Callable[[], Case]]]:
         "rms_norm": [lambda: _norm(model, tokens)],
         "geglu" if model.gelu else "swiglu": [lambda: _glu(model, tokens)],
         "rope": [lambda: _rope(model, tokens)],
-        "segment_attention": [lambda: _segments(model, tokens, 64), lambda: _segments(model, tokens, 512)],
+        "segment_attention": [
+            lambda: _segments(model, tokens, 64),
+            lambda: _segments(model, tokens, 512),
+            lambda: _segments(model, tokens, 512, window=100),
+            lambda: _segments(model, tokens, 128, shared=300),
+            lambda: _segments(model, tokens, 128, shared=300, window=100),
+        ],
         "nf4": [lambda: _nf4(model)],
     }
 
