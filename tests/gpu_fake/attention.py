@@ -1,10 +1,15 @@
 """PyTorch's attention as a GPU runs it: the flash or the memory-efficient operators, which a CPU build never chooses."""
 
-from collections.abc import Callable
 from typing import Any
 
-LISTENERS: list[Callable[[tuple[Any, ...]], None]] = []
-"""Each is given what a call's plan depends on: shapes, mask and causality"""
+FORWARD = (
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_flash_attention_forward",
+    "_efficient_attention_forward",
+    "_varlen_attn",
+)
 
 
 class AttentionError(AssertionError):
@@ -31,9 +36,6 @@ def on_device() -> None:
         if {key.device, value.device} != {query.device}:
             raise AttentionError(f"attention of {query.device} over {key.device} and {value.device}")
         lower_right = type(attn_mask).__name__ == "CausalBias"
-        kind = type(attn_mask).__name__ if attn_mask is not None else None
-        for listener in LISTENERS:
-            listener((tuple(query.shape), tuple(key.shape), kind, is_causal))
         if attn_mask is None or lower_right:
             causal = is_causal or lower_right
             return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, causal, scale=scale)[0]
@@ -48,3 +50,23 @@ def on_device() -> None:
         )[0]
 
     torch.nn.functional.scaled_dot_product_attention = attend
+    torch.backends.cuda.is_flash_attention_available = lambda: True
+
+
+def efficient_backward(args: Any) -> tuple[Any, ...]:
+    """What `_efficient_attention_backward` returns; torch's own stand-in for it takes other arguments than the operator."""
+    import torch
+
+    _, query, key, value, bias = args[:5]
+    return (
+        *map(torch.empty_like, (query, key, value)),
+        query.new_empty(()) if bias is None else torch.empty_like(bias),
+    )
+
+
+def shape_of(name: str, args: Any, kwargs: Any) -> str:
+    """What the plan of a call depends on: shapes, lengths and causality."""
+    import torch
+
+    shapes = [tuple(arg.shape) if isinstance(arg, torch.Tensor) else arg for arg in (*args, *kwargs.values())]
+    return f"{name} {shapes}"

@@ -37,6 +37,7 @@ KERNELS = {
     "_flash_attention_backward": 3,
     "_varlen_attn_backward": 3,
     "_scaled_dot_product_efficient_attention_backward": 2,
+    "_efficient_attention_backward": 2,
     "nonzero": 3,
 }
 COPIES = ("_to_copy", "copy_", "_copy_from")
@@ -77,7 +78,6 @@ class Count(TorchDispatchMode):
         self._lock = threading.Lock()
         self._listening = (
             (launches.LISTENERS, self._launched),
-            (attention.LISTENERS, self._attended),
             (device.LISTENERS, self._waited),
         )
 
@@ -130,10 +130,12 @@ class Count(TorchDispatchMode):
             return name == "equal"
         if name in COPIES and _crosses(name, args, kwargs, tensors):
             self._waited(_crosses(name, args, kwargs, tensors))
-        if name == "_varlen_attn":
-            query, key, _, starts, _, longest = args[:6]
-            self._attended((tuple(query.shape), tuple(key.shape), tuple(starts.shape), longest, *args[7:10]))
-        result = func(*args, **kwargs)
+        if name in attention.FORWARD:
+            self.attention[attention.shape_of(name, args, kwargs)] += 1
+        if name == "_efficient_attention_backward":
+            result = attention.efficient_backward(args)
+        else:
+            result = func(*args, **kwargs)
         if name not in FREE:
             self._ran(name)
         self._remember(result)
@@ -165,9 +167,6 @@ class Count(TorchDispatchMode):
 
     def _launched(self, kernel: str) -> None:
         self.now.kernels[kernel] += 1
-
-    def _attended(self, shape: tuple[Any, ...]) -> None:
-        self.attention[str(shape)] += 1
 
     def _waited(self, kind: str) -> None:
         self.now.waits[kind, _place()] += 1

@@ -54,7 +54,7 @@ def run(family: str, method: str, *, stage: int | None, ranks: int) -> dict[str,
             engine, config = step.build(setting)
             row["kernels"] = engine.kernels
             with unset_fake_temporarily():
-                real, dummy = next(step.batches(setting, config)), step.dummy()
+                real, dummy = next(step.batches(setting, config)), step.dummy(config)
             for micro_batches in (real, [*real, dummy], [dummy]):
                 engine.train_step(micro_batches, labelled_tokens=100, learning_rate=step.LEARNING_RATE)
     except Exception as problem:  # whatever torch, DeepSpeed or a compiler says

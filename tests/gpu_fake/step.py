@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -165,16 +166,18 @@ def batches(setting: Setting, config: RunConfig) -> Iterator[list[MicroBatch]]:
     while True:
         batch = stream.next_batch()
         dealt = deal(batch, rank=0, world=setting.ranks, micro_rows=config.batch.micro_rows)
-        yield [collate(rows, stream.store) for rows in dealt]
+        yield [collate(rows, stream.store, **_for_gpu(config)) for rows in dealt]
 
 
-def dummy() -> MicroBatch:
-    """What a rank without rows runs: one pad token."""
-    return collate((), _NoStore())  # type: ignore[arg-type]
+def dummy(config: RunConfig) -> MicroBatch:
+    """What a rank without rows runs."""
+    no_store: Any = None
+    return collate((), no_store, **_for_gpu(config))
 
 
-class _NoStore:
-    """Never read from."""
+def _for_gpu(config: RunConfig) -> dict[str, Any]:
+    """How batches are laid out where a GPU computes, if that differs."""
+    return {"gpu_length": config.data.max_length} if "gpu_length" in signature(collate).parameters else {}
 
 
 @dataclass
