@@ -1,4 +1,4 @@
-"""PyTorch's attention as a GPU runs it: the flash or the memory-efficient operators, which a CPU build never chooses."""
+"""PyTorch's attention as a GPU runs it: by flash or memory-efficient operators, which a CPU build never chooses."""
 
 from typing import Any
 
@@ -54,7 +54,7 @@ def on_device() -> None:
 
 
 def efficient_backward(args: Any) -> tuple[Any, ...]:
-    """What `_efficient_attention_backward` returns; torch's own stand-in for it takes other arguments than the operator."""
+    """What `_efficient_attention_backward` returns. torch has a stand-in for it, which takes other arguments."""
     import torch
 
     _, query, key, value, bias = args[:5]

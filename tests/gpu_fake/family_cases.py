@@ -18,7 +18,8 @@ from tests.gpu_fake import device
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu_fake.family_cases", description=__doc__.splitlines()[0])
     parser.add_argument("families", nargs="*", help="all by default")
-    parser.add_argument("--stage", type=int)
+    parser.add_argument("--methods", nargs="*", help="all by default")
+    parser.add_argument("--stages", nargs="*", type=int, default=[None])
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
@@ -26,9 +27,10 @@ def main(arguments: list[str] | None = None) -> int:
     from tests.gpu_fake.step import FAMILY_MODELS, METHODS
 
     rows = [
-        run(family, method, stage=options.stage, ranks=options.ranks)
+        run(family, method, stage=stage, ranks=options.ranks)
+        for stage in options.stages
         for family in options.families or FAMILY_MODELS
-        for method in METHODS
+        for method in options.methods or METHODS
     ]
     failed = [row for row in rows if row["error"]]
     for row in rows:
@@ -45,14 +47,14 @@ def run(family: str, method: str, *, stage: int | None, ranks: int) -> dict[str,
     from tests.gpu_fake import step
     from tests.gpu_fake.counting import Count
 
-    row = {"family": family, "method": method, "error": "", "kernels": ""}
+    row: dict[str, Any] = {"family": family, "method": method, "stage": stage, "error": "", "kernels": ""}
     setting = step.Setting(
         step.FAMILY_MODELS[family], method, stage=stage, ranks=ranks, rows=2, length=512, lengths="60", labelled=0.5
     )
     try:
         with device.fake_tensors(), Count():
             engine, config = step.build(setting)
-            row["kernels"] = engine.kernels
+            row |= {"kernels": engine.kernels, "stage": engine.stage}
             with unset_fake_temporarily():
                 real, dummy = next(step.batches(setting, config)), step.dummy(config)
             for micro_batches in (real, [*real, dummy], [dummy]):

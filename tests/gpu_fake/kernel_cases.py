@@ -42,6 +42,8 @@ def all_ops() -> tuple[str, ...]:
 
 def run(op: str) -> list[dict[str, Any]]:
     """One row for each case and length; `error` is empty where everything compiled."""
+    import triton
+
     from benchmarks.kernels import cases, parity
 
     # the numbers do not matter here, and billions of them would be drawn
@@ -53,6 +55,7 @@ def run(op: str) -> list[dict[str, Any]]:
             for tokens in LENGTHS:
                 case = make()
                 rows.append({"op": op, "case": case.label, "tokens": tokens, "error": _error(case, tokens)})
+                rows[-1]["triton"] = triton.__version__
     return rows
 
 

@@ -60,6 +60,8 @@ def _quiet() -> None:
 
 def measure(model: str, method: str, **rest: Any) -> dict[str, Any]:
     """The numbers of one model and method. `device.simulate()` must have been called."""
+    from ft_dist.plan.job import job_of
+    from ft_dist.plan.memory import kept_by_block
     from tests.gpu_fake.counting import PHASES
     from tests.gpu_fake.step import Setting, count_step
 
@@ -93,6 +95,7 @@ def measure(model: str, method: str, **rest: Any) -> dict[str, Any]:
         "hook_operations_a_tensor": (backward.hooked - two.phases["backward"].hooked) / more_tensors,
         "waits_a_step": sum(wait["times"] for wait in waits),
         "saved_mib_a_layer": (three.held_bytes - two.held_bytes) / 2**20,
+        "planned_mib_a_layer": kept_by_block(job_of(three.config, ranks=1)) / 2**20,
         "attention_shapes": attention_shapes(model, rest),
         "waits": waits,
         "layer": layer,
@@ -115,7 +118,8 @@ def text(report: dict[str, Any], *, ops: bool) -> str:
         f"operations of the update: {report['update_operations']} at 3 layers, "
         f"{report['update_operations_a_tensor']:g} for each trained tensor; "
         f"{report['hook_operations_a_tensor']:g} more for each in hooks during backward",
-        f"saved for backward: {report['saved_mib_a_layer']:.1f} MiB a layer",
+        f"saved for backward: {report['saved_mib_a_layer']:.1f} MiB a layer; the plan says "
+        f"{report['planned_mib_a_layer']:.1f}",
         f"distinct attention calls over {BATCHES} packed batches: {report['attention_shapes']}",
         f"waits of the host a step: {report['waits_a_step']}",
     ]
