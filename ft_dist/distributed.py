@@ -82,12 +82,33 @@ def leave_world() -> None:
 
 
 def sum_over_ranks(values: list[float], world: World) -> list[float]:
-    """Sum each number over all ranks, in double precision."""
+    """Sum each number over all ranks, in double precision. Hosts do it among themselves; no GPU is waited for."""
     if world.size == 1:
         return values
-    tensor = torch.tensor(values, dtype=torch.float64, device=world.device)
+    tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(tensor)
     return [float(value) for value in tensor.tolist()]
+
+
+def reduce_scatter(whole: torch.Tensor, share: torch.Tensor, world: World) -> None:
+    """Put the sum over ranks of what they have at `share`, one of `world.size` equal parts of `whole` (1-D), there.
+
+    The other parts are spoilt or left as they are.
+    """
+    if world.size > 1:
+        # torch 2.13 renames it
+        call = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        call(share, whole)
+
+
+def gather(row: torch.Tensor, world: World) -> torch.Tensor:
+    """The rows (N,) of all ranks, (world.size, N) in the order of ranks, on every rank."""
+    if world.size == 1:
+        return row[None]
+    rows = row.new_empty(world.size * row.numel())
+    call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    call(rows, row)
+    return rows.view(world.size, -1)
 
 
 def max_over_ranks(value: float, world: World) -> float:

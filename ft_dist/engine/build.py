@@ -10,8 +10,8 @@ from torch import nn
 from ft_dist.config.schema import RunConfig
 from ft_dist.distributed import World
 from ft_dist.engine.fragments import tell_optimizer
-from ft_dist.engine.settings import deepspeed_config, effective_stage
-from ft_dist.engine.step import Engine
+from ft_dist.engine.settings import deepspeed_config
+from ft_dist.engine.step import Engine, stage_of
 from ft_dist.loss import CausalObjective
 from ft_dist.model.fused import fuse
 from ft_dist.model.load import add_adapters, enable_activation_checkpointing, load_model
@@ -25,10 +25,11 @@ def build_engine(
 
     Raises ModelError.
     """
-    stage = effective_stage(config, world.size)
+    zero3 = config.engine.zero_stage == 3
     _import_muon_uncompiled()
+    _silence_memory_reports()
     _share_process_group()
-    settings = deepspeed_config(config, ranks=world.size, device_type=world.device.type) if stage == 3 else None
+    settings = deepspeed_config(config, stage=3, device_type=world.device.type) if zero3 else None
     # new embedding rows and adapters start from random numbers, which must be the same on every rank
     torch.manual_seed(config.seed)
     with quietly():
@@ -38,13 +39,13 @@ def build_engine(
         if config.method.kind == "lora":
             new_ids = [tokenizer.convert_tokens_to_ids(token) for token in config.model.new_tokens]
             model = add_adapters(model, config.method, new_token_ids=new_ids)
-        if stage != 3:
+        if not zero3:
             model.to(world.device)
-        if stage == 0 and world.device.type == "cpu":
+        if stage_of(model, config, world) == 0 and world.device.type == "cpu":
             own_trained_weights(model)
         causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-        report = fuse(causal_lm, kernels=config.model.kernels, device_type=world.device.type, zero3=stage == 3)
-        objective = CausalObjective(model, fused=report.head_backend, by_segment=report.segments, zero3=stage == 3)
+        report = fuse(causal_lm, kernels=config.model.kernels, device_type=world.device.type, zero3=zero3)
+        objective = CausalObjective(model, fused=report.head_backend, by_segment=report.segments, zero3=zero3)
         report.add_head(objective.head.reason_unfused())
         engine = Engine(objective, config, world)
         tell_optimizer(engine)
@@ -91,3 +92,10 @@ def _import_muon_uncompiled() -> None:
         importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
     finally:
         compiler.compile = original
+
+
+def _silence_memory_reports() -> None:
+    """DeepSpeed's BF16_Optimizer collects garbage and prints memory each time it comes to a group, however set."""
+    from deepspeed.runtime import bf16_optimizer
+
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None

@@ -12,26 +12,37 @@ REDUCE_BUCKET_ELEMENTS = 50_000_000
 """100 MB in bf16, more than a link needs to be busy; DeepSpeed's own 500 million are allocated whole, on every rank"""
 
 
-def effective_stage(config: RunConfig, ranks: int) -> int:
-    """The ZeRO stage that DeepSpeed runs in a world of `ranks`.
+WHOLE_GRADIENT_ELEMENTS = 1 << 28
+"""So many fp32 gradients, 1 GiB, each rank may hold whole for the sake of fewer operations"""
 
-    "auto" is 2, and 0 for one rank in fp32, which has nothing to share: a step of SmolLM2-135M in full takes an eighth
-    less there, and 1 GB.
+
+def effective_stage(config: RunConfig, ranks: int, *, trainable: int) -> int:
+    """The ZeRO stage that DeepSpeed runs in a world of `ranks` which trains `trainable` parameters.
+
+    "auto" is 0 for one rank in fp32, which has nothing to share: a step of SmolLM2-135M in full takes an eighth less
+    there, and 1 GB. In bf16 it is 1, whose update does not visit each parameter (flat_update.py), for one rank and
+    where whole gradients are few enough, as those of adapters are. It is 2 for all others. It is never 3.
 
     Stage 0 in bf16 runs as stage 1: DeepSpeed's stage 0 adds gradients up in bf16, which makes a step depend on how its
     batch was cut. Stage 1 adds in fp32, moves the same bytes and needs less memory.
     """
     stage, dtype = config.engine.zero_stage, config.model.dtype
-    if stage == "auto":
-        return 0 if ranks == 1 and dtype == "fp32" and config.engine.offload == "none" else 2
-    return 1 if stage == 0 and dtype == "bf16" else stage
+    if stage != "auto":
+        return 1 if stage == 0 and dtype == "bf16" else stage
+    if config.engine.offload != "none":
+        return 2
+    if dtype == "fp32":
+        return 0 if ranks == 1 else 2
+    return 1 if ranks == 1 or trainable <= WHOLE_GRADIENT_ELEMENTS else 2
 
 
 def deepspeed_config(
-    config: RunConfig, *, ranks: int, device_type: str, trainable: int | None = None
+    config: RunConfig, *, stage: int, device_type: str, trainable: int | None = None
 ) -> dict[str, Any]:
-    """`trainable` counts the parameters that are trained, where they are known: buffers are no larger than that."""
-    stage = effective_stage(config, ranks)
+    """`stage` as `effective_stage` has it.
+
+    `trainable` counts the parameters that are trained, where they are known: buffers are no larger than that.
+    """
     # the CPU-offload path keeps its sum in host buffers only if it expects more than one micro-batch
     accumulation = 2 if config.engine.offload != "none" else 1
     settings: dict[str, Any] = {
@@ -42,6 +53,8 @@ def deepspeed_config(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "wall_clock_breakdown": False,
+        # it waits for the GPU before every forward
+        "timers": {"throughput": {"enabled": False}},
         "steps_per_print": None,
         "zero_optimization": _zero(config, stage, device_type, trainable),
     }

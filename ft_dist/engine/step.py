@@ -1,8 +1,8 @@
 """One optimizer step over micro-batches, the same for every ZeRO stage.
 
-The summed loss of a micro-batch is scaled by world_size / labelled tokens of the global batch before backward:
-DeepSpeed averages gradients over ranks, so that what reaches the optimizer is exactly sum(loss) / sum(labelled tokens),
-however the batch was cut.
+The summed loss of a micro-batch is divided by the labelled tokens of the global batch before backward, and multiplied
+by the ranks where DeepSpeed averages gradients over them, so that what reaches the optimizer is exactly sum(loss) /
+sum(labelled tokens), however the batch was cut.
 """
 
 import math
@@ -10,10 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from ft_dist.config.schema import RunConfig
 from ft_dist.data.batch import MicroBatch
 from ft_dist.distributed import World, sum_over_ranks
+from ft_dist.engine.flat_update import FlatUpdate
+from ft_dist.engine.grad_norm import judge_by_norm
 from ft_dist.engine.settings import deepspeed_config, effective_stage
 from ft_dist.loss import CausalObjective
 from ft_dist.optim.build import build_optimizer, parameter_groups
@@ -43,7 +47,7 @@ class Engine:
 
         self.config = config
         self.world = world
-        self.stage = effective_stage(config, world.size)
+        self.stage = stage_of(objective.model, config, world)
         self.objective = objective
         self.kernels = ""
         self.on_progress: Callable[[], None] = lambda: None
@@ -58,12 +62,17 @@ class Engine:
             model=objective,
             optimizer=optimizer,
             config=deepspeed_config(
-                config, ranks=world.size, device_type=world.device.type, trainable=self.trainable_parameters
+                config, stage=self.stage, device_type=world.device.type, trainable=self.trainable_parameters
             ),
             dist_init_required=False,
         )
-        if self.stage == 0 and world.size == 1:
-            # DeepSpeed would flatten all gradients, reduce them over one rank and copy them back
+        self.flat: FlatUpdate | None = None
+        if self.stage == 1 and hasattr(self.deepspeed.optimizer, "bf16_groups"):
+            self.flat = FlatUpdate(self.deepspeed.optimizer, world, max_grad_norm=config.optim.max_grad_norm)
+        elif self.stage > 0 and config.engine.offload == "none":
+            judge_by_norm(self.deepspeed.optimizer)
+        if self.flat or (self.stage == 0 and world.size == 1):
+            # in a world of one DeepSpeed would flatten all gradients, reduce them over one rank and copy them back
             self.deepspeed.enable_backward_allreduce = False
         # the trial step that some of its optimizers take at the start would count as a step of Adam
         self.base_optimizer.state.clear()
@@ -89,21 +98,32 @@ class Engine:
         `abandon` on any rank leaves all weights as they are; gradients are then spoilt, and the run must end.
         """
         self.objective.train()
-        scale = self.world.size / labelled_tokens
+        scale = (1 if self.flat else self.world.size) / labelled_tokens
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for index, batch in enumerate(micro_batches):
             self.deepspeed.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-            loss = self.deepspeed(**batch.to(self.world.device).inputs())
+            loss = self.deepspeed(**batch.to(self.world.device, non_blocking=True).inputs())
             loss_sum += loss.detach()
             self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
+            if self.flat:
+                self.flat.add_gradients()
             self.on_progress()
-        total, abandoning, *sums = sum_over_ranks([loss_sum.item(), float(abandon), *to_sum()], self.world)
+        alone = self.world.size == 1
+        abandoning, *sums = [abandon] if alone else sum_over_ranks([float(abandon), *to_sum()], self.world)
         if abandoning:
+            sums = list(to_sum()) if alone else sums
             return StepResult(loss=math.nan, grad_norm=math.nan, skipped=True, sums=sums, abandoned=True)
         held_up_s = self.before_update()
-        grad_norm, skipped = self._update(learning_rate)
-        loss = total / labelled_tokens
-        return StepResult(loss=loss, grad_norm=grad_norm, skipped=skipped, sums=sums, held_up_s=held_up_s)
+        total, norm = self._update(loss_sum, learning_rate)
+        skipped = not math.isfinite(norm)
+        return StepResult(
+            loss=total / labelled_tokens,
+            grad_norm=math.nan if skipped else norm,
+            skipped=skipped,
+            # of one rank, after all that the host waits for
+            sums=list(to_sum()) if alone else sums,
+            held_up_s=held_up_s,
+        )
 
     @torch.no_grad()
     def loss_sum(self, batch: MicroBatch) -> torch.Tensor:
@@ -113,30 +133,37 @@ class Engine:
         self.on_progress()
         return loss
 
-    def _update(self, learning_rate: float) -> tuple[float, bool]:
-        """Clip, then step unless a gradient is not finite. Returns the norm before clipping and whether it skipped."""
-        for group in self.deepspeed.optimizer.param_groups:
+    def _update(self, loss_sum: Tensor, learning_rate: float) -> tuple[float, float]:
+        """Clip, then step unless a gradient is not finite.
+
+        Returns the loss summed over ranks and the norm before clipping, which is not finite where nothing changed. Both
+        are read from the device at once, after whatever can be queued before.
+        """
+        for group in self.base_optimizer.param_groups:
             group["lr"] = learning_rate
+        if self.flat:
+            return self.flat.step(loss_sum)
+        if self.world.size > 1:
+            dist.all_reduce(loss_sum)
         if self.stage == 0:
-            return self._update_replicated()
+            return self._update_replicated(loss_sum)
         self.deepspeed.step()
         skipped = bool(getattr(self.deepspeed.optimizer, "overflow", False))
-        return (math.nan if skipped else float(self.deepspeed.get_global_grad_norm())), skipped
+        return _read(loss_sum, math.inf if skipped else self.deepspeed.get_global_grad_norm())
 
-    def _update_replicated(self) -> tuple[float, bool]:
+    def _update_replicated(self, loss_sum: Tensor) -> tuple[float, float]:
         """Stage 0 in fp32, where DeepSpeed has no optimizer wrapper of its own to clip and to tell a bad step."""
         parameters = [parameter for _, parameter in self.trainable()]
         for parameter in parameters:
             if parameter.grad is None:  # of a layer that nothing went through: still decayed, as on several ranks
                 parameter.grad = torch.zeros_like(parameter)
         limit = self.config.optim.max_grad_norm or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
-        skipped = not math.isfinite(norm)
-        if skipped:
+        loss, norm = _read(loss_sum, torch.nn.utils.clip_grad_norm_(parameters, limit))
+        if not math.isfinite(norm):
             for parameter in parameters:
                 parameter.grad = None
         self.deepspeed.step()
-        return (math.nan if skipped else norm), skipped
+        return loss, norm
 
     def trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
         """Named as in the transformers or peft model, whatever wraps it; the same order on every rank."""
@@ -162,3 +189,15 @@ class Engine:
     @property
     def trainable_parameters(self) -> int:
         return sum(getattr(p, "ds_numel", p.numel()) for _, p in self.trainable())
+
+
+def stage_of(model: nn.Module, config: RunConfig, world: World) -> int:
+    """The ZeRO stage that `model`, with its adapters, is trained at."""
+    trainable = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+    return effective_stage(config, world.size, trainable=trainable)
+
+
+def _read(loss: Tensor, norm: Tensor | float) -> tuple[float, float]:
+    """Both at once: a GPU is waited for once."""
+    read = torch.stack([loss, torch.as_tensor(norm).to(loss)]).tolist()
+    return read[0], read[1]

@@ -25,7 +25,7 @@ class Job:
 
     @property
     def stage(self) -> int:
-        return effective_stage(self.config, self.ranks)
+        return effective_stage(self.config, self.ranks, trainable=self.trainable)
 
     @property
     def lora(self) -> bool:
