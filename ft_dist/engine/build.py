@@ -26,9 +26,7 @@ def build_engine(
     Raises ModelError.
     """
     zero3 = config.engine.zero_stage == 3
-    _import_muon_uncompiled()
-    _silence_memory_reports()
-    _share_process_group()
+    prepare_deepspeed()
     settings = deepspeed_config(config, stage=3, device_type=world.device.type) if zero3 else None
     # new embedding rows and adapters start from random numbers, which must be the same on every rank
     torch.manual_seed(config.seed)
@@ -51,6 +49,13 @@ def build_engine(
         tell_optimizer(engine)
         engine.kernels = report.line()
         return engine
+
+
+def prepare_deepspeed() -> None:
+    """Once in a process, after `join_world`."""
+    _import_muon_uncompiled()
+    _silence_memory_reports()
+    _share_process_group()
 
 
 def own_trained_weights(model: nn.Module) -> None:
@@ -79,6 +84,13 @@ def _share_process_group() -> None:
     deepspeed.init_distributed(verbose=False)
 
 
+def _silence_memory_reports() -> None:
+    """DeepSpeed's BF16_Optimizer collects garbage and prints memory around each group: 0.7 s each time, however set."""
+    from deepspeed.runtime import bf16_optimizer
+
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None
+
+
 def _import_muon_uncompiled() -> None:
     """Spare every run the import of torch's Inductor, 2.5 of the 13 s of processor time that imports take.
 
@@ -92,10 +104,3 @@ def _import_muon_uncompiled() -> None:
         importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
     finally:
         compiler.compile = original
-
-
-def _silence_memory_reports() -> None:
-    """DeepSpeed's BF16_Optimizer collects garbage and prints memory each time it comes to a group, however set."""
-    from deepspeed.runtime import bf16_optimizer
-
-    bf16_optimizer.see_memory_usage = lambda *_, **__: None

@@ -1,7 +1,7 @@
 """The gradient norm of ZeRO 2 and 3 over all tensors at once.
 
-DeepSpeed 0.19 takes each tensor's norm by itself, after stage 2 has looked for values that are not finite in each: eleven
-operations a tensor. Where a value is not finite, neither is the norm, and DeepSpeed skips the step for that as well.
+DeepSpeed 0.19 takes the norm of each tensor by itself, and in stage 2 looks through each for values that are not finite
+before that. Where a value is not finite, neither is the norm, for which DeepSpeed skips the step as well.
 """
 
 import functools

@@ -109,7 +109,7 @@ class Engine:
                 self.flat.add_gradients()
             self.on_progress()
         alone = self.world.size == 1
-        abandoning, *sums = [abandon] if alone else sum_over_ranks([float(abandon), *to_sum()], self.world)
+        abandoning, *sums = [float(abandon)] if alone else sum_over_ranks([float(abandon), *to_sum()], self.world)
         if abandoning:
             sums = list(to_sum()) if alone else sums
             return StepResult(loss=math.nan, grad_norm=math.nan, skipped=True, sums=sums, abandoned=True)

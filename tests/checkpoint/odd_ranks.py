@@ -35,7 +35,7 @@ class Batch:
     labels: torch.Tensor
     position_ids: torch.Tensor
 
-    def to(self, device: torch.device) -> "Batch":
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> "Batch":
         return self
 
     def inputs(self) -> dict[str, torch.Tensor]:

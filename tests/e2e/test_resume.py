@@ -22,8 +22,8 @@ FEW = [("full", 0), ("lora", 1), ("lora", 2), ("full", 3)]
 ALL = [(kind, stage) for kind in ("full", "lora") for stage in range(4)]
 
 
-def arguments(folder: Path, kind: str, stage: int, nproc: int = 2) -> list[str]:
-    method = [f"method.kind={kind}", f"engine.zero_stage={stage}", f"output_dir={folder}"]
+def arguments(folder: Path, kind: str, stage: int | str, nproc: int = 2, dtype: str = "fp32") -> list[str]:
+    method = [f"method.kind={kind}", f"engine.zero_stage={stage}", f"output_dir={folder}", f"model.dtype={dtype}"]
     return ["train", *ARGUMENTS, *method, "--nproc", str(nproc), "--max-restarts", "0"]
 
 
@@ -63,6 +63,24 @@ def check_killed_run_repeats(cli, tmp_path, kind, stage):
 @pytest.mark.parametrize("kind, stage", FEW)
 def test_a_killed_rank_changes_no_bit(cli, tmp_path, kind, stage):
     check_killed_run_repeats(cli, tmp_path, kind, stage)
+
+
+def test_bf16_goes_on_at_the_same_bits_and_at_another_stage(cli, tmp_path):
+    """Whole gradients in flat tensors (stage 1, "auto") after a kill; then the same commit in shares (stage 2)."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert cli(*arguments(whole, "lora", "auto", dtype="bf16")).returncode == 0
+    process = start_cli(*arguments(killed, "lora", "auto", dtype="bf16"))
+    wait_for_step(process, killed, 12)
+    subprocess.run(["kill", "-9", str(workers_of(process.pid)[1])], check=True)
+    process.communicate(timeout=60)
+    step_10 = f"checkpoint.resume={killed / 'checkpoints/step-00000010'}"
+    for stage, nproc, tolerance in (("2", 1, 2e-2), ("auto", 2, 0.0)):
+        resumed = cli(*arguments(tmp_path / stage, "lora", stage, nproc=nproc, dtype="bf16"), step_10)
+        assert resumed.returncode == 0, resumed.stderr
+        assert f"ZeRO {1 if stage == 'auto' else 2}, bf16" in resumed.stdout
+        losses = [line["loss"] for line in read_lines(tmp_path / stage / "metrics.jsonl")]
+        undisturbed = [line["loss"] for line in read_lines(whole / "metrics.jsonl")][10:]
+        assert losses == (pytest.approx(undisturbed, rel=tolerance) if tolerance else undisturbed)
 
 
 @pytest.mark.slow
