@@ -17,11 +17,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ft_dist.distributed import World, gather, reduce_scatter
-from ft_dist.engine.settings import WHOLE_GRADIENT_ELEMENTS
+from ft_dist.engine.settings import PIECE_ELEMENTS, WHOLE_GRADIENT_ELEMENTS
 from ft_dist.optim.partition import PartitionedOptimizer
 
-PIECE_ELEMENTS = 1 << 26
-"""Gradients that are copied side by side at once, 128 MiB in bf16"""
 CPU_NORM_ELEMENTS = 1 << 16
 """torch's norm on CPU adds up in eight fp32 sums: over 135 million elements it was 1.4 % too small"""
 CLIP_EPS = 1e-6

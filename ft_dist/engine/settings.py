@@ -15,6 +15,9 @@ REDUCE_BUCKET_ELEMENTS = 50_000_000
 WHOLE_GRADIENT_ELEMENTS = 1 << 28
 """So many fp32 gradients, 1 GiB, each rank may hold whole for the sake of fewer operations"""
 
+PIECE_ELEMENTS = 1 << 26
+"""Gradients that are copied side by side at once before they are added up, 128 MiB in bf16"""
+
 
 def effective_stage(config: RunConfig, ranks: int, *, trainable: int) -> int:
     """The ZeRO stage that DeepSpeed runs in a world of `ranks` which trains `trainable` parameters.

@@ -5,7 +5,7 @@ from functools import cached_property
 from importlib.util import find_spec
 
 from ft_dist.config.schema import RunConfig
-from ft_dist.engine.settings import effective_stage
+from ft_dist.engine.settings import WHOLE_GRADIENT_ELEMENTS, effective_stage
 from ft_dist.plan.shape import ModelShape, Parameter, model_shape
 
 BYTES = {"bf16": 2, "fp32": 4}
@@ -26,6 +26,11 @@ class Job:
     @property
     def stage(self) -> int:
         return effective_stage(self.config, self.ranks, trainable=self.trainable)
+
+    @property
+    def gradients_at_once(self) -> bool:
+        """Whether stage 1 adds up a micro-batch's gradients when it has all of them (engine/flat_update.py)."""
+        return self.stage == 1 and self.item == 2 and not self.offload and self.trainable <= WHOLE_GRADIENT_ELEMENTS
 
     @property
     def lora(self) -> bool:

@@ -29,6 +29,18 @@ HOP_S = 5e-6
 LAUNCH_S = 4e-6
 FUSED_LAUNCHES, PLAIN_LAUNCHES = 90, 330
 """Kernels of a block, forward and backward"""
+UPDATE_LAUNCHES = {0: 20, 1: 20, 2: 50, 3: 45}
+"""Kernels of an update by ZeRO stage, counted in one of 203 tensors; AdamW's own are the same for more"""
+GRADIENT_LAUNCHES = {0: 1, 1: 1, 2: 4, 3: 4}
+"""To add up the gradient of one tensor of a micro-batch; stage 1 takes 128 small ones at once"""
+CAT_TENSORS = 128
+ROUNDS = 5
+"""Newton-Schulz steps of Muon"""
+OPTIMIZER_LAUNCHES = {"adamw": 0, "adamw_8bit": 38, "muon": 35}
+"""Of one tensor of adapters or of a block"""
+UPDATE_BYTES = {0: 40, 1: 42, 2: 58, 3: 50}
+"""Of one parameter that a rank updates: norm (4), master, moments and gradients (28, and 4 to 24 to clip and gather
+these), weights (6)"""
 PCIE_BYTES_S, HOST_BYTES_S = 25e9, 15e9
 """Offload: to the host of one GPU, and what its share of the host's memory moves for the update"""
 
@@ -173,8 +185,34 @@ def _buckets(trained: int) -> int:
 
 
 def update_s(job: Job, gpu: Gpu) -> float:
-    """AdamW reads and writes master, moments and gradients, after a pass for the norm; offloaded, over PCIe."""
+    """To add up gradients of micro-batches, and one update: bytes moved, and kernels that are too short to fill a GPU.
+
+    Offloaded, gradients and weights go over PCIe and the update is the host's.
+    """
     own = job.trainable / (1 if job.stage == 0 else job.ranks)
     if job.offload:
         return own * (4 + job.item) / PCIE_BYTES_S + own * 32 / HOST_BYTES_S
-    return own * 44 / (gpu.bandwidth * MEMORY_SHARE)
+    tensors, kind = len(job.trained), job.config.optim.kind
+    added, launches = (
+        {0: 12.0, 1: 10.0}.get(job.stage, 4 + 18 * own / job.trainable),
+        1.0 * GRADIENT_LAUNCHES[job.stage],
+    )
+    if job.gradients_at_once:
+        added, launches = 14.0, 1 / CAT_TENSORS
+    moved = job.micro_batches * job.trainable * added + own * UPDATE_BYTES[job.stage]
+    kernels = UPDATE_LAUNCHES[job.stage] + tensors * (
+        job.micro_batches * launches + OPTIMIZER_LAUNCHES[kind] / job.ranks
+    )
+    return (
+        moved / (gpu.bandwidth * MEMORY_SHARE)
+        + kernels * LAUNCH_S
+        + orthogonal_flops(job) / (gpu.matmul * MATMUL_SHARE)
+    )
+
+
+def orthogonal_flops(job: Job) -> float:
+    """Muon: five rounds of three products for each matrix of a block, dealt out over ranks."""
+    if job.config.optim.kind != "muon":
+        return 0.0
+    sides = [sorted(p.shape) for p in job.trained if len(p.shape) == 2 and p.layer is not None]
+    return sum(ROUNDS * (4 * small**2 * large + 2 * small**3) for small, large in sides) / job.ranks

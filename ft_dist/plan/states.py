@@ -1,11 +1,12 @@
 """What ZeRO keeps beside activations, by stage: weights, fp32 master, optimizer state, gradients on their way, buffers.
 
 Read off DeepSpeed 0.19 (`runtime/zero/stage_1_and_2.py`, `stage3.py`, `runtime/bf16_optimizer.py`) and held against
-the tensors that really live (tests/plan/test_measured.py). P parameters that are trained, p = P / ranks.
+the tensors that really live (tests/plan/test_measured.py). Stage 1 in bf16 holds the gradients of a micro-batch until
+all are made, or one at a time where they are many (engine/flat_update.py). P parameters are trained, p = P / ranks.
 
     stage       weights      gradients                                      state
     0 (fp32)    4 P          4 P                                            moments of P
-    1 (bf16)    2 P          2 P, and 4 P to add up in                      4 p + moments of p
+    1 (bf16)    2 P          2 P and a piece, or one, and 4 P to add up in  4 p + moments of p
     1 (fp32)    4 P          4 P                                            4 p + moments of p
     2           2 P          a bucket, 4 p to add up in                     4 p + moments of p
     3           2 p          a bucket, 4 p to add up in                     4 p + moments of p
@@ -13,7 +14,7 @@ the tensors that really live (tests/plan/test_measured.py). P parameters that ar
 Source: Rajbhandari et al., ZeRO (arXiv 1910.02054).
 """
 
-from ft_dist.engine.settings import reduce_bucket_elements
+from ft_dist.engine.settings import PIECE_ELEMENTS, reduce_bucket_elements
 from ft_dist.plan.activations import Gradient
 from ft_dist.plan.job import Job
 from ft_dist.plan.ledger import Ledger
@@ -66,6 +67,9 @@ class States(Gradient):
     def __call__(self, numel: int) -> None:
         """A gradient was made, of `numel` elements; the activations around it are still there."""
         job, ledger, nbytes = self.job, self.ledger, numel * self.job.item
+        if job.stage == 1 and self.low and not job.gradients_at_once:
+            ledger.spike(GRADIENTS, nbytes)
+            return
         if job.stage <= 1:
             if job.stage == 1 and not self.low and "bucket" not in ledger.live:
                 ledger.hold(BUCKETS, "bucket", self.bucket)
@@ -100,6 +104,9 @@ class States(Gradient):
         job, ledger = self.job, self.ledger
         if job.stage >= 2:
             self._reduce()
+        if job.gradients_at_once:
+            ledger.spike(GRADIENTS, min(job.trainable, PIECE_ELEMENTS) * job.item)
+            ledger.free("grads")
         if job.stage == 1 and not self.low and last and not job.offload:
             # whole gradients leave through the bucket, and what this rank owns is kept apart
             ledger.free("grads")

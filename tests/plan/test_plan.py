@@ -12,9 +12,11 @@ from ft_dist.model.builtin import builtin_names, resolve_model
 from ft_dist.model.tiny import tiny_names
 from ft_dist.plan.activations import chunk_rows
 from ft_dist.plan.gpu import gpu_like, gpu_named, gpus
+from ft_dist.plan.job import Job
 from ft_dist.plan.memory import memory_plan
 from ft_dist.plan.report import Cluster, fitted, plan_run, table
 from ft_dist.plan.shape import model_shape, shape_of_config
+from ft_dist.plan.speed import LAUNCH_S, update_s
 from tests.plan.shapes import LLAMA_8B, LLAMA_70B, folder, shape
 
 
@@ -187,3 +189,22 @@ def test_memory_is_counted_once(tmp_path):
     memory = memory_plan(Cluster().job(config))
     assert sum(memory.parts.values()) == memory.peak
     assert max(nbytes for _, nbytes in memory.timeline) == memory.tensors
+
+
+def test_an_update_costs_its_kernels_as_well_as_its_bytes():
+    """448 adapter tensors: what stage 2 does for each of them takes longer than what it moves."""
+    h100 = gpu_named("h100")
+
+    def update(ranks, *overrides):
+        config = load_config("llama3_8b_lora", ["engine.zero_stage=auto", "batch.global_rows=16", *overrides])
+        job = Job(shape(LLAMA_8B), config, ranks, 8, gpu=True)
+        assert len(job.trained) == 448
+        return job.stage, job.micro_batches, update_s(job, h100)
+
+    stage, micro_batches, flat = update(8)
+    assert stage == 1
+    assert flat < 1.5e-3 * micro_batches
+    _, _, visited = update(8, "engine.zero_stage=2")
+    assert visited > flat + micro_batches * 448 * 3 * LAUNCH_S
+    _, _, eight = update(8, "optim.kind=adamw_8bit")
+    assert eight > flat + 448 / 8 * 30 * LAUNCH_S
