@@ -22,11 +22,13 @@ COLLECTIVES = (
     "all_gather_base",
     "all_gather_coalesced",
     "all_gather_into_tensor",
+    "all_gather_single",
     "broadcast",
     "reduce",
     "reduce_scatter",
     "reduce_scatter_base",
     "reduce_scatter_tensor",
+    "reduce_scatter_single",
     "reduce_scatter_coalesced",
     "all_to_all_single",
     "barrier",
@@ -45,6 +47,8 @@ class Phases:
         deepspeed.register_forward_pre_hook(self._forward_begins, with_kwargs=True)
         deepspeed.register_forward_hook(self._forward_ends, with_kwargs=True)
         deepspeed.backward = self._timed("backward", deepspeed.backward)
+        if engine.flat:
+            engine.flat.add_gradients = self._timed("backward", engine.flat.add_gradients)  # type: ignore[method-assign]
         engine._update = self._timed("optimizer", engine._update)  # type: ignore[method-assign]
 
     def taken(self) -> dict[str, float]:

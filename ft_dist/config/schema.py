@@ -178,7 +178,9 @@ class EngineConfig(Section):
     """How DeepSpeed shards the work."""
 
     zero_stage: Literal["auto", 0, 1, 2, 3] = Field(
-        default="auto", description="What ranks share; auto: 2, or 0 where one rank trains in fp32"
+        default="auto",
+        description="What ranks share; auto: 1 in bf16, 2 where several ranks train many parameters; 2 in fp32, 0 "
+        "on one rank",
     )
     offload: Literal["none", "cpu", "nvme"] = Field(default="none", description="Where optimizer state lives")
     nvme_path: str | None = None

@@ -89,7 +89,7 @@ class Moment:
         """Values start .. end - 1, fp32; start is a multiple of BLOCK."""
         end = self.numel if end is None else end
         blocks = slice(start // BLOCK, -(-end // BLOCK))
-        values = _values(self.signed).to(self.codes.device)[self.codes[blocks].int()]
+        values = _values(self.signed, self.codes.device)[self.codes[blocks].int()]
         return values.mul_(self.scales[blocks]).view(-1)[: end - start]
 
     def write(self, values: Tensor, start: int = 0) -> None:
@@ -102,15 +102,20 @@ class Moment:
         blocks = slice(start // BLOCK, start // BLOCK + count)
         self.scales[blocks] = scales
         shares = padded / scales.clamp_min(torch.finfo(torch.float32).tiny)
-        codes = torch.bucketize(shares, _borders(self.signed).to(shares.device))
+        codes = torch.bucketize(shares, _borders(self.signed, shares.device))
         if not self.signed:
             codes.clamp_min_((padded > 0).to(codes.dtype))
         self.codes[blocks] = codes.to(torch.uint8)
 
 
+CPU = torch.device("cpu")
+
+
 @cache
-def _values(signed: bool) -> Tensor:
-    """The 255 (signed) or 256 values, ascending from -1 or 0 to 1."""
+def _values(signed: bool, device: torch.device = CPU) -> Tensor:
+    """The 255 (signed) or 256 values, ascending from -1 or 0 to 1. Kept on each device: a GPU waits for a copy."""
+    if device != CPU:
+        return _values(signed).to(device)
     bits = 7 if signed else 8
     decades = []
     for zeros in range(bits):
@@ -123,9 +128,9 @@ def _values(signed: bool) -> Tensor:
 
 
 @cache
-def _borders(signed: bool) -> Tensor:
+def _borders(signed: bool, device: torch.device = CPU) -> Tensor:
     values = _values(signed).double()
-    return ((values[:-1] + values[1:]) / 2).float()
+    return ((values[:-1] + values[1:]) / 2).float().to(device)
 
 
 def _zero(signed: bool) -> int:

@@ -55,7 +55,7 @@ class PartitionedOptimizer(torch.optim.Optimizer, ABC):
         """The state of `flat`: `step` and what `new_moments` made."""
         state: dict[Any, Any] = self.state[flat]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+            state["step"] = torch.zeros((), dtype=torch.float32)  # on the host, which reads it in every step
             state.update(self.new_moments(flat, group))
         return state
 
