@@ -83,13 +83,13 @@ class Count(TorchDispatchMode):
 
     def __enter__(self) -> "Count":
         for listeners, listener in self._listening:
-            listeners.append(listener)  # type: ignore[arg-type]
+            listeners.append(listener)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         for listeners, listener in self._listening:
-            listeners.remove(listener)  # type: ignore[arg-type]
+            listeners.remove(listener)
 
     @property
     def now(self) -> Phase:
