@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.kernels.cases import OPS, cases
 from benchmarks.kernels.harness import ceilings, measure
+from benchmarks.rows import emit, guarded
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 PACKAGES = ("torch", "triton", "transformers", "peft", "liger_kernel", "cut-cross-entropy")
@@ -66,6 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ops", nargs="*", choices=OPS, default=list(OPS))
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="bf16 on a GPU, fp32 on CPU unless told")
     parser.add_argument("--quick", action="store_true", help="fewer shapes and rounds")
+    parser.add_argument("--tiny", action="store_true", help="one small shape: to try the command")
+    parser.add_argument("--no-peers", action="store_true", help="ours and eager alone")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -77,20 +80,26 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{report['device']}, {report['versions']}, {report['threads']} threads, {dtype}")
     for name, value in limits.items():
         print(f"measured ceiling {name}: {value:.3e}")
-    rows = []
-    for case in cases(options.device, tuple(options.ops), quick=options.quick):
-        rounds = 3 if options.quick or options.device == "cuda" else 7
-        try:
-            rows.append(measure(case, dtype, options.device, limits, rounds=rounds))
-        except torch.OutOfMemoryError:  # eager's logits of a large vocabulary, on a small device
-            torch.cuda.empty_cache()
-            print(f"{case.op:21} {case.label:58} does not fit on this device in every contestant's form")
-            continue
-        print_row(rows[-1])
+    rows: list[dict[str, Any]] = []
+    failed = 0
+    rounds = 3 if options.quick or options.tiny or options.device == "cuda" else 7
+    for case in cases(options.device, tuple(options.ops), quick=options.quick, tiny=options.tiny):
+        if options.no_peers:
+            case.peers.clear()
+        with guarded("op", op=case.op, shape=case.label) as problems:
+            try:
+                rows.append(measure(case, dtype, options.device, limits, rounds=rounds))
+            except torch.OutOfMemoryError:  # eager's logits of a large vocabulary, on a small device
+                torch.cuda.empty_cache()
+                print(f"{case.op:21} {case.label:58} does not fit on this device in every contestant's form")
+                continue
+            emit("op", **rows[-1])
+            print_row(rows[-1])
+        failed += len(problems)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report | {"ceilings": limits, "rows": rows}, indent=1) + "\n")
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

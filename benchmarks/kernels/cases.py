@@ -30,6 +30,7 @@ class Model(NamedTuple):
 
 
 SMOLLM2 = Model("SmolLM2-135M", 576, 1536, 49152, 9, 3, 64)
+TINY = Model("tiny", 64, 160, 512, 4, 2, 16)
 LLAMA3 = Model("Llama-3-8B", 4096, 14336, 128256, 32, 8, 128)
 QWEN3 = Model("Qwen3-8B", 4096, 12288, 151936, 32, 8, 128)
 GEMMA3 = Model("Gemma-3-4B", 2560, 10240, 262208, 8, 4, 256, gelu=True)
@@ -324,9 +325,11 @@ def cases_of(model: Model, tokens: int) -> dict[str, list[Callable[[], Case]]]:
 OPS = ("lora_linear", "linear_cross_entropy", "rms_norm", "swiglu", "geglu", "rope", "segment_attention", "nf4")
 
 
-def cases(device: str, ops: tuple[str, ...], *, quick: bool) -> list[Case]:
+def cases(device: str, ops: tuple[str, ...], *, quick: bool, tiny: bool = False) -> list[Case]:
     """SmolLM2-135M's shapes on CPU (with a GELU twin for geglu), the three large models' on a GPU."""
-    if device == "cpu":
+    if tiny:
+        models = [cases_of(TINY, 64)]
+    elif device == "cpu":
         tokens = 512 if quick else 2048
         models = [cases_of(SMOLLM2, tokens), {"geglu": cases_of(SMOLLM2._replace(gelu=True), tokens)["geglu"]}]
     else:

@@ -1,6 +1,7 @@
 """Times, errors and peak memory of one op: ours against eager and any peers, paired in one run.
 
 Error: the largest, over outputs and gradients, of ||a - truth|| / ||truth||, truth in fp64 on the same rounded inputs.
+A gradient that vanishes (of a query that sees one key alone, say) is held against its natural scale instead.
 Time: forward and backward, the contestants taking turns; medians. Memory: the peak above what the inputs hold.
 """
 
@@ -78,18 +79,38 @@ def _in(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     }
 
 
+VANISHED = 1e-4
+"""Of its natural scale: a gradient of that size or less is what cancellation leaves of a 0"""
+
+
+def _norms(truth: list[Tensor], inputs: Inputs, upstream: list[Tensor]) -> list[float]:
+    """What the errors of outputs and gradients are relative to: the norm of each truth.
+
+    Where a gradient's norm is under VANISHED of ||upstream|| ||output|| / ||input||, which it has unless terms cancel,
+    that scale takes its place: at one token the true gradient of attention's queries is 0.
+    """
+    leaves = [value for value in inputs.values() if isinstance(value, Tensor) and value.requires_grad]
+    outputs = truth[: len(upstream)]
+    reach = sum(float(up.double().norm()) * float(out.norm()) for up, out in zip(upstream, outputs, strict=True))
+    norms = [max(float(tensor.norm()), 1e-30) for tensor in truth]
+    for index, leaf in enumerate(leaves if len(truth) > len(upstream) else (), start=len(upstream)):
+        scale = reach / max(float(leaf.detach().double().norm()), 1e-30)
+        if norms[index] < VANISHED * scale:
+            norms[index] = scale
+    return norms
+
+
 def errors(case: Case, dtype: torch.dtype, device: str) -> dict[str, float]:
     """Relative error of ours and of eager on a shortened case."""
     inputs = case.make(min(case.tokens, case.error_tokens), dtype, device)
     upstream = upstream_for(case.eager, inputs)
     truth = step(case.truth or case.eager, _in(inputs, torch.float64), [seed.double() for seed in upstream])
+    truth = [tensor.double() for tensor in truth]
+    norms = _norms(truth, inputs, upstream)
     result = {}
     for name, function in (("ours", case.ours), ("eager", case.yardstick or case.eager)):
         got = step(function, inputs, upstream)
-        result[name] = max(
-            float((a.double() - t.double()).norm() / t.double().norm().clamp_min(1e-30))
-            for a, t in zip(got, truth, strict=True)
-        )
+        result[name] = max(float((a.double() - t).norm()) / norm for a, t, norm in zip(got, truth, norms, strict=True))
     return result
 
 

@@ -14,11 +14,13 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from benchmarks.rows import tail
 
 SIDES = ("ours", "hf", "liger", "unsloth")
 FLOPS_FORMULA = "model FLOPs a token: 4 N for LoRA, 6 N for full fine-tuning, + 12 x layers x width x context"
@@ -26,35 +28,51 @@ FLOPS_FORMULA = "model FLOPs a token: 4 N for LoRA, 6 N for full fine-tuning, + 
 
 def main() -> int:
     options, rest = parse()
-    turns = take_turns(options.sides, rest, turns=options.turns, limit_s=options.limit_s)
+    report: dict[str, Any] = {"kind": "pair", "arguments": rest, **machine(), "formula": FLOPS_FORMULA}
+
+    def write(found: dict[str, Any]) -> None:
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(report | found, indent=2) + "\n", encoding="utf-8")
+
+    turns = take_turns(
+        options.sides, rest, turns=options.turns, limit_s=options.limit_s, after=lambda taken: write({"turns": taken})
+    )
     if not turns.get("ours") or "failed" in turns["ours"][0]:
         raise SystemExit(f"ours failed: {turns['ours'][0]['failed'] if turns.get('ours') else 'not asked for'}")
-    report = {"kind": "pair", "arguments": rest, **machine(), "formula": FLOPS_FORMULA}
     report |= compare(turns, loss_tolerance=options.loss_tolerance)
     table(report)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write({})
     return 1 if report["unequal"] else 0
 
 
 def take_turns(
-    sides: Sequence[str], arguments: Sequence[str], *, turns: int, limit_s: float = 600.0
+    sides: Sequence[str],
+    arguments: Sequence[str],
+    *,
+    turns: int,
+    limit_s: float = 600.0,
+    after: Callable[[dict[str, Any]], None] = lambda taken: None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Every side `turns` times, A B A B. A side that failed once is not tried again; its record says `failed`."""
+    """Every side `turns` times, A B A B. A side that failed once is not tried again; its record says `failed`. `after`
+    each turn the caller sees all of them, so that a crash leaves what there was."""
     taken: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     for _ in range(turns):
         for side in sides:
             if any("failed" in turn for turn in taken[side]):
                 continue
             taken[side].append(run(side, arguments, limit_s=limit_s))
+            after(taken)
             last = taken[side][-1]
+            if last.get("stderr"):
+                print(last["stderr"], file=sys.stderr, flush=True)
             told = last["failed"] if "failed" in last else f"{last['tokens_per_s']:10.1f} tokens/s"
             print(f"  {side:8} {told}", flush=True)
     return taken
 
 
 def run(side: str, arguments: Sequence[str], *, limit_s: float) -> dict[str, Any]:
+    """A turn's figures, or `failed` (one line) with `stderr` (its last lines)."""
     root = Path(__file__).resolve().parents[2]
     path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.training.side", side, *arguments]
@@ -68,11 +86,12 @@ def run(side: str, arguments: Sequence[str], *, limit_s: float) -> dict[str, Any
             check=False,
             timeout=limit_s,
         )
-    except subprocess.TimeoutExpired:
-        return {"side": side, "failed": f"cut off after {limit_s:.0f} s"}
+    except subprocess.TimeoutExpired as cut:
+        said = cut.stderr.decode(errors="replace") if isinstance(cut.stderr, bytes) else cut.stderr or ""
+        return {"side": side, "failed": f"cut off after {limit_s:.0f} s", "stderr": tail(said)}
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no output"]
-        return {"side": side, "failed": lines[-1][:300]}
+        return {"side": side, "failed": lines[-1][:300], "stderr": tail(done.stderr)}
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
 

@@ -9,11 +9,13 @@ from ft_dist.bench.shapes import SHAPES
 POSITIONS = 8192
 
 
-def build(name: str, *, dtype: torch.dtype, device: str) -> Any:
-    """In training mode, the same weights on every call."""
+def build(name: str, *, dtype: torch.dtype, device: str, layers: int | None = None) -> Any:
+    """In training mode, the same weights on every call; with `layers`, so many in place of the shape's own."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     shape = {key: value for key, value in SHAPES[name].items() if key != "architectures"}
+    if layers:
+        shape["num_hidden_layers"] = layers
     config = AutoConfig.for_model(**shape, max_position_embeddings=POSITIONS, use_cache=False)
     torch.manual_seed(0)
     with torch.device(device):

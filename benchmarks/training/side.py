@@ -1,11 +1,14 @@
 """One contestant in a process of its own, so that its peak memory is its own: prints one line of JSON.
 
+On a GPU that is too small for a side, the side runs again with activation checkpointing, and its line says so.
+
 `ours` runs the objective on our kernels, `hf` the same model with Hugging Face's forward and loss and peft's LoRA,
 `liger` that with Liger's kernels, `unsloth` Unsloth's own model; all with torch's AdamW, the same rows, labels and
 precision.
 """
 
 import argparse
+import gc
 import json
 import resource
 import statistics
@@ -17,22 +20,47 @@ from typing import Any
 import torch
 
 import benchmarks.training  # noqa: F401
+from benchmarks.rows import emit
 from benchmarks.training.shapes import build
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main() -> None:
     options = parse()
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
+    try:
+        result = measure(options)
+    except torch.OutOfMemoryError as error:
+        if options.checkpointing or options.device == "cpu":
+            raise
+        print(f"{options.side} does not fit without activation checkpointing: {error}", flush=True)
+        emit("side", side=options.side, checkpointing=False, failed=f"out of memory: {error}"[:500])
+        options.checkpointing = True
+        result = None
+    if result is None:  # outside the handler, whose traceback keeps the tensors alive
+        gc.collect()
+        torch.cuda.empty_cache()
+        result = measure(options)
+    emit("side", **result)
+    print(json.dumps(result))
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """The figures of this side. Raises torch.OutOfMemoryError."""
     if options.side == "unsloth":
-        model = unsloth_model(options, dtype)
+        model = unsloth_model(options)
     else:
-        model = build(options.model, dtype=dtype, device=options.device)
+        model = plain_model(options)
         if options.side == "liger":
             from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
 
             _apply_liger_kernel_to_instance(model=model)
         model = with_adapters(model, options)
-    forward = our_forward(model, options) if options.side == "ours" else hugging_face_forward(model)
+    forward = (
+        our_forward(model, options)
+        if options.side == "ours"
+        else hugging_face_forward(model, packed=options.samples > 1)
+    )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
     batch = rows(options)
@@ -45,11 +73,20 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
+        took = now(options.device) - started
+        emit("side step", side=options.side, number=number, step_s=took, loss=losses[-1])
         if number >= options.warmup:
-            seconds.append(now(options.device) - started)
+            seconds.append(took)
     tokens = options.rows * options.tokens
-    result = {
+    return {
         "side": options.side,
+        "model": options.model,
+        "method": options.method,
+        "dtype": options.dtype,
+        "rows": options.rows,
+        "tokens": options.tokens,
+        "samples": options.samples,
+        "checkpointing": options.checkpointing,
         "step_s": statistics.median(seconds),
         "tokens_per_s": tokens / statistics.median(seconds),
         "peak_bytes": peak(options.device),
@@ -58,7 +95,11 @@ def main() -> None:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "mfu": utilisation(model, options, tokens / statistics.median(seconds)),
     }
-    print(json.dumps(result))
+
+
+def plain_model(options: argparse.Namespace, *, layers: int | None = None) -> Any:
+    """transformers' model of the shape, whole or with its first `layers` alone."""
+    return build(options.model, dtype=DTYPES[options.dtype], device=options.device, layers=layers)
 
 
 def with_adapters(model: Any, options: argparse.Namespace) -> Any:
@@ -73,21 +114,21 @@ def with_adapters(model: Any, options: argparse.Namespace) -> Any:
     return peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
 
 
-def unsloth_model(options: argparse.Namespace, dtype: torch.dtype) -> Any:
+def unsloth_model(options: argparse.Namespace) -> Any:
     """The same weights, read from a folder as Unsloth wants them."""
     from unsloth import FastLanguageModel  # before transformers, which it patches
 
     from ft_dist.model.tiny import byte_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
-        plain = build(options.model, dtype=dtype, device=options.device)
+        plain = plain_model(options)
         plain.save_pretrained(folder)
         byte_tokenizer().save_pretrained(folder)
         del plain
         torch.cuda.empty_cache()
         model, _ = FastLanguageModel.from_pretrained(
             folder,
-            dtype=dtype,
+            dtype=DTYPES[options.dtype],
             max_seq_length=options.tokens,
             load_in_4bit=False,
             full_finetuning=options.method == "full",
@@ -144,12 +185,16 @@ def our_forward(model: Any, options: argparse.Namespace) -> Any:
     return forward
 
 
-def hugging_face_forward(model: Any) -> Any:
+def hugging_face_forward(model: Any, *, packed: bool) -> Any:
+    """Positions are handed over only where rows hold several samples. transformers masks these apart; rows of one
+    sample take its fast path, without a mask and without copies of keys and values for every query head."""
+
     def forward(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         # transformers shifts labels itself: give back the first column that the shifted form lacks
         first = torch.full_like(batch["labels"][:, :1], -100)
         labels = torch.cat([first, batch["labels"][:, :-1]], dim=1)
-        return model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], labels=labels).loss
+        positions = {"position_ids": batch["position_ids"]} if packed else {}
+        return model(input_ids=batch["input_ids"], labels=labels, **positions).loss
 
     return forward
 
@@ -191,7 +236,7 @@ def peak(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("side", choices=["ours", "hf", "liger", "unsloth"])
     parser.add_argument("--model", default="smollm2-135m")
@@ -206,7 +251,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--checkpointing", action="store_true")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,9 @@ def bench(
     scaling: Annotated[
         Literal["weak", "strong"] | None, typer.Option(help="The same on 1, 2, 4 ... ranks, up to --nproc")
     ] = None,
-    to: Annotated[Path | None, typer.Option("--to", metavar="DIR", help="Also write bench.json and bench.html")] = None,
+    to: Annotated[
+        Path | None, typer.Option("--to", metavar="DIR", help="Also write bench.json, bench.html and, below work, logs")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts")] = False,
 ) -> None:
     """Measure training here: tokens/s, FLOP utilisation, memory, and where a step's time goes."""
@@ -54,7 +56,7 @@ def bench(
         nproc=nproc,
         sweep=sweep,
         scaling=scaling,
-        shared=to / "work" if to else None,
+        work=to / "work" if to else None,
         say=lambda line: typer.echo(line, err=True),
     )
     if not report["measurements"]:

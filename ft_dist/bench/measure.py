@@ -23,13 +23,16 @@ SWEPT: dict[str, list[Any]] = {
     "model.kernels": ["auto", "off"],
 }
 FAILED = "failed"
+LOG = "output.log"
+"""What all ranks of a measurement print"""
 Say = Callable[[str], None]
 
 
 def measure_once(spec: Spec, *, nproc: int) -> dict[str, Any]:
     """Run it on `nproc` ranks of this machine, or as this rank of a launcher's world.
 
-    Raises UserError, and Preempted if a signal ended it. Ranks of a launcher's world other than 0 get an empty record.
+    Each record is on disk (record.json beside its log) before the next measurement begins. Raises UserError, and
+    Preempted if a signal ended it. Ranks of a launcher's world other than 0 get an empty record.
     """
     refuse_what_cannot_fit(spec, nproc=nproc)
     folder = Path(spec.result).parent
@@ -40,7 +43,7 @@ def measure_once(spec: Spec, *, nproc: int) -> dict[str, Any]:
         seen = measure(spec)
         return figures(spec, seen) if seen["records"] else {}
     written = spec.write(folder / "spec.json")
-    with _told_apart(folder / "output.log"):
+    with _told_apart(folder / LOG):
         code = run_here([str(written)], spec.config(), nproc=nproc, max_restarts=0, module="ft_dist.bench.rank")
     if code == EXIT_PREEMPTED:
         raise Preempted("a signal ended the measurement")

@@ -1,9 +1,11 @@
 """One rank of a measurement: `python -m ft_dist.bench.rank SPEC.json`, or called where a launcher has named the rank.
 
 The run is the product's own: `Run`, its data path, engine, recorder and checkpoints. Warm-up, timed steps, then steps
-whose phases are told apart, then one commit.
+whose phases are told apart, then one commit. What is known is written after each of the three: if a later one fails or
+is cut off, the earlier figures are there.
 """
 
+import functools
 import json
 import sys
 import time
@@ -42,16 +44,17 @@ def measure(spec: Spec) -> dict[str, Any]:
     from ft_dist.train import take_step
 
     stop = StopRequest()
-    run = _prepare(spec, config, stop, free_memory)
+    run = prepare(spec, config, stop, free_memory)
     lengths = _Lengths()
     phases: Any = None
     by_phase: list[dict[str, float]] = []
-    saved: dict[str, float] = {}
     last = spec.warmup + spec.steps + spec.phase_steps
     try:
         for batch in run.batches():
             lengths.add(batch)
             if run.step == spec.warmup + spec.steps:
+                _write(spec, run, _figures(spec, run, lengths, by_phase))
+                run.clock.lap()  # what that took is no waiting for data
                 phases = Phases(run.engine)
             if phases is None:
                 take_step(run, stop, batch)
@@ -61,17 +64,25 @@ def measure(spec: Spec) -> dict[str, Any]:
                 by_phase.append(phases.taken())
             if run.step == last:
                 break
+        result = _figures(spec, run, lengths, by_phase)
+        _write(spec, run, result)
         if spec.checkpoint:
-            saved = _commit(run)
-        result = _figures(spec, run, lengths, by_phase) | saved
+            result |= _commit(run)
+            _write(spec, run, result)
     finally:
         run.close()
-    if run.world.is_main:
-        Path(spec.result).write_text(json.dumps(result), encoding="utf-8")
     return result
 
 
-def _prepare(spec: Spec, config: RunConfig, stop: Any, free_memory: Callable[[], None]) -> Any:
+def _write(spec: Spec, run: Any, result: dict[str, Any]) -> None:
+    """Rank 0 writes, all at once or not at all."""
+    if run.world.is_main:
+        written = Path(f"{spec.result}.new")
+        written.write_text(json.dumps(result), encoding="utf-8")
+        written.replace(spec.result)
+
+
+def prepare(spec: Spec, config: RunConfig, stop: Any, free_memory: Callable[[], None]) -> Any:
     """The run as `ft-dist train` would make it; with synthetic samples, without tokenizer and weights."""
     from ft_dist.run import prepare_run
 
@@ -182,6 +193,7 @@ def _records(run: Any) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+@functools.cache
 def _matmul_flops(dtype: str) -> float:
     """FLOP/s of one large matrix product with this process's threads: what utilisation is measured by without a data
     sheet."""

@@ -1,16 +1,18 @@
 """`ft-dist bench`: one measurement, a sweep or a row of world sizes, as one report."""
 
+import contextlib
 import datetime
 import os
 import platform
+import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ft_dist.bench import measure
 from ft_dist.bench.figures import FORMULA
-from ft_dist.bench.measure import SWEPT, measure_once, scale
+from ft_dist.bench.measure import LOG, SWEPT, measure_once, scale
 from ft_dist.bench.spec import make_spec
 from ft_dist.errors import UserError
 from ft_dist.launcher.local import default_nproc, launched
@@ -32,20 +34,19 @@ def bench(
     nproc: int | None = None,
     sweep: bool = False,
     scaling: str | None = None,
-    shared: Path | None = None,
+    work: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Measure and return {kind, title, date, machine, formula, measurements}. Raises UserError.
 
-    Inside torchrun or srun every rank calls it; `shared` is then a folder that all of them see, needed on several
-    nodes, and the report of a rank other than 0 has no measurements.
+    `work` is a folder for what the ranks write, emptied first; their logs and figures stay there. Without it they stay
+    only if the measurement fails; the error says where. Inside torchrun or srun every rank calls it; `work` is then a
+    folder that all of them see, needed on several nodes, and the report of a rank other than 0 has no measurements.
     """
     if sweep and scaling:
         raise UserError("--sweep and --scaling are two different questions. Ask one of them at a time.")
     ranks = int(os.environ["WORLD_SIZE"]) if launched() else nproc or default_nproc()
-    with tempfile.TemporaryDirectory(prefix="ft_dist-bench-") as name:
-        # ranks of a launcher's world write into one place; without a commit nothing of an earlier run can be in the way
-        folder = (shared or Path(tempfile.gettempdir()) / f"ft_dist-bench-{port()}") if launched() else Path(name)
+    with _folder(work) as folder:
         spec = make_spec(
             model,
             overrides,
@@ -73,6 +74,29 @@ def bench(
             return report | {"kind": "scaling", "scaling": scaling, "measurements": found}
         measured = measure_once(spec, nproc=ranks)
         return report | {"measurements": [measured] if measured else []}
+
+
+@contextlib.contextmanager
+def _folder(work: Path | None) -> Iterator[Path]:
+    """Where the ranks write. What is large goes in the end, and all of a temporary folder unless its logs tell why a
+    measurement failed."""
+    if launched():
+        # ranks of a launcher's world write into one place; without a commit nothing of an earlier run can be in the way
+        yield work or Path(tempfile.gettempdir()) / f"ft_dist-bench-{port()}"
+        return
+    if work:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+    folder = work or Path(tempfile.mkdtemp(prefix="ft_dist-bench-"))
+    kept = work is not None
+    try:
+        yield folder
+    except UserError:
+        kept = kept or any(folder.rglob(LOG))
+        raise
+    finally:
+        for saved in [*folder.rglob("checkpoints")] if kept else [folder]:
+            shutil.rmtree(saved, ignore_errors=True)
 
 
 def _reached(key: str, values: list[Any], rows: int) -> list[Any]:

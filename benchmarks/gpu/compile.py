@@ -1,0 +1,112 @@
+"""Compile every kernel that the stages after this one launch, by several processes into one Triton cache.
+
+Each work item really runs: a case of the parity check, a case of the ops, or a step of a model of one layer. So the
+kernels get the arguments that they will get, and what is in the cache already costs nothing.
+"""
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+# asked for through the driver's own library: a process that has initialised CUDA cannot be forked
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
+import torch
+
+from benchmarks.kernels.cases import OPS, cases
+from benchmarks.kernels.harness import step, upstream_for
+from benchmarks.kernels.parity import checks
+from benchmarks.rows import emit, tail
+
+Item = tuple[str, int]
+STEPS = (
+    "--model llama3-8b --rows 2 --tokens 4096",
+    "--model llama3-8b --rows 2 --tokens 4096 --samples 20",
+    "--model llama3.2-3b --rows 2 --tokens 4096 --method full --checkpointing",
+)
+TINY_STEPS = ("--model tiny --rows 2 --tokens 64",)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.compile")
+    parser.add_argument("--tiny", action="store_true", help="on CPU, small: to try the command")
+    parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 12))
+    options = parser.parse_args()
+    started, before = time.perf_counter(), kernels_in_cache()
+    items: list[Item] = [("step", number) for number in range(len(TINY_STEPS if options.tiny else STEPS))]
+    items += [("op", number) for number in range(len(OPS))]
+    items += [("parity", number) for number in range(len(list(checks(tiny=options.tiny))))]
+    failed = 0
+    with ProcessPoolExecutor(min(options.jobs, len(items)), mp_context=get_context("fork")) as pool:
+        running = {pool.submit(compile_item, item, options.tiny): item for item in items}
+        for future in as_completed(running):
+            try:
+                problem = future.result()
+            except Exception as error:  # a process that died takes the pool along; what was compiled stays
+                problem = f"{type(error).__name__}: {error}"
+            if problem:
+                failed += 1
+                print(running[future], problem, flush=True)
+                emit("compile item", item=" ".join(map(str, running[future])), failed=tail(problem))
+    after = kernels_in_cache()
+    seconds = time.perf_counter() - started
+    row = emit("compile", items=len(items), failed=failed, kernels_before=before, kernels_after=after, seconds=seconds)
+    print(row, flush=True)
+    return 1 if failed else 0
+
+
+def kernels_in_cache() -> int:
+    folder = Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache"))
+    return sum(1 for ending in ("cubin", "hsaco") for _ in folder.glob(f"*/*.{ending}"))
+
+
+def compile_item(item: Item, tiny: bool) -> str | None:
+    """None, or the traceback of what went wrong. Runs in a process of its own, and makes its cases there: making one may
+    ask for the device."""
+    device = "cpu" if tiny else "cuda"
+    kind, number = item
+    try:
+        torch.set_num_threads(1)
+        if kind == "step":
+            one_layer((TINY_STEPS if tiny else STEPS)[number], device)
+        elif kind == "op":
+            for case in cases(device, (OPS[number],), quick=True, tiny=tiny):
+                run_case(case, case.tokens, device)
+        else:
+            make, tokens = list(checks(tiny=tiny))[number]
+            run_case(make(), tokens, device)
+        if device == "cuda":
+            torch.cuda.synchronize()
+    except Exception as error:
+        return "".join(traceback.format_exception(error))
+    finally:
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    return None
+
+
+def run_case(case: Any, tokens: int, device: str) -> None:
+    inputs = case.make(tokens, torch.bfloat16, device)
+    step(case.ours, inputs, upstream_for(case.ours, inputs))
+
+
+def one_layer(arguments: str, device: str) -> None:
+    """Forward and backward of ours, with the widths of the model and a single layer."""
+    from benchmarks.training import side
+
+    options = side.parse(
+        ["ours", *arguments.split(), "--dtype", "bf16" if device == "cuda" else "fp32", "--device", device]
+    )
+    model = side.with_adapters(side.plain_model(options, layers=1), options)
+    forward = side.our_forward(model, options)
+    forward(side.rows(options)).backward()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
