@@ -15,6 +15,14 @@ ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- benchmarks: made by python -m benchmarks.readme -->", "<!-- end of benchmarks -->"
 ALL_PEERS = ("trl", "llamafactory", "ms-swift", "litgpt", "torchtune", "axolotl")
 GPU_PEERS = ("liger", "unsloth")
+# the stages of benchmarks/gpu.sh that run the product whole
+GPU_WORK = {
+    "bench": "Llama-3-8B LoRA, full rows of 4,096",
+    "bench-chats": "Llama-3-8B LoRA, packed chats",
+    "bench-fp8": "Llama-3-8B LoRA, FP8 base, full rows",
+    "bench-fp8-chats": "Llama-3-8B LoRA, FP8 base, packed chats",
+    "full-3b": "Llama-3.2-3B full, activation checkpointing",
+}
 
 
 def main() -> int:
@@ -53,6 +61,7 @@ def block(reports: list[dict[str, Any]]) -> str:
         mine = [report for report in reports if is_gpu(report) == (device == "GPU")]
         rows = [row for report in newest(mine) for row in rows_of(report)]
         lines += [f"**{device}**", ""]
+        lines += gpu_table(mine)
         if rows:
             lines += ["| date | work | ours to | rate | start | peak memory |", "|---|---|---|---|---|---|", *rows, ""]
         lines += [f"Not measured: {line}" for line in missing(mine, device)] + [""]
@@ -71,6 +80,29 @@ def newest(reports: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         if report.get("kind") in ("peers", "pair", "quick", "curves"):
             last[f"{report['kind']} {work(report)} {sorted(report.get('sides', []))}"] = report
     return list(last.values())
+
+
+def gpu_table(reports: Iterable[dict[str, Any]]) -> list[str]:
+    """Of the last call of `benchmarks/gpu.sh` on every chip: what the product reaches, and bare steps beside peers."""
+    last = {report["device"]: report for report in reports if report.get("kind") == "gpu"}
+    rows = []
+    for chip, report in last.items():
+        start = f"| {report['date']} | {chip} |"
+        for stage, row in report["bench"].items():
+            if "real_tokens_per_s" in row:
+                rows.append(f"{start} {GPU_WORK.get(stage, stage)} | {gpu_figures(row, row['real_tokens_per_s'])} | |")
+        for side, row in report["sides"].items():
+            ratio = report["ratios"].get(side, {}).get("tokens_per_s")
+            told = f"{ratio:.2f}" if ratio else ""
+            name = f"{side}, with activation checkpointing" if row.get("checkpointing") else side
+            rows.append(f"{start} bare step: {name} | {gpu_figures(row, row['tokens_per_s'])} | {told} |")
+    header = ["| date | GPU | work | tokens/s | MFU | peak GiB | ours to it |", "|---|---|---|---|---|---|---|"]
+    return [*header, *rows, ""] if rows else []
+
+
+def gpu_figures(row: dict[str, Any], rate: float) -> str:
+    mfu = "" if row.get("mfu") is None else f"{row['mfu']:.0%}"
+    return f"{rate:,.0f} | {mfu} | {row['peak_bytes'] / 2**30:.1f}"
 
 
 def work(report: dict[str, Any]) -> str:
@@ -125,6 +157,13 @@ def missing(reports: list[dict[str, Any]], device: str) -> list[str]:
     """What a reader would look for and not find, with the reason where a run told one."""
     lines = []
     compared = [report for report in newest(reports) if report["kind"] in ("peers", "pair")]
+    stages = {report["device"]: report for report in reports if report.get("kind") == "gpu"}
+    for chip, report in stages.items():
+        lost = [(name, row) for name, row in report["stages"].items() if row["outcome"] != "done"]
+        lines += [f"{name} ({chip}): {row['outcome']}, {row.get('why', '')}".rstrip(", ") for name, row in lost]
+        lines += [f"{side} ({chip}) did other work: {why}" for side, why in report["unequal"].items()]
+    if stages and not compared:
+        return lines
     if not compared:
         lines.append(f"no comparison with peers on a {device} yet.")
     for report in compared:

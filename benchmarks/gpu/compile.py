@@ -67,8 +67,8 @@ def kernels_in_cache() -> int:
 
 
 def compile_item(item: Item, tiny: bool) -> str | None:
-    """None, or the traceback of what went wrong. Runs in a process of its own, and makes its cases there: making one may
-    ask for the device."""
+    """None, or the traceback of what went wrong. Runs in a process of its own and makes its cases there, since making
+    one can ask for the device."""
     device = "cpu" if tiny else "cuda"
     kind, number = item
     try:
