@@ -49,8 +49,11 @@ def measure_once(spec: Spec, *, nproc: int) -> dict[str, Any]:
         raise Preempted("a signal ended the measurement")
     result = Path(spec.result)
     if code != 0 or not result.is_file():
-        raise UserError(f"the measurement failed (exit code {code}): {_last_line(folder / 'output.log')}")
-    return figures(spec, json.loads(result.read_text(encoding="utf-8")))
+        log = folder / LOG
+        raise UserError(f"the measurement failed (exit code {code}; its output: {log}): {_last_line(log)}")
+    record = figures(spec, json.loads(result.read_text(encoding="utf-8")))
+    (folder / "record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return record
 
 
 def refuse_what_cannot_fit(spec: Spec, *, nproc: int) -> None:

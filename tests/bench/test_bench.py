@@ -1,6 +1,7 @@
 """The product's loop under the stop watch, for real: two gloo ranks, a sweep's bookkeeping, the arithmetic."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 from ft_dist.bench import measure
 from ft_dist.bench.figures import figures
+from ft_dist.bench.report import bench
 from ft_dist.bench.show import html, text
 from ft_dist.bench.spec import Spec, make_spec
 from ft_dist.bench.synthetic import SyntheticStore
@@ -214,3 +216,50 @@ def test_a_model_that_is_nowhere_is_told(cli: Any) -> None:
     done = cli("bench", "no-such-model")
     assert done.returncode == 2
     assert "neither a model folder nor one of the shapes llama3-8b" in done.stderr
+
+
+def test_a_failed_measurement_keeps_its_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> int:
+        os.write(1, b"RuntimeError: an illegal memory access\n")
+        return 1
+
+    monkeypatch.setattr(measure, "run_here", fail)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(UserError, match="an illegal memory access") as raised:
+        bench("tiny", [], length=64, nproc=1)
+    (log,) = tmp_path.rglob("output.log")
+    assert str(log) in str(raised.value)
+    with pytest.raises(UserError, match="exit code 1"):
+        bench("tiny", [], length=64, nproc=1, work=tmp_path / "to" / "work")
+    assert "illegal" in (tmp_path / "to" / "work" / "output.log").read_text()
+
+
+def test_timed_steps_are_kept_where_what_follows_fails(tmp_path: Path) -> None:
+    """As a profiler or a commit might. The ranks' logs stay beside them."""
+    one = spec(tmp_path)
+    code = (
+        "import sys, ft_dist.bench.phases as phases; phases.Phases = None;"
+        "from ft_dist.bench.rank import main; main(sys.argv[1:])"
+    )
+    written = one.write(tmp_path / "spec.json")
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(written)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert "'NoneType' object is not callable" in done.stderr
+    record = figures(one, json.loads(Path(one.result).read_text()))
+    assert record["real_tokens_per_s"] > 0
+    assert record["time"] == {}
+
+
+def test_the_folder_named_keeps_logs_and_figures_but_no_checkpoint(cli: Any, tmp_path: Path) -> None:
+    stale = tmp_path / "to" / "work" / "run" / "checkpoints" / "step-9"
+    stale.mkdir(parents=True)
+    done = cli("bench", "tiny", "--length", "64", "--steps", "1", "--to", str(tmp_path / "to"))
+    assert done.returncode == 0, done.stderr
+    work = tmp_path / "to" / "work"
+    assert (work / "output.log").is_file()
+    assert (work / "run" / "logs" / "rank-0.log").is_file()
+    record = json.loads((work / "record.json").read_text())
+    assert record["checkpoint_s"] > 0
+    assert record == json.loads((tmp_path / "to" / "bench.json").read_text())["measurements"][0]
+    assert not (work / "run" / "checkpoints").exists()

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +175,7 @@ def test_a_bad_wheel_costs_itself_alone(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def dry_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def dry_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The whole list on CPU, in one process tree."""
     out = tmp_path_factory.mktemp("gpu")
     command = ["benchmarks/gpu.sh", "--dry-run", "--total-s", "900", "--out", str(out)]
@@ -185,7 +184,7 @@ def dry_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         command, cwd=ROOT, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True
     )
     print(done.stdout, done.stderr)
-    yield out
+    return out
 
 
 def test_the_whole_list_runs_on_cpu(dry_run: Path) -> None:
