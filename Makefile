@@ -10,7 +10,7 @@ export PYTHONUNBUFFERED := 1
 # Container images often forbid Python to keep its byte code; every start would then compile 4,000 modules, for 7 s.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: quickstart install test gpu-fake-36 faults check format equivalence plan chaos slurm hosts bench-quick clean
+.PHONY: quickstart install test gpu-fake-36 faults check format equivalence plan chaos slurm hosts bench-quick gpu-dry-run clean
 
 # The versions that were tested together; another torch is the user's own choice, so then nothing is pinned.
 CONSTRAINTS := $(if $(filter torch==2.13.0,$(TORCH)),-c constraints.txt)
@@ -86,6 +86,10 @@ hosts: $(VENV)/.dev
 # a guard against getting slower: ratios to Hugging Face + PEFT, kept in benchmarks/results/ (under three minutes)
 bench-quick: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.training.quick
+
+# the stages of benchmarks/gpu.sh on CPU with tiny shapes: would a GPU machine run them? (a minute; `make test` runs it too)
+gpu-dry-run: $(VENV)/.dev
+	PYTHON=$(BIN)/python OUT=$${OUT:-/tmp/ft_dist-gpu} benchmarks/gpu.sh --dry-run
 
 clean:
 	rm -rf runs .cache build *.egg-info

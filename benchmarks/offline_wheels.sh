@@ -14,11 +14,12 @@ mkdir -p "$folder"
 # pip matches a platform's number exactly, so every glibc from 2.17 to 2.34 that wheels are built for is named
 target=(--python-version "$python" --implementation cp --platform manylinux2014_x86_64)
 for minor in 17 24 27 28 31 34; do target+=(--platform "manylinux_2_${minor}_x86_64"); done
+# what torch and transformers depend on themselves (fsspec, jinja2, pyyaml, safetensors, ...) is there already
 needed=(
-    'peft==0.21.2' 'accelerate>=1.10' 'safetensors>=0.5' 'filelock>=3.12' 'fsspec>=2024.9' 'pyyaml>=6' 'xxhash>=3.4' tqdm psutil
-    'typer>=0.29' annotated-doc click shellingham 'rich>=13' markdown-it-py mdurl pygments jinja2 markupsafe
+    'peft==0.21.2' 'accelerate>=1.10' psutil 'xxhash>=3.4'
+    'typer>=0.29' annotated-doc click shellingham 'rich>=13' markdown-it-py mdurl pygments
     'pydantic==2.14.3' 'pydantic-core==2.50.4' annotated-types typing-inspection 'typing-extensions>=4.14'
-    hjson msgpack py-cpuinfo ninja einops packaging
+    hjson msgpack py-cpuinfo ninja einops
 )
 peers=('liger-kernel==0.8.5')
 
@@ -30,8 +31,6 @@ compgen -G "$folder/deepspeed-*.whl" >/dev/null || {
     trap 'rm -rf "$build"' EXIT
     "${PYTHON:-python3}" -m venv "$build/venv"
     "$build/venv/bin/python" -m pip --disable-pip-version-check --quiet install 'setuptools>=69,<82' wheel packaging
-    # its setup asks torch for a version and nothing else
-    mkdir "$build/torch"
     DS_BUILD_OPS=0 "$build/venv/bin/python" -m pip --disable-pip-version-check --quiet wheel --no-deps --no-build-isolation \
         --wheel-dir "$folder" 'deepspeed>=0.19,<0.20'
 }

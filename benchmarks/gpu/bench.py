@@ -42,15 +42,17 @@ def main() -> int:
         "--to",
         str(folder),
     ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    errors = folder.with_suffix(".stderr")
     told_early = False
-    try:
-        while process.poll() is None:
-            time.sleep(POLL_S)
-            told_early = told_early or early(folder, arguments)
-    finally:  # also when this stage is cut off: the ranks' own words are the evidence
-        show_logs(folder)
-    said = process.stderr.read() if process.stderr else ""
+    with errors.open("wb") as file:
+        process = subprocess.Popen(command, stderr=file)
+        try:
+            while process.poll() is None:
+                time.sleep(POLL_S)
+                told_early = told_early or early(folder, arguments)
+        finally:  # also when this stage is cut off: the ranks' own words are the evidence
+            show_logs(folder)
+    said = errors.read_text(encoding="utf-8", errors="replace")
     print(said, flush=True)
     if process.returncode == 0:
         report = json.loads((folder / "bench.json").read_text(encoding="utf-8"))

@@ -25,6 +25,8 @@ MARK = "FT_DIST_STAGE_MARK"
 """Set to a value of its own for every stage: names its processes, also those in sessions of their own"""
 GRACE_S = 3.0
 RESERVE_S = 5.0
+DRY_PATIENCE = 5
+"""A dry run's processor may be shared with anything: there a slow stage is no finding"""
 MAX_BYTES = 15 << 20
 """A file of results is cut to this"""
 
@@ -106,6 +108,8 @@ class Driver:
         if limit is None:
             why = f"needs {stage.seconds:.0f} s, {max(0.0, left):.0f} s are left of {self.total_s:.0f} s"
             return {"outcome": "skipped", "why": why}
+        if self.dry:
+            limit = min(left, DRY_PATIENCE * stage.seconds)
         return self.run(stage, command, limit)
 
     def run(self, stage: Stage, arguments: Sequence[str], limit_s: float) -> dict[str, Any]:
