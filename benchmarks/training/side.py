@@ -10,8 +10,12 @@ precision.
 import argparse
 import gc
 import json
+import os
 import resource
+import shutil
+import signal
 import statistics
+import sys
 import tempfile
 import time
 from itertools import pairwise
@@ -28,6 +32,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def main() -> None:
     options = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # folders in memory are removed
     try:
         result = measure(options)
     except torch.OutOfMemoryError as error:
@@ -120,8 +125,9 @@ def unsloth_model(options: argparse.Namespace) -> Any:
 
     from ft_dist.model.tiny import byte_tokenizer
 
-    with tempfile.TemporaryDirectory() as folder:
-        plain = plain_model(options)
+    plain = plain_model(options)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in plain.parameters())
+    with tempfile.TemporaryDirectory(dir=_in_memory(weights)) as folder:
         plain.save_pretrained(folder)
         byte_tokenizer().save_pretrained(folder)
         del plain
@@ -145,6 +151,12 @@ def unsloth_model(options: argparse.Namespace) -> Any:
         target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         use_gradient_checkpointing=checkpointing,
     )
+
+
+def _in_memory(need_bytes: int) -> str | None:
+    """A file system in memory that has the room twice, for 16 GB of weights that a disk would take a minute for."""
+    memory = "/dev/shm"
+    return memory if os.path.isdir(memory) and shutil.disk_usage(memory).free > 2 * need_bytes else None
 
 
 def utilisation(model: Any, options: argparse.Namespace, tokens_per_s: float) -> float | None:
