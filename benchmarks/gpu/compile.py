@@ -5,6 +5,7 @@ kernels get the arguments that they will get, and what is in the cache already c
 """
 
 import argparse
+import itertools
 import os
 import sys
 import time
@@ -19,12 +20,12 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 import torch
 
-from benchmarks.kernels.cases import OPS, cases
+from benchmarks.kernels.cases import OPS, TINY, cases, cases_of
 from benchmarks.kernels.harness import step, upstream_for
-from benchmarks.kernels.parity import checks
+from benchmarks.kernels.parity import LENGTHS, MODELS
 from benchmarks.rows import emit, tail
 
-Item = tuple[str, int]
+Item = tuple[Any, ...]
 STEPS = (
     "--model llama3-8b --rows 2 --tokens 4096",
     "--model llama3-8b --rows 2 --tokens 4096 --samples 20",
@@ -39,9 +40,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 12))
     options = parser.parse_args()
     started, before = time.perf_counter(), kernels_in_cache()
-    items: list[Item] = [("step", number) for number in range(len(TINY_STEPS if options.tiny else STEPS))]
-    items += [("op", number) for number in range(len(OPS))]
-    items += [("parity", number) for number in range(len(list(checks(tiny=options.tiny))))]
+    items = work(tiny=options.tiny)
     failed = 0
     with ProcessPoolExecutor(min(options.jobs, len(items)), mp_context=get_context("fork")) as pool:
         running = {pool.submit(compile_item, item, options.tiny): item for item in items}
@@ -61,6 +60,15 @@ def main() -> int:
     return 1 if failed else 0
 
 
+def work(*, tiny: bool) -> list[Item]:
+    """The largest first. Only names: this process makes no case and never asks for the device, or its children could
+    not use it."""
+    steps: list[Item] = [("step", arguments) for arguments in (TINY_STEPS if tiny else STEPS)]
+    ops: list[Item] = [("op", op) for op in OPS]
+    models = (TINY,) if tiny else MODELS
+    return steps + ops + [("parity", *one) for one in itertools.product(models, OPS, LENGTHS)]
+
+
 def kernels_in_cache() -> int:
     folder = Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache"))
     return sum(1 for ending in ("cubin", "hsaco") for _ in folder.glob(f"*/*.{ending}"))
@@ -70,17 +78,18 @@ def compile_item(item: Item, tiny: bool) -> str | None:
     """None, or the traceback of what went wrong. Runs in a process of its own and makes its cases there, since making
     one can ask for the device."""
     device = "cpu" if tiny else "cuda"
-    kind, number = item
+    kind, *what = item
     try:
         torch.set_num_threads(1)
         if kind == "step":
-            one_layer((TINY_STEPS if tiny else STEPS)[number], device)
+            one_layer(what[0], device)
         elif kind == "op":
-            for case in cases(device, (OPS[number],), quick=True, tiny=tiny):
+            for case in cases(device, (what[0],), quick=True, tiny=tiny):
                 run_case(case, case.tokens, device)
         else:
-            make, tokens = list(checks(tiny=tiny))[number]
-            run_case(make(), tokens, device)
+            model, op, tokens = what
+            for make in cases_of(model, max(LENGTHS)).get(op, ()):
+                run_case(make(), tokens, device)
         if device == "cuda":
             torch.cuda.synchronize()
     except Exception as error:

@@ -26,6 +26,7 @@ from benchmarks.kernels.harness import Case, Inputs, errors, step, upstream_for
 from benchmarks.rows import emit, tail
 
 RAGGED = Model("ragged", 1000, 2056, 4099, 6, 2, 72)
+MODELS = (SMOLLM2, SMOLLM2._replace(gelu=True), RAGGED)
 LENGTHS = (1, 37, 256)
 
 
@@ -61,11 +62,10 @@ def ran_cudnn(case: Case, inputs: Inputs, upstream: list[Tensor]) -> bool:
 
 def checks(*, tiny: bool = False) -> Iterator[tuple[Callable[[], Case], int]]:
     """(maker of a case, tokens) of every check."""
-    models = (TINY,) if tiny else (SMOLLM2, SMOLLM2._replace(gelu=True), RAGGED)
-    for model in models:
+    for model in (TINY,) if tiny else MODELS:
         for op in OPS:
             for make in cases_of(model, max(LENGTHS)).get(op, ()):
-                for tokens in LENGTHS[:2] if tiny else LENGTHS:
+                for tokens in LENGTHS:
                     yield make, tokens
 
 

@@ -245,3 +245,26 @@ def test_early_figures_stay_where_the_rest_failed() -> None:
     report = gpu_report.report_of(rows)
     assert report["bench"]["bench"]["real_tokens_per_s"] == 5.0
     assert "Not measured: bench: failed, exit code 1." in gpu_report.section(report)
+
+
+def test_the_list_of_kernels_is_made_without_asking_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that has asked CUDA for anything cannot be forked into the workers that compile."""
+    import torch
+
+    from benchmarks.gpu import compile as compiling
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the parent asked for the device")
+
+    for name in (
+        "is_available",
+        "get_device_capability",
+        "get_device_properties",
+        "device_count",
+        "init",
+        "_lazy_init",
+    ):
+        monkeypatch.setattr(torch.cuda, name, refuse)
+    items = compiling.work(tiny=False)
+    assert [item[0] for item in items[:4]] == ["step", "step", "step", "op"]
+    assert len(items) > 60
