@@ -54,5 +54,14 @@ def peers_of(op: str, eager: Peer) -> dict[str, Peer]:
     if not torch.cuda.is_available():
         return peers
     if op == "linear_cross_entropy":
-        peers |= _cut_cross_entropy()
-    return peers | _liger(op) | {"torch.compile": torch.compile(eager)}
+        peers |= _where_it_imports("CCE", _cut_cross_entropy)
+    return peers | _where_it_imports("Liger", lambda: _liger(op)) | {"torch.compile": torch.compile(eager)}
+
+
+def _where_it_imports(name: str, make: Callable[[], dict[str, Peer]]) -> dict[str, Peer]:
+    """A peer of a version that does not go with this torch costs its own figures, not ours."""
+    try:
+        return make()
+    except Exception as problem:
+        print(f"{name} does not import: {type(problem).__name__}: {problem}", flush=True)
+        return {}
