@@ -72,7 +72,7 @@ class Engine:
         elif self.stage > 0 and config.engine.offload == "none":
             judge_by_norm(self.deepspeed.optimizer)
         if self.flat or (self.stage == 0 and world.size == 1):
-            # in a world of one DeepSpeed would flatten all gradients, reduce them over one rank and copy them back
+            # DeepSpeed would flatten all gradients, reduce them, even over one rank, and copy them back
             self.deepspeed.enable_backward_allreduce = False
         # the trial step that some of its optimizers take at the start would count as a step of Adam
         self.base_optimizer.state.clear()
@@ -93,8 +93,8 @@ class Engine:
     ) -> StepResult:
         """Forward and backward over this rank's micro-batches, then one update.
 
-        `labelled_tokens` counts the global batch. `to_sum`, asked for when this rank has done its part, travels with
-        the loss's reduction: that is how a rank's wish to stop reaches all ranks in the same step at no extra cost.
+        `labelled_tokens` counts the global batch. `to_sum` is asked for when this rank has queued its part, and summed
+        by the hosts while the devices work: that is how a rank's wish to stop reaches all ranks in the same step.
         `abandon` on any rank leaves all weights as they are; gradients are then spoilt, and the run must end.
         """
         self.objective.train()
@@ -120,7 +120,7 @@ class Engine:
             loss=total / labelled_tokens,
             grad_norm=math.nan if skipped else norm,
             skipped=skipped,
-            # of one rank, after all that the host waits for
+            # one rank alone asks as late as it can, when the device is done
             sums=list(to_sum()) if alone else sums,
             held_up_s=held_up_s,
         )
@@ -129,7 +129,7 @@ class Engine:
     def loss_sum(self, batch: MicroBatch) -> torch.Tensor:
         """Summed loss of a micro-batch, without gradients."""
         self.objective.eval()
-        loss = self.deepspeed(**batch.to(self.world.device).inputs())
+        loss = self.deepspeed(**batch.to(self.world.device, non_blocking=True).inputs())
         self.on_progress()
         return loss
 

@@ -31,9 +31,8 @@ FUSED_LAUNCHES, PLAIN_LAUNCHES = 90, 330
 """Kernels of a block, forward and backward"""
 UPDATE_LAUNCHES = {0: 20, 1: 20, 2: 50, 3: 45}
 """Kernels of an update by ZeRO stage, counted in one of 203 tensors; AdamW's own are the same for more"""
-GRADIENT_LAUNCHES = {0: 1, 1: 1, 2: 4, 3: 4}
-"""To add up the gradient of one tensor of a micro-batch; stage 1 takes 128 small ones at once"""
 CAT_TENSORS = 128
+"""Small tensors that torch copies side by side in one kernel"""
 ROUNDS = 5
 """Newton-Schulz steps of Muon"""
 OPTIMIZER_LAUNCHES = {"adamw": 0, "adamw_8bit": 38, "muon": 35}
@@ -192,22 +191,22 @@ def update_s(job: Job, gpu: Gpu) -> float:
     own = job.trainable / (1 if job.stage == 0 else job.ranks)
     if job.offload:
         return own * (4 + job.item) / PCIE_BYTES_S + own * 32 / HOST_BYTES_S
-    tensors, kind = len(job.trained), job.config.optim.kind
-    added, launches = (
-        {0: 12.0, 1: 10.0}.get(job.stage, 4 + 18 * own / job.trainable),
-        1.0 * GRADIENT_LAUNCHES[job.stage],
-    )
-    if job.gradients_at_once:
-        added, launches = 14.0, 1 / CAT_TENSORS
-    moved = job.micro_batches * job.trainable * added + own * UPDATE_BYTES[job.stage]
-    kernels = UPDATE_LAUNCHES[job.stage] + tensors * (
-        job.micro_batches * launches + OPTIMIZER_LAUNCHES[kind] / job.ranks
-    )
-    return (
-        moved / (gpu.bandwidth * MEMORY_SHARE)
-        + kernels * LAUNCH_S
-        + orthogonal_flops(job) / (gpu.matmul * MATMUL_SHARE)
-    )
+    added_bytes, added_launches = _adding_up(job)
+    moved = job.micro_batches * job.trainable * added_bytes + own * UPDATE_BYTES[job.stage]
+    for_each = job.micro_batches * added_launches + OPTIMIZER_LAUNCHES[job.config.optim.kind] / job.ranks
+    kernels = UPDATE_LAUNCHES[job.stage] + len(job.trained) * for_each
+    orthogonal_s = orthogonal_flops(job) / (gpu.matmul * MATMUL_SHARE)
+    return moved / (gpu.bandwidth * MEMORY_SHARE) + kernels * LAUNCH_S + orthogonal_s
+
+
+def _adding_up(job: Job) -> tuple[float, float]:
+    """To add up the gradients of a micro-batch: bytes of one parameter, kernels of one tensor."""
+    if job.gradients_at_once:  # copied side by side, 2 + 2 bytes, then added, 2 + 4 + 4
+        return 14.0, 1 / CAT_TENSORS
+    if job.stage < 2:
+        return (12.0 if job.item == 4 else 10.0), 1.0
+    # copied into a bucket, 2 + 2; what a rank owns is widened, 2 + 4, and added, 4 + 4 + 4
+    return 4 + 18 / job.ranks, 4.0
 
 
 def orthogonal_flops(job: Job) -> float:
