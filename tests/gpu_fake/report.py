@@ -7,20 +7,62 @@ Numbers a layer are the difference between a model of three layers and one of tw
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from tests.gpu_fake import device
 
 BATCHES = 20
+BUDGETS = Path(__file__).with_name("budgets.yaml")
 
 
 def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = _options(arguments)
+    names = list(yaml.safe_load(BUDGETS.read_text())) if options.budgets else [shlex.join(_named(arguments))]
     _quiet()
     device.simulate()
-    report = measure(
+    reports = {name: _of(_options(shlex.split(name))) for name in names}
+    for report in reports.values():
+        print(text(report, ops=options.ops))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu_fake.report", description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", help="a shape of `ft-dist bench`, such as llama3-8b, or a tiny model")
+    parser.add_argument("method", nargs="?", help="full, lora, lora-dropout, rslora, dora or lora-head")
+    parser.add_argument("--stage", type=int)
+    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--lengths", default="full", help="full, or the median length of a log-normal, such as 300")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--ops", action="store_true", help="also list operations and kernels of a layer by name")
+    parser.add_argument("--budgets", action="store_true", help="report every entry of budgets.yaml instead")
+    parser.add_argument("overrides", nargs="*", help="key.sub=value of the config")
+    options = parser.parse_args(arguments)
+    if not options.budgets and not options.method:
+        parser.error("name a model and a method, or --budgets")
+    return options
+
+
+def _named(arguments: list[str]) -> list[str]:
+    """The arguments that say what is measured, not where it is written."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--json")
+    parser.add_argument("--ops", action="store_true")
+    return parser.parse_known_args(arguments)[1]
+
+
+def _of(options: argparse.Namespace) -> dict[str, Any]:
+    return measure(
         options.model,
         options.method,
         stage=options.stage,
@@ -29,25 +71,6 @@ def main(arguments: list[str] | None = None) -> int:
         lengths=options.lengths,
         overrides=tuple(options.overrides),
     )
-    print(text(report, ops=options.ops))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return 0
-
-
-def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.gpu_fake.report", description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="a shape of `ft-dist bench`, such as llama3-8b, or a built-in tiny model")
-    parser.add_argument("method", help="full, lora, lora-dropout, rslora, dora or lora-head")
-    parser.add_argument("--stage", type=int)
-    parser.add_argument("--rows", type=int, default=2)
-    parser.add_argument("--length", type=int, default=4096)
-    parser.add_argument("--lengths", default="full", help="full, or the median length of a log-normal, such as 300")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--ops", action="store_true", help="also list operations and kernels of a layer by name")
-    parser.add_argument("overrides", nargs="*", help="key.sub=value of the config")
-    return parser.parse_args(arguments)
 
 
 def _quiet() -> None:

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from inspect import signature
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -169,18 +168,13 @@ def batches(setting: Setting, config: RunConfig) -> Iterator[list[MicroBatch]]:
     while True:
         batch = stream.next_batch()
         dealt = deal(batch, rank=0, world=setting.ranks, micro_rows=config.batch.micro_rows)
-        yield [collate(rows, stream.store, **_for_gpu(config)) for rows in dealt]
+        yield [collate(rows, stream.store, gpu_length=config.data.max_length) for rows in dealt]
 
 
 def dummy(config: RunConfig) -> MicroBatch:
     """What a rank without rows runs."""
     no_store: Any = None
-    return collate((), no_store, **_for_gpu(config))
-
-
-def _for_gpu(config: RunConfig) -> dict[str, Any]:
-    """How batches are laid out where a GPU computes, if that differs."""
-    return {"gpu_length": config.data.max_length} if "gpu_length" in signature(collate).parameters else {}
+    return collate((), no_store, gpu_length=config.data.max_length)
 
 
 @dataclass
