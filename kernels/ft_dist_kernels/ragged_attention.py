@@ -5,8 +5,10 @@ same bits every time, which bit-equal resume rests on (cuDNN's does not, and bui
 
 - `flash3`: the FlashAttention 3 package, on Hopper, for bf16 and fp16 up to 128 wide. Builds exist that take
   `deterministic=True` and ignore it, so that it has to show its bits first (`_repeats_its_bits`).
-- `flash`: FlashAttention 2 as PyTorch ships it, for bf16 and fp16 up to 256 wide from Ampere on. Its backward pass adds
-  with atomics unless PyTorch's global flag asks for determinism; the flag is set around that one call.
+- `flash`: FlashAttention 2 as PyTorch ships it, for bf16 and fp16 up to 256 wide from Ampere on. The backward pass is
+  ours up to 128 wide (`ragged_backward_kernels.py`): FlashAttention 2 is slow at it on Hopper (166 TFLOP/s on an H100,
+  say its authors in github.com/Dao-AILab/flash-attention/pull/1893), and slower, with large partial sums, where it has
+  to be deterministic. For wider heads PyTorch's flag for determinism is set around that one call.
 - `efficient`: PyTorch's memory-efficient kernel, for fp32 and whatever else. It has no groups of heads, so that keys
   and values are repeated for it.
 
@@ -32,10 +34,13 @@ Kernel = Literal["flash3", "flash", "efficient", "reference"]
 
 KERNEL_NAMES: dict[Kernel, str] = {
     "flash3": "FlashAttention 3, deterministic",
-    "flash": "PyTorch's FlashAttention 2, deterministic",
+    "flash": "PyTorch's FlashAttention 2, deterministic backward",
     "efficient": "PyTorch's memory-efficient attention, deterministic",
     "reference": "reference attention",
 }
+
+TRITON_WIDEST = 128
+"""Heads whose backward pass fits the registers of our kernels"""
 
 CAUSAL_FROM_BOTTOM_RIGHT = 2
 """`custom_mask_type` of PyTorch's memory-efficient kernel"""
@@ -130,17 +135,24 @@ class _Flash(torch.autograd.Function):
         )
         ctx.save_for_backward(q, k, v, y, lse, seed, offset)
         ctx.place, ctx.options = place, (drop, window is None, {"scale": scale, **band})
+        ctx.segments, ctx.window = segments, window
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, seed, offset = ctx.saved_tensors
+        q, k, v, y, lse, seed, offset = ctx.saved_tensors
         drop, causal, options = ctx.options
-        with _deterministic():
-            gradients = torch.ops.aten._flash_attention_backward(
-                dy, *saved, *ctx.place, drop, causal, seed, offset, **options
-            )
+        # AMD's kernels lay lse out in another way
+        if not drop and dy.shape[2] <= TRITON_WIDEST and use_triton(dy, "auto") and torch.version.hip is None:
+            from ft_dist_kernels.ragged_backward_kernels import launch_backward
+
+            gradients = launch_backward(dy, q, k, v, y, lse, ctx.segments, scale=options["scale"], window=ctx.window)
+        else:
+            with _deterministic():
+                gradients = torch.ops.aten._flash_attention_backward(
+                    dy, q, k, v, y, lse, *ctx.place, drop, causal, seed, offset, **options
+                )
         return (*gradients, None, None, None, None)
 
 

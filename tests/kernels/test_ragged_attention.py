@@ -10,13 +10,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ft_dist_kernels import ragged_attention as module
-from ft_dist_kernels.ragged_attention import attention_kernel, ragged_attention, sum_places, sum_places_reference
+from ft_dist_kernels.ragged_attention import (
+    attention_kernel,
+    ragged_attention,
+    ragged_attention_reference,
+    sum_places,
+    sum_places_reference,
+)
 from ft_dist_kernels.ragged_segments import coarse, fine, lay_ragged, segments_for
 from ft_dist_kernels.segment_attention import segment_attention, segment_attention_reference
 from ft_dist_kernels.segments import find_segments
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parity import BACKEND_DTYPES, check_parity
+from parity import BACKEND_DTYPES, assert_no_further, check_parity, poisoned
 from test_segment_attention import ROWS, SHARING, make_inputs, positions_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -215,7 +221,8 @@ def test_pytorchs_flash_operators_accept_the_call(window):
     """On tensors without memory."""
     segments = lay_ragged(torch.arange(256), torch.tensor([100, 156]))
     with FakeTensorMode(), torch.no_grad():
-        q, k, v = (torch.empty(256, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2))
+        # wider than our own backward pass
+        q, k, v = (torch.empty(256, heads, 192, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2))
         segments = segments._changed(lambda x: torch.empty(x.shape, dtype=x.dtype, device="cuda"))
         context = SimpleNamespace(save_for_backward=lambda *tensors: vars(context).update(saved_tensors=tensors))
         y = module._Flash.forward(context, q, k, v, segments, SCALE, window, 0.0)
@@ -279,6 +286,52 @@ def test_sums_over_places(backend, dtype, shape):
     truth = torch.stack([x_KMD[: len(flat)][flat == token].double().sum(0) for token in range(int(flat.max()) + 1)])
     torch.testing.assert_close(sums.double(), truth, rtol=float(torch.finfo(dtype).eps), atol=1e-6)
     assert torch.equal(sums, sum_places_reference(x_KMD, segments.places, segments.place_ends))
+
+
+LAYOUTS = {
+    "blocks of keys and of queries": ([[*range(7)], [7], [*range(8, 158)], [*range(158, 165)]], None),
+    "a window": ([[*range(150)], [*range(150, 160)]], 60),
+    "shared": ([[*range(90)], [*range(60), *range(90, 180)], [*range(40), *range(180, 185)]], None),
+    "shared, in a window": ([[*range(150)], [*range(140), *range(150, 250)]], 50),
+}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 16), (torch.float16, 24)])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_our_backward_of_flash_attention(name, dtype, width):
+    from ft_dist_kernels.ragged_backward_kernels import launch_backward
+
+    lists, window = LAYOUTS[name]
+    segments, chance = lay_ragged(*flattened(lists)), torch.Generator().manual_seed(0)
+    tokens, places = int(segments.query_ends[-1]), int(segments.key_ends[-1])
+    q, dy = (torch.randn(tokens, 4, width, generator=chance).to(dtype) for _ in range(2))
+    k, v = (torch.randn(tokens if segments.keys is None else len(segments.keys), 2, width, generator=chance).to(dtype)
+            for _ in range(2))  # fmt: skip
+    results = []
+    for kind in (torch.float64, dtype):
+        leaves = [x.to(kind).requires_grad_() for x in (q, k, v)]
+        y = ragged_attention_reference(*leaves, segments, SCALE, window)
+        results.append((y.detach().to(dtype), [x[:places] for x in torch.autograd.grad(y, leaves, dy.to(kind))]))
+    (y, truths), (_, yardsticks) = results  # the flash forward rounds once, as the truth is rounded here
+    lse = log_sums(q, k, segments, window)
+    with poisoned():
+        runs = [launch_backward(dy, q, k, v, y, lse, segments, scale=SCALE, window=window) for _ in range(2)]
+    for ours, again, truth, eager, part in zip(*runs, truths, yardsticks, "qkv", strict=True):
+        assert_no_further(ours[:places], eager, truth, f"gradient of {part}")
+        assert torch.equal(ours[:places], again[:places])
+
+
+def log_sums(q, k, segments, window):
+    sums = torch.full((q.shape[1], len(q)), float("nan"))
+    ends = segments.query_ends.tolist(), segments.key_ends.tolist()
+    for start, end, key_start, key_end in zip(ends[0], ends[0][1:], ends[1], ends[1][1:], strict=False):
+        keys = k[key_start:key_end].repeat_interleave(q.shape[1] // k.shape[1], 1).double()
+        distance = torch.arange(end - start)[:, None] + len(keys) - (end - start) - torch.arange(len(keys))
+        seen = (distance >= 0) & (distance < (window or len(keys)))
+        scores = torch.einsum("qhd,khd->hqk", q[start:end].double(), keys) * SCALE
+        sums[:, start:end] = scores.masked_fill(~seen, float("-inf")).logsumexp(-1).float()
+    return sums
 
 
 def test_attention_without_gradients_gathers_too():
