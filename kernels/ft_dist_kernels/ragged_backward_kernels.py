@@ -30,8 +30,8 @@ ROWS = 32
 # of each pass: rows of the block that a program keeps, rows of the blocks that pass by it, warps, stages
 TILES: dict[Chip, tuple[tuple[int, int, int, int], tuple[int, int, int, int]]] = {
     "sm_80": ((64, 32, 8, 2), (64, 32, 4, 2)),
-    "sm_90": ((128, 32, 8, 3), (128, 64, 8, 2)),
-    "sm_100": ((128, 32, 8, 3), (128, 64, 8, 2)),
+    "sm_90": ((128, 32, 8, 2), (128, 64, 8, 2)),
+    "sm_100": ((128, 32, 8, 2), (128, 64, 8, 2)),
     "gfx942": ((64, 32, 4, 1), (64, 32, 4, 1)),
 }
 
