@@ -113,11 +113,11 @@ def test_weights_change_after_before_update_and_not_at_all_if_abandoned(seen):
 
 def test_an_update_takes_a_few_operations_however_many_tensors(seen):
     counts = seen["counts", 1]
-    assert counts["add_gradients"] == 2 * 2 / seen["ranks"]
-    assert counts["_update"] + 2 <= UPDATE_OPERATIONS, counts
+    assert counts["add_gradients"] == 2
+    assert sum(counts.values()) <= UPDATE_OPERATIONS, counts
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeeds_own_updates_visit_no_tensor_by_itself(seen, stage):
-    """Of 203 tensors: 3,118 and 451 before."""
-    assert seen["counts", stage]["_update"] < 80
+@pytest.mark.parametrize("stage, alone, together", [(2, 80, 80), (3, 80, 300)])
+def test_updates_of_deepspeed_take_one_norm(seen, stage, alone, together):
+    """Of 203 tensors, 3,118 and 451 operations before; on several ranks stage 3 copies each small tensor once."""
+    assert seen["counts", stage]["_update"] < (alone if seen["ranks"] == 1 else together)
