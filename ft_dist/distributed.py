@@ -62,6 +62,7 @@ def join_world(store: dist.Store, *, timeout_s: float) -> World:
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+        _same_bits_on_gpus()
         backend = "cpu:gloo,cuda:nccl"
     else:
         device = torch.device("cpu")
@@ -74,6 +75,18 @@ def join_world(store: dist.Store, *, timeout_s: float) -> World:
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     os.environ.setdefault("MASTER_PORT", "29500")
     return World(rank=rank, size=size, local_rank=local_rank, local_size=local_size, device=device)
+
+
+def _same_bits_on_gpus() -> None:
+    """Keep out what makes a resumed run differ from an uninterrupted one, or a sum depend on how it was split.
+
+    cuDNN's attention backward gives other bits every time, and builds a plan of about a second for every new shape;
+    models whose attention is not ours would otherwise get it. cuBLAS adds partial products up in bf16 unless told not
+    to.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def leave_world() -> None:

@@ -188,6 +188,8 @@ class Prefetcher:
         self._deal = {"rank": rank, "world": world, "micro_rows": micro_rows}
         self._collate = partial(collate, pad_id=pad_id, gpu_length=gpu_length)
         self._pin_memory = pin_memory
+        # a thread starts on the first GPU: without this every rank would pin there, and hold 500 MB of that GPU
+        self._gpu = torch.cuda.current_device() if pin_memory else None
         self._ready: queue.Queue[Prefetched | BaseException] = queue.Queue(maxsize=depth)
         self._give_up = give_up
         self._given_up = False
@@ -243,6 +245,8 @@ class Prefetcher:
 
     def _run(self) -> None:
         try:
+            if self._gpu is not None:
+                torch.cuda.set_device(self._gpu)
             while not self._closing.is_set():
                 self._put(self._collate_next())
         except BaseException as error:
