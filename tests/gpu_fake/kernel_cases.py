@@ -71,7 +71,8 @@ def _error(case: Any, tokens: int) -> str:
 
     from tests.gpu_fake.counting import Count
 
-    inputs = case.make(tokens, torch.bfloat16, "cpu")
+    # real and on the host, but laid out as for another device than "cpu"
+    inputs = case.make(tokens, torch.bfloat16, "cpu:0")
     try:
         with device.fake_tensors(), Count():
             given = {name: _moved(value) for name, value in inputs.items()}
