@@ -24,7 +24,8 @@ class Case:
     `ours`, `eager` and `peers` take the inputs and return one tensor or a tuple. `cost(tokens)` is (bytes, FLOPs) of a
     forward and backward pass, as `formula` says. `floor` is what no implementation can leave out, where that is a
     useful yardstick (the frozen products of a LoRA layer). `truth` (for fp64) and `yardstick` replace `eager` in errors
-    where its own random numbers make it useless there (dropout).
+    where its own random numbers make it useless there (dropout). `views`: inputs share memory, so that none can be
+    replaced by a copy.
     """
 
     op: str
@@ -40,6 +41,7 @@ class Case:
     floor: Callable[..., Any] | None = None
     truth: Callable[..., Any] | None = None
     yardstick: Callable[..., Any] | None = None
+    views: bool = False
 
 
 def outputs_of(function: Callable[..., Any], inputs: Inputs) -> tuple[Tensor, ...]:

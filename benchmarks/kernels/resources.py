@@ -32,7 +32,11 @@ SHARED_BYTES = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65
 
 @dataclass(frozen=True)
 class Usage:
-    """What one kernel takes of one chip; `error` is empty where it compiled."""
+    """What one kernel takes of one chip; `error` is empty where it compiled.
+
+    `narrow_loads` counts the instructions that read less than 4 bytes a thread from memory, on NVIDIA: tiles that are
+    read so take many times as long.
+    """
 
     op: str
     kernel: str
@@ -41,6 +45,7 @@ class Usage:
     spill_bytes: int = 0
     shared_bytes: int = 0
     warps: int = 0
+    narrow_loads: int = 0
     error: str = ""
 
     def problem(self) -> str:
@@ -84,7 +89,8 @@ def compile_case(op: str, case: AotCase, chip: Chip) -> Usage:
         return Usage(op, case.name, chip, error=f"{type(error).__name__}: {lines[-1] if lines else ''}")
     registers, spilled = _hip_usage(built.asm["amdgcn"]) if chip == "gfx942" else _cuda_usage(built.asm["cubin"])
     warps = case.options.get("num_warps", 4)
-    return Usage(op, case.name, chip, registers, spilled, built.metadata.shared, warps)
+    narrow = len(re.findall(r"ld\.global[.\w]*\.[bus](?:8|16)\b", built.asm.get("ptx", "")))
+    return Usage(op, case.name, chip, registers, spilled, built.metadata.shared, warps, narrow)
 
 
 def _indices(cases: list[AotCase], *, quick: bool) -> list[int]:

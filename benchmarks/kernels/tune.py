@@ -35,7 +35,7 @@ class Entry(NamedTuple):
 def entries(device: torch.device, ops: list[str]) -> Iterator[Entry]:
     """Every entry that the benchmark's shapes reach on this chip."""
     from ft_dist_kernels import glu_kernels, linear_cross_entropy_kernels, rms_norm_kernels, rope_kernels
-    from ft_dist_kernels import lora_linear_triton as lora
+    from ft_dist_kernels import lora_blocks as lora
     from ft_dist_kernels.chips import chip_of
 
     chip = chip_of(device)
@@ -56,9 +56,9 @@ def entries(device: torch.device, ops: list[str]) -> Iterator[Entry]:
     shapes = itertools.product((32, 64, 128), (64, 128, 256), (4, 8), (2, 3, 4))
     blocks = [lora.Blocks(*shape) for shape in shapes]
     for name, table in (
-        ("_DOWN", lora._DOWN),
-        ("_UP_BACKWARD", lora._UP_BACKWARD),
-        ("_DOWN_BACKWARD", lora._DOWN_BACKWARD),
+        ("DOWN", lora.DOWN),
+        ("UP_BACKWARD", lora.UP_BACKWARD),
+        ("DOWN_BACKWARD", lora.DOWN_BACKWARD),
     ):
         first_ranks = min(table[platform])
         found.append(Entry("lora_linear", name, table[platform], first_ranks, blocks))

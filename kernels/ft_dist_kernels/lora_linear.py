@@ -31,10 +31,11 @@ from ft_dist_kernels.lora_dora import dora_linear
 from ft_dist_kernels.lora_linear_torch import (
     LoraWeights,
     Member,
+    Wanted,
+    backward_torch,
     dense_weight,
-    down_backward_torch,
     down_torch,
-    up_backward_torch,
+    rows_dense,
     wide,
 )
 from ft_dist_kernels.nf4 import NF4Weight
@@ -47,19 +48,18 @@ __all__ = ["LoraWeights", "lora_linear", "lora_linear_group", "lora_linear_refer
 
 
 class Pieces(NamedTuple):
-    """The three steps that have a form for each backend."""
+    """The two steps that have a form for each backend."""
 
     down: Any
-    up_backward: Any
-    down_backward: Any
+    backward: Any
 
 
-def _pieces(triton: bool) -> Pieces:
+def pieces_of(triton: bool) -> Pieces:
     if not triton:
-        return Pieces(down_torch, up_backward_torch, down_backward_torch)
+        return Pieces(down_torch, backward_torch)
     from ft_dist_kernels import lora_linear_triton as kernels
 
-    return Pieces(kernels.down, kernels.up_backward, kernels.down_backward)
+    return Pieces(kernels.down, kernels.backward)
 
 
 class Plan(NamedTuple):
@@ -92,7 +92,7 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, x_TI: Tensor, *flat: Any) -> tuple[Tensor, ...]:
         packs = [flat[i : i + 4] for i in range(0, len(flat), 4)]
-        s_TS = _pieces(plan.triton).down(x_TI, [a.to(x_TI.dtype) for _, _, a, _ in packs], plan.members)
+        s_TS = pieces_of(plan.triton).down(x_TI, [a.to(x_TI.dtype) for _, _, a, _ in packs], plan.members)
         outputs = []
         for member, quantized, (weight, bias, _, b_OR) in zip(plan.members, plan.quantized, packs, strict=True):
             w_OI = dense_weight(weight if quantized is None else quantized, x_TI.dtype)
@@ -118,36 +118,28 @@ def _backward(ctx: Any, upstream: Sequence[Tensor | None]) -> list[Tensor | None
     x_TI, s_TS, *saved = ctx.saved_tensors
     packs = [saved[i : i + 3] for i in range(0, len(saved), 3)]
     need_x, needs = ctx.needs_input_grad[1], [ctx.needs_input_grad[i : i + 4] for i in range(2, 2 + 4 * len(packs), 4)]
-    members, pieces = ctx.plan.members, _pieces(ctx.plan.triton)
     grads: list[list[Tensor | None]] = [[None] * 4 for _ in packs]
-    dys = {i: _rows_dense(dy) for i, dy in enumerate(upstream) if dy is not None}
-    if not dys:
+    dys = [None if dy is None else rows_dense(dy) for dy in upstream]
+    if all(dy is None for dy in dys):
         return [None] * (1 + 4 * len(packs))
-    # A member without an upstream gradient must contribute zeros to the shared dX.
-    ds_TS = torch.empty_like(s_TS) if len(dys) == len(packs) else torch.zeros_like(s_TS)
-    for i, dy_TO in dys.items():
-        member, (weight, _, b_OR), (need_w, need_bias, need_a, need_b) = members[i], packs[i], needs[i]
-        grads[i][3] = pieces.up_backward(
-            dy_TO,
-            s_TS[:, member.columns],
-            b_OR.to(x_TI.dtype),
-            member.alpha,
-            ds_TS[:, member.columns] if need_x or need_a else None,
-            b_OR.dtype if need_b else None,
-        )
-        if need_w:
+    for i, (dy_TO, (weight, _, _), (need_w, need_bias, _, _)) in enumerate(zip(dys, packs, needs, strict=True)):
+        if dy_TO is not None and need_w:
             grads[i][0] = transposed_product(dy_TO, x_TI, weight.dtype)
-        if need_bias:
+        if dy_TO is not None and need_bias:
             grads[i][1] = dy_TO.sum(0, dtype=wide(dy_TO.dtype)).to(ctx.bias_dtypes[i])
-    a_dtypes = [a.dtype if i in dys and needs[i][2] else None for i, (_, a, _) in enumerate(packs)]
-    dx_TI = None
-    if need_x or any(a_dtypes):
-        lora_a = [a.to(x_TI.dtype) for _, a, _ in packs]
-        dx_TI, a_grads = pieces.down_backward(x_TI, ds_TS, lora_a, members, need_dx=need_x, grad_dtypes=a_dtypes)
-        for member_grads, a_grad in zip(grads, a_grads, strict=True):
-            member_grads[2] = a_grad
+    taken = [(dy is not None and need[2], dy is not None and need[3]) for dy, need in zip(dys, needs, strict=True)]
+    wanted = Wanted(
+        need_x,
+        [a.dtype if need_a else None for (need_a, _), (_, a, _) in zip(taken, packs, strict=True)],
+        [b.dtype if need_b else None for (_, need_b), (_, _, b) in zip(taken, packs, strict=True)],
+    )
+    lora_a, lora_b = ([pack[i].to(x_TI.dtype) for pack in packs] for i in (1, 2))
+    dx_TI, da, db = pieces_of(ctx.plan.triton).backward(x_TI, s_TS, dys, lora_a, lora_b, ctx.plan.members, wanted)
+    for i, member_grads in enumerate(grads):
+        member_grads[2:] = da[i], db[i]
     if dx_TI is not None:
-        dx_TI = _add_base(dx_TI, [(dys[i], packs[i][0], ctx.plan.quantized[i]) for i in dys])
+        frozen = [(dy, packs[i][0], ctx.plan.quantized[i]) for i, dy in enumerate(dys) if dy is not None]
+        dx_TI = _add_base(dx_TI, frozen)
     return [dx_TI, *(grad for member_grads in grads for grad in member_grads)]
 
 
@@ -161,12 +153,7 @@ def _add_base(dx_TI: Tensor, members: Sequence[tuple[Tensor, Tensor, NF4Weight |
     return dx_TI
 
 
-def _rows_dense(dy_TO: Tensor) -> Tensor:
-    """GEMMs and kernels read rows with unit stride; an expanded gradient (of `sum`) has stride 0."""
-    return dy_TO if dy_TO.stride(1) == 1 and dy_TO.stride(0) >= dy_TO.shape[1] else dy_TO.contiguous()
-
-
-def _checked(x: Tensor, member: LoraWeights, dtype: torch.dtype) -> None:
+def check_member(x: Tensor, member: LoraWeights, dtype: torch.dtype) -> None:
     """Raises ValueError naming the value, the rule and the fix."""
     weight, a, b = member.weight, member.lora_a, member.lora_b
     if len(weight.shape) != 2 or weight.shape[1] != x.shape[-1]:
@@ -197,7 +184,8 @@ def _member(weights: LoraWeights, column: int) -> Member:
     return Member(column, weights.lora_a.shape[0], weights.scale / kept, weights.dropout_p, seed)
 
 
-def _run_slice(x_TI: Tensor, group: Sequence[LoraWeights], backend: Backend) -> tuple[Tensor, ...]:
+def plan_of(x_TI: Tensor, group: Sequence[LoraWeights], backend: Backend) -> Plan:
+    """The members' numbers, and whether the Triton form runs them."""
     members: list[Member] = []
     for weights in group:
         members.append(_member(weights, sum(member.rank for member in members)))
@@ -206,12 +194,16 @@ def _run_slice(x_TI: Tensor, group: Sequence[LoraWeights], backend: Backend) -> 
     suits = x_TI.dtype in (torch.bfloat16, torch.float16) if backend == "auto" else x_TI.dtype != torch.float64
     padded = len(members) * max(16, *(1 << (member.rank - 1).bit_length() for member in members))
     triton = use_triton(x_TI, backend) and suits and x_TI.numel() > 0 and padded <= MAX_TRITON_RANKS
+    return Plan(tuple(members), quantized, triton)
+
+
+def _run_slice(x_TI: Tensor, group: Sequence[LoraWeights], backend: Backend) -> tuple[Tensor, ...]:
     flat = [
         tensor
         for w in group
         for tensor in (None if isinstance(w.weight, NF4Weight) else w.weight, w.bias, w.lora_a, w.lora_b)
     ]
-    return _LoraLinear.apply(Plan(tuple(members), quantized, triton), x_TI, *flat)
+    return _LoraLinear.apply(plan_of(x_TI, group, backend), x_TI, *flat)
 
 
 def _autocast_to(dtype: torch.dtype, group: Sequence[LoraWeights]) -> list[LoraWeights]:
@@ -236,7 +228,7 @@ def lora_linear_group(x: Tensor, members: Sequence[LoraWeights], *, backend: Bac
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     group = _autocast_to(dtype, members) if autocast else list(members)
     for member in group:
-        _checked(x, member, dtype)
+        check_member(x, member, dtype)
     x_TI = x.to(dtype).reshape(-1, x.shape[-1])
     if not autocast:
         return _run_group(x, x_TI, group, backend)

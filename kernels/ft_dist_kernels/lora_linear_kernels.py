@@ -1,12 +1,12 @@
 """The Triton form of `lora_linear`'s small products; the large frozen ones stay with the vendor's GEMM.
 
     down_kernel           S = alpha (X * M) A^T of up to three members from one read of X, masks made on the fly
-    up_backward_kernel    dS = alpha dY B and dB = dY^T S from one read of dY
+    up_backward_kernel    dY B and dB = dY^T S of all members from one read of each dY
     down_backward_kernel  sum over members of M * (dS A), every dA = dS^T (X * M): one read of X, one hash for both
 
-Sums over tokens are split into runs of rows; each program writes its own partial sum and `sum_kernel` adds them in a
-fixed order. Traffic in bf16, T x I input and T x O output: down reads 2TI bytes, up_backward 2TO plus partial sums,
-down_backward reads and writes 2TI.
+Long sums are split over programs, each of which writes its own partial sum; `sum_ranks_kernel` (S, dS) and
+`sum_gradients_kernel` (dA, dB) add them in a fixed order, for all members at once. Traffic in bf16, T x I input and
+T x O output: down reads 2TI bytes, up_backward 2TO plus partial sums, down_backward reads and writes 2TI.
 
 Shapes: T tokens, I in, O out, R rank (padded to a power of two >= 16 on chip), S ranks of a group side by side.
 """
@@ -47,21 +47,24 @@ def _store_ranks(s, acc, rows, T, first, rank, stride_s, alpha, RP: tl.constexpr
     )
 
 
-@triton.jit(do_not_specialize=["seed0", "seed1", "seed2", "limit0", "limit1", "limit2"])
-def down_kernel(
-    x, a0, a1, a2, s, T, in_features, R0, R1, R2, stride_x, stride_s,
-    alpha0, alpha1, alpha2, seed0, seed1, seed2, limit0, limit1, limit2,
+@triton.jit
+def down_tile(
+    block, x, a0, a1, a2, s, T, in_features, R0, R1, R2, stride_x, stride_s,
+    alpha0, alpha1, alpha2, seed0, seed1, seed2, limit0, limit1, limit2, columns_per_split,
     N: tl.constexpr, RP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr,
     DROPOUT: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    """A block of rows of S, or its partial sum over one run of X's columns."""
+    split = tl.program_id(1)
+    rows = block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     key00, key01 = row_keys(rows, seed0)
     key10, key11 = row_keys(rows, seed1)
     key20, key21 = row_keys(rows, seed2)
     acc0 = tl.zeros((BLOCK_T, RP), dtype=tl.float32)
     acc1 = tl.zeros((BLOCK_T, RP), dtype=tl.float32)
     acc2 = tl.zeros((BLOCK_T, RP), dtype=tl.float32)
-    for first in range(0, in_features, BLOCK_I):
+    begin = split * columns_per_split
+    for first in range(begin, tl.minimum(begin + columns_per_split, in_features), BLOCK_I):
         columns = first + tl.arange(0, BLOCK_I)
         x_ti = tl.load(
             x + rows[:, None] * stride_x + columns[None, :],
@@ -73,6 +76,7 @@ def down_kernel(
             acc1 = _down_step(acc1, x_ti, a1, R1, first, in_features, key10, key11, limit1, RP, DROPOUT, P)
         if N > 2:
             acc2 = _down_step(acc2, x_ti, a2, R2, first, in_features, key20, key21, limit2, RP, DROPOUT, P)
+    s += split.to(tl.int64) * T * stride_s
     _store_ranks(s, acc0, rows, T, 0, R0, stride_s, alpha0, RP)
     if N > 1:
         _store_ranks(s, acc1, rows, T, R0, R1, stride_s, alpha1, RP)
@@ -80,17 +84,56 @@ def down_kernel(
         _store_ranks(s, acc2, rows, T, R0 + R1, R2, stride_s, alpha2, RP)
 
 
+@triton.jit(do_not_specialize=["T", "seed0", "seed1", "seed2", "limit0", "limit1", "limit2"])
+def down_kernel(
+    x, a0, a1, a2, s, T, in_features, R0, R1, R2, stride_x, stride_s,
+    alpha0, alpha1, alpha2, seed0, seed1, seed2, limit0, limit1, limit2, columns_per_split,
+    N: tl.constexpr, RP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr,
+    DROPOUT: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    down_tile(
+        tl.program_id(0), x, a0, a1, a2, s, T, in_features, R0, R1, R2, stride_x, stride_s,
+        alpha0, alpha1, alpha2, seed0, seed1, seed2, limit0, limit1, limit2, columns_per_split,
+        N, RP, BLOCK_T, BLOCK_I, DROPOUT, P,
+    )  # fmt: skip
+
+
 @triton.jit
+def pick(block, end0, end1, value0, value1, value2, N: tl.constexpr):
+    """The value of the member that owns a block: blocks before `end0` are the first's, before `end1` the second's."""
+    value = value0
+    if N > 1:
+        value = tl.where(block < end0, value0, value1)
+    if N > 2:
+        value = tl.where(block < end1, value, value2)
+    return value
+
+
+# Whether O is a multiple of 16 decides how wide dY is loaded
+@triton.jit(do_not_specialize=["T", "rows_per_split"])
 def up_backward_kernel(
-    dy, s, b, ds_parts, db_parts, T, out_features, R, stride_dy, stride_s, rows_per_split,
-    RP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
+    dy0, dy1, dy2, s, b0, b1, b2, ds_parts, db_parts, T, O0, O1, O2, R0, R1, R2, C0, C1, C2,
+    stride_dy0, stride_dy1, stride_dy2, stride_s, width, rows_per_split,
+    N: tl.constexpr, RP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
     NEED_DS: tl.constexpr, NEED_DB: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
+    """A block of one member's output columns over a run of rows; C is where the member's ranks begin in S."""
     block, split = tl.program_id(0), tl.program_id(1)
+    end0 = tl.cdiv(O0, BLOCK_O)
+    end1 = end0 + tl.cdiv(O1, BLOCK_O)
+    dy = pick(block, end0, end1, dy0, dy1, dy2, N)
+    b = pick(block, end0, end1, b0, b1, b2, N)
+    out_features = pick(block, end0, end1, O0, O1, O2, N)
+    rank = pick(block, end0, end1, R0, R1, R2, N)
+    first_rank = pick(block, end0, end1, C0, C1, C2, N)
+    stride_dy = pick(block, end0, end1, stride_dy0, stride_dy1, stride_dy2, N)
+    begin = pick(block, end0, end1, 0, O0 * R0, O0 * R0 + O1 * R1, N)
+    block -= pick(block, end0, end1, 0, end0, end1, N)
+
     columns = block * BLOCK_O + tl.arange(0, BLOCK_O)
     ranks = tl.arange(0, RP)
-    own = (columns[:, None] < out_features) & (ranks[None, :] < R)
-    b_or = tl.load(b + columns[:, None].to(tl.int64) * R + ranks[None, :], mask=own, other=0.0)
+    own = (columns[:, None] < out_features) & (ranks[None, :] < rank)
+    b_or = tl.load(b + columns[:, None].to(tl.int64) * rank + ranks[None, :], mask=own, other=0.0)
     acc = tl.zeros((BLOCK_O, RP), dtype=tl.float32)
     for offset in range(0, rows_per_split, BLOCK_T):
         rows = split.to(tl.int64) * rows_per_split + offset + tl.arange(0, BLOCK_T)
@@ -99,15 +142,18 @@ def up_backward_kernel(
             mask=(rows[:, None] < T) & (columns[None, :] < out_features),
             other=0.0,
         )
-        in_ranks = (rows[:, None] < T) & (ranks[None, :] < R)
+        in_ranks = (rows[:, None] < T) & (ranks[None, :] < rank)
         if NEED_DS:
             ds_tr = tl.dot(dy_to, b_or, input_precision=P)
-            tl.store(ds_parts + (block.to(tl.int64) * T + rows[:, None]) * R + ranks[None, :], ds_tr, mask=in_ranks)
+            at = (block.to(tl.int64) * T + rows[:, None]) * width + first_rank + ranks[None, :]
+            tl.store(ds_parts + at, ds_tr, mask=in_ranks)
         if NEED_DB:
-            s_tr = tl.load(s + rows[:, None] * stride_s + ranks[None, :], mask=in_ranks, other=0.0)
+            s_tr = tl.load(s + rows[:, None] * stride_s + first_rank + ranks[None, :], mask=in_ranks, other=0.0)
             acc = tl.dot(tl.trans(dy_to), s_tr, acc, input_precision=P)
     if NEED_DB:
-        tl.store(db_parts + (split.to(tl.int64) * out_features + columns[:, None]) * R + ranks[None, :], acc, mask=own)
+        numel = O0 * R0 + O1 * R1 + O2 * R2
+        at = split.to(tl.int64) * numel + begin + columns[:, None].to(tl.int64) * rank + ranks[None, :]
+        tl.store(db_parts + at, acc, mask=own)
 
 
 @triton.jit
@@ -157,7 +203,7 @@ def _store_a(parts, acc, split, first_rank, rank, width, columns, in_features, R
     )
 
 
-@triton.jit(do_not_specialize=["seed0", "seed1", "seed2", "limit0", "limit1", "limit2"])
+@triton.jit(do_not_specialize=["T", "rows_per_split", "seed0", "seed1", "seed2", "limit0", "limit1", "limit2"])
 def down_backward_kernel(
     x, ds, a0, a1, a2, dx, da_parts, T, in_features, R0, R1, R2, stride_x, stride_ds, rows_per_split,
     seed0, seed1, seed2, limit0, limit1, limit2,
@@ -210,14 +256,53 @@ def down_backward_kernel(
             _store_a(da_parts, acc2, split, R0 + R1, R2, width, columns, in_features, RP)
 
 
+@triton.jit(do_not_specialize=["T", "count0", "count1", "count2"])
+def sum_ranks_kernel(
+    parts, out, T, width, out_width, stride_out, R0, R1, R2, C0, C1, C2, count0, count1, count2, alpha0, alpha1, alpha2,
+    WP: tl.constexpr, BLOCK_T: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """out[t, c] = alpha times the sum of parts[:count, t, c], first to last; zero in columns of no member."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    column = tl.arange(0, WP)
+    first, second, third = _owns(column, C0, R0), _owns(column, C1, R1), _owns(column, C2, R2)
+    count = tl.where(first, count0, tl.where(second, count1, tl.where(third, count2, 0)))
+    alpha = tl.where(first, alpha0, tl.where(second, alpha1, tl.where(third, alpha2, 0.0)))
+    at = rows[:, None] * width + column[None, :]
+    inside = rows[:, None] < T
+    total = tl.zeros((BLOCK_T, WP), dtype=tl.float32)
+    for part in range(0, tl.maximum(count0, tl.maximum(count1, count2)), DEPTH):
+        for ahead in tl.static_range(DEPTH):
+            total += tl.load(parts + at, mask=inside & (part + ahead < count)[None, :], other=0.0)
+            at += tl.cast(T, tl.int64) * width
+    total = (total * alpha).to(out.dtype.element_ty)
+    tl.store(out + rows[:, None] * stride_out + column[None, :], total, mask=inside & (column[None, :] < out_width))
+
+
 @triton.jit
-def sum_kernel(parts, out, numel, columns, stride_out, splits, alpha, BLOCK: tl.constexpr):
-    """out[i // columns, i % columns] = alpha * the sum over splits of parts[split, i], first to last."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def _owns(column, first, count):
+    return (column >= first) & (column < first + count)
+
+
+@triton.jit
+def _sum_parts(block, parts, out, numel, splits, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
+    index = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     parts += index
-    for _ in range(splits):
-        total += tl.load(parts, mask=index < numel, other=0.0)
-        parts += numel
-    at = index // columns * stride_out + index % columns
-    tl.store(out + at, (total * alpha).to(out.dtype.element_ty), mask=index < numel)
+    for split in range(0, splits, DEPTH):
+        for ahead in tl.static_range(DEPTH):
+            left = tl.where(split + ahead < splits, numel, 0)
+            total += tl.load(parts, mask=index < left, other=0.0)
+            parts += numel
+    tl.store(out + index, total.to(out.dtype.element_ty), mask=index < numel)
+
+
+@triton.jit(do_not_specialize=["a_splits", "b_splits", "a_blocks"])
+def sum_gradients_kernel(
+    a_parts, b_parts, da, db, a_numel, b_numel, a_splits, b_splits, a_blocks, BLOCK: tl.constexpr, DEPTH: tl.constexpr
+):
+    """dA and dB, each the sum of its partial sums, first to last."""
+    block = tl.program_id(0)
+    if block < a_blocks:
+        _sum_parts(block, a_parts, da, a_numel, a_splits, BLOCK, DEPTH)
+    else:
+        _sum_parts(block - a_blocks, b_parts, db, b_numel, b_splits, BLOCK, DEPTH)

@@ -44,6 +44,26 @@ class Member(NamedTuple):
         return slice(self.column, self.column + self.rank)
 
 
+class Wanted(NamedTuple):
+    """Which gradients of a group backward has to make; a dtype of None: not that one."""
+
+    dx: bool
+    a_dtypes: Sequence[torch.dtype | None]
+    b_dtypes: Sequence[torch.dtype | None]
+
+    @property
+    def ds(self) -> bool:
+        return self.dx or any(dtype is not None for dtype in self.a_dtypes)
+
+
+class Gradients(NamedTuple):
+    """dX is the adapters' part, the sum over members of M * (dS A)."""
+
+    dx: Tensor | None
+    da: list[Tensor | None]
+    db: list[Tensor | None]
+
+
 def dense_weight(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
     return dequantize_nf4(weight, dtype) if isinstance(weight, NF4Weight) else weight
 
@@ -76,7 +96,7 @@ def mask_of(
 
 
 def down_torch(x_TI: Tensor, lora_a: Sequence[Tensor], members: Sequence[Member]) -> Tensor:
-    """S (T, sum of ranks) = alpha (X * M) A^T of every member, side by side."""
+    """S (T, sum of ranks) = alpha (X * M) A^T of every member, side by side. Every A is of x's dtype."""
     if all(member.dropout_p == 0 and member.alpha == members[0].alpha for member in members):
         stacked = lora_a[0] if len(lora_a) == 1 else torch.cat(list(lora_a))
         return sum_products([(x_TI, stacked.t())], alpha=members[0].alpha)
@@ -92,13 +112,36 @@ def down_torch(x_TI: Tensor, lora_a: Sequence[Tensor], members: Sequence[Member]
     return s_TS
 
 
+def backward_torch(
+    x_TI: Tensor,
+    s_TS: Tensor,
+    dys: Sequence[Tensor | None],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    members: Sequence[Member],
+    wanted: Wanted,
+) -> Gradients:
+    """The gradients of the adapters. Every A and B is of x's dtype; a member without dY contributes nothing."""
+    ds_TS = None
+    if wanted.ds:
+        ds_TS = torch.zeros_like(s_TS) if any(dy is None for dy in dys) else torch.empty_like(s_TS)
+    db = [
+        None if dy_TO is None else up_backward_torch(dy_TO, s_TS, b_OR, member, ds_TS, dtype)
+        for dy_TO, b_OR, member, dtype in zip(dys, lora_b, members, wanted.b_dtypes, strict=True)
+    ]
+    if ds_TS is None:
+        return Gradients(None, [None] * len(members), db)
+    dx_TI, da = down_backward_torch(x_TI, ds_TS, lora_a, members, need_dx=wanted.dx, grad_dtypes=wanted.a_dtypes)
+    return Gradients(dx_TI, da, db)
+
+
 def up_backward_torch(
-    dy_TO: Tensor, s_TR: Tensor, b_OR: Tensor, alpha: float, ds_TR: Tensor | None, grad_dtype: torch.dtype | None
+    dy_TO: Tensor, s_TS: Tensor, b_OR: Tensor, member: Member, ds_TS: Tensor | None, dtype: torch.dtype | None
 ) -> Tensor | None:
-    """Writes alpha dY B into `ds_TR` and returns dB = dY^T S in `grad_dtype` (None: not wanted)."""
-    if ds_TR is not None:
-        ds_TR.copy_(sum_products([(dy_TO, b_OR)], alpha=alpha))
-    return None if grad_dtype is None else transposed_product(dy_TO, s_TR, grad_dtype)
+    """Writes the member's columns of dS, alpha dY B, and returns dB = dY^T S in `dtype` (None: not wanted)."""
+    if ds_TS is not None:
+        ds_TS[:, member.columns] = sum_products([(dy_TO, b_OR)], alpha=member.alpha)
+    return None if dtype is None else transposed_product(dy_TO, s_TS[:, member.columns], dtype)
 
 
 def down_backward_torch(
@@ -160,3 +203,8 @@ def _down_backward_unmasked(
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype that sums over tokens run in."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def rows_dense(dy_TO: Tensor) -> Tensor:
+    """GEMMs and kernels read rows with unit stride; an expanded gradient (of `sum`) has stride 0."""
+    return dy_TO if dy_TO.stride(1) == 1 and dy_TO.stride(0) >= dy_TO.shape[1] else dy_TO.contiguous()

@@ -72,10 +72,11 @@ def _error(case: Any, tokens: int) -> str:
     from tests.gpu_fake.counting import Count
 
     # real and on the host, but laid out as for another device than "cpu"
-    inputs = case.make(tokens, torch.bfloat16, "cpu:0")
+    inputs = {} if case.views else case.make(tokens, torch.bfloat16, "cpu:0")
     try:
         with device.fake_tensors(), Count():
             given = {name: _moved(value) for name, value in inputs.items()}
+            given = given or case.make(tokens, torch.bfloat16, "cuda")
             outputs = case.ours(**given)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             leaves = [value for value in given.values() if isinstance(value, torch.Tensor) and value.requires_grad]
