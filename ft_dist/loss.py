@@ -17,7 +17,7 @@ from torch import nn
 
 from ft_dist.data.batch import IGNORED, MicroBatch
 from ft_dist.model.fused import register_parameters
-from ft_dist.model.fused_forward import lora_weights
+from ft_dist.model.merged import lora_weights
 
 
 class CausalObjective(nn.Module):
@@ -49,12 +49,14 @@ class CausalObjective(nn.Module):
         position_ids: torch.Tensor,
         kept: torch.Tensor | None = None,
         segments: AnySegments | None = None,
+        labelled: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Sum of -log p(label) over labelled tokens, fp32.
 
         All arguments (rows, T) int64; `labels[t]` is the target of token t, already shifted; `position_ids` restart at
         every sample, by which the attention mask keeps samples apart. With `kept` and `segments` (see MicroBatch)
-        attention can go sample by sample instead, over the tokens that are not padding.
+        attention can go sample by sample instead, over the tokens that are not padding. `labelled` (N,) int64, of
+        `kept`, spares the search for labels.
         """
         causal_lm = self.causal_lm
         if str(causal_lm.config._attn_implementation).startswith("flash"):
@@ -63,11 +65,18 @@ class CausalObjective(nn.Module):
             input_ids, labels, position_ids = (rows.view(1, -1) for rows in (input_ids, labels, position_ids))
         apart: dict[str, Any] = {}
         if self.by_segment and kept is not None:
-            input_ids, labels, position_ids = (rows.view(-1)[kept][None] for rows in (input_ids, labels, position_ids))
+            if len(kept) == labels.numel():  # all of them, in order
+                input_ids, labels, position_ids = (rows.view(1, -1) for rows in (input_ids, labels, position_ids))
+            else:
+                taken = (rows.view(-1)[kept][None] for rows in (input_ids, labels, position_ids))
+                input_ids, labels, position_ids = taken
             # no mask is looked at then; one of four dimensions keeps transformers from making its own
             apart = {"segments": segments, "attention_mask": position_ids.new_empty(0, 0, 0, 0)}
+        elif labelled is not None:
+            assert kept is not None
+            labelled = kept[labelled]
         hidden = causal_lm.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False, **apart)
-        return self.head(hidden.last_hidden_state, labels)
+        return self.head(hidden.last_hidden_state, labels, labelled)
 
     def computed_tokens(self, batch: MicroBatch) -> int:
         """Tokens that run for a batch: where attention goes sample by sample, no padding, shared ones once."""
@@ -102,15 +111,18 @@ class LossHead(nn.Module):
             return "output head with DoRA"
         return None
 
-    def forward(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, labels: torch.Tensor, labelled: torch.Tensor | None = None) -> torch.Tensor:
+        """Summed loss of hidden (..., H) with labels (...), of which `labelled` (N,) names the rows that have one."""
         head = self._head[0]
         if self.fused is None:
-            labelled = labels != IGNORED
-            logits_TV = head(hidden[labelled]).float() * self.logit_scale
+            labels_T = labels.reshape(-1)
+            rows_N = (labels_T != IGNORED).nonzero().view(-1) if labelled is None else labelled
+            logits_NV = head(hidden.flatten(0, -2)[rows_N]).float() * self.logit_scale
             if self.softcap:
-                logits_TV = torch.tanh(logits_TV / self.softcap) * self.softcap
-            return F.cross_entropy(logits_TV, labels[labelled], reduction="sum")
+                logits_NV = torch.tanh(logits_NV / self.softcap) * self.softcap
+            return F.cross_entropy(logits_NV, labels_T[rows_N], reduction="sum")
         options: dict[str, Any] = {"softcap": self.softcap, "logit_scale": self.logit_scale, "backend": self.fused}
+        options["rows"] = labelled
         weight, bias = head.weight, head.bias
         if hasattr(head, "lora_A"):
             lora = lora_weights(head)

@@ -188,11 +188,15 @@ def our_forward(model: Any, options: argparse.Namespace) -> Any:
     report = fuse(causal_lm, kernels="auto", device_type=options.device, zero3=False)
     objective = CausalObjective(model, fused=report.head_backend, by_segment=report.segments)
 
-    segments = segments_for(options.device, rows(options)["position_ids"].cpu()).to(options.device)
+    made = {name: tensor.cpu() for name, tensor in rows(options).items()}
+    segments = segments_for(options.device, made["position_ids"]).to(options.device)
+    kept = torch.arange(made["labels"].numel())
+    labelled = kept[made["labels"].view(-1) != -100].to(options.device)
+    kept = kept.to(options.device)
 
     def forward(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        kept = torch.arange(batch["labels"].numel(), device=options.device)
-        return objective(**batch, kept=kept, segments=segments) / (batch["labels"] != -100).sum()
+        loss = objective(**batch, kept=kept, segments=segments, labelled=labelled)
+        return loss / len(labelled)
 
     return forward
 

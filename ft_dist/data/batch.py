@@ -29,7 +29,7 @@ ROUND_TO = 8
 GPU_SHAPES = 16
 """Lengths that the rows of a micro-batch may have on a GPU, and numbers of tokens that run of as many rows"""
 
-INPUTS = ("input_ids", "labels", "position_ids", "kept", "segments")
+INPUTS = ("input_ids", "labels", "position_ids", "kept", "segments", "labelled")
 
 GIVE_UP_POLL_S = 0.5
 
@@ -44,6 +44,9 @@ class MicroBatch:
 
     kept: (T,) int64, the tokens, counted over the rows, that need to run where attention goes sample by sample (see
     prefixes.py), rounded up as L is, of R rows together. `segments` lie among these.
+
+    labelled: (N,) int64, ascending, the tokens with a label, counted among those of `kept`. The loss reads its rows
+    by it: looking for labels on a GPU would stall the queue.
     """
 
     input_ids: torch.Tensor
@@ -51,6 +54,7 @@ class MicroBatch:
     position_ids: torch.Tensor
     kept: torch.Tensor
     segments: AnySegments
+    labelled: torch.Tensor
     real_tokens: int
     labelled_tokens: int
     padded_tokens: int
@@ -121,14 +125,16 @@ def _micro_batch(
     predicts = label_RL != IGNORED
     flat = input_RL.ravel(), predicts.ravel(), position_RL.ravel()
     needed = needed_tokens(*flat, round_to=round_to, ragged=gpu)
+    labelled = np.searchsorted(needed.kept.numpy(), np.flatnonzero(predicts))
     return MicroBatch(
         input_ids=torch.from_numpy(input_RL),
         labels=torch.from_numpy(label_RL),
         position_ids=torch.from_numpy(position_RL),
         kept=needed.kept,
         segments=needed.segments,
+        labelled=torch.from_numpy(labelled),
         real_tokens=real_tokens,
-        labelled_tokens=int(np.count_nonzero(predicts)),
+        labelled_tokens=len(labelled),
         padded_tokens=input_RL.size - real_tokens,
     )
 

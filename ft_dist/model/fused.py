@@ -6,6 +6,7 @@ each of these parameters is registered with the layer that reads it.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from ft_dist_kernels.ragged_attention import KERNEL_NAMES, attention_kernel
 from torch import nn
 
 from ft_dist.errors import ModelError
+from ft_dist.model.decoder_layer import is_decoder_layer, layer_forward
 from ft_dist.model.fused_forward import (
     attention_forward,
     linear_forward,
@@ -23,10 +25,13 @@ from ft_dist.model.fused_forward import (
     norm_forward,
     takes_segments,
 )
+from ft_dist.model.merged import Merged
 
 # SmolLM and SmolLM2 are Llama models
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3_text", "phi3")
 ATTENTION = "attention (qkv, rotary)"
+ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj", "qkv_proj")
+MLP_INPUTS = ("gate_proj", "up_proj", "gate_up_proj")
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
 
 
@@ -82,10 +87,16 @@ def fuse(causal_lm: Any, *, kernels: str, device_type: str, zero3: bool) -> Fuse
     known = family in FAMILIES
     if not known:
         report.left[f"layers of architecture {family}, which is not among {', '.join(FAMILIES)}"] += 1
-    for module in causal_lm.get_decoder().modules():
+    modules = list(causal_lm.get_decoder().modules())
+    layer_of = {module.mlp: module for module in modules if known and is_decoder_layer(module)}
+    groups: dict[nn.Module, Merged] = {}
+    for module in modules:
         _fuse_lora(module, report, backend, zero3)
         if known:
-            _fuse_part(module, report, backend, together=not zero3)
+            _fuse_part(module, report, backend, together=not zero3, layer=layer_of.get(module), groups=groups)
+    for layer in layer_of.values():
+        _swap(layer, layer_forward(layer, groups))
+        report.fused["decoder layers (residual sums)"] += 1
     config = causal_lm.config.get_text_config()
     report.segments = report.fused[ATTENTION] == config.num_hidden_layers and takes_segments(causal_lm)
     if report.segments and device_type == "cuda":
@@ -108,7 +119,16 @@ def _fuse_lora(module: nn.Module, report: FusedReport, backend: Backend, zero3: 
     report.fused["LoRA linears"] += 1
 
 
-def _fuse_part(module: Any, report: FusedReport, backend: Backend, *, together: bool) -> None:
+def _fuse_part(
+    module: Any,
+    report: FusedReport,
+    backend: Backend,
+    *,
+    together: bool,
+    layer: Any,
+    groups: dict[nn.Module, Merged],
+) -> None:
+    """`layer` is the decoder layer of an MLP, where that is known. Into `groups` goes what the module reads x with."""
     name = type(module).__name__
     if type(module) is nn.Linear and backend == "torch":
         _swap(module, linear_forward(module))
@@ -121,11 +141,25 @@ def _fuse_part(module: Any, report: FusedReport, backend: Backend, *, together: 
         if activation not in ACTIVATIONS:
             report.left[f"MLP with activation {activation}"] += 1
             return
-        _swap(module, mlp_forward(module, activation=activation, together=together, backend=backend))
+
+        def recompute() -> bool:
+            # on CPU it would cost time; under activation checkpointing it spares nothing, and would keep gate and up
+            return backend == "triton" and layer is not None and not layer.gradient_checkpointing
+
+        group = groups[module] = Merged(_present(module, MLP_INPUTS), together=together, backend=backend)
+        options: dict[str, Any] = {"activation": activation, "together": together, "backend": backend}
+        _swap(module, mlp_forward(module, group, recompute=recompute, **options))
         report.fused["gated MLP"] += 1
     elif name.endswith("Attention") and hasattr(module, "o_proj"):
-        _swap(module, attention_forward(module, together=together, backend=backend))
+        # norms of q and k want them apart
+        merges = together and not hasattr(module, "q_norm")
+        group = groups[module] = Merged(_present(module, ATTENTION_INPUTS), together=merges, backend=backend)
+        _swap(module, attention_forward(module, group, together=together, backend=backend))
         report.fused[ATTENTION] += 1
+
+
+def _present(module: nn.Module, names: Sequence[str]) -> list[Any]:
+    return [getattr(module, name) for name in names if hasattr(module, name)]
 
 
 def register_parameters(module: nn.Module, parameters: list[nn.Parameter]) -> None:

@@ -5,52 +5,50 @@ are, so that saving, merging and DeepSpeed's hooks see nothing new. H: hidden, B
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from ft_dist_kernels.backend import Backend
 from ft_dist_kernels.glu import geglu, swiglu
 from ft_dist_kernels.linear import gains_from_onednn, linear_group
-from ft_dist_kernels.lora_linear import LoraWeights, lora_linear_group
+from ft_dist_kernels.lora_linear import lora_linear_group
 from ft_dist_kernels.ragged_segments import AnySegments
 from ft_dist_kernels.rms_norm import rms_norm
-from ft_dist_kernels.rope import rope
+from ft_dist_kernels.rope import rope, rope_merged
 from ft_dist_kernels.segment_attention import segment_attention
 from torch import nn
 
+from ft_dist.model.merged import Merged, lora_weights
+from ft_dist.model.recompute import recomputed
+
 
 def norm_forward(module: Any, *, gemma: bool, backend: Backend) -> Any:
-    """RMSNorm; Gemma's multiplies by 1 + weight before it casts, the others by weight after."""
+    """RMSNorm; Gemma's multiplies by 1 + weight before it casts, the others by weight after.
+
+    A decoder layer of ours (`decoder_layer.py`) asks for more: the norm of hidden_states + residual, that sum, and room
+    behind the rows for what reads them.
+    """
     eps = float(getattr(module, "variance_epsilon", getattr(module, "eps", 1e-6)))
     offset, cast_first = (1.0, False) if gemma else (0.0, True)
 
-    def forward(hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(
+        hidden_states: torch.Tensor, residual: torch.Tensor | None = None, *, with_sum: bool = False, spare: int = 0
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         return rms_norm(
-            hidden_states, module.weight, eps=eps, offset=offset, cast_before_weight=cast_first, backend=backend
+            hidden_states,
+            module.weight,
+            eps=eps,
+            offset=offset,
+            cast_before_weight=cast_first,
+            residual=residual,
+            with_sum=with_sum,
+            spare=spare,
+            backend=backend,
         )
 
     return forward
-
-
-def lora_weights(layer: Any) -> LoraWeights | None:
-    """What the kernel needs of a peft LoRA layer, or None while it must run peft's own way: adapters switched off,
-    merged, or several active."""
-    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
-        return None
-    name = layer.active_adapters[0]
-    base = layer.get_base_layer()
-    dropout = layer.lora_dropout[name]
-    dora = getattr(layer, "lora_magnitude_vector", {})
-    return LoraWeights(
-        weight=base.weight,
-        bias=base.bias,
-        lora_a=layer.lora_A[name].weight,
-        lora_b=layer.lora_B[name].weight,
-        scale=layer.scaling[name],
-        dropout_p=dropout.p if isinstance(dropout, nn.Dropout) and layer.training else 0.0,
-        dora_magnitude=dora[name].weight if name in dora else None,
-    )
 
 
 def lora_forward(layer: Any, *, backend: Backend) -> Any:
@@ -76,40 +74,64 @@ def linear_forward(layer: Any) -> Any:
     return forward
 
 
-def linears(layers: Sequence[Any], x: torch.Tensor, *, together: bool, backend: Backend) -> list[torch.Tensor]:
+def linears(group: Merged, x: torch.Tensor, *, together: bool) -> list[torch.Tensor]:
     """Outputs of layers that read the same x: in one group where all or none carry adapters, one by one otherwise.
 
     `together` is off under ZeRO-3, where each layer's weights are gathered at its own boundary.
     """
+    layers = group.layers
     if together and all(hasattr(layer, "lora_A") for layer in layers):
-        members = [lora_weights(layer) for layer in layers]
-        if all(member is not None for member in members):
-            return lora_linear_group(x, [member for member in members if member is not None], backend=backend)
+        members = group.members()
+        if members is not None:
+            return lora_linear_group(x, members, backend=group.backend)
     if together and all(type(layer) is nn.Linear and gains_from_onednn(x, layer.weight) for layer in layers):
         return linear_group(x, [(layer.weight, layer.bias) for layer in layers])
     return [layer(x) for layer in layers]
 
 
-def mlp_forward(module: Any, *, activation: str, together: bool, backend: Backend) -> Any:
-    """Gated MLP: down(act(gate(x)) * up(x)), with gate and up apart or as halves of one layer (Phi-3)."""
+def mlp_forward(
+    module: Any,
+    inputs: Merged,
+    *,
+    activation: str,
+    together: bool,
+    backend: Backend,
+    recompute: Callable[[], bool],
+) -> Any:
+    """Gated MLP: down(act(gate(x)) * up(x)), with gate and up apart or as halves of one layer (Phi-3).
 
-    def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    `inputs` are gate and up; `spare` is what they need behind x to run as one. While `recompute()` is true, backward
+    makes the product of gate and up once more instead of keeping it.
+    """
+    down = Merged([module.down_proj], together=together, backend=backend)
+
+    def gated(gate: torch.Tensor, up: torch.Tensor | None, spare: int) -> torch.Tensor:
         if activation == "silu":
-            return swiglu(gate, up, backend=backend)
-        return geglu(gate, up, approximate="tanh" if activation == "gelu_pytorch_tanh" else "none", backend=backend)
+            return swiglu(gate, up, spare=spare, backend=backend)
+        approximate: Any = "tanh" if activation == "gelu_pytorch_tanh" else "none"
+        return geglu(gate, up, approximate=approximate, spare=spare, backend=backend)
 
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        if hasattr(module, "gate_up_proj"):
-            gate, up = module.gate_up_proj(x).chunk(2, dim=-1)
-        else:
-            gate, up = linears([module.gate_proj, module.up_proj], x, together=together, backend=backend)
-        return module.down_proj(gated(gate, up))
+    def forward(x: torch.Tensor, *, spare: int = 0) -> torch.Tensor:
+        # of two halves `up` is None
+        parts = [inputs(x, spare)] if spare else linears(inputs, x, together=together)
+        gate, up = parts if len(parts) == 2 else (parts[0], None)
+        down_spare = down.spare(x)
+        product = gated(gate, up, down_spare)
+        with _saved(product, gate, up, down_spare) if recompute() and product.requires_grad else nullcontext():
+            return down(product, down_spare) if down_spare else module.down_proj(product)
+
+    def _saved(product: torch.Tensor, gate: torch.Tensor, up: torch.Tensor | None, spare: int) -> Any:
+        gate, up = gate.detach(), None if up is None else up.detach()
+        return recomputed(product, lambda: gated(gate, up, spare))
 
     return forward
 
 
-def attention_forward(module: Any, *, together: bool, backend: Backend) -> Any:
+def attention_forward(module: Any, inputs: Merged, *, together: bool, backend: Backend) -> Any:
     """Self-attention of the Llama family: q, k, v in one group, optional norms of q and k, rotary embedding fused.
+
+    `inputs` are q, k and v, or the one layer that makes all (Phi-3); `spare` is what they need behind hidden_states to
+    run as one.
 
     The attention product itself stays with the backend that the model's config names, unless the caller gives the
     `segments` of packed rows (which `takes_segments` must allow).
@@ -132,14 +154,21 @@ def attention_forward(module: Any, *, together: bool, backend: Backend) -> Any:
         attention_mask: Any = None,
         past_key_values: Any = None,
         segments: AnySegments | None = None,
+        spare: int = 0,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, Any]:
         shape = hidden_states.shape[:-1]
-        q, k, v = (part.view(*shape, -1, module.head_dim) for part in _qkv(module, hidden_states, together, backend))
-        if hasattr(module, "q_norm"):
-            q, k = module.q_norm(q), module.k_norm(k)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        q, k = rope(q, k, *position_embeddings, backend=backend)
+        if spare:
+            heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+            qkv = inputs(hidden_states, spare)
+            q, k, v = rope_merged(qkv, *position_embeddings, heads=heads, kv_heads=kv_heads, backend=backend)
+        else:
+            parts = _qkv(module, linears(inputs, hidden_states, together=together))
+            q, k, v = (part.view(*shape, -1, module.head_dim) for part in parts)
+            if hasattr(module, "q_norm"):
+                q, k = module.q_norm(q), module.k_norm(k)
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            q, k = rope(q, k, *position_embeddings, backend=backend)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, module.layer_idx)
         dropout = module.attention_dropout if module.training else 0.0
@@ -162,9 +191,9 @@ def takes_segments(causal_lm: Any) -> bool:
     return config._attn_implementation == "sdpa" and not any(getattr(config, name, None) for name in odd)
 
 
-def _qkv(module: Any, x: torch.Tensor, together: bool, backend: Backend) -> Sequence[torch.Tensor]:
-    if not hasattr(module, "qkv_proj"):
-        return linears([module.q_proj, module.k_proj, module.v_proj], x, together=together, backend=backend)
-    kv_width = module.num_key_value_heads * module.head_dim
+def _qkv(module: Any, parts: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    if len(parts) == 3:
+        return parts
+    kv_width = module.config.num_key_value_heads * module.head_dim
     q_width = module.config.num_attention_heads * module.head_dim
-    return module.qkv_proj(x).split([q_width, kv_width, kv_width], dim=-1)
+    return parts[0].split([q_width, kv_width, kv_width], dim=-1)

@@ -5,7 +5,8 @@ micro-batch, H hidden, I intermediate, V vocabulary, n labelled rows of a loss c
 
 A block keeps for its backward pass, in elements a token, with Q and K the widths of queries and of keys:
 
-    kernels   4 H + 2 Q + 2 K + 3 I + the ranks of its adapters, and Q for the order of packed samples
+    kernels   4 H + 2 Q + 2 K + 3 I + the ranks of its adapters, and Q for the order of packed samples on CPU;
+              on a GPU 2 I: backward makes the product of gate and up again
     Hugging   4 H + 2 Q + 2 K + 4 I, and 2 H in fp32 for its norms
 """
 
@@ -91,7 +92,7 @@ class Walk:
             # sdpa takes repeated keys and values with a mask, and a mask in the dtype of the queries
             self.hold(layer, k_repeated=self.q, v_repeated=self.q, mask=self.mask * self.b)
             self.free(layer, "k_turned", "v")
-        if self.job.by_segment and self.job.config.data.packing:
+        if self.job.by_segment and self.job.config.data.packing and not self.job.gpu:
             # attention keeps its own order of tokens, and the projection after it that of the rows
             self.hold(layer, q_spread=self.q, k_spread=self.kv, v_spread=self.kv)
             self.free(layer, "q_turned", "k_turned", "v")
@@ -114,6 +115,8 @@ class Walk:
             self.hold(layer, act=self.i)
         self.hold(layer, s_down=self.ranks("mlp.down_proj"), out=self.h)
         self._peft_spike(["mlp.down_proj"], self.h)
+        if self.job.remakes_product:
+            self.free(layer, "product")
         self.ledger.hold(ACTIVATIONS, f"x{layer + 1}", self.h)
         self.free(layer, "out")
         if self.norms_keep_wide:
@@ -234,6 +237,8 @@ class Walk:
                 else:
                     gradient(out * width)
 
+        if job.remakes_product:
+            self.hold(layer, product=self.i)
         self.hold(layer, d_product=self.i)
         weights("down_proj")
         self.free(layer, "product", "s_down")
@@ -271,7 +276,8 @@ class Walk:
         if not self.job.fused:
             self.ledger.spike(self.part, 3 * 4 * self.h // self.b)
         self.free(layer, f"d_y{index}", f"rstd{index}", f"wide{index}", f"normed{index}", source)
-        self.ledger.spike(self.part, self.h)  # the sum of both ways through a residual connection
+        if not self.job.fused:
+            self.ledger.spike(self.part, self.h)  # the sum of both ways through a residual connection
         self.free(layer, "d_norm")
 
     def backward_end(self) -> None:

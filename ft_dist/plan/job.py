@@ -54,6 +54,11 @@ class Job:
         return self.config.model.kernels != "off"
 
     @property
+    def remakes_product(self) -> bool:
+        """Whether backward makes the gated MLP's product again, as the layers of `model/fused.py` do on a GPU."""
+        return self.gpu and self.fused and self.config.model.kernels != "torch" and not self.checkpointing
+
+    @property
     def item(self) -> int:
         """Bytes of a weight and of an activation."""
         return BYTES[self.config.model.dtype]
@@ -121,6 +126,26 @@ class Job:
     def total(self) -> int:
         """Parameters of the model with its adapters."""
         return self.shape.total_parameters + (self.trainable if self.lora else 0)
+
+    @cached_property
+    def spare_columns(self) -> int:
+        """Elements beside the frozen weights of layers that run as one product, for their adapters (`model/merged.py`).
+
+        As `suits_extended` and `model/fused.py` choose: 16 bits on a GPU, no ZeRO-3, no DoRA, ranks up to 64.
+        """
+        method = self.config.method
+        merges = self.gpu and self.lora and self.fused and self.item == 2 and self.stage != 3
+        if not merges or method.dora or method.rank > 64 or self.config.model.kernels == "torch":
+            return 0
+        joined, heights = self.shape.joined, {name: out for name, out, _ in self.shape.linears()}
+        groups = [["mlp.gate_up_proj"] if joined else ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]
+        if not self.shape.head_norms:
+            groups.append(["self_attn.qkv_proj"] if joined else [f"self_attn.{part}_proj" for part in "qkv"])
+        elements = 0
+        for names in groups:
+            if self.adapted_names.issuperset(names):
+                elements += -(-len(names) * method.rank // 16) * 16 * sum(heights[name] for name in names)
+        return elements * self.shape.layers
 
     @cached_property
     def adapted_names(self) -> frozenset[str]:

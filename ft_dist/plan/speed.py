@@ -27,7 +27,7 @@ HIDDEN_SHARE = 0.90
 HOP_S = 5e-6
 """One step of a ring"""
 LAUNCH_S = 4e-6
-FUSED_LAUNCHES, PLAIN_LAUNCHES = 90, 330
+FUSED_LAUNCHES, PLAIN_LAUNCHES = 50, 330
 """Kernels of a block, forward and backward"""
 UPDATE_LAUNCHES = {0: 20, 1: 20, 2: 50, 3: 45}
 """Kernels of an update by ZeRO stage, counted in one of 203 tensors; AdamW's own are the same for more"""
@@ -139,8 +139,10 @@ def moved_bytes(job: Job, recomputed: float) -> float:
     ins = sum(width for name, _, width in shape.linears() if name in job.adapted_names)
     norms = shape.block_norms
     if job.fused:
-        forward = 2 * norms * h + 6 * h + 4 * (q + k) + 3 * i + 2 * outs + ins
-        backward = 3 * norms * h + 6 * h + 6 * (q + k) + 5 * i + 2 * outs + ins
+        # one residual addition in a norm, one of its own; in backward both in norms
+        forward = 2 * norms * h + 5 * h + 4 * (q + k) + 3 * i + 2 * outs + ins
+        backward = 3 * norms * h + 2 * h + 6 * (q + k) + 5 * i + 2 * outs + ins
+        backward += 3 * i if job.remakes_product else 0
     else:
         forward = 17 * norms * h + 6 * h + 12 * (q + k) + 5 * i + 5 * outs + ins
         backward = 34 * norms * h + 6 * h + 14 * (q + k) + 9 * i + 2 * outs + 3 * ins

@@ -45,7 +45,7 @@ class States(Gradient):
     def __init__(self, job: Job, ledger: Ledger) -> None:
         self.job, self.ledger = job, ledger
         self.own = -(-job.trainable // job.ranks) if job.stage > 0 else job.trainable
-        frozen = job.total - job.trainable if job.lora else 0
+        frozen = job.total - job.trainable + job.spare_columns if job.lora else 0
         weights = frozen * job.item / (job.ranks if job.stage == 3 else 1)
         # peft makes adapters in fp32, and ZeRO-3 alone leaves them so
         trained = self.own * (4 if job.lora else job.item) if job.stage == 3 else job.trainable * job.item

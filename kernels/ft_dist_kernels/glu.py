@@ -26,16 +26,19 @@ from torch import Tensor
 
 from ft_dist_kernels.aot import AotCase, Chip
 from ft_dist_kernels.backend import Backend, use_triton
-from ft_dist_kernels.tiles import tiles
+from ft_dist_kernels.tiles import empty_with_spare, tiles
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
 
 _APPROXIMATE = {"gelu_tanh": "tanh", "gelu": "none"}
 
 
-def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: Backend = "auto") -> Tensor:
-    """silu(gate) * up for gate and up (..., I), or for their halves of one gate (..., 2I); strides are free."""
-    return _glu(gate, up, "silu", backend)
+def swiglu(gate: Tensor, up: Tensor | None = None, *, spare: int = 0, backend: Backend = "auto") -> Tensor:
+    """silu(gate) * up for gate and up (..., I), or for their halves of one gate (..., 2I); strides are free.
+
+    With `spare` the result is the first I columns of a buffer whose rows have so many more, not written.
+    """
+    return _glu(gate, up, "silu", spare, backend)
 
 
 def geglu(
@@ -43,12 +46,13 @@ def geglu(
     up: Tensor | None = None,
     *,
     approximate: Literal["tanh", "none"] = "tanh",
+    spare: int = 0,
     backend: Backend = "auto",
 ) -> Tensor:
-    """gelu(gate) * up for gate and up (..., I), or for their halves of one gate (..., 2I); strides are free."""
+    """gelu(gate) * up, as `swiglu`."""
     if approximate not in ("tanh", "none"):
         raise ValueError(f"approximate={approximate!r} is not one of 'tanh', 'none'.")
-    return _glu(gate, up, "gelu_tanh" if approximate == "tanh" else "gelu", backend)
+    return _glu(gate, up, "gelu_tanh" if approximate == "tanh" else "gelu", spare, backend)
 
 
 def swiglu_reference(gate: Tensor, up: Tensor | None = None) -> Tensor:
@@ -63,7 +67,7 @@ def geglu_reference(gate: Tensor, up: Tensor | None = None, *, approximate: str 
     return F.gelu(gate, approximate=approximate) * up
 
 
-def _glu(gate: Tensor, up: Tensor | None, activation: Activation, backend: Backend) -> Tensor:
+def _glu(gate: Tensor, up: Tensor | None, activation: Activation, spare: int, backend: Backend) -> Tensor:
     if gate.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"gate has dtype {gate.dtype}; it must be fp32, bf16 or fp16. Use gate.float().")
     if up is None and (gate.dim() < 1 or gate.shape[-1] % 2):
@@ -72,7 +76,7 @@ def _glu(gate: Tensor, up: Tensor | None, activation: Activation, backend: Backe
         raise ValueError(
             f"gate is {gate.dtype} {tuple(gate.shape)} and up {up.dtype} {tuple(up.shape)}; they must agree."
         )
-    return _run(gate, up, activation, use_triton(gate, backend))
+    return _run(gate, up, activation, spare, use_triton(gate, backend))
 
 
 @torch._disable_dynamo
@@ -95,13 +99,13 @@ def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
 
 class _Glu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor | None, activation: Activation, triton: bool) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor | None, activation: Activation, spare: int, triton: bool) -> Tensor:
         gate_TI, up_TI = _halves(gate, up)
-        y_TI = torch.empty(gate_TI.shape, dtype=gate.dtype, device=gate.device)
+        y, y_TI = empty_with_spare((*gate.shape[:-1], gate_TI.shape[1]), spare, like=gate)
         (_triton_kernels().forward_triton if triton else forward_torch)(gate_TI, up_TI, y_TI, activation)
         ctx.save_for_backward(gate, up)
         ctx.activation, ctx.triton = activation, triton
-        return y_TI.view(*gate.shape[:-1], gate_TI.shape[1])
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -112,7 +116,7 @@ class _Glu(torch.autograd.Function):
         dup = None if up is None else torch.empty(up.shape, dtype=up.dtype, device=up.device)
         backward = _triton_kernels().backward_triton if ctx.triton else backward_torch
         backward(gate_TI, up_TI, _rows(dy), *_halves(dgate, dup), ctx.activation)
-        return dgate, dup, None, None
+        return dgate, dup, None, None, None
 
 
 def forward_torch(gate_TI: Tensor, up_TI: Tensor, y_TI: Tensor, activation: Activation) -> None:

@@ -55,6 +55,7 @@ def forward_kernel(
     y_ptr,
     gate_stride,
     up_stride,
+    y_stride,
     rows,
     width,
     ACTIVATION: tl.constexpr,
@@ -67,7 +68,7 @@ def forward_kernel(
     gate = tl.load(gate_ptr + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
     value, _slope = _activate(gate, ACTIVATION)
-    tl.store(y_ptr + row * width + column, (value * up).to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptr + row * y_stride + column, (value * up).to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -114,7 +115,7 @@ def forward_triton(gate_TI: Tensor, up_TI: Tensor, y_TI: Tensor, activation: str
         return
     tile_rows, block, warps = _tile(width, chip_of(gate_TI.device))
     forward_kernel[(triton.cdiv(rows, tile_rows), triton.cdiv(width, block))](
-        gate_TI, up_TI, y_TI, gate_TI.stride(0), up_TI.stride(0), rows, width,
+        gate_TI, up_TI, y_TI, gate_TI.stride(0), up_TI.stride(0), y_TI.stride(0), rows, width,
         ACTIVATION=activation, ROWS=tile_rows, BLOCK_I=block, num_warps=warps,
     )  # fmt: skip
 
@@ -145,12 +146,12 @@ def aot_cases(chip: Chip) -> list[AotCase]:
     for activation, width in (("silu", 14336), ("gelu_tanh", 10240), ("gelu", 10240), ("silu", 1536)):
         tile_rows, block, warps = _tile(width, chip)
         constexprs = {"ACTIVATION": activation, "ROWS": tile_rows, "BLOCK_I": block}
-        for name, kernel, tensors, written in (
-            ("forward", forward_kernel, ("gate", "up", "y"), ("y",)),
-            ("backward", backward_kernel, ("gate", "up", "dy", "dgate", "dup"), ()),
+        for name, kernel, tensors in (
+            ("forward", forward_kernel, ("gate", "up", "y")),
+            ("backward", backward_kernel, ("gate", "up", "dy", "dgate", "dup")),
         ):
             pointers = [f"{tensor}_ptr" for tensor in tensors]
-            strides = [f"{tensor}_stride" for tensor in tensors if tensor not in written]
+            strides = [f"{tensor}_stride" for tensor in tensors]
             signature = dict.fromkeys(pointers, "*bf16") | dict.fromkeys((*strides, "rows", "width"), "i32")
             cases.append(
                 AotCase(

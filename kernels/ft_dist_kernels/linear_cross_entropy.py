@@ -54,6 +54,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    rows: Tensor | None = None,
     backend: Backend = "auto",
 ) -> LinearCrossEntropyOutput:
     """Cross-entropy of a linear head, summed over the labelled tokens.
@@ -62,6 +63,9 @@ def linear_cross_entropy(
     already shifted by the caller. bias (V,), lora_a (R, H), lora_b (V, R) and token_weights (...) may have their own
     floating dtype; token_weights carry no gradient. lora_hidden (..., H) is the input of the LoRA branch where it is
     not `hidden` itself (dropout). Under no_grad, or if no input requires a gradient, no gradient is computed.
+
+    rows (N,) int64 names the labelled tokens, counted over all leading dimensions, where the caller knows them; the
+    loss is over these. Without it a GPU is waited for until they are found.
 
     With no labelled token at all loss is 0 and every gradient is zeros. A label that is neither `ignore_index` nor in
     [0, V) raises ValueError on CPU; on a GPU, where looking would stall the queue, it makes the loss and the gradients
@@ -80,9 +84,15 @@ def linear_cross_entropy(
             )
         if token_weights.requires_grad:
             raise ValueError("token_weights.requires_grad=True, but weights carry no gradient. Pass .detach() of them.")
+    if rows is not None and (rows.dim() != 1 or rows.dtype != torch.int64 or rows.numel() > labels.numel()):
+        raise ValueError(
+            f"rows is {rows.dtype} {tuple(rows.shape)}; it must be int64 of shape (N,), N at most {labels.numel()}."
+        )
     options = Options(lora_scale, label_smoothing, z_loss, softcap, logit_scale, use_triton(hidden, backend))
     tensors = (hidden, weight, bias, lora_a, lora_b, lora_hidden)
-    return LinearCrossEntropyOutput(*_run(_LinearCrossEntropy, tensors, options, labels, token_weights, ignore_index))
+    return LinearCrossEntropyOutput(
+        *_run(_LinearCrossEntropy, tensors, options, labels, token_weights, ignore_index, rows)
+    )
 
 
 def linear_log_probs(
@@ -107,7 +117,7 @@ def linear_log_probs(
     _validate(hidden, weight, labels, bias, lora_a, lora_b, lora_hidden, lora_scale, softcap, logit_scale)
     options = Options(lora_scale, softcap=softcap, logit_scale=logit_scale, triton=use_triton(hidden, backend))
     tensors = (hidden, weight, bias, lora_a, lora_b, lora_hidden)
-    return _run(_LinearLogProbs, tensors, options, labels, None, ignore_index)
+    return _run(_LinearLogProbs, tensors, options, labels, None, ignore_index, None)
 
 
 def linear_cross_entropy_reference(
@@ -240,6 +250,7 @@ def _run(
     labels: Tensor,
     token_weights: Tensor | None,
     ignore_index: int,
+    rows: Tensor | None,
 ) -> Any:
     hidden, weight, bias, lora_a, lora_b, lora_hidden = tensors
     assert hidden is not None
@@ -252,14 +263,17 @@ def _run(
     with torch.autocast(device, enabled=False):
         return function.apply(
             hidden, weight, bias, lora_a, lora_b, lora_hidden,
-            options, labels, token_weights, ignore_index, torch.is_grad_enabled(),
+            options, labels, token_weights, ignore_index, rows, torch.is_grad_enabled(),
         )  # fmt: skip
 
 
-def _labelled_rows(labels: Tensor, ignore_index: int, vocabulary: int) -> tuple[Tensor | None, Tensor]:
-    """(row numbers of the labelled tokens, or None if that is all of them; their labels). The one wait for the GPU."""
+def _labelled_rows(
+    labels: Tensor, ignore_index: int, vocabulary: int, rows_N: Tensor | None
+) -> tuple[Tensor | None, Tensor]:
+    """(row numbers of the labelled tokens, or None if that is all of them; their labels)."""
     labels_T = labels.reshape(-1)
-    rows_N = (labels_T != ignore_index).nonzero().squeeze(1)
+    if rows_N is None:  # the one wait for the GPU
+        rows_N = (labels_T != ignore_index).nonzero().squeeze(1)
     labels_N = (labels_T if rows_N.numel() == labels_T.numel() else labels_T[rows_N]).long()
     if labels_N.device.type == "cpu" and labels_N.numel():
         low, high = (int(bound) for bound in labels_N.aminmax())
@@ -285,9 +299,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         token_weights: Tensor | None,
         ignore_index: int,
+        rows: Tensor | None,
         with_grad: bool,
     ) -> tuple[Tensor, ...]:
-        rows_N, labels_N = _labelled_rows(labels, ignore_index, weight.shape[0])
+        rows_N, labels_N = _labelled_rows(labels, ignore_index, weight.shape[0], rows)
         weights_N = None
         if token_weights is not None:
             weights_N = token_weights.reshape(-1).float()
@@ -302,7 +317,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         outputs = (
             tokens.loss.sum(),
             tokens.nll.sum(),
-            (labels != ignore_index).sum(),
+            torch.full((), labels_N.numel(), dtype=torch.int64, device=labels.device),
             tokens.correct.sum(dtype=torch.int64),
         )
         ctx.mark_non_differentiable(*outputs[1:])
@@ -337,9 +352,10 @@ class _LinearLogProbs(torch.autograd.Function):
         labels: Tensor,
         token_weights: Tensor | None,
         ignore_index: int,
+        rows: Tensor | None,
         with_grad: bool,
     ) -> Tensor:
-        rows_N, labels_N = _labelled_rows(labels, ignore_index, weight.shape[0])
+        rows_N, labels_N = _labelled_rows(labels, ignore_index, weight.shape[0], rows)
         head = Head(weight, bias, lora_a, lora_b, options)
         tokens, _ = run_chunks(head, hidden, lora_hidden, rows_N, labels_N, None, Wanted())
         ctx.save_for_backward(hidden, weight, bias, lora_a, lora_b, lora_hidden, rows_N, labels_N)

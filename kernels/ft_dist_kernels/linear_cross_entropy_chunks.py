@@ -129,18 +129,19 @@ def run_chunks(
 def _take_back(grad_NH: Tensor | None, rows_N: Tensor | None, shape: torch.Size, scale: Tensor | None) -> Tensor | None:
     """The labelled rows' gradient times `scale`, in its place among zeros. In place where every row is labelled.
 
-    The product is made in fp32: a 0-dim fp32 factor would first be rounded to the dtype of a bf16 gradient.
+    The product is made in fp32 and rounded once: a 0-dim fp32 factor would first be rounded to the dtype of a bf16
+    gradient, so it is given a dimension. On CPU the widened rows are bounded.
     """
     if grad_NH is None:
         return None
     grad_TH = grad_NH if rows_N is None else grad_NH.new_zeros(shape).view(-1, shape[-1])
-    for start in range(0, grad_NH.shape[0], SCALED_ROWS):
-        chunk = slice(start, min(start + SCALED_ROWS, grad_NH.shape[0]))
-        part = grad_NH[chunk] if scale is None else (grad_NH[chunk].float() * scale).to(grad_NH.dtype)
+    step = SCALED_ROWS if grad_NH.device.type == "cpu" else max(grad_NH.shape[0], 1)
+    for start in range(0, grad_NH.shape[0], step):
+        part = grad_NH[start : start + step]
+        if scale is not None:
+            torch.mul(part, scale.view(1, 1), out=part)
         if rows_N is not None:
-            grad_TH.index_copy_(0, rows_N[chunk], part)
-        elif scale is not None:
-            grad_TH[chunk] = part
+            grad_TH.index_copy_(0, rows_N[start : start + step], part)
     return grad_TH.view(shape)
 
 
@@ -158,7 +159,7 @@ def input_gradients(
             grad.mul_(scale)
         shared.append(None if grad is None else grad.to(dtype))
     tokenwise = [_take_back(grad, rows_N, shape, scale) for grad in (grads.hidden, grads.lora_hidden)]
-    return (tokenwise[0], *shared, tokenwise[1], None, None, None, None, None)
+    return (tokenwise[0], *shared, tokenwise[1], None, None, None, None, None, None)
 
 
 def chunk_rows(count: int, vocabulary: int, device: str, bytes_a_logit: int) -> int:
@@ -327,7 +328,9 @@ def _accumulate(
     dtype, scale = d_nV.dtype, head.options.lora_scale
     own_source = source_nH is not hidden_nH
     d_hidden_nH = None
-    if grads.hidden is not None:
+    if grads.hidden is not None and head.options.triton and (s_nR is None or own_source):
+        torch.mm(d_nV, head.weight, out=grads.hidden[chunk])  # nothing is added: one rounding, in the product
+    elif grads.hidden is not None:
         d_hidden_nH = product(d_nV, head.weight) if rounded_nV is None else (rounded_nV @ head.weight).float()
     if grads.weight is not None:
         add_product(grads.weight, d_nV.T, hidden_nH)

@@ -11,6 +11,9 @@ Backward, with g = dy (weight + offset) in fp32 and r = 1 / sqrt(mean(s^2) + eps
 
     ds = r (g - n mean(g n)) + gradient of s itself,  dx = dresidual = ds,  dweight = sum over rows of dy n
 
+With `with_sum` s is an output too, with or without a residual: whoever uses it further (the residual stream of a
+decoder layer) sends its gradient through this backward pass, which adds it on the way and spares autograd the sum.
+
 dweight is summed in two stages in a fixed order (partial sums of blocks of rows, then their sum): no atomics. A frozen
 weight skips it. Nothing is written over an upstream gradient: autograd may hand the same tensor to another branch.
 
@@ -18,14 +21,14 @@ Shapes: T rows (any leading shape), H width.
 Source: Zhang and Sennrich (arXiv 1910.07467).
 """
 
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from ft_dist_kernels.aot import AotCase, Chip
 from ft_dist_kernels.backend import Backend, use_triton
-from ft_dist_kernels.tiles import tiles
+from ft_dist_kernels.tiles import empty_with_spare, tiles
 
 
 @overload
@@ -37,6 +40,8 @@ def rms_norm(
     offset: float = ...,
     cast_before_weight: bool = ...,
     residual: None = ...,
+    with_sum: Literal[False] = ...,
+    spare: int = ...,
     backend: Backend = ...,
 ) -> Tensor: ...
 
@@ -50,8 +55,40 @@ def rms_norm(
     offset: float = ...,
     cast_before_weight: bool = ...,
     residual: Tensor,
+    with_sum: bool = ...,
+    spare: int = ...,
     backend: Backend = ...,
 ) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    offset: float = ...,
+    cast_before_weight: bool = ...,
+    residual: Tensor | None = ...,
+    with_sum: Literal[True],
+    spare: int = ...,
+    backend: Backend = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    offset: float = ...,
+    cast_before_weight: bool = ...,
+    residual: Tensor | None = ...,
+    with_sum: bool = ...,
+    spare: int = ...,
+    backend: Backend = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def rms_norm(
@@ -62,12 +99,15 @@ def rms_norm(
     offset: float = 0.0,
     cast_before_weight: bool = True,
     residual: Tensor | None = None,
+    with_sum: bool = False,
+    spare: int = 0,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """RMSNorm over the last dimension of x (..., H), by weight (H,); y has x's dtype.
 
-    With a residual (shape and dtype of x) returns (y, x + residual), both differentiable. x is fp32, bf16 or fp16;
-    weight may have another floating dtype. Raises ValueError for shapes and dtypes that do not fit.
+    With a residual (shape and dtype of x) returns (y, x + residual), both differentiable; `with_sum` without a residual
+    returns (y, x). With `spare` y is the first H columns of a buffer whose rows have so many more, not written. x is
+    fp32, bf16 or fp16; weight may have another floating dtype. Raises ValueError for shapes and dtypes that do not fit.
     """
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"x has dtype {x.dtype}; it must be fp32, bf16 or fp16. Use x.float().")
@@ -82,8 +122,10 @@ def rms_norm(
         )
     if not eps >= 0:
         raise ValueError(f"eps={eps} must be >= 0. Use the model's own, such as 1e-6.")
-    y, total = _run(x, residual, weight, float(eps), float(offset), cast_before_weight, use_triton(x, backend))
-    return y if residual is None else (y, total)
+    with_sum = with_sum or residual is not None
+    scalars = float(eps), float(offset), cast_before_weight, with_sum, spare
+    y, total = _run(x, residual, weight, *scalars, use_triton(x, backend))
+    return (y, total) if with_sum else y
 
 
 def rms_norm_reference(
@@ -128,18 +170,23 @@ class _RmsNorm(torch.autograd.Function):
         eps: float,
         offset: float,
         cast_before_weight: bool,
+        with_sum: bool,
+        spare: int,
         triton: bool,
     ) -> tuple[Tensor, Tensor | None]:
         x_TH, residual_TH = _rows(x), None if residual is None else _rows(residual)
-        y_TH = torch.empty(x_TH.shape, dtype=x.dtype, device=x.device)
-        sum_TH = x_TH if residual is None else torch.empty_like(y_TH)
+        y, y_TH = empty_with_spare(x.shape, spare, like=x)
+        sum_TH = x_TH if residual is None else torch.empty(x_TH.shape, dtype=x.dtype, device=x.device)
         rstd_T = torch.empty(x_TH.shape[0], dtype=torch.float32, device=x.device)
         forward = _triton_kernels().forward_triton if triton else forward_torch
         forward(x_TH, residual_TH, weight, y_TH, sum_TH, rstd_T, eps, offset, cast_before_weight)
         ctx.save_for_backward(sum_TH, rstd_T, weight)
         ctx.offset, ctx.cast_before_weight, ctx.triton = offset, cast_before_weight, triton
         ctx.set_materialize_grads(False)
-        return y_TH.view(x.shape), None if residual is None else sum_TH.view(x.shape)
+        total = None
+        if with_sum:
+            total = x if residual is None else sum_TH.view(x.shape)
+        return y, total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -148,7 +195,7 @@ class _RmsNorm(torch.autograd.Function):
         want_x, want_residual, want_weight = ctx.needs_input_grad[:3]
         if dy is None:
             dweight = torch.zeros_like(weight) if want_weight else None
-            return dsum if want_x else None, dsum if want_residual else None, dweight, None, None, None, None
+            return dsum if want_x else None, dsum if want_residual else None, dweight, *[None] * 6
         dx_TH = torch.empty(sum_TH.shape, dtype=sum_TH.dtype, device=sum_TH.device)
         backward = _triton_kernels().backward_triton if ctx.triton else backward_torch
         dweight = backward(
@@ -163,7 +210,7 @@ class _RmsNorm(torch.autograd.Function):
             want_weight,
         )
         dx = dx_TH.view(dy.shape)
-        return dx if want_x else None, dx if want_residual else None, dweight, None, None, None, None
+        return dx if want_x else None, dx if want_residual else None, dweight, *[None] * 6
 
 
 def forward_torch(

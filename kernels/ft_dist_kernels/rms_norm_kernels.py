@@ -39,6 +39,7 @@ def forward_kernel(
     rstd_ptr,
     x_stride,
     residual_stride,
+    y_stride,
     rows,
     width,
     eps,
@@ -78,7 +79,7 @@ def forward_kernel(
         normed = s * rstd
         if CAST_FIRST:
             normed = normed.to(dtype).to(tl.float32)
-        tl.store(y_ptr + row * width + start + column, (normed * scale).to(dtype), mask=inside)
+        tl.store(y_ptr + row * y_stride + start + column, (normed * scale).to(dtype), mask=inside)
 
 
 @triton.jit
@@ -235,7 +236,7 @@ def forward_triton(
     tile_rows, block, warps = _tile(width, chip_of(x_TH.device))
     forward_kernel[(triton.cdiv(rows, tile_rows),)](
         x_TH, residual_TH, weight_H.contiguous(), y_TH, sum_TH, rstd_T,
-        x_TH.stride(0), 0 if residual_TH is None else residual_TH.stride(0), rows, width, eps, offset,
+        x_TH.stride(0), 0 if residual_TH is None else residual_TH.stride(0), y_TH.stride(0), rows, width, eps, offset,
         HAS_RESIDUAL=residual_TH is not None, CAST_FIRST=cast_before_weight, WHOLE=block >= width,
         ROWS=tile_rows, BLOCK_H=block, num_warps=warps,
     )  # fmt: skip
@@ -304,7 +305,7 @@ def aot_cases(chip: Chip) -> list[AotCase]:
                 {
                     **dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "y_ptr", "sum_ptr"), "*bf16"),
                     "rstd_ptr": "*fp32",
-                    **dict.fromkeys(("x_stride", "residual_stride", "rows", "width"), "i32"),
+                    **dict.fromkeys(("x_stride", "residual_stride", "y_stride", "rows", "width"), "i32"),
                     **dict.fromkeys(("eps", "offset"), "fp32"),
                 },
                 {"HAS_RESIDUAL": True, "CAST_FIRST": cast, "WHOLE": whole, **tile},

@@ -16,6 +16,7 @@ Shapes: B batch, N heads, S positions, D head width, R rotated columns (even, <=
 Source: Su et al. (arXiv 2104.09864).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from ft_dist_kernels.backend import Backend, use_triton
 from ft_dist_kernels.rope_scaling import rope_inv_freq
 from ft_dist_kernels.tiles import tiles
 
-__all__ = ["rope", "rope_inv_freq", "rope_reference", "rope_tables"]
+__all__ = ["rope", "rope_inv_freq", "rope_merged", "rope_reference", "rope_tables"]
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
@@ -35,22 +36,24 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: Backend = "
     The same numbers as transformers' apply_rotary_pos_emb(q, k, cos, sin). The tables carry no gradient. In another
     floating dtype than q and k they are rounded to it on CPU, as transformers does, and used as they are by Triton.
     """
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16) or k.dtype != q.dtype:
-        raise ValueError(f"q is {q.dtype} and k {k.dtype}; both must be one of fp32, bf16, fp16.")
-    same = q.dim() == k.dim() == 4 and (q.shape[0], *q.shape[2:]) == (k.shape[0], *k.shape[2:])
-    if not same:
-        raise ValueError(
-            f"q {tuple(q.shape)} and k {tuple(k.shape)} must be (B, N, S, D) and (B, N_kv, S, D) with the same B, S, D."
-        )
-    batch, _, positions, width = q.shape
-    if cos.shape != sin.shape or cos.dim() != 3 or cos.shape[0] not in (1, batch) or cos.shape[1] != positions:
-        raise ValueError(
-            f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must both be ({batch} or 1, {positions}, R) for q "
-            f"{tuple(q.shape)}."
-        )
-    if cos.shape[2] % 2 or not 0 < cos.shape[2] <= width:
-        raise ValueError(f"cos has {cos.shape[2]} columns; the rotated part must be even and within 2..{width}.")
+    _check(q, k, cos, sin)
     return _run(q, k, cos.detach(), sin.detach(), use_triton(q, backend))
+
+
+def rope_merged(
+    qkv: Tensor, cos: Tensor, sin: Tensor, *, heads: int, kv_heads: int, backend: Backend = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q (B, N, S, D), k and v (B, N_kv, S, D) of qkv (B, S, (N + 2 N_kv) D), q and k rotated as by `rope`.
+
+    They are views of one new tensor, so that qkv need not be kept; the gradient over qkv is one tensor too, for a
+    projection that made all three. Raises ValueError as `rope`, and for a width that the heads do not divide.
+    """
+    whole = heads + 2 * kv_heads
+    if qkv.dim() != 3 or heads < 1 or kv_heads < 1 or qkv.shape[2] % whole:
+        raise ValueError(f"qkv {tuple(qkv.shape)} must be (B, S, ({heads} + 2 x {kv_heads}) D), heads at least 1.")
+    q, k, _ = _split_heads(qkv, heads, kv_heads)
+    _check(q, k, cos, sin)
+    return _run_merged(qkv, cos.detach(), sin.detach(), heads, kv_heads, use_triton(qkv, backend))
 
 
 def rope_tables(
@@ -77,6 +80,37 @@ def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tens
         return torch.cat((turning * cos + torch.cat((-second, first), -1) * sin, passing), -1)
 
     return embed(q), embed(k)
+
+
+def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Raises ValueError naming the value, the rule and the fix."""
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16) or k.dtype != q.dtype:
+        raise ValueError(f"q is {q.dtype} and k {k.dtype}; both must be one of fp32, bf16, fp16.")
+    same = q.dim() == k.dim() == 4 and (q.shape[0], *q.shape[2:]) == (k.shape[0], *k.shape[2:])
+    if not same:
+        raise ValueError(
+            f"q {tuple(q.shape)} and k {tuple(k.shape)} must be (B, N, S, D) and (B, N_kv, S, D) with the same B, S, D."
+        )
+    batch, _, positions, width = q.shape
+    if cos.shape != sin.shape or cos.dim() != 3 or cos.shape[0] not in (1, batch) or cos.shape[1] != positions:
+        raise ValueError(
+            f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must both be ({batch} or 1, {positions}, R) for q "
+            f"{tuple(q.shape)}."
+        )
+    if cos.shape[2] % 2 or not 0 < cos.shape[2] <= width:
+        raise ValueError(f"cos has {cos.shape[2]} columns; the rotated part must be even and within 2..{width}.")
+
+
+@torch._disable_dynamo
+def _run_merged(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _RopeMerged.apply(*arguments)
+
+
+def _split_heads(qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, N, S, D), (B, N_kv, S, D) twice: views of (B, S, (N + 2 N_kv) D)."""
+    by_head = qkv.unflatten(2, (heads + 2 * kv_heads, -1)).transpose(1, 2)
+    q, k, v = by_head.split([heads, kv_heads, kv_heads], dim=1)
+    return q, k, v
 
 
 @torch._disable_dynamo
@@ -110,6 +144,46 @@ class _Rope(torch.autograd.Function):
         return *_rotate(dq, dk, cos, sin, ctx.orders, inverse=True, triton=ctx.triton), None, None, None
 
 
+class _RopeMerged(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, triton: bool
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(cos, sin)
+        ctx.shape, ctx.heads, ctx.triton = qkv.shape, (heads, kv_heads), triton
+        turned = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+        return _rotate_merged(_split_heads(qkv, heads, kv_heads), turned, cos, sin, ctx.heads, triton, inverse=False)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        dqkv = torch.empty(ctx.shape, dtype=upstream[0].dtype, device=upstream[0].device)
+        _rotate_merged(upstream, dqkv, cos, sin, ctx.heads, ctx.triton, inverse=True)
+        return dqkv, *[None] * 5
+
+
+def _rotate_merged(
+    parts: Sequence[Tensor],
+    into: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: tuple[int, int],
+    triton: bool,
+    *,
+    inverse: bool,
+) -> tuple[Tensor, ...]:
+    """The views of q, k and v in `into`, filled."""
+    outputs = _split_heads(into, *heads)
+    if triton:
+        _triton_kernels().rotate_triton(parts, cos, sin, outputs, inverse)
+        return outputs
+    for x, y in zip(parts[:2], outputs[:2], strict=True):
+        rotate_torch(x, cos, sin, y, inverse)
+    outputs[2].copy_(parts[2])
+    return outputs
+
+
 def _rotate(
     q: Tensor,
     k: Tensor,
@@ -122,7 +196,7 @@ def _rotate(
 ) -> tuple[Tensor, Tensor]:
     q_out, k_out = _empty(q, orders[0]), _empty(k, orders[1])
     if triton:
-        _triton_kernels().rotate_triton(q, k, cos, sin, q_out, k_out, inverse)
+        _triton_kernels().rotate_triton((q, k), cos, sin, (q_out, k_out), inverse)
     else:
         for x, y in ((q, q_out), (k, k_out)):
             rotate_torch(x, cos, sin, y, inverse)

@@ -6,6 +6,8 @@ once and written once (2 B S (N + N_kv) D itemsize in each direction).
 
 # mypy: disallow-incomplete-defs=False
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -63,25 +65,48 @@ def _rotate_heads(
 
 
 @triton.jit
+def _copy_heads(
+    x_ptr, y_ptr, x_head_stride, y_head_stride, heads, WIDTH: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr
+):
+    column = tl.arange(0, BLOCK)[None, :]
+    for first in range(0, heads, HEADS):
+        head = (first + tl.arange(0, HEADS)).to(tl.int64)[:, None]
+        inside = (head < heads) & (column < WIDTH)
+        tl.store(
+            y_ptr + head * y_head_stride + column,
+            tl.load(x_ptr + head * x_head_stride + column, mask=inside, other=0.0),
+            mask=inside,
+        )
+
+
+@triton.jit
 def rope_kernel(
     q_ptr,
     k_ptr,
+    v_ptr,
     cos_ptr,
     sin_ptr,
     q_out_ptr,
     k_out_ptr,
+    v_out_ptr,
     q_batch_stride,
     q_head_stride,
     q_position_stride,
     k_batch_stride,
     k_head_stride,
     k_position_stride,
+    v_batch_stride,
+    v_head_stride,
+    v_position_stride,
     q_out_batch_stride,
     q_out_head_stride,
     q_out_position_stride,
     k_out_batch_stride,
     k_out_head_stride,
     k_out_position_stride,
+    v_out_batch_stride,
+    v_out_head_stride,
+    v_out_position_stride,
     cos_batch_stride,
     cos_position_stride,
     sin_batch_stride,
@@ -91,10 +116,13 @@ def rope_kernel(
     HALF: tl.constexpr,
     PASS: tl.constexpr,
     INVERSE: tl.constexpr,
+    COPY_V: tl.constexpr,
     Q_HEADS: tl.constexpr,
     K_HEADS: tl.constexpr,
+    V_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_PASS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
     position = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
@@ -140,6 +168,17 @@ def rope_kernel(
         BLOCK_HALF,
         BLOCK_PASS,
     )
+    if COPY_V:
+        _copy_heads(
+            v_ptr + batch * v_batch_stride + position * v_position_stride,
+            v_out_ptr + batch * v_out_batch_stride + position * v_out_position_stride,
+            v_head_stride,
+            v_out_head_stride,
+            k_heads,
+            2 * HALF + PASS,
+            V_HEADS,
+            BLOCK_V,
+        )
 
 
 def _configuration(q_heads: int, k_heads: int, width: int, rotated: int, chip: Chip) -> tuple[dict[str, int], int]:
@@ -147,14 +186,17 @@ def _configuration(q_heads: int, k_heads: int, width: int, rotated: int, chip: C
     elements, warps = TILES[chip]
     block_half = triton.next_power_of_2(rotated // 2)
     block_pass = triton.next_power_of_2(max(width - rotated, 1))
+    block_v = triton.next_power_of_2(width)
     most = max(1, elements // max(block_half, block_pass))
     return {
         "HALF": rotated // 2,
         "PASS": width - rotated,
         "Q_HEADS": min(most, triton.next_power_of_2(q_heads)),
         "K_HEADS": min(most, triton.next_power_of_2(k_heads)),
+        "V_HEADS": min(max(1, elements // block_v), triton.next_power_of_2(k_heads)),
         "BLOCK_HALF": block_half,
         "BLOCK_PASS": block_pass,
+        "BLOCK_V": block_v,
     }, warps
 
 
@@ -162,31 +204,26 @@ def _dense_columns(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def rotate_triton(
-    q: Tensor,
-    k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    q_out: Tensor,
-    k_out: Tensor,
-    inverse: bool,
-) -> None:
-    """Fills q_out and k_out with q and k turned by the tables, or back."""
+def rotate_triton(parts: Sequence[Tensor], cos: Tensor, sin: Tensor, outputs: Sequence[Tensor], inverse: bool) -> None:
+    """Fills `outputs` with q and k of `parts` turned by the tables, or back; and with v, where that is the third."""
+    q, k, *rest = (_dense_columns(part) for part in parts)
+    q_out, k_out, *rest_out = outputs
     batch, q_heads, positions, width = q.shape
     k_heads, rotated = k.shape[1], cos.shape[2]
     if batch * positions == 0:
         return
-    q, k, cos, sin = (_dense_columns(tensor) for tensor in (q, k, cos, sin))
+    cos, sin = (_dense_columns(table) for table in (cos, sin))
     constexprs, warps = _configuration(q_heads, k_heads, width, rotated, chip_of(q.device))
+    v, v_out = (rest[0], rest_out[0]) if rest else (k, k_out)
     tables = [
         stride
         for table in (cos, sin)
         for stride in (table.stride(0) if table.shape[0] > 1 else 0, table.stride(1))
     ]  # fmt: skip
     rope_kernel[(positions, batch)](
-        q, k, cos, sin, q_out, k_out,
-        *(stride for tensor in (q, k, q_out, k_out) for stride in tensor.stride()[:3]), *tables,
-        q_heads, k_heads, INVERSE=inverse, num_warps=warps, **constexprs,
+        q, k, v, cos, sin, q_out, k_out, v_out,
+        *(stride for tensor in (q, k, v, q_out, k_out, v_out) for stride in tensor.stride()[:3]), *tables,
+        q_heads, k_heads, INVERSE=inverse, COPY_V=bool(rest), num_warps=warps, **constexprs,
     )  # fmt: skip
 
 
@@ -199,19 +236,19 @@ def aot_cases(chip: Chip) -> list[AotCase]:
         ("partial", 24, 8, 128, 96),
         ("llama3-70b", 64, 8, 128, 128),
     ):
-        for inverse in (False, True):
+        for inverse, merged in ((False, False), (True, False), (False, True), (True, True)):
             constexprs, warps = _configuration(q_heads, k_heads, width, rotated, chip)
-            pointers = ("q_ptr", "k_ptr", "cos_ptr", "sin_ptr", "q_out_ptr", "k_out_ptr")
+            pointers = [f"{tensor}_ptr" for tensor in ("q", "k", "v", "cos", "sin", "q_out", "k_out", "v_out")]
             strides = [
                 f"{tensor}_{axis}_stride"
-                for tensor in ("q", "k", "q_out", "k_out")
+                for tensor in ("q", "k", "v", "q_out", "k_out", "v_out")
                 for axis in ("batch", "head", "position")
             ] + [f"{table}_{axis}_stride" for table in ("cos", "sin") for axis in ("batch", "position")]
             signature = dict.fromkeys(pointers, "*bf16") | dict.fromkeys((*strides, "q_heads", "k_heads"), "i32")
-            values = {"HALF": 0, "PASS": 0, "INVERSE": inverse} | constexprs
+            values = {"HALF": 0, "PASS": 0, "INVERSE": inverse, "COPY_V": merged} | constexprs
             cases.append(
                 AotCase(
-                    name=f"rope/{name}-{'backward' if inverse else 'forward'}",
+                    name=f"rope/{name}-{'backward' if inverse else 'forward'}{'-merged' if merged else ''}",
                     kernel=rope_kernel,
                     signature=signature | dict.fromkeys(values, "constexpr"),
                     constexprs=values,

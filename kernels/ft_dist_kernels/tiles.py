@@ -1,7 +1,8 @@
-"""A pass over rows in blocks that stay in a CPU's cache through all the steps of the pass."""
+"""Rows: a pass in blocks that stay in a CPU's cache through all the steps of the pass, and rows with room behind."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 TILE_ELEMENTS = 256 * 1024
@@ -15,3 +16,11 @@ def tiles(row_elements: int, *tensors: Tensor, dim: int = 0) -> Iterator[tuple[T
     if tensors[0].shape[dim] <= step:
         return iter([tensors])
     return zip(*(tensor.split(step, dim) for tensor in tensors), strict=True)
+
+
+def empty_with_spare(shape: Sequence[int], spare: int, *, like: Tensor) -> tuple[Tensor, Tensor]:
+    """An empty tensor of `shape`, and its rows (T, shape[-1]): the first columns of rows that are `spare` longer."""
+    width = shape[-1]
+    buffer = torch.empty((*shape[:-1], width + spare), dtype=like.dtype, device=like.device)[..., :width]
+    rows = buffer.flatten(0, -2) if buffer.dim() > 1 else buffer[None]
+    return buffer, rows

@@ -19,6 +19,8 @@ def test_labels_are_shifted_and_never_cross_samples():
     assert got.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 0, 0], [0, 1, 2, 0, 0, 0, 0, 0]]
     assert (got.real_tokens, got.labelled_tokens, got.padded_tokens) == (8, 4, 8)
     assert got.kept.tolist() == [0, 1, 2, 3, 4, 5, 8, 9]  # those that predict, those before them, and three to fill
+    assert got.labelled.tolist() == [0, 1, 3, 7]
+    assert got.labels.view(-1)[got.kept][got.labelled].tolist() == [2, 3, 5, 8]
     assert got.input_ids.dtype == got.labels.dtype == got.position_ids.dtype == torch.int64
 
 
@@ -27,6 +29,7 @@ def test_dummy_predicts_nothing():
     assert got.input_ids.tolist() == [[7]]
     assert got.labels.tolist() == [[IGNORED]]
     assert got.kept.tolist() == [0]
+    assert got.labelled.tolist() == []
     assert (got.real_tokens, got.labelled_tokens, got.padded_tokens) == (0, 0, 1)
 
 

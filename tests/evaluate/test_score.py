@@ -23,7 +23,15 @@ def micro_batch(labelled: int) -> MicroBatch:
     ids = torch.zeros(1, 8, dtype=torch.int64)
     segments = find_segments(ids)
     return MicroBatch(
-        ids, ids, ids, torch.arange(8), segments, real_tokens=8, labelled_tokens=labelled, padded_tokens=0
+        ids,
+        ids,
+        ids,
+        torch.arange(8),
+        segments,
+        torch.arange(8),
+        real_tokens=8,
+        labelled_tokens=labelled,
+        padded_tokens=0,
     )
 
 

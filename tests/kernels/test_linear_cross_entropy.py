@@ -102,6 +102,34 @@ def test_loss_shapes(backend, dtype, shape, ignored):
     )
 
 
+@pytest.mark.parametrize("ignored", [0.0, 0.4, 1.0], ids=["none-ignored", "some-ignored", "all-ignored"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_known_rows_give_the_same_bits_and_are_not_searched_for(backend, ignored):
+    results = []
+    for known in (False, True):
+        inputs = make_inputs((23, 96, 301), torch.float32, ignored=ignored)
+        tensors = {name: tensor.requires_grad_() for name, tensor in inputs.items() if tensor.is_floating_point()}
+        rows = (inputs["labels"] != -100).nonzero().view(-1) if known else None
+        with Operators() as operators:
+            out = linear_cross_entropy(**tensors, labels=inputs["labels"], rows=rows, backend=backend)
+        assert ("nonzero" in operators.names) != known
+        out.loss.backward()
+        results.append([*out, *(tensor.grad for tensor in tensors.values())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+class Operators(TorchDispatchMode):
+    """The names of the operators that run under it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("name", ["plain", "softcap-scale-bias", "lora-dropout"])
 @pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
 def test_log_probs_parity(backend, dtype, name):
@@ -266,6 +294,8 @@ def test_triton_treats_a_wrong_label_safely():
         ({"softcap": 0.0}, "softcap"),
         ({"logit_scale": float("inf")}, "logit_scale"),
         ({"backend": "cuda"}, "backend"),
+        ({"rows": torch.tensor([[0, 2]])}, "rows is"),
+        ({"rows": torch.tensor([0, 1])}, "label -100 is outside"),
     ],
 )
 def test_mistakes_are_named(change, message):

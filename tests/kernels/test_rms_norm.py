@@ -72,6 +72,34 @@ def test_strided_inputs(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_x_passes_through(backend):
+    """Its other use sends its gradient through the norm."""
+    results = []
+    for with_sum in (False, True):
+        x, weight = (tensor.requires_grad_() for tensor in make_inputs((5, 24), torch.float32).values())
+        y = rms_norm(x, weight, eps=1e-6, with_sum=with_sum, backend=backend)
+        y, again = y if with_sum else (y, x)
+        assert torch.equal(again, x)
+        (y.sin() + again.cos()).sum().backward()
+        results.append((x.grad, weight.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_result_with_room_behind_its_rows(backend, residual):
+    inputs = make_inputs((2, 3, 37), torch.float32, residual=residual)
+    inputs = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+    plain, roomy = (as_tuple(rms_norm(**inputs, eps=1e-6, spare=n, backend=backend)) for n in (0, 11))
+    assert roomy[0].stride() == (3 * 48, 48, 1)
+    torch.testing.assert_close(plain, roomy)  # vectors end elsewhere on CPU
+    upstream = [torch.randn(output.shape) for output in plain]
+    torch.testing.assert_close(
+        *(torch.autograd.grad(outputs, list(inputs.values()), upstream) for outputs in (plain, roomy))
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_one_of_two_outputs_used(backend):
     """Only y, or only the sum, reaches the loss."""
     for used in (0, 1):

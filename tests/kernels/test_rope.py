@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ft_dist_kernels.rope import rope, rope_inv_freq, rope_reference, rope_tables
+from ft_dist_kernels.rope import rope, rope_inv_freq, rope_merged, rope_reference, rope_tables
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import BACKEND_DTYPES, BACKENDS, check_parity
@@ -42,6 +42,41 @@ def check(backend, inputs):
 @pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
 def test_parity(backend, dtype, shape, transposed):
     check(backend, make_inputs(shape, dtype, transposed=transposed))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
+def test_merged_parity(backend, dtype, shape):
+    batch, q_heads, k_heads, positions, width, _ = shape
+    tables = {name: table for name, table in make_inputs(shape, dtype).items() if name in ("cos", "sin")}
+    counts = [q_heads, k_heads, k_heads]
+    qkv = torch.randn(batch, positions, sum(counts) * width, generator=torch.Generator().manual_seed(4)).to(dtype)
+
+    def reference(qkv, cos, sin):
+        parts = qkv.split([count * width for count in counts], -1)
+        q, k, v = (part.unflatten(-1, (-1, width)).transpose(1, 2) for part in parts)
+        return *rope_reference(q, k, cos, sin), v
+
+    shapes = [(batch, count, positions, width) for count in counts]
+    upstream = (torch.randn(shape, generator=torch.Generator().manual_seed(3)) for shape in shapes)
+    check_parity(
+        lambda **kw: rope_merged(**kw, heads=q_heads, kv_heads=k_heads, backend=backend),
+        reference,
+        {"qkv": qkv, **tables},
+        upstream=tuple(grad.to(dtype).float() for grad in upstream),
+        frozen=("cos", "sin"),
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_merged_results_lie_beside_each_other(backend):
+    inputs = make_inputs((2, 4, 2, 6, 16, 16), torch.float32)
+    qkv = torch.randn(2, 6, 8 * 16)
+    parts = rope_merged(qkv, inputs["cos"], inputs["sin"], heads=4, kv_heads=2, backend=backend)
+    assert len({part.untyped_storage().data_ptr() for part in (*parts, qkv)}) == 2
+    assert all(part.stride() == (6 * 128, 16, 128, 1) for part in parts)
+    with pytest.raises(ValueError, match="must be"):
+        rope_merged(qkv, inputs["cos"], inputs["sin"], heads=3, kv_heads=2, backend=backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

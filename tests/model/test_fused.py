@@ -2,82 +2,27 @@
 
 import pytest
 import torch
-from ft_dist_kernels.segments import find_segments
 
 from ft_dist.config.schema import MethodConfig
 from ft_dist.errors import ModelError
 from ft_dist.loss import CausalObjective
-from ft_dist.model.builtin import resolve_model
 from ft_dist.model.fused import chosen_backend, fuse
-from ft_dist.model.load import add_adapters, enable_activation_checkpointing
 from ft_dist.model.tiny import tiny_names
-
-
-def build(name, kernels, *, method=None, dtype=torch.float32, checkpointing=False, nonzero=True):
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=dtype)
-    if checkpointing:
-        enable_activation_checkpointing(model)
-    if method is not None:
-        model = add_adapters(model, method)
-        for parameter_name, parameter in model.named_parameters():
-            if nonzero and "lora_B" in parameter_name:
-                # B starts at zero, which would hide every mistake in A's gradient
-                torch.nn.init.normal_(parameter, std=0.05)
-    causal_lm = model.get_base_model() if method is not None else model
-    report = fuse(causal_lm, kernels=kernels, device_type="cpu", zero3=False)
-    objective = CausalObjective(model, fused=report.head_backend, by_segment=report.segments)
-    report.add_head(objective.head.reason_unfused())
-    return objective.train(), report
-
-
-def batch(rows=2, width=32, restart=20):
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(0, 250, (rows, width + 1), generator=generator)
-    labels = ids[:, 1:].clone()
-    labels[:, :9] = -100
-    positions = torch.arange(width).repeat(rows, 1)
-    positions[:, restart:] -= restart
-    rows_of = {"input_ids": ids[:, :-1].contiguous(), "labels": labels, "position_ids": positions}
-    return rows_of | {"kept": torch.arange(rows * width), "segments": find_segments(positions)}
-
-
-def gradients(objective, **size):
-    loss = objective(**batch(**size))
-    loss.backward()
-    return loss.detach(), {n: p.grad for n, p in objective.named_parameters() if p.grad is not None}
-
-
-METHODS = {
-    "full": None,
-    "lora": MethodConfig(rank=4, alpha=8),
-    "rslora": MethodConfig(rank=4, alpha=8, rslora=True),
-    "dora": MethodConfig(rank=4, alpha=8, dora=True),
-    "head": MethodConfig(rank=4, alpha=8, target_modules=["q_proj", "qkv_proj", "down_proj", "lm_head"]),
-}
+from tests.model.whole_models import METHODS, assert_same, batch, build, gradients
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("name", tiny_names())
 def test_loss_and_gradients_are_hugging_faces_own(name, method):
     own, ours = build(name, "off", method=METHODS[method])[0], build(name, "torch", method=METHODS[method])[0]
-    (loss, grads), (fused_loss, fused_grads) = gradients(own), gradients(ours)
-    torch.testing.assert_close(fused_loss, loss, rtol=1e-5, atol=0)
-    assert fused_grads.keys() == grads.keys()
-    for parameter, grad in grads.items():
-        assert (fused_grads[parameter] - grad).norm() <= 2e-5 * grad.norm() + 1e-7, parameter
+    assert_same(gradients(ours), gradients(own))
 
 
 @pytest.mark.parametrize("name", ["tiny-mistral", "tiny-gemma3", "tiny-phi3", "tiny-llama"])
 def test_samples_longer_than_a_sliding_window(name):
     own, ours = build(name, "off")[0], build(name, "torch")[0]
     size = {"rows": 1, "width": 150, "restart": 110}
-    (loss, grads), (fused_loss, fused_grads) = gradients(own, **size), gradients(ours, **size)
-    torch.testing.assert_close(fused_loss, loss, rtol=1e-5, atol=0)
-    for parameter, grad in grads.items():
-        assert (fused_grads[parameter] - grad).norm() <= 2e-5 * grad.norm() + 1e-7, parameter
+    assert_same(gradients(ours, **size), gradients(own, **size))
 
 
 def test_attention_goes_by_segments_where_it_can():
@@ -105,6 +50,42 @@ def test_checkpointed_blocks_give_the_same_bits_with_dropout():
         results.append(gradients(objective))
     assert torch.equal(results[0][0], results[1][0])
     assert all(torch.equal(results[0][1][name], grad) for name, grad in results[1][1].items())
+
+
+def test_checkpointed_layers_run_again_in_backward():
+    """transformers checkpoints in `forward` or around it, by version; a layer's own forward must keep that, once."""
+    for checkpointing, runs in ((False, 1), (True, 2)):
+        objective, _ = build("tiny-llama", "torch", checkpointing=checkpointing)
+        layers, ran = objective.causal_lm.get_decoder().layers, []
+        for layer in layers:
+            layer.self_attn.register_forward_pre_hook(lambda *_, ran=ran: ran.append(1))
+        gradients(objective)
+        assert len(ran) == runs * len(layers)
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gemma3"])
+def test_hidden_states_are_those_of_hugging_face(name):
+    rows = batch()
+    results = [
+        build(name, kernels)[0].causal_lm(
+            input_ids=rows["input_ids"], position_ids=rows["position_ids"], output_hidden_states=True, use_cache=False
+        )
+        for kernels in ("off", "torch")
+    ]
+    own, ours = ([*result.hidden_states, result.logits] for result in results)
+    assert len(own) > 3
+    for a, b in zip(ours, own, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_of_what_a_layer_adds_is_kept():
+    """Phi-3's; 1 takes away all that the layers add."""
+    objective, _ = build("tiny-phi3", "torch")
+    decoder = objective.causal_lm.get_decoder()
+    for layer in decoder.layers:
+        layer.resid_attn_dropout.p = layer.resid_mlp_dropout.p = 1.0
+    ids = batch()["input_ids"]
+    torch.testing.assert_close(decoder(input_ids=ids).last_hidden_state, decoder.norm(decoder.embed_tokens(ids)))
 
 
 def test_two_runs_give_the_same_bits():
