@@ -48,7 +48,7 @@ DOWN: dict[str, _Table] = {
     "hip": {48: Blocks(64, 128, 4, 2), 96: Blocks(64, 64, 4, 2), 192: Blocks(64, 64, 8, 2)},
 }
 UP_BACKWARD: dict[str, _Table] = {
-    "cuda": {16: Blocks(32, 512, 8, 2), 32: Blocks(32, 256, 8, 3), 64: Blocks(32, 256, 8, 3)},
+    "cuda": {16: Blocks(32, 512, 16, 2), 32: Blocks(32, 256, 8, 3), 64: Blocks(32, 256, 8, 3)},
     "hip": {16: Blocks(32, 512, 8, 2), 32: Blocks(32, 256, 4, 2), 64: Blocks(32, 128, 4, 2)},
 }
 DOWN_BACKWARD: dict[str, _Table] = {

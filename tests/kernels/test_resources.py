@@ -32,9 +32,10 @@ def test_every_kernel_fits_every_chip(tmp_path, form):
     with_kernels -= {"dropout"}  # functions that other kernels call, no kernel of its own
     assert {(row["op"], row["chip"]) for row in rows} >= {(op, chip) for op in with_kernels for chip in CHIPS}
     assert all(row["registers"] > 0 and row["spill_bytes"] == 0 and not row["problem"] for row in rows)
-    # Sizes that Triton may not specialise on, though they bound a tile's columns, split its loads into single numbers
+    # Sizes that Triton may not specialise on, though they bound a tile's columns, split its loads into single numbers;
+    # a tile of as many numbers as threads needs one such load
     lora = [row for row in rows if row["op"].startswith("lora") and "rank 8" not in row["kernel"]]
-    assert [row for row in lora if row["narrow_loads"]] == []
+    assert [row for row in lora if row["narrow_loads"] > 1] == []
 
 
 def test_every_kernel_compiles_where_an_argument_is_one():
