@@ -17,7 +17,7 @@ def _as_on_a_gpu(monkeypatch):
     from ft_dist_kernels import lora_extended
 
     def suits(members, *, dtype, device):
-        return all(lora_extended._misfit(member, dtype) is None for member in members)
+        return lora_extended._misfit(members, dtype) is None
 
     monkeypatch.setattr(fused, "chosen_backend", lambda *_, **__: "triton")
     monkeypatch.setattr(merged, "suits_extended", suits)
