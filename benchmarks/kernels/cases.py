@@ -16,6 +16,7 @@ from ft_dist_kernels.lora_linear import LoraWeights, lora_linear_group
 from ft_dist_kernels.nf4 import dequantize_nf4, dequantize_nf4_reference, quantize_nf4
 from torch import Tensor
 
+from benchmarks.kernels.fp8 import fp8_here, on_fp8
 from benchmarks.kernels.harness import Case
 from benchmarks.kernels.peers import peers_of
 
@@ -104,6 +105,12 @@ def _lora(label: str, tokens: int, inner: int, outers: tuple[int, ...], dropout:
         truth=seeded,
         yardstick=seeded,
     )
+
+
+def _fp8(label: str, tokens: int, inner: int, outers: tuple[int, ...]) -> list[Callable[[], Case]]:
+    if not fp8_here(inner, outers):
+        return []
+    return [lambda: on_fp8(_lora(label, tokens, inner, outers, 0.0), members=len(outers), scale=SCALE)]
 
 
 def _lora_extended(label: str, tokens: int, inner: int, outers: tuple[int, ...], dropout: float) -> Case:
@@ -352,6 +359,11 @@ def cases_of(model: Model, tokens: int) -> dict[str, list[Callable[[], Case]]]:
             lambda: _lora(f"{model.name} gate,up", tokens, model.hidden, (model.intermediate,) * 2, 0.0),
             lambda: _lora(f"{model.name} down", tokens, model.intermediate, (model.hidden,), DROPOUT),
         ],
+        "fp8_linear": [
+            *_fp8(f"{model.name} qkv", tokens, model.hidden, (q, kv, kv)),
+            *_fp8(f"{model.name} gate,up", tokens, model.hidden, (model.intermediate,) * 2),
+            *_fp8(f"{model.name} down", tokens, model.intermediate, (model.hidden,)),
+        ],
         "lora_extended": [
             lambda: _lora_extended(f"{model.name} qkv", tokens, model.hidden, (q, kv, kv), 0.0),
             lambda: _lora_extended(f"{model.name} gate,up", tokens, model.hidden, (model.intermediate,) * 2, DROPOUT),
@@ -374,6 +386,7 @@ def cases_of(model: Model, tokens: int) -> dict[str, list[Callable[[], Case]]]:
 
 OPS = (
     "lora_linear",
+    "fp8_linear",
     "lora_extended",
     "linear_cross_entropy",
     "rms_norm",

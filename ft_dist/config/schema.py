@@ -27,6 +27,11 @@ class ModelConfig(Section):
     dtype: Literal["bf16", "fp32"] = Field(
         default="bf16", description="Compute precision; optimizer state is always fp32"
     )
+    base_dtype: Literal["fp8"] | None = Field(
+        default=None,
+        description="fp8 holds the frozen linear layers of LoRA in e4m3 and multiplies in it, forward and backward: "
+        "memory as in bf16, and faster on GPUs that have FP8. None holds them in dtype",
+    )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
     kernels: Literal["auto", "triton", "torch", "off"] = Field(
         default="auto", description="Fused layers: triton on GPU and torch on CPU for auto; off runs Hugging Face's own"
@@ -289,6 +294,27 @@ class RunConfig(Section):
         if (kind == "muon" and offload != "none") or (kind == "adamw_8bit" and offload == "nvme"):
             raise ValueError(
                 f"optim.kind={kind} cannot be used with engine.offload={offload}; set one of them to its default"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fp8_base_where_it_can_be(self) -> "RunConfig":
+        if self.model.base_dtype is None:
+            return self
+        if self.method.kind != "lora":
+            raise ValueError(
+                f"model.base_dtype=fp8 holds what is frozen, and method.kind={self.method.kind} trains every weight; "
+                "use method.kind=lora, or leave model.base_dtype out"
+            )
+        if self.method.dora:
+            raise ValueError(
+                "model.base_dtype=fp8 cannot be used with method.dora=true, which needs the norms of whole weights; "
+                "set one of them to its default"
+            )
+        if self.engine.zero_stage == 3:
+            raise ValueError(
+                "model.base_dtype=fp8 needs engine.zero_stage=auto, 0, 1 or 2: stage 3 shares weights out among ranks "
+                "and gathers them in model.dtype"
             )
         return self
 

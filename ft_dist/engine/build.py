@@ -13,6 +13,7 @@ from ft_dist.engine.fragments import tell_optimizer
 from ft_dist.engine.settings import deepspeed_config
 from ft_dist.engine.step import Engine, stage_of
 from ft_dist.loss import CausalObjective
+from ft_dist.model.fp8 import hold_base_in_fp8, refuse_without_fp8
 from ft_dist.model.fused import fuse
 from ft_dist.model.load import add_adapters, enable_activation_checkpointing, load_model
 from ft_dist.model.quiet import quietly
@@ -25,6 +26,8 @@ def build_engine(
 
     Raises ModelError.
     """
+    if config.model.base_dtype == "fp8":
+        refuse_without_fp8(config.model, world.device)
     zero3 = config.engine.zero_stage == 3
     prepare_deepspeed()
     settings = deepspeed_config(config, stage=3, device_type=world.device.type) if zero3 else None
@@ -42,12 +45,13 @@ def build_engine(
         if stage_of(model, config, world) == 0 and world.device.type == "cpu":
             own_trained_weights(model)
         causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base_in_fp8 = hold_base_in_fp8(causal_lm) if config.model.base_dtype == "fp8" else None
         report = fuse(causal_lm, kernels=config.model.kernels, device_type=world.device.type, zero3=zero3)
         objective = CausalObjective(model, fused=report.head_backend, by_segment=report.segments, zero3=zero3)
         report.add_head(objective.head.reason_unfused())
         engine = Engine(objective, config, world)
         tell_optimizer(engine)
-        engine.kernels = report.line()
+        engine.kernels = report.line() if base_in_fp8 is None else f"{report.line()}; {base_in_fp8.line()}"
         return engine
 
 

@@ -20,6 +20,7 @@ from ft_dist.engine.flat_update import FlatUpdate
 from ft_dist.engine.grad_norm import judge_by_norm
 from ft_dist.engine.settings import deepspeed_config, effective_stage
 from ft_dist.loss import CausalObjective
+from ft_dist.model.fp8 import held_elements
 from ft_dist.optim.build import build_optimizer, parameter_groups
 
 
@@ -180,7 +181,8 @@ class Engine:
 
     @property
     def total_parameters(self) -> int:
-        return sum(getattr(p, "ds_numel", p.numel()) for p in self.objective.parameters())
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.objective.parameters())
+        return parameters + held_elements(self.objective)
 
     @property
     def trainable_share(self) -> float:

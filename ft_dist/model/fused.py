@@ -17,6 +17,7 @@ from torch import nn
 
 from ft_dist.errors import ModelError
 from ft_dist.model.decoder_layer import is_decoder_layer, layer_forward
+from ft_dist.model.fp8 import FP8Linear
 from ft_dist.model.fused_forward import (
     attention_forward,
     linear_forward,
@@ -110,7 +111,8 @@ def _fuse_lora(module: nn.Module, report: FusedReport, backend: Backend, zero3: 
     if not hasattr(module, "lora_A") or not hasattr(module, "get_base_layer"):
         return
     base = module.get_base_layer()
-    if type(base) is not nn.Linear or not isinstance(module, nn.Module) or type(module).__name__ != "Linear":
+    plain = type(base) in (nn.Linear, FP8Linear) and type(module).__name__ == "Linear"
+    if not plain or not isinstance(module, nn.Module):
         report.left[f"LoRA on {type(base).__name__}: no kernel for it"] += 1
         return
     if zero3:

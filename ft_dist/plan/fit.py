@@ -105,7 +105,7 @@ def _candidates(job: Job) -> Iterator[dict[str, Any]]:
     rows_a_rank = -(-config.batch.global_rows // job.ranks)
     rows = sorted({rows for power in range(10) if (rows := 2**power) <= rows_a_rank} | {min(rows_a_rank, 512)})
     hosts = ["none"] if config.optim.kind == "muon" or not job.gpu else ["none", "cpu"]
-    for stage in (1, 2, 3):
+    for stage in (1, 2) if config.model.base_dtype else (1, 2, 3):
         for offload in hosts:
             for checkpointing in (False, True):
                 for micro_rows in rows:

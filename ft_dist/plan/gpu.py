@@ -16,7 +16,8 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Gpu:
-    """Rates a second: `flops`, `matmul`, `fp32` and `attention` in FLOP, the others in bytes. `memory` in bytes.
+    """Rates a second: `flops`, `matmul`, `fp8`, `fp32` and `attention` in FLOP, the others in bytes. `memory` in bytes.
+    `fp8` is None where there is none.
 
     `link` and `network` are one direction, for each GPU: to its node, and to other nodes.
     """
@@ -26,6 +27,7 @@ class Gpu:
     memory: int
     flops: float
     matmul: float
+    fp8: float | None
     fp32: float
     attention: float
     bandwidth: float
@@ -44,6 +46,7 @@ def gpus() -> dict[str, Gpu]:
             memory=int(row["memory"] * GIB),
             flops=row["flops"] * 1e12,
             matmul=row["matmul"] * 1e12,
+            fp8=row["fp8"] * 1e12 if "fp8" in row else None,
             fp32=row["fp32"] * 1e12,
             attention=row["attention"] * 1e12,
             bandwidth=row["bandwidth"] * 1e9,

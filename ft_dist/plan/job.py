@@ -131,10 +131,11 @@ class Job:
     def spare_columns(self) -> int:
         """Elements beside the frozen weights of layers that run as one product, for their adapters (`model/merged.py`).
 
-        As `suits_extended` and `model/fused.py` choose: 16 bits on a GPU, no ZeRO-3, no DoRA, ranks up to 64.
+        As `suits_extended` and `model/fused.py` choose: 16 bits on a GPU, no ZeRO-3, no FP8, no DoRA, ranks up to 64.
         """
         method = self.config.method
-        merges = self.gpu and self.lora and self.fused and self.item == 2 and self.stage != 3
+        held_apart = self.stage == 3 or self.config.model.base_dtype is not None
+        merges = self.gpu and self.lora and self.fused and self.item == 2 and not held_apart
         if not merges or method.dora or method.rank > 64 or self.config.model.kernels == "torch":
             return 0
         joined, heights = self.shape.joined, {name: out for name, out, _ in self.shape.linears()}

@@ -10,9 +10,10 @@ T tokens, H hidden, I intermediate, Q and K widths of queries and keys, P traine
 
 from dataclasses import dataclass
 
+from ft_dist.errors import UserError
 from ft_dist.plan.gpu import Gpu
 from ft_dist.plan.job import Job
-from ft_dist.plan.states import MAX_LIVE
+from ft_dist.plan.states import MAX_LIVE, fp8_matrices
 
 MATMUL_SHARE = 0.69
 """Of the best matrix product that was measured on the GPU: layers' shapes, and clocks under a load of hours"""
@@ -88,10 +89,13 @@ def step_plan(
     again = (1.0 if job.checkpointing else 0.0) if recomputed is None else recomputed
     counts = job.micro_batches
     rate = gpu.matmul if job.item == 2 else gpu.fp32
-    matmul = matmul_flops(job, again) / (rate * MATMUL_SHARE)
+    fp8 = fp8_flops(job, again)
+    matmul = (matmul_flops(job, again) - fp8) / (rate * MATMUL_SHARE)
+    if fp8:
+        matmul += fp8 / (fp8_rate(gpu) * MATMUL_SHARE)
     attention = attention_flops(job, 1.0 if recomputed is None and job.checkpointing else 0.0)
     attention /= (gpu.attention if job.item == 2 else gpu.fp32) * ATTENTION_SHARE
-    moved = moved_bytes(job, again) / (gpu.bandwidth * MEMORY_SHARE)
+    moved = (moved_bytes(job, again) + fp8_bytes(job, again)) / (gpu.bandwidth * MEMORY_SHARE)
     launches = (FUSED_LAUNCHES if job.fused else PLAIN_LAUNCHES) * (1 + again / 3) * job.shape.layers * LAUNCH_S
     compute = max(matmul + attention + moved, launches)
     each, once = collectives(job, links, zeropp=zeropp)
@@ -121,6 +125,28 @@ def matmul_flops(job: Job, recomputed: float) -> float:
     else:
         per_token += 2 * blocks + 2 * job.labelled * head
     return tokens * per_token
+
+
+def fp8_flops(job: Job, recomputed: float) -> float:
+    """Of these, products with weights held in FP8."""
+    return job.tokens * sum(matrix.numel for matrix in fp8_matrices(job)) * (4 + 2 * recomputed)
+
+
+def fp8_bytes(job: Job, recomputed: float) -> float:
+    """Quantising X and dY reads 2 bytes and writes 1 an element; the sum of dX and its low-rank part moves 2 more."""
+    shape = job.shape
+    if not fp8_matrices(job):
+        return 0.0
+    ins = 2 * shape.hidden + shape.q_width + shape.intermediate
+    outs = shape.q_width + 2 * shape.kv_width + 2 * shape.hidden + 2 * shape.intermediate
+    return job.tokens * shape.layers * (3 * ins * (1 + recomputed) + 3 * outs + 2 * ins * job.item)
+
+
+def fp8_rate(gpu: Gpu) -> float:
+    """Raises UserError for a GPU without FP8."""
+    if gpu.fp8 is None:
+        raise UserError(f"model.base_dtype=fp8: {gpu.name} does not multiply in FP8. Leave the key out for it.")
+    return gpu.fp8
 
 
 def attention_flops(job: Job, recomputed: float) -> float:

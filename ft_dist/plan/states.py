@@ -18,6 +18,7 @@ from ft_dist.engine.settings import PIECE_ELEMENTS, reduce_bucket_elements
 from ft_dist.plan.activations import Gradient
 from ft_dist.plan.job import Job
 from ft_dist.plan.ledger import Ledger
+from ft_dist.plan.shape import Parameter
 
 WEIGHTS, MASTER, MOMENTS, ADAPTERS = "weights", "fp32 master", "optimizer state", "adapters"
 GRADIENTS, SUMS, BUCKETS, GATHERED = "gradients", "fp32 sums of gradients", "ZeRO buckets", "ZeRO-3 gathered"
@@ -25,6 +26,42 @@ GRADIENTS, SUMS, BUCKETS, GATHERED = "gradients", "fp32 sums of gradients", "ZeR
 MAX_LIVE, PERSISTENT, PREFETCH = 1_000_000_000, 100_000, 50_000_000
 SUB_GROUP = 1_000_000_000
 ALLREDUCE_ELEMENTS = 500_000_000
+FP8 = "fp8 copies"
+
+
+def fp8_matrices(job: Job) -> list[Parameter]:
+    """Of a block's linear layers, those that `model.base_dtype: fp8` holds in e4m3 (ft_dist/model/fp8.py)."""
+    if job.config.model.base_dtype != "fp8":
+        return []
+    return [p for p in job.shape.parameters if p.linear and all(side % 16 == 0 for side in p.shape)]
+
+
+def frozen_bytes(job: Job) -> float:
+    """Of LoRA's base. In FP8 both ways round an element takes 2 bytes, and each row a scale; on CPU it takes 4."""
+    matrices = fp8_matrices(job)
+    held = sum(matrix.numel for matrix in matrices)
+    scales = 4 * sum(sum(matrix.shape) for matrix in matrices)
+    rest = (job.total - job.trainable + job.spare_columns - held) * job.item / (job.ranks if job.stage == 3 else 1)
+    return rest + held * (2 if job.gpu else 4) + scales
+
+
+def fp8_copies(job: Job) -> float:
+    """What the largest backward product in FP8 takes for a moment: codes of dY and the product, which is added to dX.
+
+    On CPU first dY of the group side by side, scaled in fp32, and its codes; then codes of dY and weights, widened, and
+    the product in fp32.
+    """
+    matrices = fp8_matrices(job)
+    if not matrices:
+        return 0
+    largest = max(matrices, key=lambda matrix: matrix.numel)
+    (out, width), shape = largest.shape, job.shape
+    gated, hidden = 2 * shape.intermediate, shape.hidden
+    codes, product = job.tokens * max(out, gated), job.tokens * max(width, hidden) * job.item
+    if job.gpu:
+        return codes + product
+    weights = gated * hidden * 4 if job.item == 4 else 0
+    return max(codes * (job.item + 4 + 1), codes * (1 + job.item) + 3 * product + weights)
 
 
 def moment_bytes(job: Job, numel: float) -> float:
@@ -45,8 +82,8 @@ class States(Gradient):
     def __init__(self, job: Job, ledger: Ledger) -> None:
         self.job, self.ledger = job, ledger
         self.own = -(-job.trainable // job.ranks) if job.stage > 0 else job.trainable
-        frozen = job.total - job.trainable + job.spare_columns if job.lora else 0
-        weights = frozen * job.item / (job.ranks if job.stage == 3 else 1)
+        weights = frozen_bytes(job) if job.lora else 0
+        self.fp8_copies = fp8_copies(job)
         # peft makes adapters in fp32, and ZeRO-3 alone leaves them so
         trained = self.own * (4 if job.lora else job.item) if job.stage == 3 else job.trainable * job.item
         ledger.hold(WEIGHTS, "frozen", weights)
@@ -67,6 +104,8 @@ class States(Gradient):
     def __call__(self, numel: int) -> None:
         """A gradient was made, of `numel` elements; the activations around it are still there."""
         job, ledger, nbytes = self.job, self.ledger, numel * self.job.item
+        if self.fp8_copies:
+            ledger.spike(FP8, self.fp8_copies)
         if job.stage == 1 and self.low and not job.gradients_at_once:
             ledger.spike(GRADIENTS, nbytes)
             return

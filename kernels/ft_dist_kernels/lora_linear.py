@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from ft_dist_kernels.backend import Backend, use_triton
 from ft_dist_kernels.dropout import draw_seed, dropout_reference, effective_p
+from ft_dist_kernels.fp8 import FP8Weight, check_fp8_input, fp8_backward, fp8_forward
 from ft_dist_kernels.lora_dora import dora_linear
 from ft_dist_kernels.lora_linear_torch import (
     LoraWeights,
@@ -64,8 +65,12 @@ def pieces_of(triton: bool) -> Pieces:
 
 class Plan(NamedTuple):
     members: tuple[Member, ...]
-    quantized: tuple[NF4Weight | None, ...]
+    quantized: tuple[NF4Weight | FP8Weight | None, ...]
     triton: bool
+
+    @property
+    def fp8_backend(self) -> Backend:
+        return "triton" if self.triton else "auto"
 
 
 def lora_linear_reference(
@@ -93,11 +98,18 @@ class _LoraLinear(torch.autograd.Function):
     def forward(ctx: Any, plan: Plan, x_TI: Tensor, *flat: Any) -> tuple[Tensor, ...]:
         packs = [flat[i : i + 4] for i in range(0, len(flat), 4)]
         s_TS = pieces_of(plan.triton).down(x_TI, [a.to(x_TI.dtype) for _, _, a, _ in packs], plan.members)
+        fp8 = [weight for weight in plan.quantized if isinstance(weight, FP8Weight)]
+        bases = iter(fp8_forward(x_TI, fp8, backend=plan.fp8_backend) if fp8 else [])
         outputs = []
         for member, quantized, (weight, bias, _, b_OR) in zip(plan.members, plan.quantized, packs, strict=True):
-            w_OI = dense_weight(weight if quantized is None else quantized, x_TI.dtype)
-            up = (s_TS[:, member.columns], b_OR.to(x_TI.dtype).t())
-            outputs.append(sum_products([up, (x_TI, w_OI.t())], bias_N=None if bias is None else bias.to(x_TI.dtype)))
+            products, base = [(s_TS[:, member.columns], b_OR.to(x_TI.dtype).t())], None
+            if isinstance(quantized, FP8Weight):
+                base = next(bases)
+            else:
+                w_OI = dense_weight(weight if quantized is None else quantized, x_TI.dtype)
+                products.append((x_TI, w_OI.t()))
+            bias = None if bias is None else bias.to(x_TI.dtype)
+            outputs.append(sum_products(products, bias_N=bias, out=base))
         ctx.plan, ctx.device = plan, x_TI.device.type
         ctx.bias_dtypes = [None if bias is None else bias.dtype for _, bias, _, _ in packs]
         ctx.set_materialize_grads(False)
@@ -139,17 +151,24 @@ def _backward(ctx: Any, upstream: Sequence[Tensor | None]) -> list[Tensor | None
         member_grads[2:] = da[i], db[i]
     if dx_TI is not None:
         frozen = [(dy, packs[i][0], ctx.plan.quantized[i]) for i, dy in enumerate(dys) if dy is not None]
-        dx_TI = _add_base(dx_TI, frozen)
+        dx_TI = _add_base(dx_TI, frozen, ctx.plan.fp8_backend)
     return [dx_TI, *(grad for member_grads in grads for grad in member_grads)]
 
 
-def _add_base(dx_TI: Tensor, members: Sequence[tuple[Tensor, Tensor, NF4Weight | None]]) -> Tensor:
+def _add_base(
+    dx_TI: Tensor, members: Sequence[tuple[Tensor, Tensor, NF4Weight | FP8Weight | None]], fp8_backend: Backend
+) -> Tensor:
     """dX + dY W of every member."""
-    if all(quantized is None for _, _, quantized in members):
-        return sum_products([(dy_TO, weight) for dy_TO, weight, _ in members], out=dx_TI)
-    for dy_TO, weight, quantized in members:  # one dequantised weight alive at a time
-        dense = dense_weight(weight if quantized is None else quantized, dx_TI.dtype)
-        dx_TI = sum_products([(dy_TO, dense)], out=dx_TI)
+    dense = [(dy_TO, weight) for dy_TO, weight, quantized in members if quantized is None]
+    if dense:
+        dx_TI = sum_products(dense, out=dx_TI)
+    for dy_TO, _, quantized in members:  # one dequantised weight alive at a time
+        if isinstance(quantized, NF4Weight):
+            dx_TI = sum_products([(dy_TO, dense_weight(quantized, dx_TI.dtype))], out=dx_TI)
+    fp8 = [(dy_TO, quantized) for dy_TO, _, quantized in members if isinstance(quantized, FP8Weight)]
+    if fp8:
+        dys, weights = zip(*fp8, strict=True)
+        dx_TI.add_(fp8_backward(dys, weights, backend=fp8_backend))
     return dx_TI
 
 
@@ -170,6 +189,10 @@ def check_member(x: Tensor, member: LoraWeights, dtype: torch.dtype) -> None:
     for name, vector in (("bias", member.bias), ("dora_magnitude", member.dora_magnitude)):
         if vector is not None and vector.numel() != out_features:
             raise ValueError(f"{name} has {vector.numel()} elements; the weight has {out_features} output features.")
+    if isinstance(weight, FP8Weight):
+        check_fp8_input(x, dtype)
+        if member.dora_magnitude is not None:
+            raise ValueError("DoRA needs the norms of whole weights, and FP8 has none. Leave the weight in bf16.")
     if isinstance(weight, Tensor) and weight.dtype != dtype:
         raise ValueError(
             f"x is {dtype} and weight {weight.dtype}; a linear layer needs one dtype. Cast x, or use torch.autocast."
@@ -189,7 +212,7 @@ def plan_of(x_TI: Tensor, group: Sequence[LoraWeights], backend: Backend) -> Pla
     members: list[Member] = []
     for weights in group:
         members.append(_member(weights, sum(member.rank for member in members)))
-    quantized = tuple(w.weight if isinstance(w.weight, NF4Weight) else None for w in group)
+    quantized = tuple(None if isinstance(w.weight, Tensor) else w.weight for w in group)
     # Triton's fp32 product is TF32 or slow; the vendor's GEMM follows torch's precision settings.
     suits = x_TI.dtype in (torch.bfloat16, torch.float16) if backend == "auto" else x_TI.dtype != torch.float64
     padded = len(members) * max(16, *(1 << (member.rank - 1).bit_length() for member in members))
@@ -201,20 +224,20 @@ def _run_slice(x_TI: Tensor, group: Sequence[LoraWeights], backend: Backend) -> 
     flat = [
         tensor
         for w in group
-        for tensor in (None if isinstance(w.weight, NF4Weight) else w.weight, w.bias, w.lora_a, w.lora_b)
+        for tensor in (w.weight if isinstance(w.weight, Tensor) else None, w.bias, w.lora_a, w.lora_b)
     ]
     return _LoraLinear.apply(plan_of(x_TI, group, backend), x_TI, *flat)
 
 
 def _autocast_to(dtype: torch.dtype, group: Sequence[LoraWeights]) -> list[LoraWeights]:
-    return [w if isinstance(w.weight, NF4Weight) else w._replace(weight=w.weight.to(dtype)) for w in group]
+    return [w._replace(weight=w.weight.to(dtype)) if isinstance(w.weight, Tensor) else w for w in group]
 
 
 @torch._disable_dynamo
 def lora_linear_group(x: Tensor, members: Sequence[LoraWeights], *, backend: Backend = "auto") -> list[Tensor]:
     """The outputs (..., out) of linear layers with adapters that read the same x (..., in), in order.
 
-    x: fp32, bf16 or fp16; weights in x's dtype or NF4; adapters and biases in any float dtype (used in x's, their
+    x: fp32, bf16 or fp16; weights in x's dtype, NF4 or FP8; adapters and biases in any float dtype (used in x's, their
     gradients accumulated in fp32 and returned in their own). Frozen and trained parameters may be mixed. Dropout is a
     pure function of (seed, row, column); a member without a seed draws one from torch's CPU generator. With
     `dora_magnitude` a member is DoRA, as PEFT computes it. Under torch.autocast, x and the weights are cast first.
@@ -250,7 +273,7 @@ def _run_group(x: Tensor, x_TI: Tensor, group: Sequence[LoraWeights], backend: B
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor | NF4Weight,
+    weight: Tensor | NF4Weight | FP8Weight,
     lora_a: Tensor,
     lora_b: Tensor,
     *,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ft_dist_kernels.dropout import BlockMask, mask_, masked_copy
+from ft_dist_kernels.fp8 import FP8Weight
 from ft_dist_kernels.nf4 import NF4Weight, dequantize_nf4
 from ft_dist_kernels.products import sum_products, transposed_product
 
@@ -18,9 +19,9 @@ _MASK_BLOCK = 1 << 18  # elements of X masked at a time: the scratch stays in a 
 
 
 class LoraWeights(NamedTuple):
-    """One linear layer and its adapter. weight (O, I) or NF4; bias (O,); lora_a (R, I); lora_b (O, R)."""
+    """One linear layer and its adapter. weight (O, I), NF4 or FP8; bias (O,); lora_a (R, I); lora_b (O, R)."""
 
-    weight: Tensor | NF4Weight
+    weight: Tensor | NF4Weight | FP8Weight
     bias: Tensor | None
     lora_a: Tensor
     lora_b: Tensor

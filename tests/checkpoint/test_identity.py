@@ -42,6 +42,7 @@ def test_how_it_runs_may_change_and_is_shown(base):
         'engine.offload: "none" -> "cpu"',
     ]
     assert check(config(), config(), base) == []
+    assert check(config(), config(model={"base_dtype": "fp8"}), base) == ['model.base_dtype: null -> "fp8"']
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu_fake.report", description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", help="a shape of `ft-dist bench`, such as llama3-8b, or a tiny model")
-    parser.add_argument("method", nargs="?", help="full, lora, lora-dropout, rslora, dora or lora-head")
+    parser.add_argument("method", nargs="?", help="full, lora, lora-dropout, rslora, dora, lora-head or lora-fp8")
     parser.add_argument("--stage", type=int)
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--length", type=int, default=4096)

@@ -30,7 +30,8 @@ def test_every_kernel_fits_every_chip(tmp_path, form):
     modules = {info.name for info in pkgutil.iter_modules(ft_dist_kernels.__path__)}
     with_kernels = {name.removesuffix("_kernels") for name in modules if name.endswith("_kernels")}
     with_kernels -= {"dropout"}  # functions that other kernels call, no kernel of its own
-    assert {(row["op"], row["chip"]) for row in rows} >= {(op, chip) for op in with_kernels for chip in CHIPS}
+    without = {("fp8", "sm_80"), ("fp8", "gfx942")}  # these chips have no e4m3 of this kind
+    assert {(row["op"], row["chip"]) for row in rows} >= {(op, chip) for op in with_kernels for chip in CHIPS} - without
     assert all(row["registers"] > 0 and row["spill_bytes"] == 0 and not row["problem"] for row in rows)
     # Sizes that Triton may not specialise on, though they bound a tile's columns, split its loads into single numbers;
     # a tile of as many numbers as threads needs one such load

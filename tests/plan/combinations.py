@@ -22,16 +22,23 @@ class Combination(NamedTuple):
     dtype: str
     micro_batches: int
     packing: bool = False
+    fp8: bool = False
 
     @property
     def name(self) -> str:
-        marks = ["ckpt"] * self.checkpointing + ["off"] * (not self.kernels) + ["packed"] * self.packing
+        marks = (
+            ["ckpt"] * self.checkpointing
+            + ["off"] * (not self.kernels)
+            + ["packed"] * self.packing
+            + ["fp8"] * self.fp8
+        )
         return "-".join([self.model, self.method, f"z{self.stage}", f"r{self.ranks}", *marks, self.dtype])
 
     def overrides(self, data: Path, folder: Path) -> list[str]:
         return [
             f"model.path={'smollm2-135m' if self.model == 'smollm2' else 'tiny-llama'}",
             f"model.dtype={self.dtype}",
+            f"model.base_dtype={'fp8' if self.fp8 else 'null'}",
             f"model.kernels={'auto' if self.kernels else 'off'}",
             f"method.kind={self.method}",
             f"engine.zero_stage={self.stage}",
@@ -76,6 +83,10 @@ COMBINATIONS = [
 PACKED = [
     Combination("tiny", "lora", 2, 1, False, True, "bf16", 2, packing=True),
     Combination("tiny", "full", 0, 1, True, True, "fp32", 1, packing=True),
+]
+FP8 = [
+    Combination("tiny", "lora", 2, 1, False, True, "bf16", 2, fp8=True),
+    Combination("tiny", "lora", 0, 1, False, True, "fp32", 1, fp8=True),
 ]
 
 

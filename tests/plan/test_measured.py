@@ -8,7 +8,7 @@ import pytest
 from ft_dist.config import load_config
 from ft_dist.plan.job import job_of
 from ft_dist.plan.memory import memory_plan
-from tests.plan.combinations import COMBINATIONS, PACKED, Combination, measure
+from tests.plan.combinations import COMBINATIONS, FP8, PACKED, Combination, measure
 
 SHORT = [each for each in COMBINATIONS if each.name in ("tiny-lora-z2-r1-bf16", "tiny-full-z3-r2-bf16")]
 
@@ -22,7 +22,7 @@ def error(combination: Combination, folder) -> tuple[float, str]:
     return planned.tensors / real - 1, told
 
 
-@pytest.mark.parametrize("combination", [*SHORT, *PACKED], ids=lambda each: each.name)
+@pytest.mark.parametrize("combination", [*SHORT, *PACKED, *FP8], ids=lambda each: each.name)
 def test_tensors_live_at_the_peak(combination, tmp_path):
     off, told = error(combination, tmp_path)
     assert abs(off) < 0.05, told

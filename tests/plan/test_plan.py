@@ -8,7 +8,7 @@ import pytest
 from ft_dist_kernels.linear_cross_entropy_chunks import chunk_rows as chunk_rows_of_the_kernel
 
 from ft_dist.config import load_config
-from ft_dist.errors import ConfigError, ModelError
+from ft_dist.errors import ConfigError, ModelError, UserError
 from ft_dist.model.builtin import builtin_names, resolve_model
 from ft_dist.model.tiny import tiny_names
 from ft_dist.plan.activations import chunk_rows
@@ -124,6 +124,19 @@ def test_more_of_what_saves_memory_takes_less(tmp_path):
     assert peak("data.packing=false", "engine.activation_checkpointing=false") < peak(
         "engine.activation_checkpointing=false"
     )
+
+
+def test_an_fp8_base_takes_the_memory_of_bf16_and_less_time(tmp_path):
+    plain, fp8 = plan_of(tmp_path), plan_of(tmp_path, "model.base_dtype=fp8")
+    weights = [tree["memory"]["parts_bytes"]["weights"] for tree in (plain, fp8)]
+    assert 0.99 < weights[1] / weights[0] < 1.002  # a scale for every row, both ways; no room beside the rows
+    products = [tree["step"]["parts"]["matrix products"] for tree in (plain, fp8)]
+    assert 0.55 < products[1] / products[0] < 0.65
+    assert fp8["step"]["tokens_per_s"] > 1.2 * plain["step"]["tokens_per_s"]
+    with pytest.raises(UserError, match="NVIDIA A100 SXM 80 GB does not multiply in FP8"):
+        plan_of(tmp_path, "model.base_dtype=fp8", gpu="a100-80")
+    config = load_config("llama3_8b_lora", [f"model.path={tmp_path / 'model'}", "model.base_dtype=fp8"])
+    assert fitted(config, Cluster(), tmp_path / "fits.yaml", recipe="x").engine.zero_stage in (1, 2)
 
 
 def test_time_grows_with_work_and_shrinks_with_gpus(tmp_path):
