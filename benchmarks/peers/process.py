@@ -13,6 +13,8 @@ from benchmarks.peers.case import Command
 
 SAMPLE_S = 0.1
 TAIL_S = 0.01
+END_S = 5.0
+"""A killed process that is still there after this long is stuck in the kernel"""
 UNSET = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Every side chooses its own threads"""
 
@@ -120,7 +122,11 @@ class _Watch:
             self.peak_bytes = max(self.peak_bytes, sum(_resident_pages(pid) for pid in tree) * page)
 
     def kill_all(self) -> None:
-        """Whatever is left of the tree. A number that was given to a stranger since is not in our session."""
+        """Kill whatever is left of the tree and wait until it has ended, which a busy machine takes a while for.
+
+        A number that was given to a stranger since is not in our session.
+        """
+        killed = []
         for pid in sorted(self._seen | set(_tree(self._root))):
             if pid != self._root and not _descends_or_orphaned(pid, self._seen):
                 continue
@@ -128,6 +134,18 @@ class _Watch:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
+            killed.append(pid)
+        give_up = time.monotonic() + END_S
+        while any(_runs(pid) for pid in killed) and time.monotonic() < give_up:
+            time.sleep(0.01)
+
+
+def _runs(pid: int) -> bool:
+    """Whether the process is there and has not ended; one that nobody has waited for yet has."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
+        return False
 
 
 def _tree(pid: int) -> list[int]:

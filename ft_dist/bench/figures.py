@@ -58,8 +58,7 @@ def figures(spec: Spec, seen: dict[str, Any]) -> dict[str, Any]:
 def _time(spec: Spec, seen: dict[str, Any]) -> dict[str, float]:
     """Seconds a step by phase, medians over the steps that were told apart.
 
-    Communication is part of the phases around it and is taken out of the largest of them, backward. A checkpoint, where
-    one was timed, counts with the time that it holds training up.
+    A checkpoint, where one was timed, counts with the time that it holds training up.
     """
     told = seen["phases"]
     if not told:
@@ -71,10 +70,7 @@ def _time(spec: Spec, seen: dict[str, Any]) -> dict[str, float]:
 
     found = {phase: median(phase) for phase in ("forward", "backward", "optimizer", "communication")}
     whole = statistics.median(record["step_s"] for record in records)
-    found["other"] = max(0.0, whole - found["forward"] - found["backward"] - found["optimizer"])
-    inside_backward = min(found["communication"], found["backward"])
-    found["backward"] -= inside_backward
-    found["optimizer"] -= min(found["optimizer"], found["communication"] - inside_backward)
+    found["other"] = max(0.0, whole - sum(found.values()))
     found["data"] = statistics.median(record["data_wait_s"] for record in records)
     if "checkpoint_stall_s" in seen:
         found["checkpoint"] = seen["checkpoint_stall_s"]

@@ -42,6 +42,7 @@ class Phases:
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._on_gpu = engine.world.device.type == "cuda"
         self._open: float | None = None
+        self._phase: str | None = None
         self._inside = 0
         deepspeed: Any = engine.deepspeed
         deepspeed.register_forward_pre_hook(self._forward_begins, with_kwargs=True)
@@ -62,25 +63,27 @@ class Phases:
         return time.perf_counter()
 
     def _forward_begins(self, *_: Any) -> None:
-        self._open = self._now()
+        self._open, self._phase = self._now(), "forward"
 
     def _forward_ends(self, *_: Any) -> None:
         assert self._open is not None
         self._seconds["forward"] += self._now() - self._open
+        self._phase = None
 
     def _timed(self, phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any, **named: Any) -> Any:
-            started = self._now()
+            started, self._phase = self._now(), phase
             try:
                 return call(*arguments, **named)
             finally:
                 self._seconds[phase] += self._now() - started
+                self._phase = None
 
         return timed
 
     @contextmanager
     def communication(self) -> Iterator[None]:
-        """Inside, time spent in collectives counts as `communication`, beside the phase it is part of."""
+        """Inside, time spent in collectives counts as `communication` and not for the phase that it interrupts."""
         if not dist.is_initialized() or dist.get_world_size() == 1:
             yield
             return
@@ -109,11 +112,16 @@ class Phases:
             finally:
                 self._inside -= 1
                 if not self._inside:  # one collective may be made of others
-                    self._seconds["communication"] += time.perf_counter() - started
+                    self._communicated(time.perf_counter() - started)
             outermost = not self._inside and work is not None and hasattr(work, "wait")
-            return _TimedWork(work, self._seconds) if outermost else work
+            return _TimedWork(work, self._communicated) if outermost else work
 
         return timed
+
+    def _communicated(self, seconds: float) -> None:
+        self._seconds["communication"] += seconds
+        if self._phase is not None:
+            self._seconds[self._phase] -= seconds
 
     def _profiled(self) -> Iterator[None]:
         from torch.profiler import ProfilerActivity, profile
@@ -123,20 +131,26 @@ class Phases:
             torch.cuda.synchronize()
         micro = sum(event.device_time_total for event in profiler.key_averages() if "nccl" in event.key.lower())
         self._seconds["communication"] += micro / 1e6
+        # the profiler does not say when: most of it is reduced or gathered during backward, the rest in the update
+        left = micro / 1e6
+        for phase in ("backward", "optimizer", "forward"):
+            inside = min(left, self._seconds[phase])
+            self._seconds[phase] -= inside
+            left -= inside
 
 
 class _TimedWork:
     """A collective under way: waiting for it counts too."""
 
-    def __init__(self, work: Any, seconds: defaultdict[str, float]) -> None:
-        self._work, self._seconds = work, seconds
+    def __init__(self, work: Any, communicated: Callable[[float], None]) -> None:
+        self._work, self._communicated = work, communicated
 
     def wait(self, *arguments: Any) -> Any:
         started = time.perf_counter()
         try:
             return self._work.wait(*arguments)
         finally:
-            self._seconds["communication"] += time.perf_counter() - started
+            self._communicated(time.perf_counter() - started)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._work, name)
