@@ -10,7 +10,8 @@ from typing import Any
 from tests.conftest import ROOT
 
 EXPECTED = {
-    "shared memory": "square: 262144 bytes of shared memory; a block of this chip has 232448",
+    # how many bytes it takes is the compiler's choice
+    "shared memory": "bytes of shared memory; a block of this chip has 232448",
     "argument on the host": "add_one: an argument of shape (16,) is on cpu, not cuda",
     "grid too large": "add_one: grid (1, 70000) has y=70000, which must be in 1..65535",
     "grid of nothing": "add_one: grid (0,) has x=0, which must be in 1..2147483647",

