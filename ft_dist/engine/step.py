@@ -51,6 +51,7 @@ class Engine:
         self.stage = stage_of(objective.model, config, world)
         self.objective = objective
         self.kernels = ""
+        self._settled = world.device.type != "cuda"
         self.on_progress: Callable[[], None] = lambda: None
         """Called after every forward of a micro-batch, with its backward if it has one"""
         self.before_update: Callable[[], float] = lambda: 0.0
@@ -117,6 +118,8 @@ class Engine:
         held_up_s = self.before_update()
         total, norm = self._update(loss_sum, learning_rate)
         skipped = not math.isfinite(norm)
+        if not self._settled:
+            self._settle()
         return StepResult(
             loss=total / labelled_tokens,
             grad_norm=math.nan if skipped else norm,
@@ -125,6 +128,12 @@ class Engine:
             sums=list(to_sum()) if alone else sums,
             held_up_s=held_up_s,
         )
+
+    def _settle(self) -> None:
+        """Give memory back that the first step used and no other will: weights move into merged buffers in its forward
+        pass, and the allocator keeps their old places, which nothing fits into."""
+        torch.cuda.empty_cache()
+        self._settled = True
 
     @torch.no_grad()
     def loss_sum(self, batch: MicroBatch) -> torch.Tensor:

@@ -17,6 +17,10 @@ from ft_dist.plan.ledger import Ledger
 
 ACTIVATIONS, LOSS, GRADIENTS = "activations", "loss", "gradients"
 RECOMPUTED = "recomputed block"
+OWN_BACKWARD_WIDTH = 128
+"""Of a head: up to here attention's backward pass is ours on a GPU (kernels/ft_dist_kernels/ragged_attention.py)"""
+PROCESSORS = 132
+"""Of an H100: on others a split more or less"""
 # of the kernels' CPU forms (kernels/ft_dist_kernels/tiles.py, linear_cross_entropy_chunks.py, products.py)
 CPU_TILE_ELEMENTS = 256 * 1024
 WIDENED_TILE_BYTES, CPU_TILES = 4 * 2**20, 16
@@ -257,6 +261,7 @@ class Walk:
         weights("o_proj")
         self.free(layer, "s_o")
         self.hold(layer, d_q=self.q, d_k=self.kv, d_v=self.kv)
+        self.ledger.spike(self.part, self._wide_heads())
         if job.masked:
             self.hold(layer, d_repeated=2 * self.q)
         self.free(layer, "q_spread", "k_spread", "v_spread", "o_spread")
@@ -279,6 +284,16 @@ class Walk:
         if not self.job.fused:
             self.ledger.spike(self.part, self.h)  # the sum of both ways through a residual connection
         self.free(layer, "d_norm")
+
+    def _wide_heads(self) -> float:
+        """Bytes of FlashAttention 2's deterministic backward pass, which takes heads too wide for ours: sums of dQ in
+        fp32, one for each split of the keys, and gradients of keys and values for every query head."""
+        job, shape = self.job, self.job.shape
+        if not (job.gpu and job.fused and job.by_segment and self.b == 2) or shape.head_dim <= OWN_BACKWARD_WIDTH:
+            return 0.0
+        splits = -(-PROCESSORS // (job.rows * shape.heads))
+        padded = -(-shape.head_dim // 32) * 32
+        return splits * (self.t + 128 * job.rows) * shape.heads * padded * 4 + 2 * self.q
 
     def backward_end(self) -> None:
         self.ledger.free("d", "x0", "rotary", "mask")

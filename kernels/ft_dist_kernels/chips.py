@@ -22,7 +22,6 @@ def _gpu(device: torch.device) -> tuple[Chip, int]:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
         return "gfx942", properties.multi_processor_count
-    nearest: dict[int, Chip] = {8: "sm_80", 9: "sm_90"}
-    return nearest.get(
-        properties.major, "sm_100" if properties.major > 9 else "sm_80"
-    ), properties.multi_processor_count
+    # consumer Blackwell (12) has the shared memory of consumer Ampere, less than half of the data centre's
+    nearest: dict[int, Chip] = {9: "sm_90", 10: "sm_100", 11: "sm_100"}
+    return nearest.get(properties.major, "sm_80"), properties.multi_processor_count

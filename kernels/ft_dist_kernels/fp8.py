@@ -22,6 +22,7 @@ as in FBGEMM; both passes of training in e4m3 as in DeepSeek-V3 (arXiv 2412.1943
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -75,6 +76,19 @@ def fp8_reason_not(device: torch.device) -> str | None:
     if (major, minor) < (8, 9):
         name = torch.cuda.get_device_name(device)
         return f"{name} has compute capability {major}.{minor} and no FP8, which begins at 8.9 (L40S, RTX 4090, H100)"
+    return _refusal_of_product(device)
+
+
+@cache
+def _refusal_of_product(device: torch.device) -> str | None:
+    """What PyTorch says of a small product: some versions have none with row-wise scales for some chips."""
+    codes = torch.zeros(SIDE, SIDE, dtype=torch.float32, device=device).to(E4M3)
+    scale = torch.ones(SIDE, dtype=torch.float32, device=device)
+    try:
+        scaled_product(codes, scale, codes, scale, torch.bfloat16)
+    except RuntimeError as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return f"torch {torch.__version__} has no FP8 product for {torch.cuda.get_device_name(device)}: {first}"
     return None
 
 

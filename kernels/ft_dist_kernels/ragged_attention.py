@@ -20,6 +20,7 @@ Shapes: T tokens, K places of keys, N heads, M of keys, D head width.
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -70,8 +71,23 @@ def ragged_attention(
     if kernel == "efficient":
         repeats = q_TND.shape[1] // k_TMD.shape[1]
         k_KND, v_KND = (x.repeat_interleave(repeats, 1) if repeats > 1 else x for x in (k_TMD, v_TMD))
+        if window is not None and segments.keys is not None:
+            return _efficient_from_the_first_key(q_TND, k_KND, v_KND, segments, scale, window, dropout_p)
         return _Efficient.apply(q_TND, k_KND, v_KND, *arguments[3:])
     return ragged_attention_reference(*arguments)
+
+
+def _efficient_from_the_first_key(
+    q_TND: Tensor, k_KND: Tensor, v_KND: Tensor, segments: RaggedSegments, scale: float, window: int, dropout_p: float
+) -> Tensor:
+    """A query for every key, of which one a token is read. In a segment with fewer queries than keys the backward pass
+    of PyTorch's kernel (up to 2.13 at least) counts the window from the first key, its forward pass from the last."""
+    assert segments.places is not None
+    assert segments.place_ends is not None
+    whole = replace(segments, query_ends=segments.key_ends, longest_queries=segments.longest_keys)
+    y_KND = _Efficient.apply(_GatherKeys.apply(q_TND, segments), k_KND, v_KND, whole, scale, window, dropout_p)
+    # the first place of a token is where it is queried
+    return y_KND.index_select(0, segments.places.index_select(0, segments.place_ends[:-1]))
 
 
 def ragged_attention_reference(

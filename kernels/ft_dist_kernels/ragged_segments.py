@@ -55,6 +55,9 @@ class RaggedSegments:
 
 AnySegments = Segments | RaggedSegments
 
+MAX_GRID = 65535
+"""Segments that kernels take: one each along the second side of their grid"""
+
 
 def segments_for(device_type: str, position_ids: Tensor) -> AnySegments:
     """position_ids (B, S) int64 on CPU, 0 where a segment begins; every row begins one. The form that attention on
@@ -77,7 +80,7 @@ def lay_ragged(tokens: Tensor, lengths: Tensor) -> RaggedSegments:
     queries = torch.segment_reduce(queried.double(), "sum", lengths=lengths).long()
     asks = queries > 0
     queries, kept = queries[asks], asks.repeat_interleave(lengths)
-    size = coarse(len(queries))
+    size = max(len(queries), min(coarse(len(queries)), MAX_GRID))
     query_ends = _ends(queries, size)
     if bool(queried.all()):
         longest = min(coarse(int(queries.max())), count)

@@ -220,13 +220,33 @@ def test_what_does_not_fit_is_refused():
 
 @pytest.mark.parametrize("capability, fits", [((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True)])
 def test_chips_without_fp8(capability, fits):
-    with mock.patch.multiple(
-        torch.cuda, get_device_capability=lambda device: capability, get_device_name=lambda device: "a chip"
+    with (
+        mock.patch.multiple(
+            torch.cuda, get_device_capability=lambda device: capability, get_device_name=lambda device: "a chip"
+        ),
+        mock.patch("ft_dist_kernels.fp8._refusal_of_product", return_value=None),
     ):
         reason = fp8_reason_not(torch.device("cuda", 0))
     assert (reason is None) == fits
     assert fits or f"capability {capability[0]}.{capability[1]}" in reason
     assert fp8_reason_not(torch.device("cpu")) is None
+
+
+def test_a_torch_without_the_product_for_a_chip_is_the_reason():
+    """As torch 2.10 on consumer Blackwell, whose capability alone would do."""
+    from ft_dist_kernels import fp8
+
+    def refuse(*_, **__):
+        raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED when calling cublasLtMatmul\nmore")
+
+    fp8._refusal_of_product.cache_clear()
+    with mock.patch.object(torch.cuda, "get_device_name", return_value="a chip"):
+        assert fp8._refusal_of_product(torch.device("cpu")) is None
+        fp8._refusal_of_product.cache_clear()
+        with mock.patch.object(fp8, "scaled_product", refuse):
+            reason = fp8._refusal_of_product(torch.device("cpu"))
+    fp8._refusal_of_product.cache_clear()
+    assert reason.endswith("no FP8 product for a chip: CUBLAS_STATUS_NOT_SUPPORTED when calling cublasLtMatmul")
 
 
 def test_the_gpu_product_takes_these_layouts():

@@ -106,6 +106,8 @@ class Kernels:
         bias_grad, *, scale, num_splits_key, window_size=0,
     ):  # fmt: skip
         assert (bias, p, mask, bias_grad, num_splits_key) == (None, 0.0, 2, False, 1)
+        # with fewer queries than keys its window begins elsewhere than that of the forward pass
+        assert not window_size or torch.equal(query_ends, key_ends)
         ends = query_ends.tolist(), key_ends.tolist()
         gradients = self.gradients(dy[0], q[0], k[0], v[0], *ends, scale, window_size - 1)
         return (*(grad[None] for grad in gradients), None)

@@ -119,6 +119,7 @@ def test_a_gpu_that_cannot_is_refused(monkeypatch):
     with pytest.raises(ModelError, match=r"A100 has compute capability 8.0 and no FP8"):
         refuse_without_fp8(model, gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("ft_dist_kernels.fp8._refusal_of_product", lambda device: None)
     refuse_without_fp8(model, gpu)
     with pytest.raises(ModelError, match=r"model\.dtype=fp32"):
         refuse_without_fp8(model.model_copy(update={"dtype": "fp32"}), gpu)

@@ -11,9 +11,10 @@ from ft_dist.config import load_config
 from ft_dist.errors import ConfigError, ModelError, UserError
 from ft_dist.model.builtin import builtin_names, resolve_model
 from ft_dist.model.tiny import tiny_names
-from ft_dist.plan.activations import chunk_rows
+from ft_dist.plan.activations import Walk, chunk_rows
 from ft_dist.plan.gpu import gpu_like, gpu_named, gpus
 from ft_dist.plan.job import Job
+from ft_dist.plan.ledger import Ledger
 from ft_dist.plan.memory import kept_by_block, memory_plan
 from ft_dist.plan.report import Cluster, fitted, plan_run, table
 from ft_dist.plan.shape import model_shape, shape_of_config
@@ -237,3 +238,15 @@ def test_an_update_costs_its_kernels_as_well_as_its_bytes():
     assert visited > flat + micro_batches * 448 * 3 * LAUNCH_S
     _, _, eight = update(8, "optim.kind=adamw_8bit")
     assert eight > flat + 448 / 8 * 30 * LAUNCH_S
+
+
+def test_heads_too_wide_for_our_attention_backward_take_more_for_its_sums():
+    settings = ["model.dtype=bf16", "batch.micro_rows=2", "batch.global_rows=2", "data.max_length=4096"]
+
+    def sums(width):
+        wide = shape(LLAMA_8B | {"head_dim": width})
+        return Walk(Job(wide, load_config("smoke", settings), 1, 8, gpu=True), Ledger())._wide_heads()
+
+    assert sums(128) == 0
+    # three splits over 132 processors, in fp32, with 128 rows more a segment; and dK, dV of every query head
+    assert sums(256) == 3 * (2 * 4096 + 128 * 2) * 32 * 256 * 4 + 2 * (2 * 4096) * 32 * 256 * 2
