@@ -81,8 +81,8 @@ def _same_bits_on_gpus() -> None:
     """Keep out what makes a resumed run differ from an uninterrupted one, or a sum depend on how it was split.
 
     cuDNN's attention backward gives other bits every time, and builds a plan of about a second for every new shape;
-    models whose attention is not ours would otherwise get it. cuBLAS adds partial products up in bf16 unless told not
-    to.
+    models whose attention is not ours would otherwise get it. cuBLAS adds partial products up in bf16 by
+    default.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

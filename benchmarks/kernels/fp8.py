@@ -1,4 +1,4 @@
-"""A group of LoRA linears over a base held in FP8, beside the same group in bf16.
+"""A group of LoRA linears over a base held in FP8, compared with the same group in bf16.
 
 Errors are set against those of the emulation on CPU, which rounds the same way: a GPU may be no further from the truth
 than twice that.

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.learning`: LoRA on an FP8 base beside LoRA on a bf16 base, as learnt by seed.
+"""`python -m benchmarks.learning`: what LoRA learns on an FP8 base and on a bf16 base, seed by seed.
 
     python -m benchmarks.learning [--tasks quickstart banking77] [--seeds 3] [--steps N]
                                   [--banking77 DIR] [--json FILE] [--work DIR]

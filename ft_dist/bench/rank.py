@@ -1,7 +1,7 @@
 """One rank of a measurement: `python -m ft_dist.bench.rank SPEC.json`, or called where a launcher has named the rank.
 
 The run is the product's own: `Run`, its data path, engine, recorder and checkpoints. Warm-up, timed steps, then steps
-whose phases are told apart, then one commit. What is known is written after each of the three: if a later one fails or
+whose phases are timed apart, then one commit. What is known is written after each of the three: if a later one fails or
 is cut off, the earlier figures are there.
 """
 

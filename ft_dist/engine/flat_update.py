@@ -101,7 +101,7 @@ class FlatUpdate:
             base.step()
 
     def _add_each_at_once(self) -> None:
-        """Where gradients of all parameters are too many to hold beside their sums: each is added as soon as it is."""
+        """Add each gradient to its sum as soon as it is there: all of them at once are too many to hold."""
         for group, sums in zip(self._optimizer.bf16_groups, self._optimizer.fp32_groups_gradients, strict=True):
             for parameter, total in zip(group, sums, strict=True):
                 parameter.register_post_accumulate_grad_hook(functools.partial(_add, total))

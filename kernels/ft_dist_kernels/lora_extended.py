@@ -41,7 +41,7 @@ _ALIGNMENT = 16  # elements: rows begin where tensor cores and vector loads want
 
 
 def extended_spare(ranks: Sequence[int]) -> int:
-    """Spare columns that a group with these ranks needs beside x and beside its weights."""
+    """Spare columns that a group with these ranks needs next to x and next to its weights."""
     return -(-sum(ranks) // _ALIGNMENT) * _ALIGNMENT
 
 

@@ -1,10 +1,10 @@
-"""Where the tokens of packed rows lie for attention on a GPU: segments end to end, told apart by where each one ends.
+"""Where the tokens of packed rows lie for attention on a GPU: segments end to end, separated by where each one ends.
 
 Variable-length kernels read the ends from the device, so that one call serves all segments of all rows, and neither
 padding nor a shape that depends on the samples' lengths is left: everything that the host passes (the numbers of
 segments and of keys, the longest segment) is rounded up coarsely, and the segments that this adds are empty.
 
-Queries are the tokens themselves, in their order. So are keys, unless segments begin alike and share tokens (see
+Queries are the tokens themselves, in their order. So are keys, unless segments share a beginning and its tokens (see
 segments.py): then the keys of each segment are gathered, and the gradient of a token is the sum over its places.
 
 Shapes: T tokens, K places of keys (K = T unless tokens are shared), N segments.

@@ -1,4 +1,4 @@
-"""What a step asks of the device: operations, launches, waits of the host and bytes held, told apart by phase.
+"""What a step asks of the device: operations, launches, waits of the host and bytes held, by phase.
 
 An operation is a call into PyTorch's library on the device that is more than a view or an allocation. A launch is a
 Triton kernel, or an operation times the kernels that it is known to start. A wait is a point where the host stops until

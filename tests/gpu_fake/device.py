@@ -20,7 +20,7 @@ SHARED_MEMORY_BYTES = 232_448
 GRID = (2**31 - 1, 65_535, 65_535)
 CAPABILITY = (9, 0)
 LISTENERS: list[Callable[[str], None]] = []
-"""Each is told whenever the host waits by name: torch.cuda.synchronize, a stream's or an event's"""
+"""Called whenever the host waits by name: torch.cuda.synchronize, a stream's or an event's"""
 
 
 def simulate() -> None:
