@@ -141,7 +141,13 @@ def write(path: Path, rows: list[dict[str, Any]], steps: int) -> None:
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu, FP8 emulated"
-    head = {"date": time.strftime("%Y-%m-%d"), "device": device, "torch": torch.__version__, "steps": steps}
+    head = {
+        "kind": "learning",
+        "date": time.strftime("%Y-%m-%d"),
+        "device": device,
+        "torch": torch.__version__,
+        "steps": steps,
+    }
     path.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
