@@ -82,9 +82,9 @@ def fp8_reason_not(device: torch.device) -> str | None:
 @cache
 def _refusal_of_product(device: torch.device) -> str | None:
     """What PyTorch says of a small product: some versions have none with row-wise scales for some chips."""
-    codes = torch.zeros(SIDE, SIDE, dtype=torch.float32, device=device).to(E4M3)
-    scale = torch.ones(SIDE, dtype=torch.float32, device=device)
     try:
+        codes = torch.zeros(SIDE, SIDE, dtype=torch.float32, device=device).to(E4M3)
+        scale = torch.ones(SIDE, dtype=torch.float32, device=device)
         scaled_product(codes, scale, codes, scale, torch.bfloat16)
     except RuntimeError as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="no Triton here: its whee
 # about equal work, for two workers
 OPS = (
     ("lora_linear", "lora_extended"),
-    ("linear_cross_entropy", "rms_norm", "swiglu", "geglu", "rope", "segment_attention", "nf4"),
+    ("linear_cross_entropy", "rms_norm", "swiglu", "geglu", "rope", "segment_attention", "nf4", "fp8_linear"),
 )
 FAMILIES_TOGETHER = (("llama", "mistral"), ("qwen2", "qwen3"), ("gemma2", "phi3"), ("gemma3", "gemma3_text"))
 TRITON_36 = ROOT / ".venv" / "triton-3.6.0"
