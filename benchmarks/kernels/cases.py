@@ -5,17 +5,16 @@ Shapes: T tokens, H hidden, I intermediate, V vocabulary, R rank, D head. Costs 
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from ft_dist_kernels.lora_extended import ExtendedWeight, extended_spare, lora_linear_extended
 from ft_dist_kernels.lora_linear import LoraWeights, lora_linear_group
 from ft_dist_kernels.nf4 import dequantize_nf4, dequantize_nf4_reference, quantize_nf4
 from torch import Tensor
 
+from benchmarks.kernels.extended import as_one
 from benchmarks.kernels.fp8 import fp8_here, on_fp8
 from benchmarks.kernels.harness import Case
 from benchmarks.kernels.peers import peers_of
@@ -114,46 +113,8 @@ def _fp8(label: str, tokens: int, inner: int, outers: tuple[int, ...]) -> list[C
 
 
 def _lora_extended(label: str, tokens: int, inner: int, outers: tuple[int, ...], dropout: float) -> Case:
-    """The group as one product. Eager's outputs are joined as ours are, which costs it a pass; the floor's are not."""
     apart = _lora(label, tokens, inner, outers, dropout)
-    ranks, count = (RANK,) * len(outers), len(outers)
-    spare = extended_spare(ranks)
-
-    def make(tokens: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
-        inputs = apart.make(tokens, dtype, device)
-        weights = [inputs[f"w{i}"] for i in range(count)]
-        extended = ExtendedWeight.extend(weights, [None] * count, ranks, dtype)
-        x_TK = _normal(tokens, inner + spare, dtype=dtype, device=device, grad=False)
-        views = {f"w{i}": view for i, view in enumerate(extended.views)}
-        return inputs | views | {"x": x_TK[:, :inner].detach().requires_grad_(), "extended": extended}
-
-    def ours(x: Tensor, extended: ExtendedWeight, **w: Tensor) -> Tensor:
-        members = [
-            LoraWeights(w[f"w{i}"], None, w[f"a{i}"], w[f"b{i}"], SCALE, dropout, i if dropout else None)
-            for i in range(count)
-        ]
-        return lora_linear_extended(x, extended, members, spare=spare)
-
-    def joined(function: Callable[..., Any]) -> Callable[..., Tensor]:
-        return lambda x, extended, **w: torch.cat(function(x, **w), 1)
-
-    def floor(x: Tensor, extended: ExtendedWeight, **w: Tensor) -> Tensor:
-        touch = sum(w[f"{k}{i}"].sum() for i in range(count) for k in "ab") * 0.0
-        return F.linear(x, extended.buffer[:, :inner]) + touch
-
-    assert apart.truth is not None
-    truth = joined(apart.truth)
-    return replace(
-        apart,
-        op="lora_extended",
-        make=make,
-        ours=ours,
-        eager=joined(apart.eager),
-        floor=floor,
-        truth=truth,
-        yardstick=truth,
-        views=True,
-    )
+    return as_one(apart, members=len(outers), rank=RANK, scale=SCALE, dropout=dropout)
 
 
 def _loss(model: Model, tokens: int, frozen: bool) -> Case:
