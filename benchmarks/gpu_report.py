@@ -125,8 +125,8 @@ def section(report: Row) -> str:
     parity = report["parity"]
     if parity["checks"]:
         names = "; ".join(f"{row['op']} {row['shape']} T={row['tokens']}" for row in parity["failed"])
-        told = f"{len(parity['failed'])} failed{': ' if names else ''}{names}"
-        lines += ["", f"Parity in bf16: {parity['checks']} checks, {told}."]
+        found = f"{len(parity['failed'])} failed{': ' if names else ''}{names}"
+        lines += ["", f"Parity in bf16: {parity['checks']} checks, {found}."]
     lost = {name: row for name, row in report["stages"].items() if row["outcome"] != "done"}
     lines += [""] if lost else []
     lines += [f"Not measured: {name}: {row['outcome']}, {row.get('why', '')}." for name, row in lost.items()]
@@ -134,15 +134,15 @@ def section(report: Row) -> str:
 
 
 def _ceilings(report: Row) -> list[str]:
-    told = []
+    found = []
     for name, key, unit in (
         ("copy", "bytes_per_s", "TB/s read and written"),
         ("bf16 product", "flops_per_s", "TFLOP/s"),
         ("fp8 product", "flops_per_s", "TFLOP/s"),
     ):
         rate = report["ceilings"].get(name, {}).get(key)
-        told += [f"{name} {rate / 1e12:.2f} {unit}"] if rate else []
-    return [f"Ceilings: {'; '.join(told)}."] if told else []
+        found += [f"{name} {rate / 1e12:.2f} {unit}"] if rate else []
+    return [f"Ceilings: {'; '.join(found)}."] if found else []
 
 
 def _throughput(report: Row) -> list[str]:
@@ -157,9 +157,9 @@ def _throughput(report: Row) -> list[str]:
     ]
     for side, row in report["sides"].items():
         ratio = report["ratios"].get(side, {}).get("tokens_per_s")
-        told = "" if side == "ours" else f"{ratio:.2f}" if ratio else report["unequal"].get(side, "not compared")
+        found = "" if side == "ours" else f"{ratio:.2f}" if ratio else report["unequal"].get(side, "not compared")
         name = f"bare step, {side}{', activation checkpointing' if row['checkpointing'] else ''}"
-        lines.append(cells(name, row["tokens_per_s"], row, told))
+        lines.append(cells(name, row["tokens_per_s"], row, found))
     return _table(("work", "tokens/s", "step s", "MFU", "peak GiB", "ours to it"), lines)
 
 

@@ -102,7 +102,7 @@ def copy(device: str, size: int) -> dict[str, Any]:
 
 
 def bf16_product(device: str, size: int) -> dict[str, Any]:
-    """Back to back for a second or so, as in training: the rate that power allows, beside that of the fastest one."""
+    """Back to back for a second or so, as in training: the rate that power allows, next to that of the fastest one."""
     a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
     found = seconds_of(lambda: a @ b, device, repeats=5 if device == "cpu" else 800)
     flops = 2 * size**3

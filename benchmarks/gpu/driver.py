@@ -90,9 +90,9 @@ class Driver:
                 outcome = self.outcome_of(stage, later)
             finally:
                 self.row(stage.name, "stage", budget_s=stage.seconds, **outcome)
-            told, seconds = outcome["outcome"], outcome.get("seconds", 0.0)
-            say(f"{stage.name:16} {told:14} {seconds:6.1f} s  {outcome.get('why', '')}".rstrip())
-            bad += told in ("failed", "cut", "skipped")
+            ended, seconds = outcome["outcome"], outcome.get("seconds", 0.0)
+            say(f"{stage.name:16} {ended:14} {seconds:6.1f} s  {outcome.get('why', '')}".rstrip())
+            bad += ended in ("failed", "cut", "skipped")
             cut_in_the_middle(self.log, MAX_BYTES)
         return bad
 

@@ -3,7 +3,7 @@
     python -m benchmarks.gpu.step MODEL [--steps 5] [--profiled 2] [key.sub=value ...]
 
 Every step is a row. The profile is a row with the 40 kernels that take longest, launches and waits of the host, and a
-table in `profile.txt` and a trace in `profile-trace.json.gz` beside the results.
+table in `profile.txt` and a trace in `profile-trace.json.gz` next to the results.
 """
 
 import argparse
