@@ -77,11 +77,11 @@ chaos: $(VENV)/.dev
 
 # jobs of a real SLURM (installed with apt-get if missing) that are preempted, out of time, requeued or lose a node
 slurm: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m slow tests/launcher/test_slurm.py tests/launcher/test_docs.py
+	$(BIN)/python -m pytest -q -m slow tests/launcher/targets/test_slurm.py tests/launcher/test_docs.py
 
 # three hosts in network namespaces, their links cut and slow: needs root (`make faults` kills and adds agents)
 hosts: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m slow tests/launcher/test_hosts.py
+	$(BIN)/python -m pytest -q -m slow tests/launcher/elastic/test_hosts.py
 
 # a guard against getting slower: ratios to Hugging Face + PEFT, kept in benchmarks/results/ (under three minutes)
 bench-quick: $(VENV)/.dev

@@ -1,4 +1,4 @@
-"""Packages are listed by hand because three of them live outside `ft_dist/`.
+"""`package_dir` maps the packages that live outside `ft_dist/`.
 
 `kernels/` must not itself become the package `kernels`: Hugging Face's loader on PyPI has that name and transformers
 imports it. `configs/` and `launch/` hold data and are shipped inside `ft_dist` so that recipes are usable by name.
@@ -7,7 +7,12 @@ imports it. `configs/` and `launch/` hold data and are shipped inside `ft_dist` 
 from setuptools import find_packages, setup
 
 setup(
-    packages=[*find_packages(include=["ft_dist", "ft_dist.*"]), "ft_dist_kernels", "ft_dist.configs", "ft_dist.launch"],
+    packages=[
+        *find_packages(include=["ft_dist", "ft_dist.*"]),
+        *find_packages("kernels"),
+        "ft_dist.configs",
+        "ft_dist.launch",
+    ],
     package_dir={
         "ft_dist": "ft_dist",
         "ft_dist_kernels": "kernels/ft_dist_kernels",

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from ft_dist.config import RunConfig
-from ft_dist.data.check import check_sources
+from ft_dist.data.read.check import check_sources
 from ft_dist.errors import ConfigError
 from ft_dist.model.builtin import check_hub, resolve_model
 from ft_dist.model.facts import match_target_modules, model_facts

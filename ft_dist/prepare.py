@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ft_dist.config import RunConfig
-from ft_dist.data.check import check_sources
-from ft_dist.data.report import prepare_data, report_lines, shown_lines
+from ft_dist.data.prepare.report import prepare_data, report_lines, shown_lines
+from ft_dist.data.read.check import check_sources
 from ft_dist.errors import DataError
 from ft_dist.model.builtin import resolve_model
 from ft_dist.model.quiet import quiet_process

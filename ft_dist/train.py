@@ -43,11 +43,11 @@ def train(config: RunConfig, stop: StopRequest) -> None:
     from ft_dist.model.quiet import quiet_process
 
     quiet_process()
-    from ft_dist.plan.ahead import touch_planned
+    from ft_dist.run.warm_memory import touch_planned
 
     free_memory = touch_planned(config)  # by a thread, while this one imports
-    from ft_dist.plan.out_of_memory import telling_shortage
-    from ft_dist.run import prepare_run
+    from ft_dist.run.out_of_memory import telling_shortage
+    from ft_dist.run.run import prepare_run
 
     run = prepare_run(config, stop, free_memory=free_memory)
     try:

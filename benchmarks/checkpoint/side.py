@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ft_dist.checkpoint import format as layout
+from ft_dist.checkpoint.commit import format as layout
 from ft_dist.checkpoint.load import load
 from ft_dist.config import load_config
 from ft_dist.distributed import barrier, max_over_ranks
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("config", nargs="+")
     options = parser.parse_args()
     quiet_process()
-    from ft_dist.run import prepare_run
+    from ft_dist.run.run import prepare_run
 
     run = prepare_run(load_config(options.config[0], options.config[1:]), StopRequest())
     batch = next(run.batches())

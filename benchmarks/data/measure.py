@@ -16,11 +16,11 @@ import numpy as np
 from benchmarks.data.inputs import train_tokenizer, write_chats
 from benchmarks.data.side import SIDES
 from ft_dist.config.schema import DataConfig
-from ft_dist.data.batch import Prefetcher
-from ft_dist.data.mixture import Source
-from ft_dist.data.packing import DEFAULT_WINDOW, pack_window
-from ft_dist.data.prepare import prepare
-from ft_dist.data.stream import DataStream
+from ft_dist.data.prepare.build import prepare
+from ft_dist.data.stream.batch import Prefetcher
+from ft_dist.data.stream.mixture import Source
+from ft_dist.data.stream.packing import DEFAULT_WINDOW, pack_window
+from ft_dist.data.stream.stream import DataStream
 
 ROOT = Path(__file__).resolve().parents[2]
 CAPACITY = 2048

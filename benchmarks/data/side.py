@@ -13,7 +13,7 @@ from typing import Any
 
 def ours(folder: Path, tokenizer: Any, workers: int) -> int:
     from ft_dist.config.schema import DataConfig
-    from ft_dist.data.prepare import prepare
+    from ft_dist.data.prepare.build import prepare
 
     data = DataConfig.model_validate({"train": [str(folder / "chats.jsonl")], "cache_dir": str(folder / "ours")})
     return prepare(data.train, tokenizer, data=data, model_path="benchmark", workers=workers).counts[0].tokens

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from ft_dist_kernels.lora_linear import LoraWeights, lora_linear_group
-from ft_dist_kernels.nf4 import dequantize_nf4, dequantize_nf4_reference, quantize_nf4
+from ft_dist_kernels.lora.op import LoraWeights, lora_linear_group
+from ft_dist_kernels.quantised.nf4 import dequantize_nf4, dequantize_nf4_reference, quantize_nf4
 from torch import Tensor
 
 from benchmarks.kernels.extended import as_one
@@ -74,7 +74,7 @@ def _lora(label: str, tokens: int, inner: int, outers: tuple[int, ...], dropout:
         return tuple(outputs)
 
     def seeded(x: Tensor, **w: Tensor) -> tuple[Tensor, ...]:
-        from ft_dist_kernels.lora_linear import lora_linear_reference
+        from ft_dist_kernels.lora.op import lora_linear_reference
 
         return tuple(
             lora_linear_reference(x, w[f"w{i}"], w[f"a{i}"], w[f"b{i}"], scale=SCALE, dropout_p=dropout, dropout_seed=i)
@@ -118,7 +118,7 @@ def _lora_extended(label: str, tokens: int, inner: int, outers: tuple[int, ...],
 
 
 def _loss(model: Model, tokens: int, frozen: bool) -> Case:
-    from ft_dist_kernels.linear_cross_entropy import linear_cross_entropy
+    from ft_dist_kernels.cross_entropy.op import linear_cross_entropy
 
     def make(tokens: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
         to = {"dtype": dtype, "device": device}
@@ -155,7 +155,7 @@ def _loss(model: Model, tokens: int, frozen: bool) -> Case:
 
 
 def _norm(model: Model, tokens: int) -> Case:
-    from ft_dist_kernels.rms_norm import rms_norm, rms_norm_reference
+    from ft_dist_kernels.rms_norm.op import rms_norm, rms_norm_reference
 
     def make(tokens: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
         to = {"dtype": dtype, "device": device}
@@ -178,7 +178,7 @@ def _norm(model: Model, tokens: int) -> Case:
 
 
 def _glu(model: Model, tokens: int) -> Case:
-    from ft_dist_kernels.glu import geglu, swiglu
+    from ft_dist_kernels.glu.op import geglu, swiglu
 
     def make(tokens: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
         to = {"dtype": dtype, "device": device}
@@ -202,7 +202,7 @@ def _glu(model: Model, tokens: int) -> Case:
 
 
 def _rope(model: Model, tokens: int) -> Case:
-    from ft_dist_kernels.rope import rope, rope_tables
+    from ft_dist_kernels.rope.op import rope, rope_tables
 
     def make(tokens: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
         to = {"dtype": dtype, "device": device}
@@ -239,9 +239,9 @@ def _rope(model: Model, tokens: int) -> Case:
 def _segments(model: Model, tokens: int, longest: int, *, window: int | None = None, shared: int = 0) -> Case:
     """One packed row of samples between a quarter of `longest` and `longest`. With `shared`, of which up to half of the
     row may be, all of them begin with the same tokens, which lie in front."""
-    from ft_dist_kernels.ragged_segments import lay_ragged
-    from ft_dist_kernels.segment_attention import segment_attention
-    from ft_dist_kernels.segments import lay_segments
+    from ft_dist_kernels.attention.op import segment_attention
+    from ft_dist_kernels.attention.ragged_segments import lay_ragged
+    from ft_dist_kernels.attention.segments import lay_segments
 
     scale, repeats = model.head**-0.5, model.heads // model.kv_heads
 

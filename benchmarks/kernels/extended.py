@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from ft_dist_kernels.lora_extended import ExtendedWeight, extended_spare, lora_linear_extended
-from ft_dist_kernels.lora_linear import LoraWeights
+from ft_dist_kernels.lora.extended import ExtendedWeight, extended_spare, lora_linear_extended
+from ft_dist_kernels.lora.op import LoraWeights
 from torch import Tensor
 
 from benchmarks.kernels.harness import Case

@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from ft_dist_kernels.fp8 import FP8Weight, fp8_reason_not, hold_fp8, takes_fp8
-from ft_dist_kernels.lora_linear import LoraWeights, lora_linear_group
+from ft_dist_kernels.lora.op import LoraWeights, lora_linear_group
+from ft_dist_kernels.quantised.fp8 import FP8Weight, fp8_reason_not, hold_fp8, takes_fp8
 from torch import Tensor
 
 from benchmarks.kernels.harness import Case

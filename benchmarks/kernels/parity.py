@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ft_dist_kernels.dropout import keep_mask
+from ft_dist_kernels.dropout.op import keep_mask
 from torch import Tensor
 
 from benchmarks.kernels.__main__ import about

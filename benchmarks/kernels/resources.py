@@ -60,13 +60,14 @@ class Usage:
 
 @cache
 def ops() -> dict[str, Any]:
-    """Every module that defines `aot_cases`, by the name of its op."""
+    """Every `aot_cases` of the kernels by the name of its op: lora, lora.extended, cross_entropy, quantised.fp8, ..."""
     found = {}
-    for info in pkgutil.iter_modules(ft_dist_kernels.__path__):
-        module = importlib.import_module(f"ft_dist_kernels.{info.name}")
+    for info in pkgutil.walk_packages(ft_dist_kernels.__path__, "ft_dist_kernels."):
+        module = importlib.import_module(info.name)
         cases = getattr(module, "aot_cases", None)
         if cases is not None and cases.__module__ == module.__name__:
-            found[re.sub("_(kernels|triton)$", "", info.name)] = cases
+            name = info.name.removeprefix("ft_dist_kernels.")
+            found[re.sub(r"(\.|_)(op|kernels|triton_form)$", "", name)] = cases
     return found
 
 

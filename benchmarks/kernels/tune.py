@@ -34,9 +34,12 @@ class Entry(NamedTuple):
 
 def entries(device: torch.device, ops: list[str]) -> Iterator[Entry]:
     """Every entry that the benchmark's shapes reach on this chip."""
-    from ft_dist_kernels import glu_kernels, linear_cross_entropy_kernels, rms_norm_kernels, rope_kernels
-    from ft_dist_kernels import lora_blocks as lora
     from ft_dist_kernels.chips import chip_of
+    from ft_dist_kernels.cross_entropy import kernels as linear_cross_entropy_kernels
+    from ft_dist_kernels.glu import kernels as glu_kernels
+    from ft_dist_kernels.lora import blocks as lora
+    from ft_dist_kernels.rms_norm import kernels as rms_norm_kernels
+    from ft_dist_kernels.rope import kernels as rope_kernels
 
     chip = chip_of(device)
     platform = "hip" if torch.version.hip else "cuda"

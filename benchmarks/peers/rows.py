@@ -67,7 +67,7 @@ def in_our_order(config: Any, chats: Sequence[dict[str, Any]], steps: int) -> tu
     `config` is a RunConfig without packing whose only source holds `chats`.
     """
     from ft_dist.data.open import open_stream
-    from ft_dist.data.prepare import prepare
+    from ft_dist.data.prepare.build import prepare
     from ft_dist.model.tokenizer import load_tokenizer
 
     tokenizer, _ = load_tokenizer(config.model.path)
@@ -122,7 +122,7 @@ def checkpoint(name: str, dtype: str, cache: Path) -> Path:
 
 def longest(config: Any) -> int:
     """Tokens of the longest sample of `config`'s data, which is prepared."""
-    from ft_dist.data.prepare import prepare
+    from ft_dist.data.prepare.build import prepare
     from ft_dist.model.tokenizer import load_tokenizer
 
     tokenizer, _ = load_tokenizer(config.model.path)

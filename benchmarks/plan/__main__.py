@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ft_dist.config.schema import RunConfig
+from ft_dist.model.shape import ModelShape, shape_of_config
 from ft_dist.plan.gpu import gpu_named
 from ft_dist.plan.job import Job
-from ft_dist.plan.memory import memory_plan
-from ft_dist.plan.shape import ModelShape, shape_of_config
+from ft_dist.plan.memory.total import memory_plan
 from ft_dist.plan.speed import step_plan
 
 GPUS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]

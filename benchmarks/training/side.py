@@ -176,11 +176,11 @@ def utilisation(model: Any, options: argparse.Namespace, tokens_per_s: float) ->
 
 
 def our_forward(model: Any, options: argparse.Namespace) -> Any:
-    from ft_dist_kernels.ragged_segments import segments_for
+    from ft_dist_kernels.attention.ragged_segments import segments_for
 
     from ft_dist.heap import keep_freed_memory
-    from ft_dist.loss import CausalObjective
-    from ft_dist.model.fused import fuse
+    from ft_dist.model.fused.fuse import fuse
+    from ft_dist.objective.causal import CausalObjective
 
     if options.device == "cpu":
         keep_freed_memory()  # as `ft-dist train` does

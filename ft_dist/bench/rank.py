@@ -35,7 +35,7 @@ def measure(spec: Spec) -> dict[str, Any]:
     from ft_dist.model.quiet import quiet_process
 
     quiet_process()
-    from ft_dist.plan.ahead import touch_planned
+    from ft_dist.run.warm_memory import touch_planned
 
     config = spec.config()
     free_memory = touch_planned(config)
@@ -84,20 +84,20 @@ def _write(spec: Spec, run: Any, result: dict[str, Any]) -> None:
 
 def prepare(spec: Spec, config: RunConfig, stop: Any, free_memory: Callable[[], None]) -> Any:
     """The run as `ft-dist train` would make it; with synthetic samples, without tokenizer and weights."""
-    from ft_dist.run import prepare_run
+    from ft_dist.run.run import prepare_run
 
     if not spec.synthetic:
         return prepare_run(config, stop, free_memory=free_memory)
     import os
 
     from ft_dist.bench.synthetic import SyntheticStore, VocabularyOnly
-    from ft_dist.data.mixture import Source
-    from ft_dist.data.stream import DataStream
+    from ft_dist.data.stream.mixture import Source
+    from ft_dist.data.stream.stream import DataStream
     from ft_dist.engine.build import build_engine
     from ft_dist.model.load import load_model, random_model
     from ft_dist.observe.recorder import log_rank_output
     from ft_dist.preflight.ranks import form_world
-    from ft_dist.run import Run
+    from ft_dist.run.run import Run
 
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     log_file = log_rank_output(config, rank=rank)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ft_dist.data.store import BoolArray, Int64Array, end_to_end
+from ft_dist.data.store.store import BoolArray, Int64Array, end_to_end
 from ft_dist.errors import UserError
 
 SAMPLES = 200_000

@@ -4,8 +4,8 @@ import json
 from datetime import timedelta
 from pathlib import Path
 
-from ft_dist.checkpoint.format import Commit, commits, step_of, verify
-from ft_dist.checkpoint.mirror import fetch, remote_steps
+from ft_dist.checkpoint.commit.format import Commit, commits, step_of, verify
+from ft_dist.checkpoint.commit.mirror import fetch, remote_steps
 from ft_dist.distributed import World, control_store
 from ft_dist.errors import CheckpointError, StorageError
 from ft_dist.storage import Storage

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ft_dist.checkpoint.format import Commit, commits, split_key, verify
+from ft_dist.checkpoint.commit.format import Commit, commits, split_key, verify
 from ft_dist.checkpoint.identity import differences
 from ft_dist.errors import CheckpointError
 

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ft_dist.checkpoint.commit.mirror import MIRROR_WAIT_S, Mirror
+from ft_dist.checkpoint.commit.retention import Retention
+from ft_dist.checkpoint.commit.writer import CheckpointWriter
 from ft_dist.checkpoint.find import agreed_commit
 from ft_dist.checkpoint.identity import check_identity, identity
 from ft_dist.checkpoint.load import load
-from ft_dist.checkpoint.mirror import MIRROR_WAIT_S, Mirror
-from ft_dist.checkpoint.retention import Retention
-from ft_dist.checkpoint.writer import CheckpointWriter
 from ft_dist.config import RunConfig
 from ft_dist.distributed import World, barrier
 from ft_dist.engine.fragments import adam_step, owned_tensors

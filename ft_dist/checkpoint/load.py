@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from ft_dist.checkpoint.format import Commit, split_key
+from ft_dist.checkpoint.commit.format import Commit, split_key
 from ft_dist.engine.fragments import fragments, refresh_compute_weights, set_adam_step
 from ft_dist.engine.step import Engine
 from ft_dist.errors import CheckpointError

@@ -3,10 +3,10 @@
 from typing import Any
 
 from ft_dist.config import RunConfig
-from ft_dist.data.batch import BatchStream
-from ft_dist.data.live import LiveStream
-from ft_dist.data.prepare import Prepared
-from ft_dist.data.stream import DataStream
+from ft_dist.data.prepare.build import Prepared
+from ft_dist.data.stream.batch import BatchStream
+from ft_dist.data.stream.live import LiveStream
+from ft_dist.data.stream.stream import DataStream
 
 
 def open_stream(config: RunConfig, tokenizer: Any, train_set: Prepared) -> BatchStream:

@@ -12,11 +12,11 @@ from ft_dist.distributed import World
 from ft_dist.engine.fragments import tell_optimizer
 from ft_dist.engine.settings import deepspeed_config
 from ft_dist.engine.step import Engine, stage_of
-from ft_dist.loss import CausalObjective
 from ft_dist.model.fp8 import hold_base_in_fp8, refuse_without_fp8
-from ft_dist.model.fused import fuse
+from ft_dist.model.fused.fuse import fuse
 from ft_dist.model.load import add_adapters, enable_activation_checkpointing, load_model
 from ft_dist.model.quiet import quietly
+from ft_dist.objective.causal import CausalObjective
 
 
 def build_engine(

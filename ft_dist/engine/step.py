@@ -14,13 +14,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ft_dist.config.schema import RunConfig
-from ft_dist.data.batch import MicroBatch
+from ft_dist.data.stream.batch import MicroBatch
 from ft_dist.distributed import World, sum_over_ranks
 from ft_dist.engine.flat_update import FlatUpdate
 from ft_dist.engine.grad_norm import judge_by_norm
 from ft_dist.engine.settings import deepspeed_config, effective_stage
-from ft_dist.loss import CausalObjective
 from ft_dist.model.fp8 import held_elements
+from ft_dist.objective.causal import CausalObjective
 from ft_dist.optim.build import build_optimizer, parameter_groups
 
 

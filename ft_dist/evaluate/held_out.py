@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from ft_dist.config.schema import RunConfig
-from ft_dist.data.batch import MicroBatch, collate
-from ft_dist.data.formats import read_samples
-from ft_dist.data.store import SampleStore
+from ft_dist.data.read.formats import read_samples
+from ft_dist.data.store.store import SampleStore
+from ft_dist.data.stream.batch import MicroBatch, collate
 from ft_dist.distributed import Agreement, World
 from ft_dist.engine.step import Engine
 from ft_dist.evaluate.score import LabelledPrompt, Scores, held_out_loss, labelled_prompts, score_answers

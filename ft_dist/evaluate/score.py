@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ft_dist.data.batch import MicroBatch
-from ft_dist.data.formats import Sample
-from ft_dist.data.template import Encoder
+from ft_dist.data.encode.template import Encoder
+from ft_dist.data.read.formats import Sample
+from ft_dist.data.stream.batch import MicroBatch
 from ft_dist.evaluate.answers import CutShort, Progress, answer_prompts, exact_match
 
 EXAMPLES = 8

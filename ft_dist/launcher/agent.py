@@ -22,13 +22,13 @@ from typing import Any, Protocol
 
 from ft_dist.config import RunConfig, load_config
 from ft_dist.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER, UserError
-from ft_dist.launcher.head import Head, Member
+from ft_dist.launcher.elastic.head import Head, Member
+from ft_dist.launcher.elastic.meeting import Meeting, Place, connect
+from ft_dist.launcher.elastic.restarts import RestartPolicy
+from ft_dist.launcher.elastic.wire import Connection, ConnectionLostError, Message
+from ft_dist.launcher.elastic.workers import Ended, Share, Workers
 from ft_dist.launcher.local import FORWARDED, default_nproc, leave_when_told
-from ft_dist.launcher.meeting import Meeting, Place, connect
 from ft_dist.launcher.nodes import ONE_NODE, Nodes, parse_nodes
-from ft_dist.launcher.restarts import RestartPolicy
-from ft_dist.launcher.wire import Connection, ConnectionLostError, Message
-from ft_dist.launcher.workers import Ended, Share, Workers
 from ft_dist.preflight.node import node_name
 from ft_dist.preflight.same import code_hash, config_hash
 

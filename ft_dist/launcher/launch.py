@@ -12,11 +12,11 @@ from typing import Any
 
 from ft_dist.check import check
 from ft_dist.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, UserError
-from ft_dist.launcher import here, kubernetes, sky, slurm, vm
 from ft_dist.launcher.follow import follow
 from ft_dist.launcher.record import RECORD, JobState, Record, progress, read_record, stop_mark
 from ft_dist.launcher.request import SEES_OUR_DISKS, Request, runs_of
 from ft_dist.launcher.submission import Submission
+from ft_dist.launcher.targets import here, kubernetes, sky, slurm, vm
 from ft_dist.plan.gpu import device_here
 from ft_dist.plan.guard import check_fits, device_called
 

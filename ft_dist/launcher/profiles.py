@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from ft_dist.errors import ConfigError
-from ft_dist.launcher.render import template_folder
+from ft_dist.launcher.targets.render import template_folder
 
 CREDENTIAL = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE)
 """Names of variables whose values must not be written into a file"""

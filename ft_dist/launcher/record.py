@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ft_dist.errors import UserError
-from ft_dist.launcher.restarts import newest_commit
+from ft_dist.launcher.elastic.restarts import newest_commit
 from ft_dist.observe.files import last_record, write_json
 
 RECORD = "launch.json"

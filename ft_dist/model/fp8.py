@@ -1,4 +1,4 @@
-"""`model.base_dtype: fp8`: the frozen linear layers of a decoder, held in e4m3 (kernels/ft_dist_kernels/fp8.py).
+"""`model.base_dtype: fp8`: the frozen linear layers of a decoder, held in e4m3 (see `ft_dist_kernels.quantised.fp8`).
 
 Layers that read the same x (q, k, v; gate, up) share one matrix. Embeddings, norms, the output head and adapters stay
 as they are. The weights are no parameters: DeepSpeed casts and flattens those, and nothing trains these.
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from ft_dist_kernels.fp8 import FP8Weight, fp8_linear, fp8_reason_not, hold_fp8, takes_fp8
+from ft_dist_kernels.quantised.fp8 import FP8Weight, fp8_linear, fp8_reason_not, hold_fp8, takes_fp8
 from torch import nn
 
 from ft_dist.config.schema import ModelConfig
@@ -69,7 +69,7 @@ def hold_base_in_fp8(causal_lm: Any) -> FP8Report:
 
     `causal_lm` lies where it will run and carries its adapters. Raises ModelError for an architecture not known.
     """
-    from ft_dist.model.fused import FAMILIES
+    from ft_dist.model.fused.fuse import FAMILIES
 
     family = causal_lm.config.model_type
     if family not in FAMILIES:

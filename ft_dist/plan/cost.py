@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ft_dist.config.schema import RunConfig
 from ft_dist.plan.job import Job
-from ft_dist.plan.states import moment_bytes
+from ft_dist.plan.memory.states import moment_bytes
 from ft_dist.storage import is_url
 
 BYTES_A_TOKEN = 4.0

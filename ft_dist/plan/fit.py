@@ -15,7 +15,7 @@ from ft_dist.config.schema import RunConfig
 from ft_dist.errors import ConfigError
 from ft_dist.plan.gpu import Gpu
 from ft_dist.plan.job import Job
-from ft_dist.plan.memory import memory_plan
+from ft_dist.plan.memory.total import memory_plan
 from ft_dist.plan.speed import step_plan
 
 SLACK = 0.01

@@ -5,7 +5,7 @@ from ft_dist.errors import MemoryPlanError, ModelError
 from ft_dist.plan.fit import KEYS, Fit, Place, fit, more_ranks, settings_of
 from ft_dist.plan.gpu import Device, device_here, gpu_like
 from ft_dist.plan.job import Job, flash_here, job_of
-from ft_dist.plan.memory import MARGIN, memory_plan
+from ft_dist.plan.memory.total import MARGIN, memory_plan
 
 
 def check_fits(config: RunConfig, *, ranks: int, ranks_per_node: int, device: Device | None) -> str | None:

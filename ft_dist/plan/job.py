@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 from ft_dist.config.schema import RunConfig
 from ft_dist.engine.settings import WHOLE_GRADIENT_ELEMENTS, effective_stage
-from ft_dist.plan.shape import ModelShape, Parameter, model_shape
+from ft_dist.model.shape import ModelShape, Parameter, model_shape
 
 BYTES = {"bf16": 2, "fp32": 4}
 

@@ -10,7 +10,7 @@ from ft_dist.plan.cost import run_plan, spot_plan
 from ft_dist.plan.fit import Place, fit, more_ranks, with_settings, write_recipe
 from ft_dist.plan.gpu import Gpu, device_here, gpu_like, gpu_named
 from ft_dist.plan.job import Job, flash_here, job_of
-from ft_dist.plan.memory import MemoryPlan, memory_plan
+from ft_dist.plan.memory.total import MemoryPlan, memory_plan
 from ft_dist.plan.speed import step_plan
 
 

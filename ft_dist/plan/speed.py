@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ft_dist.errors import UserError
 from ft_dist.plan.gpu import Gpu
 from ft_dist.plan.job import Job
-from ft_dist.plan.states import MAX_LIVE, fp8_matrices
+from ft_dist.plan.memory.states import MAX_LIVE, fp8_matrices
 
 MATMUL_SHARE = 0.69
 """Of the best matrix product that was measured on the GPU: layers' shapes, and clocks under a load of hours"""

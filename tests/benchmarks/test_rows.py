@@ -13,7 +13,7 @@ from benchmarks.peers.case import Case
 from benchmarks.peers.compare import _dealt, make_work, peer_of
 from benchmarks.peers.environments import NAMES
 from benchmarks.peers.torchtune.parts import ChatTokenizer
-from ft_dist.data.prepare import prepare
+from ft_dist.data.prepare.build import prepare
 from ft_dist.model.tokenizer import load_tokenizer
 
 LINES = ["text,category", *(f'"Where is parcel {n}, please?",answer_{n}' for n in range(13))]

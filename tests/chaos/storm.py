@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ft_dist.launcher.restarts import newest_commit
+from ft_dist.launcher.elastic.restarts import newest_commit
 from tests.conftest import read_lines, start_cli
 
 STEPS = 24

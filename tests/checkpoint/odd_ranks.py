@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from ft_dist.checkpoint.format import commits
+from ft_dist.checkpoint.commit.format import commits
+from ft_dist.checkpoint.commit.retention import Retention
+from ft_dist.checkpoint.commit.writer import CheckpointWriter
 from ft_dist.checkpoint.load import load
-from ft_dist.checkpoint.retention import Retention
-from ft_dist.checkpoint.writer import CheckpointWriter
 from ft_dist.config import load_config
 from ft_dist.distributed import World, barrier, join_world, leave_world, open_store
 from ft_dist.engine.fragments import adam_step, owned_tensors

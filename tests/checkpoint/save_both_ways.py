@@ -14,7 +14,7 @@ from ft_dist.preemption.stop import StopRequest
 def main() -> None:
     folder, recipe, *overrides = sys.argv[1:]
     quiet_process()
-    from ft_dist.run import prepare_run
+    from ft_dist.run.run import prepare_run
 
     run = prepare_run(load_config(recipe, overrides), StopRequest())
     for batch in run.batches():

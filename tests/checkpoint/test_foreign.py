@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ft_dist.checkpoint.foreign import read_foreign
+from ft_dist.checkpoint.foreign.read import read_foreign
 from ft_dist.checkpoint.inspect import compared
 from ft_dist.errors import CheckpointError
 from tests.conftest import ROOT, SMALL_RUN

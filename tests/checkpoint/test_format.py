@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 
-from ft_dist.checkpoint import format as layout
+from ft_dist.checkpoint.commit import format as layout
+from ft_dist.checkpoint.commit.snapshot import HostBuffer
 from ft_dist.checkpoint.find import newest_intact
-from ft_dist.checkpoint.snapshot import HostBuffer
 from ft_dist.errors import CheckpointError
 
 FILES = [layout.rank_name(0), layout.rank_name(1), layout.STATE, layout.MANIFEST]

@@ -7,12 +7,12 @@ import threading
 import pytest
 import torch
 
-from ft_dist.checkpoint import format as layout
-from ft_dist.checkpoint import mirror as mirror_module
+from ft_dist.checkpoint.commit import format as layout
+from ft_dist.checkpoint.commit import mirror as mirror_module
+from ft_dist.checkpoint.commit.mirror import Mirror, fetch, remote_steps, upload
+from ft_dist.checkpoint.commit.retention import Retention
+from ft_dist.checkpoint.commit.snapshot import HostBuffer
 from ft_dist.checkpoint.find import newest_intact
-from ft_dist.checkpoint.mirror import Mirror, fetch, remote_steps, upload
-from ft_dist.checkpoint.retention import Retention
-from ft_dist.checkpoint.snapshot import HostBuffer
 from ft_dist.errors import StorageError
 from ft_dist.storage import open_storage
 from tests.object_store import Rule, environment, fault_proxy, object_store

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ft_dist.checkpoint.format import commits
+from ft_dist.checkpoint.commit.format import commits
 from ft_dist.checkpoint.load import Pieces
 from tests.checkpoint.odd_ranks import HIDDEN, STAGES, VOCABULARY
 from tests.conftest import ROOT

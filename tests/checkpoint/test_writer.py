@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from ft_dist.checkpoint import format as layout
-from ft_dist.checkpoint import writer as writer_module
+from ft_dist.checkpoint.commit import format as layout
+from ft_dist.checkpoint.commit import writer as writer_module
+from ft_dist.checkpoint.commit.retention import Retention
+from ft_dist.checkpoint.commit.writer import CheckpointWriter
 from ft_dist.checkpoint.find import newest_intact
 from ft_dist.checkpoint.load import Pieces
-from ft_dist.checkpoint.retention import Retention
-from ft_dist.checkpoint.writer import CheckpointWriter
 from ft_dist.distributed import World
 from ft_dist.errors import CheckpointError
 from tests.conftest import ROOT

@@ -6,10 +6,10 @@ With `cache` the set lies below PLACE-cache/data, in a folder named by its finge
 import sys
 from unittest import mock
 
-import ft_dist.data.prepare
-import ft_dist.data.shard_writer
+import ft_dist.data.prepare.build
+import ft_dist.data.store.writer
 from ft_dist.config.schema import DataConfig
-from ft_dist.data.prepare import Tell
+from ft_dist.data.prepare.build import Tell
 from tests.data.conftest import build_tokenizer
 
 SHARD_TOKENS, CHUNK_RECORDS = 20_000, 40
@@ -19,11 +19,11 @@ def main(path: str, place: str, workers: str, where: str = "place", *, tell: Tel
     data = DataConfig.model_validate({"train": [path], "cache_dir": f"{place}-cache"})
     tokenizer = build_tokenizer("chatml")
     with (
-        mock.patch.object(ft_dist.data.shard_writer, "SHARD_TOKENS", SHARD_TOKENS),
-        mock.patch.object(ft_dist.data.prepare, "CHUNK_RECORDS", CHUNK_RECORDS),
+        mock.patch.object(ft_dist.data.store.writer, "SHARD_TOKENS", SHARD_TOKENS),
+        mock.patch.object(ft_dist.data.prepare.build, "CHUNK_RECORDS", CHUNK_RECORDS),
     ):
         to = None if where == "cache" else place
-        ft_dist.data.prepare.prepare(
+        ft_dist.data.prepare.build.prepare(
             data.train, tokenizer, data=data, model_path="tiny", to=to, workers=int(workers), tell=tell
         )
 

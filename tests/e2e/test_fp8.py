@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ft_dist.model.builtin import resolve_model
-from ft_dist.model.finished import load_finished
+from ft_dist.result.load import load_finished
 from tests.conftest import SMALL_RUN, read_lines
 
 ARGUMENTS = [

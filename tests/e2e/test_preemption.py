@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ft_dist.checkpoint.format import commits
+from ft_dist.checkpoint.commit.format import commits
 from ft_dist.preemption.stop import SAME_NOTICE_S
 from tests.chaos.storm import workers_of
 from tests.conftest import ROOT, SMALL_RUN, read_lines, start_cli

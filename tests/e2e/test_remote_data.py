@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ft_dist.data.store import TokenStore
+from ft_dist.data.store.store import TokenStore
 from tests.conftest import SMALL_RUN, read_lines, start_cli
-from tests.data.test_store import write_set
+from tests.data.store.test_store import write_set
 from tests.object_store import ObjectStore, object_store
 
 pytestmark = pytest.mark.faults

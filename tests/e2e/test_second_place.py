@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from ft_dist.checkpoint.format import commits
+from ft_dist.checkpoint.commit.format import commits
 from tests.conftest import SMALL_RUN, read_lines
 
 pytestmark = pytest.mark.faults

@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from ft_dist_kernels.segments import find_segments
+from ft_dist_kernels.attention.segments import find_segments
 from transformers import AutoModelForCausalLM
 
-from ft_dist.data.batch import MicroBatch
-from ft_dist.data.formats import Sample
+from ft_dist.data.read.formats import Sample
+from ft_dist.data.stream.batch import MicroBatch
 from ft_dist.evaluate.score import Scores, held_out_loss, labelled_prompts, score_answers
 from ft_dist.model.tiny import byte_tokenizer, make_tiny
 

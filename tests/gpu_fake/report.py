@@ -84,7 +84,7 @@ def _quiet() -> None:
 def measure(model: str, method: str, **rest: Any) -> dict[str, Any]:
     """The numbers of one model and method. `device.simulate()` must have been called."""
     from ft_dist.plan.job import job_of
-    from ft_dist.plan.memory import kept_by_block
+    from ft_dist.plan.memory.total import kept_by_block
     from tests.gpu_fake.counting import PHASES
     from tests.gpu_fake.step import Setting, count_step
 

@@ -25,9 +25,9 @@ from ft_dist.bench.spec import make_spec
 from ft_dist.bench.synthetic import SyntheticStore, VocabularyOnly, median_of
 from ft_dist.config import RunConfig
 from ft_dist.config.load import validate
-from ft_dist.data.batch import MicroBatch, collate, deal
-from ft_dist.data.mixture import Source
-from ft_dist.data.stream import DataStream
+from ft_dist.data.stream.batch import MicroBatch, collate, deal
+from ft_dist.data.stream.mixture import Source
+from ft_dist.data.stream.stream import DataStream
 from ft_dist.distributed import World
 from ft_dist.engine.build import build_engine
 from ft_dist.engine.step import Engine

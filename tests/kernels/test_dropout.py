@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from ft_dist_kernels.dropout import (
+from ft_dist_kernels.dropout.op import (
     draw_seed,
     dropout_reference,
     effective_p,
@@ -50,8 +50,8 @@ def test_rows_beyond_32_bits_and_any_choice_of_rows():
 @pytest.mark.parametrize("columns", [64, 51])
 def test_triton_has_the_same_bits(columns):
     """S = (X * M) A^T with X of ones and A the identity is the mask, over several programs."""
-    from ft_dist_kernels.lora_linear_torch import Member
-    from ft_dist_kernels.lora_linear_triton import down
+    from ft_dist_kernels.lora.torch_form import Member
+    from ft_dist_kernels.lora.triton_form import down
 
     eye, ones = torch.eye(columns), torch.ones(150, columns)
     for seed, p in ((0, 0.1), (-3, 0.5), (2**61 + 9, 0.9)):

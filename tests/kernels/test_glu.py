@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from ft_dist_kernels.glu import geglu, geglu_reference, swiglu, swiglu_reference
+from ft_dist_kernels.glu.op import geglu, geglu_reference, swiglu, swiglu_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parity import BACKEND_DTYPES, BACKENDS, check_backward_twice, check_parity
+
+from tests.kernels.parity import BACKEND_DTYPES, BACKENDS, check_backward_twice, check_parity
 
 KINDS = {
     "swiglu": (swiglu, swiglu_reference, {}),

@@ -5,8 +5,8 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from ft_dist_kernels import linear_cross_entropy_chunks as chunks
-from ft_dist_kernels.linear_cross_entropy import (
+from ft_dist_kernels.cross_entropy import chunks
+from ft_dist_kernels.cross_entropy.op import (
     linear_cross_entropy,
     linear_cross_entropy_reference,
     linear_log_probs,
@@ -14,9 +14,10 @@ from ft_dist_kernels.linear_cross_entropy import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parity import BACKEND_DTYPES, BACKENDS, check_backward_twice, check_parity
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+
+from tests.kernels.parity import BACKEND_DTYPES, BACKENDS, check_backward_twice, check_parity
 
 UPSTREAM = (torch.tensor(0.37),)
 SHAPES = [(18, 32, 256), (13, 17, 97), (1, 8, 11)]

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from ft_dist_kernels.rms_norm import rms_norm, rms_norm_reference
+from ft_dist_kernels.rms_norm.op import rms_norm, rms_norm_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parity import BACKEND_DTYPES, BACKENDS, check_backward_twice, check_parity
 from torch.utils.checkpoint import checkpoint
+
+from tests.kernels.parity import BACKEND_DTYPES, BACKENDS, check_backward_twice, check_parity
 
 FORMS = {"llama": {}, "gemma": {"offset": 1.0, "cast_before_weight": False}}
 SHAPES = [(32, 256), (7, 3, 96), (13, 37), (1, 1), (0, 16)]
@@ -50,7 +51,7 @@ def test_parity(backend, dtype, shape, form, residual):
 @pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
 def test_rows_too_wide_for_registers(backend, dtype, form, monkeypatch):
     if backend == "triton":
-        from ft_dist_kernels import rms_norm_kernels as kernels
+        from ft_dist_kernels.rms_norm import kernels
 
         monkeypatch.setattr(kernels, "WHOLE_WIDTH", 64)
         monkeypatch.setattr(kernels, "LOOPED_BLOCK", 64)

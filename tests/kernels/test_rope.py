@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from ft_dist_kernels.rope import rope, rope_inv_freq, rope_merged, rope_reference, rope_tables
+from ft_dist_kernels.rope.op import rope, rope_inv_freq, rope_merged, rope_reference, rope_tables
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parity import BACKEND_DTYPES, BACKENDS, check_parity
+
+from tests.kernels.parity import BACKEND_DTYPES, BACKENDS, check_parity
 
 # batch, query heads, key heads, positions, width, rotated columns
 SHAPES = [(2, 4, 2, 4, 32, 32), (2, 3, 1, 3, 20, 12), (1, 7, 7, 3, 26, 22), (1, 1, 1, 1, 2, 2), (2, 4, 2, 0, 16, 16)]

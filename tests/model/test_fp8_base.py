@@ -7,12 +7,12 @@ from torch import nn
 from ft_dist.config.load import validate
 from ft_dist.config.schema import MethodConfig, ModelConfig
 from ft_dist.errors import ConfigError, ModelError
-from ft_dist.loss import CausalObjective
 from ft_dist.model.builtin import resolve_model
 from ft_dist.model.fp8 import FP8Linear, held_elements, hold_base_in_fp8, refuse_without_fp8
-from ft_dist.model.fused import fuse
+from ft_dist.model.fused.fuse import fuse
 from ft_dist.model.load import add_adapters
 from ft_dist.model.tiny import tiny_names
+from ft_dist.objective.causal import CausalObjective
 from tests.model.test_fused import batch, build, gradients
 
 METHOD = MethodConfig(rank=4, alpha=8)
@@ -119,7 +119,7 @@ def test_a_gpu_that_cannot_is_refused(monkeypatch):
     with pytest.raises(ModelError, match=r"A100 has compute capability 8.0 and no FP8"):
         refuse_without_fp8(model, gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr("ft_dist_kernels.fp8._refusal_of_product", lambda device: None)
+    monkeypatch.setattr("ft_dist_kernels.quantised.fp8._refusal_of_product", lambda device: None)
     refuse_without_fp8(model, gpu)
     with pytest.raises(ModelError, match=r"model\.dtype=fp32"):
         refuse_without_fp8(model.model_copy(update={"dtype": "fp32"}), gpu)

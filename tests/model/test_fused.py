@@ -5,9 +5,9 @@ import torch
 
 from ft_dist.config.schema import MethodConfig
 from ft_dist.errors import ModelError
-from ft_dist.loss import CausalObjective
-from ft_dist.model.fused import chosen_backend, fuse
+from ft_dist.model.fused.fuse import chosen_backend, fuse
 from ft_dist.model.tiny import tiny_names
+from ft_dist.objective.causal import CausalObjective
 from tests.model.whole_models import METHODS, assert_same, batch, build, gradients
 
 

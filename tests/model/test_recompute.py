@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from ft_dist_kernels.glu import swiglu
-from ft_dist_kernels.lora_linear import LoraWeights, lora_linear_group
+from ft_dist_kernels.glu.op import swiglu
+from ft_dist_kernels.lora.op import LoraWeights, lora_linear_group
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ft_dist.model.recompute import recomputed
+from ft_dist.model.fused.recompute import recomputed
 
 
 def inputs(dtype=torch.float32):

@@ -1,13 +1,13 @@
 """Whole models and a packed batch, to compare the losses and gradients of two ways to run them."""
 
 import torch
-from ft_dist_kernels.segments import find_segments
+from ft_dist_kernels.attention.segments import find_segments
 
 from ft_dist.config.schema import MethodConfig
-from ft_dist.loss import CausalObjective
 from ft_dist.model.builtin import resolve_model
-from ft_dist.model.fused import fuse
+from ft_dist.model.fused.fuse import fuse
 from ft_dist.model.load import add_adapters, enable_activation_checkpointing
+from ft_dist.objective.causal import CausalObjective
 
 
 def build(name, kernels, *, method=None, dtype=torch.float32, checkpointing=False, nonzero=True):

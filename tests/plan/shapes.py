@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ft_dist.plan.shape import ModelShape, shape_of_config
+from ft_dist.model.shape import ModelShape, shape_of_config
 
 LLAMA_8B: dict[str, Any] = {
     "model_type": "llama",

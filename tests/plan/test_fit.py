@@ -8,7 +8,7 @@ from ft_dist.errors import ConfigError
 from ft_dist.plan.fit import KEYS, Place, fit, settings_of, with_settings
 from ft_dist.plan.gpu import Device, gpu_named
 from ft_dist.plan.guard import check_fits
-from ft_dist.plan.memory import memory_plan
+from ft_dist.plan.memory.total import memory_plan
 from ft_dist.plan.report import Cluster
 from ft_dist.plan.speed import step_plan
 from tests.conftest import SMALL_RUN

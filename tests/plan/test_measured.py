@@ -7,7 +7,7 @@ import pytest
 
 from ft_dist.config import load_config
 from ft_dist.plan.job import job_of
-from ft_dist.plan.memory import memory_plan
+from ft_dist.plan.memory.total import memory_plan
 from tests.plan.combinations import COMBINATIONS, FP8, PACKED, Combination, measure
 
 SHORT = [each for each in COMBINATIONS if each.name in ("tiny-lora-z2-r1-bf16", "tiny-full-z3-r2-bf16")]

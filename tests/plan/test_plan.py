@@ -5,19 +5,19 @@ import xml.etree.ElementTree as ET
 from dataclasses import replace
 
 import pytest
-from ft_dist_kernels.linear_cross_entropy_chunks import chunk_rows as chunk_rows_of_the_kernel
+from ft_dist_kernels.cross_entropy.chunks import chunk_rows as chunk_rows_of_the_kernel
 
 from ft_dist.config import load_config
 from ft_dist.errors import ConfigError, ModelError, UserError
 from ft_dist.model.builtin import builtin_names, resolve_model
+from ft_dist.model.shape import model_shape, shape_of_config
 from ft_dist.model.tiny import tiny_names
-from ft_dist.plan.activations import Walk, chunk_rows
 from ft_dist.plan.gpu import gpu_like, gpu_named, gpus
 from ft_dist.plan.job import Job
-from ft_dist.plan.ledger import Ledger
-from ft_dist.plan.memory import kept_by_block, memory_plan
+from ft_dist.plan.memory.activations import Walk, chunk_rows
+from ft_dist.plan.memory.ledger import Ledger
+from ft_dist.plan.memory.total import kept_by_block, memory_plan
 from ft_dist.plan.report import Cluster, fitted, plan_run, table
-from ft_dist.plan.shape import model_shape, shape_of_config
 from ft_dist.plan.speed import LAUNCH_S, update_s
 from tests.plan.shapes import LLAMA_8B, LLAMA_70B, folder, shape
 

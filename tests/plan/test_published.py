@@ -16,12 +16,12 @@ from dataclasses import replace
 import pytest
 
 from ft_dist.config import load_config
-from ft_dist.plan.activations import GRADIENTS
 from ft_dist.plan.gpu import Gpu, gpu_named
 from ft_dist.plan.job import Job
-from ft_dist.plan.ledger import Ledger
+from ft_dist.plan.memory.activations import GRADIENTS
+from ft_dist.plan.memory.ledger import Ledger
+from ft_dist.plan.memory.states import MASTER, MOMENTS, SUMS, WEIGHTS, States
 from ft_dist.plan.speed import step_plan
-from ft_dist.plan.states import MASTER, MOMENTS, SUMS, WEIGHTS, States
 from tests.plan.shapes import LLAMA_8B, LLAMA_70B, shape
 
 # 7.5 B parameters; the table depends on nothing else of the shape

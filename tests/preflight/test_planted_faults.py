@@ -82,7 +82,7 @@ def test_other_code_on_one_node(port, tmp_path):
     copy = tmp_path / "copy"
     for name in ("ft_dist", "kernels", "configs"):
         shutil.copytree(ROOT / name, copy / name)
-    with (copy / "ft_dist" / "loss.py").open("a") as file:
+    with (copy / "ft_dist" / "objective" / "causal.py").open("a") as file:
         file.write("# changed\n")
     output = f"output_dir={tmp_path / 'run'}"
     changed = rank(1, port, output, "seed=7", cwd=copy, PYTHONPATH=os.pathsep.join([str(copy), str(copy / "kernels")]))

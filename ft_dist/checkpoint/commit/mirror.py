@@ -1,0 +1,146 @@
+"""A second place for commits: an object store or another disk, filled in the background, read when the first is lost.
+
+Rank 0 copies sealed commits file by file, the manifest last, so that a reader of the store never sees half of one.
+What fails is told and costs nothing: the local commit is there, and the next one is tried.
+"""
+
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import xxhash
+
+from ft_dist.checkpoint.commit import format as layout
+from ft_dist.checkpoint.commit.report import Report
+from ft_dist.checkpoint.commit.retention import Retention
+from ft_dist.errors import CheckpointError, StorageError
+from ft_dist.storage import Storage
+
+MIRROR_WAIT_S = 600.0
+"""How long one request to the second place is tried again"""
+
+
+class Mirror:
+    """Copies commits to `storage`. While one is on its way the newest offered waits, and every milestone."""
+
+    def __init__(self, storage: Storage, retention: Retention) -> None:
+        self.storage = storage
+        self._retention = retention
+        self._pending: list[tuple[layout.Commit, dict[int, float]]] = []
+        self._current: int | None = None
+        self._reports: list[Report] = []
+        self._changed = threading.Condition()
+        self._closing = False
+        self._thread: threading.Thread | None = None
+
+    def offer(self, commit: layout.Commit, *, losses: Mapping[int, float]) -> None:
+        """Have `commit` copied soon. `losses` (held-out, by step) decide what the store keeps."""
+        with self._changed:
+            milestones = [entry for entry in self._pending if self._retention.is_milestone(entry[0].step)]
+            self._pending = [*milestones, (commit, dict(losses))]
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
+                self._thread.start()
+            self._changed.notify()
+
+    def unfinished(self) -> set[int]:
+        """Steps whose local files are still needed."""
+        with self._changed:
+            waiting = {commit.step for commit, _ in self._pending}
+            return waiting | ({self._current} if self._current is not None else set())
+
+    def reports(self) -> list[Report]:
+        with self._changed:
+            found, self._reports = self._reports, []
+        return found
+
+    def close(self) -> None:
+        """Return when all that was offered is copied or has failed."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        if self._thread:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._current = None
+                self._changed.wait_for(lambda: self._pending or self._closing)
+                if not self._pending:
+                    return
+                commit, losses = self._pending.pop(0)
+                self._current = commit.step
+            report = self._copy(commit, losses)
+            with self._changed:
+                self._reports.append(report)
+
+    def _copy(self, commit: layout.Commit, losses: Mapping[int, float]) -> Report:
+        started = time.monotonic()
+        try:
+            upload(commit, self.storage)
+            for step in self._retention.surplus(remote_steps(self.storage), newest=commit.step, losses=losses):
+                remove_remote(self.storage, step)
+        except (OSError, StorageError, CheckpointError) as error:
+            note = f"step {commit.step} is not copied to {self.storage.url}: {error} It is in {commit.folder}."
+            return Report("mirror_failed", commit.step, {"reason": str(error)}, note)
+        fields = {"url": self.storage.url, "seconds": round(time.monotonic() - started, 3)}
+        return Report("mirrored", commit.step, fields)
+
+
+def upload(commit: layout.Commit, storage: Storage) -> None:
+    """Copy a local commit; the manifest is taken away first and written last. Raises StorageError, OSError."""
+    folder = layout.step_name(commit.step)
+    storage.delete(f"{folder}/{layout.MANIFEST}")
+    for name in commit.manifest()["files"]:
+        storage.write(f"{folder}/{name}", commit.folder / name)
+    storage.write(f"{folder}/{layout.MANIFEST}", (commit.folder / layout.MANIFEST).read_bytes())
+
+
+def remote_steps(storage: Storage) -> list[int]:
+    """Steps of the commits in a store, ascending."""
+    found = []
+    for name in storage.list():
+        folder, _, file = name.rpartition("/")
+        step = layout.step_of(folder)
+        if step is not None and file == layout.MANIFEST:
+            found.append(step)
+    return sorted(found)
+
+
+def remove_remote(storage: Storage, step: int) -> None:
+    folder = layout.step_name(step)
+    if storage.local:
+        layout.remove(storage.local / folder)
+        return
+    storage.delete(f"{folder}/{layout.MANIFEST}")
+    for name in storage.list(folder):
+        storage.delete(name)
+
+
+def fetch(storage: Storage, step: int, root: Path) -> layout.Commit:
+    """Bring a commit from a store below `root`, every byte verified on its way.
+
+    Raises CheckpointError naming the object that is missing or damaged, StorageError where the store does not answer.
+    """
+    name = layout.step_name(step)
+    partial = root / f"{name}.fetching"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        text = storage.read_bytes(f"{name}/{layout.MANIFEST}")
+        manifest = layout.parse_manifest(text, storage.url_of(f"{name}/{layout.MANIFEST}"))
+        if manifest["step"] != step:
+            raise CheckpointError(f"{storage.url_of(name)}: its manifest belongs to step {manifest['step']}.")
+        for file, expected in manifest["files"].items():
+            digest = xxhash.xxh3_128()
+            storage.fetch(f"{name}/{file}", partial / file, digest=digest)
+            found = {"bytes": (partial / file).stat().st_size, "xxh3": digest.hexdigest()}
+            layout.check_fingerprint(storage.url_of(f"{name}/{file}"), found, expected)
+        layout.write_synced(partial / layout.MANIFEST, text.decode())
+        layout.publish(partial, layout.step_folder(root, step))
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return layout.Commit(layout.step_folder(root, step), step)

@@ -1,0 +1,282 @@
+"""Saving in the background: training goes on at once, and waits before its next update if its state is not copied yet.
+
+Nothing but an update changes what is saved. So a thread copies it to host memory beside the next forward and backward;
+`wait_until_copied` is what the update waits for. Then the thread writes and syncs the rank's own file in a staging
+folder and posts its fingerprint to the ranks' common key-value store; no collective runs beside training's own. Rank
+0's thread waits for all posts, adds state and manifest, and renames the folder: only then it is a commit. A process
+that dies leaves a staging folder, which the next run removes. A save that fails costs that checkpoint, not the run, and
+is told by `reports` at the next step.
+"""
+
+import contextlib
+import json
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ft_dist.checkpoint.commit import format as layout
+from ft_dist.checkpoint.commit.mirror import Mirror
+from ft_dist.checkpoint.commit.report import Report, gigabytes
+from ft_dist.checkpoint.commit.retention import Retention
+from ft_dist.checkpoint.commit.snapshot import HostBuffer, Source
+from ft_dist.distributed import World, control_store
+from ft_dist.errors import CheckpointError
+
+STAGING = ".saving-"
+_GRACE_S = 30.0
+"""How long a run that ends by an error waits for other ranks' files of a save in flight"""
+_VISIBLE_S = 20.0
+"""How long a shared file system may take to show another rank's file"""
+
+
+class CheckpointWriter:
+    """One for each rank, and one for a run: all ranks make it at the same point. At most one save is in flight."""
+
+    def __init__(
+        self, root: Path, world: World, *, retention: Retention, mirror: Mirror | None = None, timeout_s: float
+    ) -> None:
+        """Clears what killed saves left. Raises CheckpointError where the ranks do not share `root`."""
+        self.root = root
+        self._world = world
+        self._retention = retention
+        self._mirror = mirror
+        self._timeout_s = timeout_s
+        self._store = control_store()
+        self._buffer = HostBuffer(world.device)
+        self._thread: threading.Thread | None = None
+        self._copied = threading.Event()
+        self._copied.set()
+        self._last_step = -1
+        self._saves = 0
+        self._reports: list[Report] = []
+        self._lock = threading.Lock()
+        self._closing_at: float | None = None
+        self._told_full = False
+        self._attempt = ""
+        self._agree_on_attempt()
+
+    def save(
+        self,
+        tensors: Mapping[str, Source],
+        *,
+        step: int,
+        state: dict[str, Any],
+        held_out_losses: Mapping[int, float] | None = None,
+    ) -> None:
+        """Save this rank's `tensors` and rank 0's JSON `state`; all ranks call it with the same `step`.
+
+        The tensors must stay as they are until `wait_until_copied` returns, the state for good. Waits first for a save
+        that is still in flight, and says so. A second call for the same step does nothing.
+        """
+        if step == self._last_step:
+            return
+        waited_s = self._wait_for_former()
+        if waited_s > 0.05:
+            note = f"the save of step {step} waited {waited_s:.1f} s for that of step {self._last_step}"
+            self._report(Report("save_waited", step, {"seconds": round(waited_s, 3)}, note))
+        self._last_step = step
+        self._saves += 1
+        job = _Job(self._saves, step, state, dict(held_out_losses or {}), time.monotonic())
+        self._copied.clear()
+        self._thread = threading.Thread(target=self._run, args=(job, tensors), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait_until_copied(self) -> float:
+        """Return when the tensors of the last save may change; the seconds that it took."""
+        started = time.monotonic()
+        self._copied.wait()
+        return time.monotonic() - started
+
+    def reports(self) -> list[Report]:
+        """What happened since the last call."""
+        with self._lock:
+            found, self._reports = self._reports, []
+        return found + (self._mirror.reports() if self._mirror else [])
+
+    def wait(self) -> None:
+        """Return when no save is in flight: the last is a commit, or its failure is in `reports`."""
+        self._wait_for_former()
+
+    def is_committed(self, step: int) -> bool:
+        return (layout.step_folder(self.root, step) / layout.MANIFEST).is_file()
+
+    def close(self) -> None:
+        """As `wait`, and for the mirror; other ranks that may be gone are given a bounded time."""
+        self._closing_at = time.monotonic()
+        self.wait()
+        if self._world.is_main:
+            self._probe().unlink(missing_ok=True)
+        if self._mirror:
+            self._mirror.close()
+
+    def _wait_for_former(self) -> float:
+        if self._thread is None:
+            return 0.0
+        started = time.monotonic()
+        self._thread.join()
+        self._thread = None
+        return time.monotonic() - started
+
+    def _run(self, job: "_Job", tensors: Mapping[str, Source]) -> None:
+        staging = self.root / f"{layout.step_name(job.step)}{STAGING}{self._attempt}"
+        self._post(job.number, self._save(tensors, staging))
+        if not self._world.is_main:
+            return
+        try:
+            folder, size = self._seal(job, staging)
+        except (OSError, CheckpointError) as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            note = (
+                f"step {job.step} is not saved: {error} Training goes on; the next save tries again, "
+                f"and a restart would go on from {self._newest()}."
+            )
+            self._report(Report("save_failed", job.step, {"reason": str(error)}, note))
+            return
+        seconds = time.monotonic() - job.started
+        self._report(Report("saved", job.step, {"seconds": round(seconds, 3), "bytes": size}))
+        if self._mirror:
+            self._mirror.offer(layout.Commit(folder, job.step), losses=job.losses)
+        self._tidy(job, size)
+
+    def _save(self, tensors: Mapping[str, Source], staging: Path) -> dict[str, Any]:
+        """Copy, then write; returns what to post: the fingerprint of this rank's file, or why there is none."""
+        try:
+            snapshot = self._buffer.snapshot(tensors)
+        except Exception as error:  # mostly for want of host memory, which torch tells as a RuntimeError
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            return {"error": f"rank {self._world.rank} could not copy its state to host memory ({reason})."}
+        finally:
+            self._copied.set()
+        path = staging / layout.rank_name(self._world.rank)
+        try:
+            staging.mkdir(parents=True, exist_ok=True)
+            needed, free = snapshot.size_bytes * self._world.local_size, shutil.disk_usage(self.root).free
+            if free < needed:
+                return {"error": f"{self.root}: {gigabytes(needed)} needed, {gigabytes(free)} free on its disk."}
+            return {"name": path.name, **snapshot.write(path)}
+        except OSError as error:
+            return {"error": f"{path}: cannot be written ({error.strerror})."}
+
+    def _seal(self, job: "_Job", staging: Path) -> tuple[Path, int]:
+        files = {}
+        for posted in self._collect(job.number):
+            if "error" in posted:
+                raise CheckpointError(posted["error"])
+            files[posted.pop("name")] = posted
+        for name, expected in files.items():
+            _await_visible(staging / name, expected["bytes"])
+        files[layout.STATE] = layout.write_synced(staging / layout.STATE, json.dumps(job.state, indent=1))
+        layout.write_manifest(staging, job.step, files)
+        folder = layout.step_folder(self.root, job.step)
+        layout.publish(staging, folder)
+        return folder, sum(file["bytes"] for file in files.values())
+
+    def _collect(self, number: int) -> list[dict[str, Any]]:
+        """Every rank's post of this save. Raises CheckpointError after the timeout."""
+        posts, started = [], time.monotonic()
+        for rank in range(self._world.size):
+            key = self._key(number, rank)
+            while not self._store.check([key]):
+                now = time.monotonic()
+                closing = self._closing_at is not None and now - self._closing_at > _GRACE_S
+                if closing or now - started > self._timeout_s:
+                    raise CheckpointError(f"rank {rank} did not write its file within {now - started:.0f} s.")
+                time.sleep(0.005)
+            posts.append(json.loads(self._store.get(key)))
+            self._store.delete_key(key)
+        return posts
+
+    def _tidy(self, job: "_Job", size: int) -> None:
+        """Delete what retention gives up and what failed saves left; say when the disk gets short."""
+        protected = self._mirror.unfinished() if self._mirror else set()
+        steps = [commit.step for commit in layout.commits(self.root)]
+        for step in self._retention.surplus(steps, newest=job.step, losses=job.losses):
+            if step not in protected:
+                layout.remove(layout.step_folder(self.root, step))
+        for leftover in self.root.glob(f"step-*{STAGING}*"):
+            # another rank may already be writing the next step
+            if (layout.step_of(leftover.name.partition(STAGING)[0]) or 0) < job.step:
+                shutil.rmtree(leftover, ignore_errors=True)
+        free = shutil.disk_usage(self.root).free
+        if free < 2 * size and not self._told_full:
+            self._told_full = True
+            note = f"{self.root}: disk nearly full; {gigabytes(free)} free, a checkpoint takes {gigabytes(size)}"
+            self._report(Report("disk_nearly_full", job.step, {"free_bytes": free, "needed_bytes": size}, note))
+
+    def _agree_on_attempt(self) -> None:
+        """A name for this life of the run, from rank 0: what an earlier, killed life still writes stays apart.
+
+        Rank 0 names it when the folder is clean, so that no rank can write before.
+        """
+        key = "checkpoint/attempt"
+        if self._world.is_main:
+            self.root.mkdir(parents=True, exist_ok=True)
+            for leftover in self.root.glob(f"step-*{STAGING}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            for probe in self.root.glob(".attempt-*"):
+                probe.unlink(missing_ok=True)
+            self._attempt = secrets.token_hex(4)
+            self._probe().touch()
+            self._store.set(key, self._attempt)
+            return
+        self._store.wait([key], timedelta(seconds=self._timeout_s))
+        self._attempt = self._store.get(key).decode()
+        if not _appears(self._probe()):
+            raise CheckpointError(
+                f"{self.root.absolute()}: rank {self._world.rank} does not see what rank 0 writes there. A run on "
+                "several nodes needs its output_dir on a file system that all of them share."
+            )
+
+    def _probe(self) -> Path:
+        return self.root / f".attempt-{self._attempt}"
+
+    def _newest(self) -> str:
+        found = layout.commits(self.root)
+        return str(found[-1].folder) if found else "the beginning"
+
+    def _key(self, number: int, rank: int) -> str:
+        return f"checkpoint/{number}/{rank}"
+
+    def _post(self, number: int, content: dict[str, Any]) -> None:
+        # a store that is gone took rank 0, and with it the run
+        with contextlib.suppress(torch.distributed.DistError, RuntimeError):
+            self._store.set(self._key(number, self._world.rank), json.dumps(content))
+
+    def _report(self, report: Report) -> None:
+        with self._lock:
+            self._reports.append(report)
+
+
+@dataclass(frozen=True)
+class _Job:
+    number: int
+    step: int
+    state: dict[str, Any]
+    losses: dict[int, float]
+    started: float
+
+
+def _await_visible(path: Path, size: int) -> None:
+    if not _appears(path, lambda: path.stat().st_size == size):
+        raise CheckpointError(f"{path}: written by another rank, but not visible to rank 0 with its {size} bytes.")
+
+
+def _appears(path: Path, whole: Callable[[], bool] = lambda: True) -> bool:
+    """Whether a file is there, allowing for a shared file system that shows other nodes' files late."""
+    deadline = time.monotonic() + _VISIBLE_S
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            path.stat()
+            if whole():
+                return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)

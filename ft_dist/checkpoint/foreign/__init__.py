@@ -1,0 +1,1 @@
+"""Reads checkpoints that DeepSpeed and Hugging Face's Trainer wrote."""

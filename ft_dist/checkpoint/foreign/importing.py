@@ -1,0 +1,72 @@
+"""`ft-dist checkpoint import`: a checkpoint of another trainer becomes the first commit of a run."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from ft_dist.checkpoint.commit import format as layout
+from ft_dist.checkpoint.commit.snapshot import HostBuffer
+from ft_dist.checkpoint.foreign.read import read_foreign
+from ft_dist.checkpoint.identity import identity
+from ft_dist.config import RunConfig
+from ft_dist.errors import CheckpointError
+from ft_dist.model.builtin import resolve_model
+from ft_dist.model.load import add_adapters, load_model
+from ft_dist.model.quiet import quiet_process, quietly
+from ft_dist.model.tokenizer import load_tokenizer
+from ft_dist.resources import versions
+
+
+def import_checkpoint(config: RunConfig, folder: Path) -> layout.Commit:
+    """Weights, AdamW's state and the step from `folder` into the run of `config`, which resumes from there.
+
+    Where the other trainer stood in its data is not known here: the run starts with the first sample of its own order.
+    Raises CheckpointError where the folder does not fit the config, or the run has commits already.
+    """
+    root = config.run_dir / "checkpoints"
+    if layout.commits(root):
+        raise CheckpointError(f"{root}: has checkpoints already. Import into another output_dir.")
+    quiet_process()
+    model_folder = resolve_model(config.model.path)
+    shapes = _trainable_shapes(config, model_folder)
+    found = read_foreign(folder, shapes, no_decay=config.optim.weight_decay > 0)
+    state = {
+        "step": found.step,
+        "adam_step": found.adam_step,
+        "parameters": shapes,
+        "data": None,
+        "skipped_steps": 0,
+        "skipped_in_a_row": 0,
+        "tokens": 0,
+        "loss": None,
+        "imported_from": str(folder),
+        "versions": versions(),
+        **identity(config, folder=model_folder),
+    }
+    staging = root / f"{layout.step_name(found.step)}.importing"
+    staging.mkdir(parents=True, exist_ok=True)
+    tensors = {f"{kind}/{name}@0": tensor for name, kinds in found.tensors.items() for kind, tensor in kinds.items()}
+    name = layout.rank_name(0)
+    files = {name: HostBuffer(torch.device("cpu")).snapshot(tensors).write(staging / name)}
+    files[layout.STATE] = layout.write_synced(staging / layout.STATE, json.dumps(state, indent=1))
+    layout.write_manifest(staging, found.step, files)
+    layout.publish(staging, layout.step_folder(root, found.step))
+    return layout.Commit(layout.step_folder(root, found.step), found.step)
+
+
+def _trainable_shapes(config: RunConfig, folder: str) -> dict[str, list[int]]:
+    """Names and shapes of what a run of this config trains, from the model itself."""
+    tokenizer, _ = load_tokenizer(
+        folder,
+        chat_template=config.model.chat_template,
+        new_tokens=config.model.new_tokens,
+        trust_remote_code=config.model.trust_remote_code,
+        revision=config.model.revision,
+    )
+    with quietly():
+        model = load_model(config.model, folder=folder, vocabulary=len(tokenizer))
+        if config.method.kind == "lora":
+            new_ids = [tokenizer.convert_tokens_to_ids(token) for token in config.model.new_tokens]
+            model = add_adapters(model, config.method, new_token_ids=new_ids)
+    return {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}

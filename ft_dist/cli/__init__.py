@@ -1,0 +1,1 @@
+"""The verbs of `ft-dist`, a file for each group."""

@@ -1,0 +1,1 @@
+"""Tokenises a data set ahead of training and reports on it."""

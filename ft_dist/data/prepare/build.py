@@ -1,0 +1,367 @@
+"""Tokenise the sources once, keep the result under its fingerprint, and find it again.
+
+The fingerprint covers a source's bytes (path, split and revision for a hub dataset), the tokenizer with its chat
+template, and the options that shape samples. One process a node tokenises under a file lock; the others wait for the
+lock, outside of any process group and its timeout, and then open what is there. Interrupted, the next start goes on
+behind the last finished shard (`shard_writer`); the bytes are the same for any number of workers and interruptions.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from filelock import FileLock
+
+from ft_dist.config.schema import DataConfig, SourceConfig
+from ft_dist.data.encode.chunk import COUNTED, ChunkEncoder, EncodedChunk, SourceCounts
+from ft_dist.data.encode.template import tokenizer_identity
+from ft_dist.data.encode.workers import available_cores, ordered_map
+from ft_dist.data.prepare.digests import content_of
+from ft_dist.data.prepare.quality import NEAR_SAMPLES, source_report
+from ft_dist.data.read.formats import shape_of
+from ft_dist.data.read.sources import local_files, prepared_set, read_raw_records
+from ft_dist.data.read.text_files import RawRecord, Record
+from ft_dist.data.store.cache import open_store
+from ft_dist.data.store.store import INDEX, JoinedStore, TokenStore, files_of
+from ft_dist.data.store.writer import REPORT, ShardWriter
+from ft_dist.data.stream.mixture import Source
+from ft_dist.errors import DataError, UserError
+from ft_dist.storage import Storage, open_storage
+
+ENCODING_VERSION = 2
+"""Part of every fingerprint: raised when the same input would give other tokens or masks."""
+
+CHUNK_RECORDS = 512
+CHUNK_CHARACTERS = 2**20
+CHUNKS_WITHOUT_WORKERS = 8
+"""Starting workers takes seconds; this much is done sooner without"""
+
+
+class Progress(NamedTuple):
+    """How far preparing is, over all sources so far."""
+
+    records: int
+    tokens: int
+    share: float | None
+    """Of the current source's bytes that is done; None where it cannot be counted"""
+
+
+Tell = Callable[[Progress], None]
+Raw = Record | RawRecord
+
+
+@dataclass(slots=True)
+class PreparedSet:
+    """One source's set: where it lies and what is known of it (`report.json`)."""
+
+    name: str
+    weight: float
+    place: str
+    report: dict[str, Any]
+    reused: bool
+    """Whether it was there already"""
+
+
+@dataclass
+class Prepared:
+    """The sets of the sources, in their order, and how to open one."""
+
+    open_set: Callable[[str], TokenStore] = TokenStore.open
+    sets: list[PreparedSet] = field(default_factory=list)
+
+    @cached_property
+    def stores(self) -> list[TokenStore]:
+        return [self.open_set(one.place) for one in self.sets]
+
+    @property
+    def store(self) -> JoinedStore:
+        """All sources as one."""
+        return JoinedStore(self.stores)
+
+    @property
+    def sources(self) -> list[Source]:
+        """What `DataStream` takes."""
+        return [Source(one.name, store, one.weight) for one, store in zip(self.sets, self.stores, strict=True)]
+
+    @property
+    def counts(self) -> list[SourceCounts]:
+        return [SourceCounts(**{**one.report["counts"], "name": one.name}) for one in self.sets]
+
+    @property
+    def reused(self) -> list[bool]:
+        return [one.reused for one in self.sets]
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """Totals and one entry a source, ready for JSON."""
+        totals: dict[str, Any] = {name: sum(getattr(counts, name) for counts in self.counts) for name in COUNTED}
+        totals["longest"] = max((counts.longest for counts in self.counts), default=0)
+        return {**totals, "sources": [{"path": one.name, "place": one.place, **one.report} for one in self.sets]}
+
+
+def prepare(
+    sources: Sequence[SourceConfig],
+    tokenizer: Any,
+    *,
+    data: DataConfig,
+    model_path: str,
+    to: str | None = None,
+    workers: int | None = None,
+    tell: Tell | None = None,
+) -> Prepared:
+    """The token sets of all sources: tokenised now, or found where they were left.
+
+    They lie in the cache folder, or at `to` followed by the source's number: a local path or a URL. A source that is a
+    prepared set already is taken as it is. `workers` processes tokenise (None: one a core, and none for little data).
+    Safe to call from every process at once. Raises DataError for what is wrong with the data (file, line and fix), for
+    a set made with another tokenizer or other options, or when no sample is left to learn from.
+    """
+    made_with = {
+        "encoding": ENCODING_VERSION,
+        **tokenizer_identity(tokenizer),
+        "max_length": data.max_length,
+        "too_long": data.too_long,
+    }
+    cache = cache_folder(data)
+    prepared = Prepared(
+        partial(
+            open_store,
+            cache=cache / "remote",
+            cache_bytes=data.cache_bytes,
+            wait_s=data.remote_wait_s,
+            tell=_note,
+        )
+    )
+    for number, source in enumerate(sources):
+        if prepared_set(source.path) is not None:
+            prepared.sets.append(_taken_as_it_is(source, made_with, wait_s=data.remote_wait_s))
+            continue
+        fingerprint = _fingerprint(source, made_with, cache)
+        place = str(cache / fingerprint) if to is None else f"{to}-{number}"
+        job = _Job(source, tokenizer, data, model_path, made_with, workers, _shifted(tell, prepared))
+        with FileLock(cache / f"{hashlib.blake2b(place.encode(), digest_size=16).hexdigest()}.lock"):
+            reused = _find_or_build(place, fingerprint, job, rebuild=to is None)
+        report = json.loads(open_storage(place).read_bytes(REPORT))
+        prepared.sets.append(PreparedSet(source.path, source.weight, place, report, reused))
+    return prepared
+
+
+def cache_folder(data: DataConfig) -> Path:
+    """Where prepared data lives: data.cache_dir, $FT_DIST_CACHE or ~/.cache/ft_dist."""
+    root = data.cache_dir or os.environ.get("FT_DIST_CACHE") or "~/.cache/ft_dist"
+    folder = Path(root).expanduser() / "data"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"{folder}: cannot be created ({error.strerror}). Set data.cache_dir to a writable folder."
+        ) from None
+    if not os.access(folder, os.W_OK):
+        raise DataError(f"{folder}: not writable. Set data.cache_dir to a folder that is.")
+    return folder
+
+
+class _Job(NamedTuple):
+    source: SourceConfig
+    tokenizer: Any
+    data: DataConfig
+    model_path: str
+    made_with: dict[str, Any]
+    workers: int | None
+    tell: Tell
+
+
+def _note(line: str) -> None:
+    """Told while training, from any thread: rank 0's console, another rank's log."""
+    print(f"note: {line}", flush=True)
+
+
+def _taken_as_it_is(source: SourceConfig, made_with: dict[str, Any], *, wait_s: float) -> PreparedSet:
+    storage = open_storage(source.path, wait_s=wait_s, tell=_note)
+    try:
+        index = json.loads(storage.read_bytes(INDEX))
+        report = json.loads(storage.read_bytes(REPORT))
+        theirs = index["made_with"]
+    except (ValueError, KeyError) as error:
+        raise DataError(f"{source.path}: not a prepared set ({error}). Make one with ft-dist prepare.") from None
+    names = {"chat_template": "chat template", "encoding": "version of ft-dist"}
+    for key, ours in made_with.items():
+        if theirs.get(key) != ours:
+            name = names.get(key, key if key == "tokenizer" else f"data.{key}")
+            values = f" ({theirs.get(key)}, the config says {ours})" if name.startswith("data.") else ""
+            raise DataError(
+                f"{source.path}: prepared with another {name}{values} than this config's. Prepare the data again "
+                "with ft-dist prepare, or restore what it was prepared with."
+            )
+    return PreparedSet(source.path, source.weight, source.path, report, reused=True)
+
+
+def _find_or_build(place: str, fingerprint: str, job: _Job, *, rebuild: bool) -> bool:
+    """Whether a whole set of this fingerprint is there already; if not, it is when this returns."""
+    storage = open_storage(place)
+    found = _finished(storage)
+    if found == fingerprint:
+        return True
+    if found is not None and not rebuild:
+        raise DataError(
+            f"{place}: holds a set of other data, another tokenizer or other options. Delete it, or name another place."
+        )
+    if storage.local is not None and (storage.local / INDEX).exists():  # damaged
+        shutil.rmtree(storage.local)
+    try:
+        _build(storage, fingerprint, job)
+    except UserError:
+        if rebuild and storage.local is not None:  # mended data have another fingerprint: nobody would go on with this
+            shutil.rmtree(storage.local, ignore_errors=True)
+        raise
+    return False
+
+
+def _finished(storage: Storage) -> str | None:
+    """The fingerprint of a whole set; "" where one is there but damaged, None where none is."""
+    if not storage.exists(INDEX):
+        return None
+    try:
+        index = json.loads(storage.read_bytes(INDEX))
+        sizes = {entry["file"]: entry["bytes"] for entry in (*files_of(index), index["sketches"])}
+        whole = all(storage.exists(file) and storage.size(file) == size for file, size in sizes.items())
+        return str(index["fingerprint"]) if whole and storage.exists(REPORT) else ""
+    except (ValueError, KeyError, TypeError, DataError):
+        return ""
+
+
+def _build(storage: Storage, fingerprint: str, job: _Job) -> None:
+    raws = read_raw_records(job.source)
+    first = next(raws)
+    shape = shape_of(job.source, first.parse())
+    vocabulary = max(len(job.tokenizer), 1 + max(job.tokenizer.get_vocab().values(), default=0))
+    encoder = ChunkEncoder(job.tokenizer, shape, job.data.max_length, job.data.too_long, vocabulary)
+    writer = ShardWriter(storage, fingerprint=fingerprint, made_with=job.made_with, dtype=encoder.dtype)
+    writer.counts.format = shape.format
+    reading = _Reading(chain([first], raws), _bytes_of(job.source))
+    jobs = reading.jobs(skip=writer.records)
+    with closing(_encoded(encoder, jobs, job.workers)) as chunks:
+        for chunk in chunks:
+            writer.add(chunk)
+            job.tell(Progress(writer.counts.records, writer.counts.tokens, reading.share_done()))
+    writer.flush_rest()
+    _check_usable(writer.counts, job)
+    report = {"counts": asdict(writer.counts), **source_report(writer, job.tokenizer)}
+    writer.commit(report)
+
+
+class _Reading:
+    """Cuts records into jobs for a `ChunkEncoder` and knows how much of the input those that are done are."""
+
+    def __init__(self, raws: Iterator[Raw], total_bytes: int | None) -> None:
+        self._raws = raws
+        self._total = total_bytes
+        self._done = 0
+        self._sizes: deque[int] = deque()
+
+    def share_done(self) -> float | None:
+        """Called once a job that is done, in their order."""
+        self._done += self._sizes.popleft()
+        return min(1.0, self._done / self._total) if self._total else None
+
+    def jobs(self, *, skip: int) -> Iterator[tuple[int, list[Raw], bool]]:
+        """(number of the first record from 1, records, whether to sign them); the same cuts wherever it starts."""
+        for raw in islice(self._raws, skip):
+            self._done += _size(raw)
+        number, chunk, size = skip + 1, [], 0
+        for raw in self._raws:
+            chunk.append(raw)
+            size += _size(raw)
+            if len(chunk) == CHUNK_RECORDS or size >= CHUNK_CHARACTERS:
+                self._sizes.append(size)
+                yield number, chunk, number <= NEAR_SAMPLES
+                number, chunk, size = number + len(chunk), [], 0
+        if chunk:
+            self._sizes.append(size)
+            yield number, chunk, number <= NEAR_SAMPLES
+
+
+def _encoded(
+    encoder: ChunkEncoder, jobs: Iterator[tuple[int, list[Raw], bool]], workers: int | None
+) -> Generator[EncodedChunk, None, None]:
+    """Encoded chunks in order, by this process first or only, by `workers` where there is enough to do."""
+    count = available_cores() if workers is None else workers
+    # code of a model's own repository cannot be sent to another process
+    own_code = type(encoder.tokenizer).__module__.startswith("transformers_modules")
+    alone = None if count == 1 or own_code else (CHUNKS_WITHOUT_WORKERS if workers is None else 0)
+    for job in islice(jobs, alone):
+        yield encoder(*job)
+    first = next(jobs, None)
+    if first is not None:
+        yield from ordered_map(encoder, chain([first], jobs), workers=count)
+
+
+def _size(raw: Raw) -> int:
+    """Characters, roughly: a chunk of long records must not take the memory of hundreds of them."""
+    if isinstance(raw, RawRecord):
+        return len(raw.line)
+    return sum(_extent(value) for value in raw.fields.values())
+
+
+def _extent(value: Any) -> int:
+    if isinstance(value, dict):
+        return sum(_extent(inner) for inner in value.values())
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return sum(_extent(inner) for inner in value)
+    return 8 * len(value) if isinstance(value, list) else int(getattr(value, "nbytes", 0)) or len(str(value))
+
+
+def _bytes_of(source: SourceConfig) -> int | None:
+    files = local_files(source)
+    if files is None or any(
+        file.suffix.lower() in (".gz", ".zst", ".parquet", ".arrow", ".idx", ".bin") for file in files
+    ):
+        return None
+    return sum(file.stat().st_size for file in files)
+
+
+def _check_usable(counts: SourceCounts, job: _Job) -> None:
+    if counts.samples:
+        return
+    reasons = []
+    limit = job.data.max_length
+    if counts.dropped_too_long:
+        reasons.append(f"{counts.dropped_too_long} over data.max_length={limit} (longest: {counts.longest} tokens)")
+    if counts.dropped_no_label:
+        reasons.append(f"{counts.dropped_no_label} without a token to learn")
+    if counts.turns_rewritten:
+        reasons.append(f"{counts.turns_rewritten} assistant turns rewritten by the chat template of {job.model_path}")
+    raise DataError(
+        f"{job.source.path}: none of {counts.records} records can be used: {', '.join(reasons)}. "
+        "Raise data.max_length, set data.too_long=truncate, or set model.chat_template."
+    )
+
+
+def _shifted(tell: Tell | None, before: Prepared) -> Tell:
+    """Counts go on from source to source."""
+    records, tokens = (sum(getattr(counts, name) for counts in before.counts) for name in ("records", "tokens"))
+
+    def shifted(now: Progress) -> None:
+        if tell is not None:
+            tell(Progress(records + now.records, tokens + now.tokens, now.share))
+
+    return shifted
+
+
+def _fingerprint(source: SourceConfig, made_with: dict[str, Any], cache: Path) -> str:
+    parts = {
+        **made_with,
+        "format": source.format,
+        "columns": source.columns,
+        "content": content_of(source, cache),
+    }
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,209 @@
+"""What preparing found out, for a person before the run begins and for `report.json`."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ft_dist.config.schema import RunConfig
+from ft_dist.data.encode.chunk import SourceCounts
+from ft_dist.data.encode.template import DATE
+from ft_dist.data.prepare.build import Prepared, PreparedSet, Progress, prepare
+from ft_dist.data.prepare.quality import leakage
+
+FEW_SAMPLES = 50
+FEW_GOOD_SAMPLES = 100
+PROGRESS_INTERVAL_S = 2.0
+PACKED_SHARE = 0.99
+"""Of a packed row that is filled, for the estimate of steps"""
+SHOWN_CHARACTERS = 500
+
+# OpenAI's own rule for the epochs of a fine-tuning run ("Data preparation and analysis for chat model fine-tuning",
+# cookbook 2023): three, more for few examples, fewer for very many.
+_EPOCHS, _MIN_EXAMPLES, _MAX_EXAMPLES, _MOST_EPOCHS = 3, 100, 25_000, 25
+
+
+def prepare_data(
+    config: RunConfig,
+    tokenizer: Any,
+    *,
+    say: Callable[[str], None],
+    to: str | None = None,
+    workers: int | None = None,
+) -> tuple[Prepared, Prepared, dict[str, Any]]:
+    """Training and held-out sets of a run, made or found, and the report on both. `to` is a folder or URL for them.
+
+    Raises UserError as `prepare` does.
+    """
+    train, held_out = (
+        prepare(
+            sources,
+            tokenizer,
+            data=config.data,
+            model_path=config.model.path,
+            to=None if to is None else f"{to.rstrip('/')}/{kind}",
+            workers=workers,
+            tell=progress_printer(say),
+        )
+        for kind, sources in (("train", [] if config.data.live else config.data.train), ("eval", config.data.eval))
+    )
+    return train, held_out, data_report(config, train, held_out)
+
+
+def data_report(config: RunConfig, train: Prepared, held_out: Prepared) -> dict[str, Any]:
+    """Everything known of the data: totals, each source, leakage, recommendations, `notes` and `warnings` in words."""
+    report: dict[str, Any] = {"train": train.report, "eval": held_out.report}
+    report["leakage"] = leakage([one.place for one in train.sets], [one.place for one in held_out.sets])
+    report["recommended_epochs"] = recommended_epochs(train.report["samples"])
+    report["estimated_steps"] = estimated_steps(config, train)
+    sets = [(kind, one) for kind, of_kind in (("train", train), ("eval", held_out)) for one in of_kind.sets]
+    report["notes"] = [f"{kind} {one.name}: {note}" for kind, one in sets for note in _notes(one)]
+    report["warnings"] = [f"{kind} {one.name}: {problem}" for kind, one in sets for problem in _problems(one)]
+    report["warnings"] += _leaks(report["leakage"], train, held_out) + _few(train)
+    return report
+
+
+def report_lines(report: dict[str, Any]) -> list[str]:
+    """One line a source, one a warning; silent about what is as it should be."""
+    lines = []
+    for kind in ("train", "eval"):
+        lines += [f"{kind} {source['path']}: {_totals(source)}" for source in report[kind]["sources"]]
+    if report["train"]["sources"]:
+        steps, epochs = report["estimated_steps"], report["recommended_epochs"]
+        lines.append(f"about {steps:,} steps; for this many samples {epochs} epochs are a good start")
+    lines += [f"note: {note}" for note in report["notes"]]
+    return [*lines, *(f"warning: {warning}" for warning in report["warnings"])]
+
+
+def shown_lines(report: dict[str, Any]) -> list[str]:
+    """Samples as the model sees them, what it learns between [[ and ]], and the lengths of all."""
+    lines = []
+    for source in report["train"]["sources"]:
+        lengths = source["lengths"]
+        quantiles = ", ".join(f"{name} {value:,}" for name, value in lengths.items() if name != "bins")
+        lines.append(f"{source['path']}: tokens a sample: {quantiles}")
+        most = max(entry["samples"] for entry in lengths["bins"])
+        for entry in lengths["bins"]:
+            lines.append(
+                f"  up to {entry['up_to']:>9,} {'#' * -(-40 * entry['samples'] // most):40} {entry['samples']:,}"
+            )
+        for number, runs in enumerate(source["shown"], start=1):
+            text = "".join(f"[[{run['text']}]]" if run["learnt"] else run["text"] for run in runs)
+            cut = text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + " ..."
+            lines.append(f"sample {number} of {source['path']} as the model sees it, [[learnt]]:")
+            lines += [f"  | {line}" for line in cut.splitlines()]
+    return lines
+
+
+def progress_printer(say: Callable[[str], None]) -> Callable[[Progress], None]:
+    """A callback for `prepare` that speaks every two seconds, so that short jobs stay silent."""
+    started = last = time.monotonic()
+    first: Progress | None = None
+
+    def tell(now: Progress) -> None:
+        nonlocal last, first
+        moment = time.monotonic()
+        first = first or now  # what an interrupted run had done was not done now
+        if moment - last < PROGRESS_INTERVAL_S:
+            return
+        last = moment
+        rate = (now.tokens - first.tokens) / (moment - started)
+        left = ""
+        if now.share is not None and first.share is not None and now.share > first.share:
+            eta_s = (moment - started) * (1 - now.share) / (now.share - first.share)
+            left = f", {now.share:.0%} done, ETA {_duration(eta_s)}"
+        say(f"tokenising: {now.records:,} records, {now.tokens:,} tokens, {rate:,.0f} tokens/s{left}")
+
+    return tell
+
+
+def recommended_epochs(samples: int) -> int:
+    """How often to see each sample; raises nothing, 1 to 25."""
+    if samples * _EPOCHS < _MIN_EXAMPLES:
+        return min(_MOST_EPOCHS, -(-_MIN_EXAMPLES // max(1, samples)))
+    return max(1, _MAX_EXAMPLES // samples) if samples * _EPOCHS > _MAX_EXAMPLES else _EPOCHS
+
+
+def estimated_steps(config: RunConfig, train: Prepared) -> int:
+    """Optimizer steps of the run, before packing is done: rows filled to PACKED_SHARE."""
+    rows = 0.0
+    for one in train.sets:
+        counts = one.report["counts"]
+        rows += one.weight * (
+            counts["tokens"] / (config.data.max_length * PACKED_SHARE) if config.data.packing else counts["samples"]
+        )
+    steps = config.optim.epochs * max(1, -(-int(rows + 0.999) // config.batch.global_rows))
+    return min(steps, config.optim.max_steps or steps)
+
+
+def _totals(source: dict[str, Any]) -> str:
+    counts = source["counts"]
+    share = counts["labelled_tokens"] / max(1, counts["tokens"])
+    return (
+        f"{counts['samples']:,} samples, {counts['tokens']:,} tokens, {share:.0%} labelled, format {counts['format']}, "
+        f"{source['lengths']['median']:,} tokens in the middle, {source['lengths']['longest']:,} at most"
+    )
+
+
+def _notes(one: PreparedSet) -> list[str]:
+    """What was done to the data as it should be."""
+    counts = SourceCounts(**one.report["counts"])
+    return _told(
+        (counts.split_texts, "texts longer than data.max_length split into blocks"),
+        (counts.end_token_added, "samples given an end token that the chat template leaves out"),
+        (counts.system_folded, "system prompts moved into the user turn: the chat template has no system role"),
+        (counts.dates_pinned, f"samples whose template prints today's date: it is {DATE:%d %B %Y} in all of them"),
+    )
+
+
+def _problems(one: PreparedSet) -> list[str]:
+    """What somebody should look at."""
+    counts = SourceCounts(**one.report["counts"])
+    repeats, near, against = (one.report[name] for name in ("duplicates", "near_duplicates", "contradictions"))
+    return _told(
+        (counts.dropped_too_long, f"samples dropped: longer than data.max_length (the longest has {counts.longest})"),
+        (counts.truncated, "samples cut at data.max_length (data.too_long=truncate)"),
+        (counts.dropped_no_label, "samples dropped: no labelled token was left"),
+        (counts.turns_rewritten, "assistant turns left out: the chat template rewrites them in later turns"),
+        (counts.roles_repeated, "records with roles out of order: one side speaks twice in a row"),
+        (counts.unanswered, "records end without an answer: the last turn is not the assistant's"),
+        (repeats["records"], f"records are duplicates{_pairs(repeats)}"),
+        (near["records"], f"records are near duplicates{_pairs(near)}"),
+        (against["prompts"], f"prompts are answered in different ways{_pairs(against)}"),
+    )
+
+
+def _told(*findings: tuple[int, str]) -> list[str]:
+    return [f"{count:,} {text}" for count, text in findings if count]
+
+
+def _pairs(finding: dict[str, Any]) -> str:
+    pairs = ", ".join(f"{a} and {b}" for a, b in finding["examples"][:3])
+    return f" (records {pairs})" if pairs else ""
+
+
+def _leaks(found: dict[str, Any], train: Prepared, held_out: Prepared) -> list[str]:
+    if not found["equal"] and not found["near"]:
+        return []
+    names = {one.place: one.name for one in (*train.sets, *held_out.sets)}
+    pairs = "; ".join(
+        f"record {record} of {names[place]} and {other} of {names[trained]}"
+        for place, record, trained, other in found["examples"][:3]
+    )
+    return [
+        f"eval: of {found['records']:,} held-out records {found['equal']:,} are in the training data and "
+        f"{found['near']:,} nearly so ({pairs}): their scores say nothing about new data"
+    ]
+
+
+def _few(train: Prepared) -> list[str]:
+    samples = train.report["samples"]
+    if samples >= FEW_GOOD_SAMPLES:
+        return []
+    return [
+        f"only {samples} training samples; fine-tuning needs at least {FEW_SAMPLES} to {FEW_GOOD_SAMPLES} good ones"
+    ]
+
+
+def _duration(seconds: float) -> str:
+    minutes, secs = divmod(int(seconds + 0.5), 60)
+    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{secs:02d}s"

@@ -1,0 +1,1 @@
+"""Files, tables and hub data sets to samples; needs neither torch nor numpy."""

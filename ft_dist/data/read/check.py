@@ -1,0 +1,106 @@
+"""Look at the data before anything heavy is imported: seconds at most, and the first mistake is told with its line.
+
+Imports neither torch, transformers, numpy nor `datasets`. Parquet, Arrow, saved and hub datasets are only looked for
+here; their records are checked when they are prepared.
+"""
+
+import json
+import time
+from pathlib import Path
+
+from ft_dist.config.schema import DataConfig, SourceConfig
+from ft_dist.data.read.formats import Shape, shape_of
+from ft_dist.data.read.sources import (
+    INDEX,
+    TEXT_SUFFIXES,
+    is_mds,
+    is_url,
+    local_files,
+    prepared_set,
+    read_records,
+    suffix_of,
+)
+from ft_dist.data.read.text_files import Record
+from ft_dist.errors import DataError, MissingFileError
+from ft_dist.storage import open_storage
+
+MAX_RECORDS = 200_000
+MAX_SECONDS = 5.0
+MAX_FAULTS = 8
+REMOTE_SECONDS = 30.0
+"""A store that does not answer for so long before training is told; while training, data.remote_wait_s counts"""
+
+
+def check_sources(data: DataConfig) -> list[str]:
+    """One fact a source for the console, training sources first.
+
+    Looks at no more than MAX_RECORDS records or MAX_SECONDS seconds of each source; the fact says so.
+    Raises DataError for a missing or empty file, broken lines, unknown or mixed formats, a sample without an assistant
+    turn, roles out of order, null or empty content: up to MAX_FAULTS records of a source in one message. A remote set
+    without an index is a DataError too, a store that does not answer a StorageError.
+    """
+    kinds = (("train", data.train), ("eval", data.eval))
+    return [f"{kind} {_check(source)}" for kind, sources in kinds for source in sources]
+
+
+def _check(source: SourceConfig) -> str:
+    index = prepared_set(source.path)
+    if index is not None:
+        samples = _remote_samples(source.path) if is_url(source.path) else index["samples"]
+        return f"{source.path}: prepared set, {samples:,} samples"
+    files = local_files(source)
+    if files is None:
+        folder = Path(source.path).expanduser()
+        place = "MDS folder" if is_mds(folder) else "saved dataset" if folder.is_dir() else "hub dataset"
+        return f"{source.path}: {place}, checked when it is prepared"
+    if any(suffix_of(file) not in TEXT_SUFFIXES for file in files):
+        return f"{source.path}: {_plural(len(files), 'table file')}, checked when prepared"
+    shape, count, stopped = _look_at(source)
+    return f"{source.path}: format {shape.format}, {count}{' or more' if stopped else ''} samples{_of(files)}"
+
+
+def _look_at(source: SourceConfig) -> tuple[Shape, int, bool]:
+    """(shape, records looked at, whether more are left). A record that does not fit does not hide the next one."""
+    started = time.monotonic()
+    shape: Shape | None = None
+    count, stopped = 0, False
+    faults: list[str] = []
+    try:
+        for record in read_records(source):
+            count += 1
+            shape = shape or shape_of(source, record)
+            _note_fault(shape, record, faults)
+            late = count % 1000 == 0 and time.monotonic() - started > MAX_SECONDS
+            if count >= MAX_RECORDS or late or len(faults) == MAX_FAULTS:
+                stopped = True
+                break
+    except DataError as error:  # nothing behind a broken line can be read
+        faults.append(str(error))
+    if faults:
+        raise DataError(" ".join([*faults, "(and maybe more)" * (len(faults) == MAX_FAULTS)]).strip())
+    assert shape is not None, "read_records raises on an empty source"
+    return shape, count, stopped
+
+
+def _note_fault(shape: Shape, record: Record, faults: list[str]) -> None:
+    try:
+        shape.sample(record)
+    except DataError as error:
+        faults.append(str(error))
+
+
+def _remote_samples(url: str) -> int:
+    try:
+        return int(json.loads(open_storage(url, wait_s=REMOTE_SECONDS).read_bytes(INDEX))["samples"])
+    except MissingFileError:
+        raise DataError(f"{url}: no {INDEX} there, so it is not a prepared set. Check the URL.") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{url}/{INDEX}: damaged ({error}). Prepare the set again.") from None
+
+
+def _of(files: list[Path]) -> str:
+    return f" in {len(files)} files" if len(files) > 1 else ""
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -1,0 +1,74 @@
+"""Records of Parquet and Arrow files, saved datasets and hub datasets, through `datasets` in streaming mode.
+
+`datasets` is imported here and nowhere else, inside the functions, since it takes a second and most sources do not
+need it.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ft_dist.config.schema import SourceConfig
+from ft_dist.data.read.sources import Record, is_saved_dataset, missing
+from ft_dist.errors import DataError
+
+
+def read_table(file: Path) -> Iterator[Record]:
+    """Rows of one `.parquet` or `.arrow` file, numbered from 1."""
+    import datasets
+
+    kind = "parquet" if file.suffix.lower() == ".parquet" else "arrow"
+    try:
+        rows = datasets.load_dataset(kind, data_files=str(file), split="train", streaming=True)
+        yield from numbered_rows(rows, str(file))
+    except DataError:
+        raise
+    except Exception as error:  # pyarrow and datasets raise a dozen kinds for one damaged file
+        raise DataError(f"{file}: not a readable {kind} file ({_first_line(error)}). Write it again.") from None
+
+
+def read_dataset(source: SourceConfig) -> Iterator[Record]:
+    """Rows of a `save_to_disk` folder or of a hub dataset's split."""
+    yield from numbered_rows(open_dataset(source), source.path)
+
+
+def open_dataset(source: SourceConfig) -> Any:
+    """The `datasets.IterableDataset` of a `save_to_disk` folder or of a hub dataset's split; nothing is read yet."""
+    import datasets
+
+    path = Path(source.path).expanduser()
+    if is_saved_dataset(path):
+        saved = datasets.load_from_disk(str(path))
+        if hasattr(saved, "keys"):
+            if source.split not in saved:
+                names = ", ".join(saved.keys())
+                raise DataError(f"{source.path}: no split {source.split!r}; it has {names}. Set split to one of them.")
+            saved = saved[source.split]
+        return saved.to_iterable_dataset()
+    name = source.path.removeprefix("hf://datasets/").removeprefix("hf://")
+    try:
+        return datasets.load_dataset(name, source.name, split=source.split, streaming=True)
+    except Exception as error:  # offline, no such dataset, no such split, gated: all are one line to the user
+        raise missing(source.path, _first_line(error)) from None
+
+
+def hub_revision(source: SourceConfig) -> str:
+    """The commit that a hub dataset's default branch stands at; "unknown" where the hub does not answer."""
+    from huggingface_hub import HfApi
+
+    try:
+        name = source.path.removeprefix("hf://datasets/").removeprefix("hf://")
+        return str(HfApi().dataset_info(name, timeout=10).sha)
+    except Exception:  # offline: the cached copy is read, and its path and split identify it
+        return "unknown"
+
+
+def numbered_rows(rows: Iterable[Any], name: str, *, first: int = 1) -> Iterator[Record]:
+    """Records that know their number, which is counted from `first`."""
+    for number, fields in enumerate(rows, start=first):
+        yield Record(dict(fields), f"{name} row {number}")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -1,0 +1,1 @@
+"""Tokenised samples on disk and in object stores."""

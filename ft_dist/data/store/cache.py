@@ -1,0 +1,355 @@
+"""Files of remote token sets in a bounded folder of this node, shared by all processes of all runs on it.
+
+    ROOT/<checksum of the set's index>/<file>             whole and intact when it got this name
+                                      /<file>.lock        held by the one that fetches it; the others wait for it
+                                      /.<file>.arriving   counts as full while it comes in
+
+Locks are `flock`s, so that those of a dead process are free, and what it left half done is swept by whoever makes room
+next. The least recently used file goes first, except those that a process has just been given (it holds a shared lock
+on the file itself until it asks for the next one) and, as long as anything else can go, those that it expects.
+A file that goes while it is mapped stays readable; its bytes are free when the last map ends.
+
+A store that fails or stalls is waited for (`ft_dist.storage`), at most `data.remote_wait_s`. Other ranks may sit in a
+collective meanwhile, so the time-out of collectives is longer by that much (`RunConfig.collective_timeout_s`).
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ft_dist.data.store.store import INDEX, TokenStore, files_of
+from ft_dist.errors import DataError, MissingFileError, StorageError
+from ft_dist.storage import TELL_EVERY_S, Storage, Tell, open_storage
+
+FETCH_THREADS = 4
+ATTEMPTS = 3
+"""Arrivals with a wrong checksum before the remote copy is called damaged"""
+SMALLEST_CACHE_FILES = 2
+"""The cache holds at least so many of the largest file that is streamed: one in use, one arriving"""
+LOCK_POLL_S = 0.05
+
+
+def open_store(place: str, *, cache: Path, cache_bytes: int, wait_s: float, tell: Tell | None = None) -> TokenStore:
+    """The prepared set at a local path or URL; a remote one is read through `cache`, at most `cache_bytes` of it.
+
+    Raises DataError where it is missing or not whole, StorageError where the store does not answer in `wait_s` seconds.
+    """
+    storage = open_storage(place, wait_s=wait_s, tell=tell)
+    if storage.local is not None:
+        return TokenStore.open(storage.local)
+    files = ShardCache(storage, cache, cache_bytes=cache_bytes, tell=tell)
+    try:
+        return TokenStore(files, place)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{place}: not a whole token set ({error}). Prepare it again.") from None
+
+
+class ShardCache:
+    """`ShardFiles` of a set in a `Storage`."""
+
+    def __init__(self, storage: Storage, root: Path, *, cache_bytes: int, tell: Tell | None = None) -> None:
+        """Reads the index. Raises DataError where there is none, or where `cache_bytes` is too few for its files."""
+        self.storage = storage
+        self.index = _read_index(storage)
+        self._entries: dict[str, dict[str, Any]] = {entry["file"]: entry for entry in files_of(self.index)}
+        largest = max(entry["bytes"] for entry in (self.index["lengths"], *self.index["shards"]))
+        if cache_bytes < SMALLEST_CACHE_FILES * largest:
+            raise DataError(
+                f"data.cache_bytes={cache_bytes} is less than {SMALLEST_CACHE_FILES} of the largest file of "
+                f"{storage.url} ({SMALLEST_CACHE_FILES} * {largest}). Use at least {SMALLEST_CACHE_FILES * largest}."
+            )
+        self.root = root
+        self.folder = root / hashlib.blake2b(json.dumps(self.index).encode(), digest_size=16).hexdigest()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._cache_bytes = cache_bytes
+        self._tell = tell or (lambda line: None)
+        self._intact: dict[str, tuple[int, int]] = {}
+        """Inode and bytes of each file whose checksum this process has seen to be right"""
+        self._leases: dict[int, int] = {}
+        """Thread -> open file under a shared lock: the one it was given last"""
+        self._changed = threading.Condition()
+        self._running: dict[str, Future[None]] = {}
+        self._expected: list[str] = []
+        self._ahead: set[str] = set()
+        """Fetched ahead and not asked for yet"""
+        self._threads: list[threading.Thread] = []
+        self._closed = False
+
+    def path(self, file: str) -> Path:
+        """Where a file lies, whole and intact; waits until it does. It stays until this thread asks for the next.
+
+        Raises DataError for a file that is missing or damaged in the store, StorageError at the limit of waiting.
+        """
+        path = self.folder / file
+        with self._changed:
+            previous = self._leases.pop(threading.get_ident(), None)
+        if previous is not None:
+            os.close(previous)
+        while not self._lease(path):
+            self._obtain(file)
+        with self._changed:
+            self._ahead.discard(file)
+            if file in self._expected:
+                self._expected.remove(file)  # once used it is like any other: what comes after it goes first
+            self._changed.notify_all()
+        return path
+
+    def expect(self, files: Sequence[str]) -> None:
+        """Fetch these ahead, in this order, up to half of the cache; forget what was expected before."""
+        with self._changed:
+            self._expected = list(files)
+            self._ahead.intersection_update(files)
+            if not self._threads and not self._closed:
+                self._threads = [
+                    threading.Thread(target=self._fetch_ahead, name=f"shard-fetch-{number}", daemon=True)
+                    for number in range(FETCH_THREADS)
+                ]
+                for thread in self._threads:
+                    thread.start()
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """End waiting and fetching in every thread; they raise StorageError."""
+        self.storage.close()
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            for handle in self._leases.values():
+                os.close(handle)
+            self._leases.clear()
+        for thread in self._threads:
+            thread.join(timeout=1)
+
+    def _lease(self, path: Path) -> bool:
+        """Take a shared lock on a file that is here and known to be intact; False where it is not."""
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            found = os.fstat(handle)
+            leased = self._intact.get(path.name) == (found.st_ino, found.st_size) and os.path.samestat(
+                found, os.stat(path)
+            )
+            if leased:
+                os.utime(path)
+        except (BlockingIOError, FileNotFoundError):  # it is just being removed
+            leased = False
+        if not leased:
+            os.close(handle)
+            return False
+        with self._changed:
+            self._leases[threading.get_ident()] = handle
+        return True
+
+    def _obtain(self, file: str) -> None:
+        """Have a file here and intact, whichever thread of this process does it."""
+        with self._changed:
+            running = self._running.get(file)
+            mine: Future[None] | None = None
+            if running is None:
+                mine = self._running[file] = Future()
+        if mine is None:
+            assert running is not None
+            running.result()
+            return
+        try:
+            self._fetch(self._entries[file])
+        except BaseException as error:
+            mine.set_exception(error)
+            raise
+        else:
+            mine.set_result(None)
+        finally:
+            with self._changed:
+                del self._running[file]
+
+    def _fetch(self, entry: dict[str, Any]) -> None:
+        path = self.folder / entry["file"]
+        with self._locked(path):
+            if self._found_intact(path, entry):
+                return
+            arriving = _arriving(path)
+            _remove_arriving(arriving)
+            for attempt in range(1, ATTEMPTS + 1):
+                self._make_room(arriving, entry["bytes"])
+                digest = hashlib.blake2b(digest_size=16)
+                try:
+                    self.storage.fetch(entry["file"], arriving, digest=digest)
+                    damage = _difference(arriving.stat().st_size, digest.hexdigest(), entry)
+                    if damage is None:
+                        found = arriving.stat()
+                        self._intact[path.name] = (found.st_ino, found.st_size)
+                        arriving.replace(path)
+                        return
+                except MissingFileError:
+                    raise DataError(
+                        f"{self.storage.url_of(entry['file'])}: missing, though {INDEX} names it. "
+                        "Upload it again, or prepare the set again."
+                    ) from None
+                finally:
+                    arriving.unlink(missing_ok=True)
+                if attempt < ATTEMPTS:
+                    self._tell(f"{self.storage.url_of(entry['file'])}: arrived damaged ({damage}); fetching it again")
+        raise DataError(
+            f"{self.storage.url_of(entry['file'])}: damaged in the store ({damage}, {ATTEMPTS} times). "
+            "Upload it again, or prepare the set again."
+        )
+
+    def _found_intact(self, path: Path, entry: dict[str, Any]) -> bool:
+        """Whether the file is here with the right bytes, read once a process; a damaged one is removed."""
+        try:
+            with path.open("rb") as file:
+                found = os.fstat(file.fileno())
+                if self._intact.get(path.name) == (found.st_ino, found.st_size):
+                    return True
+                digest = hashlib.blake2b(digest_size=16)
+                while block := file.read(2**22):
+                    digest.update(block)
+        except FileNotFoundError:
+            return False
+        damage = _difference(found.st_size, digest.hexdigest(), entry)
+        if damage is None:
+            self._intact[path.name] = (found.st_ino, found.st_size)
+            return True
+        self._tell(f"{path}: damaged in the cache ({damage}); fetching it again")
+        path.unlink(missing_ok=True)
+        return False
+
+    @contextlib.contextmanager
+    def _locked(self, path: Path) -> Iterator[None]:
+        """Be the only one who fetches a file; tells every 10 s that another process does."""
+        lock = _lock(path)
+        told_at = time.monotonic()
+        while True:
+            if self._closed:
+                raise StorageError(f"{self.storage.url_of(path.name)}: read was given up: the cache was closed.")
+            try:
+                lock.acquire(timeout=0.5, poll_interval=LOCK_POLL_S)
+                break
+            except Timeout:
+                if time.monotonic() - told_at >= TELL_EVERY_S:
+                    told_at = time.monotonic()
+                    self._tell(f"{self.storage.url_of(path.name)}: waiting for another process that fetches it")
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _make_room(self, arriving: Path, size: int) -> None:
+        """Remove what was used least recently until `size` more bytes fit, and reserve them."""
+        with FileLock(self.root / ".room.lock", poll_interval=LOCK_POLL_S):
+            _sweep(self.root)
+            with self._changed:
+                expected = {self.folder / file for file in self._expected}
+            files = []
+            for path in [*self.root.glob("*/*.safetensors"), *self.root.glob("*/.*.arriving")]:
+                with contextlib.suppress(FileNotFoundError):
+                    found = path.stat()
+                    files.append((path in expected, found.st_mtime_ns, found.st_size, path))
+            over = sum(entry[2] for entry in files) + size - self._cache_bytes
+            for _, _, freed, path in sorted(files):
+                if over <= 0:
+                    break
+                if path.suffix == ".safetensors" and _remove_unless_leased(path):
+                    over -= freed
+            with arriving.open("wb") as file:
+                file.truncate(size)
+
+    def _fetch_ahead(self) -> None:
+        while True:
+            with self._changed:
+                file = self._next_ahead()
+                while file is None and not self._closed:
+                    self._changed.wait()
+                    file = self._next_ahead()
+                if self._closed or file is None:
+                    return
+                self._ahead.add(file)
+            # whoever needs the file meets the error itself
+            with contextlib.suppress(DataError, StorageError):
+                self._obtain(file)
+
+    def _next_ahead(self) -> str | None:
+        """The first file that is expected and neither here, on its way, nor more than half of the cache ahead."""
+        ahead = sum(self._entries[file]["bytes"] for file in self._ahead)
+        for file in self._expected:
+            if file in self._ahead or file in self._running:
+                continue
+            if file in self._intact and (self.folder / file).exists():
+                continue
+            fits = ahead + self._entries[file]["bytes"] <= self._cache_bytes // 2
+            return file if fits or not self._ahead else None
+        return None
+
+
+def _read_index(storage: Storage) -> dict[str, Any]:
+    try:
+        index = json.loads(storage.read_bytes(INDEX))
+        files_of(index)
+    except MissingFileError:
+        raise DataError(f"{storage.url}: no {INDEX} there, so it is not a prepared set. Check the URL.") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{storage.url_of(INDEX)}: damaged ({error}). Prepare the set again.") from None
+    return dict(index)
+
+
+def _difference(size: int, checksum: str, entry: dict[str, Any]) -> str | None:
+    """What is wrong with bytes of this size and checksum, or None."""
+    if size != entry["bytes"]:
+        return f"{size} bytes instead of {entry['bytes']}"
+    if checksum != entry["checksum"]:
+        return f"checksum {checksum} instead of {entry['checksum']}"
+    return None
+
+
+def _arriving(path: Path) -> Path:
+    return path.with_name(f".{path.name}.arriving")
+
+
+def _remove_arriving(arriving: Path) -> None:
+    """For the holder of the file's lock only."""
+    for part in (arriving, *arriving.parent.glob(f".{arriving.name}.part-*")):
+        part.unlink(missing_ok=True)
+
+
+def _lock(path: Path) -> FileLock:
+    return FileLock(path.with_name(f"{path.name}.lock"))
+
+
+def _remove_unless_leased(path: Path) -> bool:
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink(missing_ok=True)
+        return True
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(handle)
+
+
+def _sweep(root: Path) -> None:
+    """Remove what dead processes left half fetched: nobody holds its lock."""
+    for arriving in root.glob("*/.*.arriving"):
+        lock = _lock(arriving.with_name(arriving.name[1:].removesuffix(".arriving")))
+        with contextlib.suppress(Timeout):
+            lock.acquire(blocking=False)
+            try:
+                _remove_arriving(arriving)
+            finally:
+                lock.release()

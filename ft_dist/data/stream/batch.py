@@ -1,0 +1,276 @@
+"""Deal a global batch to ranks, turn rows of samples into tensors, and do so ahead of the training thread.
+
+Shapes: R rows of a micro-batch, L tokens of its longest row rounded up: on CPU to a multiple of 8, where a GPU computes
+to a sixteenth of the longest row that the run may see. Kernels, allocator and matrix products then meet few shapes,
+however the samples' lengths change from step to step, and all of them multiples of 16, as Triton and tensor cores like.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from ft_dist_kernels.attention.ragged_segments import AnySegments
+
+from ft_dist.data.store.store import SampleStore, end_to_end
+from ft_dist.data.stream.prefixes import needed_tokens
+from ft_dist.data.stream.stream import GlobalBatch, Row
+
+IGNORED = -100
+"""Label of a token that predicts nothing (the default of torch's cross entropy)"""
+
+ROUND_TO = 8
+
+GPU_SHAPES = 16
+"""Lengths that the rows of a micro-batch may have on a GPU, and numbers of tokens that run of as many rows"""
+
+INPUTS = ("input_ids", "labels", "position_ids", "kept", "segments", "labelled")
+
+GIVE_UP_POLL_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Tensors of one forward.
+
+    input_ids, labels, position_ids: (R, L) int64. `labels[r, t]` is the token that position t predicts (shifted
+    already), and IGNORED where the next token is not learnt, belongs to another sample, or is padding. Positions
+    restart at 0 with each sample; each pad token is a segment of its own at position 0.
+
+    kept: (T,) int64, the tokens, counted over the rows, that need to run where attention goes sample by sample (see
+    prefixes.py), rounded up as L is, of R rows together. `segments` lie among these.
+
+    labelled: (N,) int64, ascending, the tokens with a label, counted among those of `kept`. The loss reads its rows
+    by it: looking for labels on a GPU would stall the queue.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    kept: torch.Tensor
+    segments: AnySegments
+    labelled: torch.Tensor
+    real_tokens: int
+    labelled_tokens: int
+    padded_tokens: int
+    """Pad tokens: real_tokens + padded_tokens = R * L"""
+
+    def inputs(self) -> dict[str, Any]:
+        """What the model reads."""
+        return {name: getattr(self, name) for name in INPUTS}
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "MicroBatch":
+        moved = {name: value.to(device, non_blocking=non_blocking) for name, value in self.inputs().items()}
+        return replace(self, **moved)
+
+    def pin_memory(self) -> "MicroBatch":
+        return replace(self, **{name: value.pin_memory() for name, value in self.inputs().items()})
+
+
+def deal(batch: GlobalBatch, *, rank: int, world: int, micro_rows: int) -> list[list[Row]]:
+    """The micro-batches of one rank, the same number on every rank; an empty one stands for a dummy.
+
+    Rows go out longest first, back and forth over the ranks, so that ranks get equal tokens and a micro-batch rows of
+    like length. Every row goes to exactly one rank, for any world size.
+    """
+    tokens = np.asarray(batch.row_tokens, np.int64)
+    longest_first = np.argsort(-tokens, kind="stable").tolist()
+    mine = []
+    for lap_start in range(0, len(longest_first), world):
+        seat = rank if (lap_start // world) % 2 == 0 else world - 1 - rank
+        if lap_start + seat < len(longest_first):
+            mine.append(batch.rows[longest_first[lap_start + seat]])
+    rows_a_rank = -(-len(batch.rows) // world)
+    micro_batches = -(-rows_a_rank // micro_rows)
+    return [mine[number * micro_rows : (number + 1) * micro_rows] for number in range(micro_batches)]
+
+
+def collate(rows: Sequence[Row], store: SampleStore, *, pad_id: int = 0, gpu_length: int | None = None) -> MicroBatch:
+    """Rows of global sample ids -> tensors. No rows give the dummy, in which nothing predicts anything: one pad token,
+    or as many as a GPU's shortest row has. `gpu_length`: the longest row of the run, where a GPU computes."""
+    round_to = ROUND_TO if gpu_length is None else -(-gpu_length // (GPU_SHAPES * 16)) * 16
+    if not rows:
+        zero = np.zeros((1, 1 if gpu_length is None else round_to), np.int64)
+        return _micro_batch(zero + pad_id, zero + IGNORED, zero, 0, round_to, gpu_length is not None)
+    tokens, mask, lengths = store.gather(np.fromiter(chain.from_iterable(rows), np.int64))
+    positions = end_to_end(np.zeros_like(lengths), lengths)
+    learnt = np.flatnonzero(mask & (positions > 0))  # what comes first in a sample has no token before it
+    labels = np.full(len(tokens), IGNORED, np.int64)
+    labels[learnt - 1] = tokens[learnt]
+
+    samples = np.cumsum([len(row) for row in rows])
+    ends = np.cumsum(lengths)[samples - 1].tolist()
+    starts = [0, *ends[:-1]]
+    width = -(-max(end - start for start, end in zip(starts, ends, strict=True)) // round_to) * round_to
+    input_RL = np.full((len(rows), width), pad_id, np.int64)
+    label_RL = np.full((len(rows), width), IGNORED, np.int64)
+    position_RL = np.zeros((len(rows), width), np.int64)
+    for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        input_RL[row, : end - start] = tokens[start:end]
+        label_RL[row, : end - start] = labels[start:end]
+        position_RL[row, : end - start] = positions[start:end]
+    if gpu_length is not None:
+        round_to *= len(rows)
+    return _micro_batch(input_RL, label_RL, position_RL, len(tokens), round_to, gpu_length is not None)
+
+
+def _micro_batch(
+    input_RL: np.ndarray, label_RL: np.ndarray, position_RL: np.ndarray, real_tokens: int, round_to: int, gpu: bool
+) -> MicroBatch:
+    predicts = label_RL != IGNORED
+    flat = input_RL.ravel(), predicts.ravel(), position_RL.ravel()
+    needed = needed_tokens(*flat, round_to=round_to, ragged=gpu)
+    labelled = np.searchsorted(needed.kept.numpy(), np.flatnonzero(predicts))
+    return MicroBatch(
+        input_ids=torch.from_numpy(input_RL),
+        labels=torch.from_numpy(label_RL),
+        position_ids=torch.from_numpy(position_RL),
+        kept=needed.kept,
+        segments=needed.segments,
+        labelled=torch.from_numpy(labelled),
+        real_tokens=real_tokens,
+        labelled_tokens=len(labelled),
+        padded_tokens=input_RL.size - real_tokens,
+    )
+
+
+class Prefetched(NamedTuple):
+    """One optimizer step's data on one rank."""
+
+    batch: GlobalBatch
+    micro_batches: list[MicroBatch]
+    state_after: dict[str, Any]
+    """The stream's position after this batch, however far ahead the thread is: what a checkpoint stores"""
+    given_up: bool = False
+    """Dummies in place of a batch that did not arrive before the run was asked to stop"""
+
+
+class BatchStream(Protocol):
+    """What the loop reads from: a `DataStream`, or a `LiveStream`."""
+
+    store: Any
+    """The `SampleStore` that the last batch's rows name samples of"""
+
+    def next_batch(self) -> GlobalBatch: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> list[str]: ...
+
+    def total_steps(self, epochs: int, *, at_most: int | None = None) -> int: ...
+
+    def counts_exactly(self, epochs: int) -> bool: ...
+
+    def close(self) -> None: ...
+
+
+class Prefetcher:
+    """Iterates over `Prefetched`, at most `depth` batches ahead; `close` (or the end of `with`) stops the thread.
+
+    It owns the stream while open. An error on the thread is raised where the consumer asks for the next batch. While
+    that one is awaited, `give_up` is asked now and then whether to go without: the other ranks may be in a collective
+    that only a step of this one ends.
+    """
+
+    def __init__(
+        self,
+        stream: BatchStream,
+        *,
+        rank: int,
+        world: int,
+        micro_rows: int,
+        pad_id: int = 0,
+        gpu_length: int | None = None,
+        depth: int = 2,
+        pin_memory: bool = False,
+        give_up: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._stream = stream
+        self._deal = {"rank": rank, "world": world, "micro_rows": micro_rows}
+        self._collate = partial(collate, pad_id=pad_id, gpu_length=gpu_length)
+        self._pin_memory = pin_memory
+        # a thread starts on the first GPU: without this every rank would pin there, and hold 500 MB of that GPU
+        self._gpu = torch.cuda.current_device() if pin_memory else None
+        self._ready: queue.Queue[Prefetched | BaseException] = queue.Queue(maxsize=depth)
+        self._give_up = give_up
+        self._given_up = False
+        self._collating: tuple[GlobalBatch, dict[str, int]] | None = None
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="data-prefetch", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Prefetched]:
+        return self
+
+    def __next__(self) -> Prefetched:
+        if self._closing.is_set():
+            raise StopIteration
+        item = self._next_ready()
+        if isinstance(item, BaseException):
+            self.close()
+            raise item
+        return item
+
+    def _next_ready(self) -> Prefetched | BaseException:
+        while True:
+            try:
+                return self._ready.get(timeout=GIVE_UP_POLL_S)
+            except queue.Empty:
+                awaited = self._collating
+                # a full queue means that `awaited` is already the batch after the one asked for
+                if awaited is not None and self._ready.empty() and self._give_up():
+                    self._given_up = True
+                    batch, state_after = awaited
+                    dummies = [self._collate((), self._stream.store) for _ in deal(batch, **self._deal)]
+                    return Prefetched(batch, dummies, state_after, given_up=True)
+
+    def __enter__(self) -> "Prefetcher":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop and join the thread; batches collated ahead are thrown away. May be called twice.
+
+        After giving up nobody waits for it: it may sit in a read that never ends.
+        """
+        self._closing.set()
+        self._stream.store.close()  # the thread may be waiting for a remote shard
+        while self._thread.is_alive() and not self._given_up:
+            try:
+                self._ready.get_nowait()  # the thread may wait for room
+            except queue.Empty:
+                self._thread.join(timeout=0.01)
+        self._stream.close()
+
+    def _run(self) -> None:
+        try:
+            if self._gpu is not None:
+                torch.cuda.set_device(self._gpu)
+            while not self._closing.is_set():
+                self._put(self._collate_next())
+        except BaseException as error:
+            self._put(error)
+
+    def _collate_next(self) -> Prefetched:
+        batch = self._stream.next_batch()
+        state_after = self._stream.state_dict()
+        self._collating = batch, state_after
+        micro_batches = [self._collate(rows, self._stream.store) for rows in deal(batch, **self._deal)]
+        if self._pin_memory:
+            micro_batches = [micro_batch.pin_memory() for micro_batch in micro_batches]
+        return Prefetched(batch, micro_batches, state_after)
+
+    def _put(self, item: Prefetched | BaseException) -> None:
+        while not self._closing.is_set():
+            try:
+                self._ready.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue

@@ -1,0 +1,1 @@
+"""The workers of a run as they fail, restart, join and leave."""

@@ -1,0 +1,1 @@
+"""Where a run can be submitted: one file for each kind of cluster."""

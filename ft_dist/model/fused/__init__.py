@@ -1,0 +1,1 @@
+"""Replaces a model's layers with ones that call the kernels."""

@@ -1,0 +1,177 @@
+"""The one place that swaps layers: module instances of known architectures get the forward passes of our kernels.
+
+Classes of transformers and peft are never patched, and what is not known stays as it is and is named: nothing falls
+back in silence. Under ZeRO-3 a LoRA layer reads the weights of its inner layers itself, past their gathering hooks, so
+each of these parameters is registered with the layer that reads it.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from ft_dist_kernels.attention.ragged import KERNEL_NAMES, attention_kernel
+from ft_dist_kernels.backend import HAS_TRITON, Backend
+from torch import nn
+
+from ft_dist.errors import ModelError
+from ft_dist.model.fp8 import FP8Linear
+from ft_dist.model.fused.decoder_layer import is_decoder_layer, layer_forward
+from ft_dist.model.fused.forward import (
+    attention_forward,
+    linear_forward,
+    lora_forward,
+    mlp_forward,
+    norm_forward,
+    takes_segments,
+)
+from ft_dist.model.fused.merged import Merged
+
+# SmolLM and SmolLM2 are Llama models
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3_text", "phi3")
+ATTENTION = "attention (qkv, rotary)"
+ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj", "qkv_proj")
+MLP_INPUTS = ("gate_proj", "up_proj", "gate_up_proj")
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
+
+
+@dataclass
+class FusedReport:
+    """What runs on our kernels, by kind, and what was left to Hugging Face and why."""
+
+    backend: Backend | Literal["off"]
+    fused: Counter[str] = field(default_factory=Counter)
+    left: Counter[str] = field(default_factory=Counter)
+    segments: bool = False
+    """Whether every layer can be told the samples of packed rows, instead of a mask over whole rows"""
+    attention: str = ""
+    """The kernel that then attends on a GPU"""
+
+    @property
+    def head_backend(self) -> Backend | None:
+        """The kernels for output head and loss; None leaves both to PyTorch."""
+        return None if self.backend == "off" else self.backend
+
+    def add_head(self, reason_unfused: str | None) -> None:
+        if self.backend != "off" and reason_unfused is None:
+            self.fused["output head with loss"] += 1
+        elif reason_unfused:
+            self.left[reason_unfused] += 1
+
+    def line(self) -> str:
+        if self.backend == "off":
+            return "kernels: off, Hugging Face's own layers run"
+        done = ", ".join(f"{count} {kind}" for kind, count in self.fused.items() if count) or "nothing"
+        rest = "; ".join(f"{count} x {why}" if count > 1 else why for why, count in self.left.items())
+        attention = f"; {self.attention}" if self.attention else ""
+        return f"kernels ({self.backend}): {done} fused{attention}" + (f"; left as they are: {rest}" if rest else "")
+
+
+def chosen_backend(kernels: str, *, device_type: str) -> Backend:
+    """`auto` is Triton on a GPU and PyTorch elsewhere. Raises ModelError where Triton was asked for and cannot run."""
+    if kernels == "triton" and (device_type != "cuda" or not HAS_TRITON):
+        missing = "a GPU" if device_type != "cuda" else "the triton package"
+        raise ModelError(f"model.kernels=triton needs {missing}. Use auto, which takes PyTorch kernels here.")
+    if kernels == "auto":
+        return "triton" if device_type == "cuda" and HAS_TRITON else "torch"
+    return "triton" if kernels == "triton" else "torch"
+
+
+def fuse(causal_lm: Any, *, kernels: str, device_type: str, zero3: bool) -> FusedReport:
+    """Swap the forward of every module instance that is known; `causal_lm` may carry peft adapters already."""
+    if kernels == "off":
+        return FusedReport("off")
+    backend = chosen_backend(kernels, device_type=device_type)
+    report = FusedReport(backend)
+    family = causal_lm.config.model_type
+    known = family in FAMILIES
+    if not known:
+        report.left[f"layers of architecture {family}, which is not among {', '.join(FAMILIES)}"] += 1
+    modules = list(causal_lm.get_decoder().modules())
+    layer_of = {module.mlp: module for module in modules if known and is_decoder_layer(module)}
+    groups: dict[nn.Module, Merged] = {}
+    for module in modules:
+        _fuse_lora(module, report, backend, zero3)
+        if known:
+            _fuse_part(module, report, backend, together=not zero3, layer=layer_of.get(module), groups=groups)
+    for layer in layer_of.values():
+        _swap(layer, layer_forward(layer, groups))
+        report.fused["decoder layers (residual sums)"] += 1
+    config = causal_lm.config.get_text_config()
+    report.segments = report.fused[ATTENTION] == config.num_hidden_layers and takes_segments(causal_lm)
+    if report.segments and device_type == "cuda":
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        device = torch.device("cuda", torch.cuda.current_device())
+        report.attention = KERNEL_NAMES[attention_kernel(device, causal_lm.dtype, width)]
+    return report
+
+
+def _fuse_lora(module: nn.Module, report: FusedReport, backend: Backend, zero3: bool) -> None:
+    if not hasattr(module, "lora_A") or not hasattr(module, "get_base_layer"):
+        return
+    base = module.get_base_layer()
+    plain = type(base) in (nn.Linear, FP8Linear) and type(module).__name__ == "Linear"
+    if not plain or not isinstance(module, nn.Module):
+        report.left[f"LoRA on {type(base).__name__}: no kernel for it"] += 1
+        return
+    if zero3:
+        register_parameters(module, list(module.parameters()))
+    _swap(module, lora_forward(module, backend=backend))
+    report.fused["LoRA linears"] += 1
+
+
+def _fuse_part(
+    module: Any,
+    report: FusedReport,
+    backend: Backend,
+    *,
+    together: bool,
+    layer: Any,
+    groups: dict[nn.Module, Merged],
+) -> None:
+    """`layer` is the decoder layer of an MLP, where that is known. Into `groups` goes what the module reads x with."""
+    name = type(module).__name__
+    if type(module) is nn.Linear and backend == "torch":
+        _swap(module, linear_forward(module))
+    if name.endswith("RMSNorm"):
+        _swap(module, norm_forward(module, gemma=name.startswith("Gemma"), backend=backend))
+        report.fused["RMSNorm"] += 1
+    elif name.endswith("MLP"):
+        # Gemma's configs carry both names, and its layers read the second
+        activation = getattr(module.config, "hidden_activation", None) or module.config.hidden_act
+        if activation not in ACTIVATIONS:
+            report.left[f"MLP with activation {activation}"] += 1
+            return
+
+        def recompute() -> bool:
+            # on CPU it would cost time; under activation checkpointing it spares nothing, and would keep gate and up
+            return backend == "triton" and layer is not None and not layer.gradient_checkpointing
+
+        group = groups[module] = Merged(_present(module, MLP_INPUTS), together=together, backend=backend)
+        options: dict[str, Any] = {"activation": activation, "together": together, "backend": backend}
+        _swap(module, mlp_forward(module, group, recompute=recompute, **options))
+        report.fused["gated MLP"] += 1
+    elif name.endswith("Attention") and hasattr(module, "o_proj"):
+        # norms of q and k want them apart
+        merges = together and not hasattr(module, "q_norm")
+        group = groups[module] = Merged(_present(module, ATTENTION_INPUTS), together=merges, backend=backend)
+        _swap(module, attention_forward(module, group, together=together, backend=backend))
+        report.fused[ATTENTION] += 1
+
+
+def _present(module: nn.Module, names: Sequence[str]) -> list[Any]:
+    return [getattr(module, name) for name in names if hasattr(module, name)]
+
+
+def register_parameters(module: nn.Module, parameters: list[nn.Parameter]) -> None:
+    """Have ZeRO-3 gather `parameters` one by one when `module` runs, forward and backward."""
+    import deepspeed
+
+    for parameter in parameters:
+        deepspeed.zero.register_external_parameter(module, parameter)
+
+
+def _swap(module: nn.Module, forward: Any) -> None:
+    # on the instance: the class, and every other model of it, keeps its own
+    module.forward = forward

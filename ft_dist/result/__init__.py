@@ -1,0 +1,1 @@
+"""A finished run: load, chat, score, export."""

@@ -1,0 +1,106 @@
+"""Score a finished run, an adapter or any model on held-out files, in one process."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ft_dist.config.schema import DataConfig, SourceConfig
+from ft_dist.errors import ConfigError
+from ft_dist.evaluate.comparison import one_line
+from ft_dist.evaluate.score import Scores
+from ft_dist.model.builtin import Progress
+
+DEFAULT_MAX_LENGTH = 2048
+
+
+def evaluate_path(
+    path: str,
+    sources: Sequence[str],
+    *,
+    max_new_tokens: int = 32,
+    max_samples: int | None = None,
+    batch_rows: int = 8,
+    progress: Progress | None = None,
+) -> Scores:
+    """Loss, and accuracy where samples end with an assistant turn, of `path` (see `find_weights`) on `sources`.
+
+    Without sources the run's own `data.eval` is taken. `max_samples` takes the first ones. `progress` gets a line now
+    and then. Raises ConfigError when there is nothing to score on, DataError, ModelError.
+    """
+    from ft_dist.result.load import find_weights, load_finished
+
+    tell = progress or _quiet
+    run = find_weights(path, tell).config
+    data = _held_out(path, run, sources)
+    finished = load_finished(path, progress=tell)
+    for note in finished.notes:
+        tell(note)
+    return _score(finished, data, path, max_new_tokens, max_samples, batch_rows, tell)
+
+
+def table(scores: Scores) -> str:
+    """The scores as text for a terminal, with a few answers."""
+    lines = [
+        f"loss {scores.loss:.4f}   perplexity {scores.perplexity:.2f}   ({scores.labelled_tokens} labelled tokens)"
+    ]
+    if scores.accuracy is not None:
+        lines.append(f"accuracy {scores.accuracy:.1%} of {scores.answered} answers")
+        for example in scores.examples:
+            mark = "right" if example.correct else f"wrong, should be {one_line(example.reference, 30)}"
+            lines.append(f"  {one_line(example.prompt, 60)}  ->  {one_line(example.answer, 40)}  ({mark})")
+    return "\n".join(lines)
+
+
+def _held_out(path: str, run: Any, sources: Sequence[str]) -> DataConfig:
+    max_length = run.data.max_length if run else DEFAULT_MAX_LENGTH
+    chosen = [SourceConfig.model_validate({"path": source}) for source in sources] or (
+        list(run.data.eval) if run else []
+    )
+    if not chosen:
+        raise ConfigError(f"{path}: nothing to score on. Pass --data FILE, or name data.eval in the run's config.")
+    cache_dir = run.data.cache_dir if run else None
+    return DataConfig.model_validate(
+        {"train": chosen, "eval": chosen, "max_length": max_length, "cache_dir": cache_dir}
+    )
+
+
+def _score(
+    finished: Any, data: DataConfig, path: str, max_new_tokens: int, max_samples: int | None, rows: int, tell: Progress
+) -> Scores:
+    from itertools import chain, islice
+
+    from ft_dist.data.prepare.build import prepare
+    from ft_dist.data.read.formats import read_samples
+    from ft_dist.data.stream.batch import MicroBatch, collate
+    from ft_dist.evaluate.score import held_out_loss, labelled_prompts, score_answers
+    from ft_dist.objective.causal import CausalObjective
+
+    model, tokenizer = finished.model, finished.tokenizer
+    store = prepare(data.eval, tokenizer, data=data, model_path=path).store
+    count = min(len(store), max_samples or len(store))
+    tell(f"scoring {count} samples")
+    objective = CausalObjective(model)
+    options = {"pad_id": tokenizer.pad_token_id, "gpu_length": data.max_length if model.device.type == "cuda" else None}
+    batches = (
+        collate([[sample] for sample in range(start, min(start + rows, count))], store, **options)
+        for start in range(0, count, rows)
+    )
+
+    def summed(batch: MicroBatch) -> tuple[Any, int]:
+        return objective.batch_loss(batch.to(model.device)), batch.labelled_tokens
+
+    loss, labelled_tokens = held_out_loss(summed, batches)
+    samples = islice(chain.from_iterable(read_samples(source) for source in data.eval), max_samples)
+    answered = score_answers(
+        model,
+        labelled_prompts(samples, tokenizer),
+        tokenizer=tokenizer,
+        max_new_tokens=max_new_tokens,
+        batch_rows=rows,
+        device=model.device,
+        progress=lambda done, whole: tell(f"answered {done} of {whole}"),
+    )
+    return Scores(loss, labelled_tokens, answered.accuracy, answered.answered, answered.examples)
+
+
+def _quiet(line: str) -> None:
+    """Nobody asked for progress."""

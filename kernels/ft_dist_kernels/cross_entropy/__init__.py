@@ -1,0 +1,1 @@
+"""Output layer and cross-entropy in one op, without the full logits."""

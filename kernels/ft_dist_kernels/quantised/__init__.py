@@ -1,0 +1,1 @@
+"""Linear layers with weights in FP8 and NF4."""
