@@ -89,7 +89,7 @@ def test_a_plan_of_70b_needs_neither_torch_nor_weights(cli, tmp_path):
     model = folder(LLAMA_70B, tmp_path / "model")
     arguments = ["plan", "llama3_8b_full_zero3", f"model.path={model}", "--gpu", "h200", "--nodes", "2", "--json"]
     code = (
-        "import sys\nfrom ft_dist.cli import app\n"
+        "import sys\nfrom ft_dist.cli.app import app\n"
         f"try: app({arguments!r})\nexcept SystemExit: pass\n"
         "print('loaded', [name for name in ('torch', 'transformers', 'deepspeed') if name in sys.modules])"
     )

@@ -22,9 +22,9 @@ from ft_dist_kernels.attention.ragged_segments import coarse, fine, lay_ragged, 
 from ft_dist_kernels.attention.segments import find_segments
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_segment_attention import ROWS, SHARING, make_inputs, positions_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tests.kernels.attention.test_segment_attention import ROWS, SHARING, make_inputs, positions_of
 from tests.kernels.parity import BACKEND_DTYPES, assert_no_further, check_parity, poisoned
 
 SCALE = 0.25
