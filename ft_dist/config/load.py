@@ -4,7 +4,6 @@ Relative data paths are looked up from the working directory first, then from th
 """
 
 import difflib
-import importlib.resources
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -84,14 +83,10 @@ def recipe_folder() -> Path:
 
 
 def shipped_folder(name: str, *, holding: str) -> Path:
-    """`ft_dist.NAME` inside the wheel, if files that match `holding` are there, or NAME/ of the source tree."""
-    try:
-        packaged = Path(str(importlib.resources.files(f"ft_dist.{name}")))
-        if any(packaged.glob(holding)):
-            return packaged
-    except ModuleNotFoundError:
-        pass
-    return Path(__file__).resolve().parents[2] / name
+    """`ft_dist/NAME` as the wheel installs it, if files that match `holding` are there, or NAME/ of the source tree."""
+    package = Path(__file__).resolve().parents[1]
+    packaged = package / name
+    return packaged if any(packaged.glob(holding)) else package.parent / name
 
 
 def validate(tree: dict[str, Any]) -> RunConfig:
