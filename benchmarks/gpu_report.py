@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="where results.jsonl is")
     parser.add_argument("--results", type=Path, help="folder for the JSON (default: benchmarks/results)")
     parser.add_argument("--docs", type=Path, help="default: docs/benchmarks.md")
-    parser.add_argument("--readme", type=Path, help="default: README.md")
+    parser.add_argument("--readme", type=Path, help="default: docs/benchmarks.md")
     options = parser.parse_args(arguments)
     report = report_of(read_rows(options.folder / "results.jsonl"))
     if report["dry"] and not (options.results and options.docs and options.readme):
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     path = results / f"{report['date']}-{chip}.json"
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     docs.write_text(with_section(docs.read_text(encoding="utf-8"), section(report)), encoding="utf-8")
-    target = options.readme or ROOT / "README.md"
+    target = options.readme or docs
     block = readme.block(readme.read(results))
     target.write_text(readme.replaced(target.read_text(encoding="utf-8"), block), encoding="utf-8")
     print(section(report))

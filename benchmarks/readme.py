@@ -1,7 +1,7 @@
-"""`python -m benchmarks.readme`: write the table of results into README, between its markers, from benchmarks/results/.
+"""`python -m benchmarks.readme`: write the tables of results from benchmarks/results/ into README.md and docs/benchmarks.md.
 
-The newest file of each kind counts. CPU and GPU stand apart, every row has its date, and what was not measured is said.
-`--check` writes nothing and ends with exit code 1 where README is not what would be written.
+docs/benchmarks.md has the newest file of each kind, CPU and GPU apart, with dates and with what was not measured; README has
+one row per trainer. `--check` writes nothing and exits with 1 if either file would change.
 """
 
 import argparse
@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- benchmarks: made by python -m benchmarks.readme -->", "<!-- end of benchmarks -->"
+BEGIN, END = "<!-- benchmarks: written by python -m benchmarks.readme -->", "<!-- end of benchmarks -->"
+SHORT_BEGIN, SHORT_END = "<!-- comparison: written by python -m benchmarks.readme -->", "<!-- end of comparison -->"
 ALL_PEERS = ("trl", "llamafactory", "ms-swift", "litgpt", "torchtune", "axolotl")
 GPU_PEERS = ("liger", "unsloth")
-# the stages of benchmarks/gpu.sh that run the product whole
+# the stages of benchmarks/gpu.sh that run the whole product
 GPU_WORK = {
     "bench": "Llama-3-8B LoRA, full rows of 4,096",
     "bench-chats": "Llama-3-8B LoRA, packed chats",
@@ -28,30 +29,85 @@ GPU_WORK = {
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
-    before = options.readme.read_text(encoding="utf-8")
-    after = replaced(before, block(read(options.results)))
-    if options.check:
-        return int(before != after)
-    options.readme.write_text(after, encoding="utf-8")
-    return 0
+    reports = read(options.results)
+    texts = {
+        ROOT / "README.md": (comparison(reports), SHORT_BEGIN, SHORT_END),
+        ROOT / "docs" / "benchmarks.md": (block(reports), BEGIN, END),
+    }
+    stale = False
+    for path, (table, begin, end) in texts.items():
+        before = path.read_text(encoding="utf-8")
+        after = replaced(before, table, begin=begin, end=end)
+        stale |= before != after
+        if not options.check:
+            path.write_text(after, encoding="utf-8")
+    return int(stale and options.check)
 
 
 def read(results: Path) -> list[dict[str, Any]]:
-    """Every report, oldest first, with the file that it stands in."""
+    """Every report, oldest first, with its file's name."""
     return [
         json.loads(path.read_text(encoding="utf-8")) | {"file": path.name} for path in sorted(results.glob("*.json"))
     ]
 
 
-def replaced(text: str, made: str) -> str:
-    """`text` with what stands between the markers replaced. Raises SystemExit where they are not there."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise SystemExit(f"README needs each of these lines once:\n{BEGIN}\n{END}")
-    head, _, rest = text.partition(BEGIN)
-    return f"{head}{BEGIN}\n{made}\n{END}{rest.partition(END)[2]}"
+def replaced(text: str, table: str, *, begin: str = BEGIN, end: str = END) -> str:
+    """`text` with `table` between the markers. Raises SystemExit if the markers are missing."""
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise SystemExit(f"the page needs each of these lines once:\n{begin}\n{end}")
+    head, _, rest = text.partition(begin)
+    return f"{head}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
+
+
+def comparison(reports: Iterable[dict[str, Any]]) -> str:
+    """One row per trainer: ratios of ours, packed, to its faster form. The report with the most turns counts."""
+    best: dict[tuple[str, str], dict[str, Any]] = {}
+    for report in reports:
+        if report.get("kind") != "peers" or is_gpu(report):
+            continue
+        for peer in ALL_PEERS:
+            key = (peer, report["work"]["method"])
+            if faster_form(report, peer) and (key not in best or turns_of(report) >= turns_of(best[key])):
+                best[key] = report
+    methods = {"lora": "LoRA", "full": "full"}
+    columns = [f"{name}: {what}" for name in methods.values() for what in ("rate", "first step", "memory")]
+    lines = [f"| trainer | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
+    for peer in ALL_PEERS:
+        cells = [cell for method in methods for cell in short_cells(best.get((peer, method)), peer)]
+        lines.append(f"| {peer} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def faster_form(report: dict[str, Any], peer: str) -> str | None:
+    """`peer`, packed or not, whichever ranks higher; None if it did not do the same work."""
+    return next((side for side in report["ranking"] if side.removesuffix(" packed") == peer), None)
+
+
+def turns_of(report: dict[str, Any]) -> int:
+    return max(map(len, report.get("turns", {}).values()), default=0)
+
+
+def short_cells(report: dict[str, Any] | None, peer: str) -> list[str]:
+    side = report and faster_form(report, peer)
+    if not report or not side:
+        return ["", "", ""]
+    return [f"{value:.2f}" for value in ratios_to(report, side)]
+
+
+def ratios_to(report: dict[str, Any], side: str) -> tuple[float, float, float]:
+    """Ours, packed where that was measured, over `side`: labelled tokens/s, time to the first step, peak memory."""
+    ours, other = packed_ours(report), report["sides"][side]
+    return (
+        ours["labelled_tokens_per_s"] / other["labelled_tokens_per_s"],
+        ours["first_step_s"] / other["first_step_s"],
+        ours["peak_bytes"] / other["peak_bytes"],
+    )
+
+
+def packed_ours(report: dict[str, Any]) -> dict[str, Any]:
+    return report["sides"]["ours packed" if "ours packed" in report["ranking"] else "ours"]
 
 
 def block(reports: list[dict[str, Any]]) -> str:
@@ -74,7 +130,7 @@ def is_gpu(report: dict[str, Any]) -> bool:
 
 
 def newest(reports: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The last report of every kind of work beside the same peers."""
+    """The last report of every kind of work with the same peers."""
     last: dict[str, dict[str, Any]] = {}
     for report in reports:
         if report.get("kind") in ("peers", "pair", "quick", "curves"):
@@ -83,7 +139,7 @@ def newest(reports: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def gpu_table(reports: Iterable[dict[str, Any]]) -> list[str]:
-    """Of the last call of `benchmarks/gpu.sh` on every chip: what the product reaches, and bare steps beside peers."""
+    """The last run of `benchmarks/gpu.sh` on every chip: figures of the product, then bare steps of ours and of peers."""
     last = {report["device"]: report for report in reports if report.get("kind") == "gpu"}
     rows = []
     for chip, report in last.items():
@@ -93,9 +149,9 @@ def gpu_table(reports: Iterable[dict[str, Any]]) -> list[str]:
                 rows.append(f"{start} {GPU_WORK.get(stage, stage)} | {gpu_figures(row, row['real_tokens_per_s'])} | |")
         for side, row in report["sides"].items():
             ratio = report["ratios"].get(side, {}).get("tokens_per_s")
-            told = f"{ratio:.2f}" if ratio else ""
+            factor = f"{ratio:.2f}" if ratio else ""
             name = f"{side}, with activation checkpointing" if row.get("checkpointing") else side
-            rows.append(f"{start} bare step: {name} | {gpu_figures(row, row['tokens_per_s'])} | {told} |")
+            rows.append(f"{start} bare step: {name} | {gpu_figures(row, row['tokens_per_s'])} | {factor} |")
     header = ["| date | GPU | work | tokens/s | MFU | peak GiB | ours to it |", "|---|---|---|---|---|---|---|"]
     return [*header, *rows, ""] if rows else []
 
@@ -106,35 +162,28 @@ def gpu_figures(row: dict[str, Any], rate: float) -> str:
 
 
 def work(report: dict[str, Any]) -> str:
-    """What was done, in a few words."""
+    """The work in a few words."""
     if report["kind"] in ("peers", "curves"):
-        told = report["work"]
-        turns = max(map(len, report.get("turns", {}).values()), default=0)
+        case, turns = report["work"], turns_of(report)
         times = f", {turns} turn{'s' if turns > 1 else ''}" if turns else ""
-        rows = f"{told['rows_a_step']} rows of {told['data']} a step"
-        return f"{told['model']} {told['method']} {told['dtype']}, {rows}{times}"
+        rows = f"{case['rows_a_step']} rows of {case['data']} per step"
+        return f"{case['model']} {case['method']} {case['dtype']}, {rows}{times}"
     arguments = report.get("arguments") or report.get("work") or []
-    told = " ".join(arguments).replace("--", "")
-    return f"{told}, random tokens"
+    return f"{' '.join(arguments).replace('--', '')}, random tokens"
 
 
 def rows_of(report: dict[str, Any]) -> list[str]:
-    """A line for every side that did the same work; ratios of ours to it, rates above 1 are ours."""
+    """One line per side that did the same work: ratios of ours to it."""
     when, what = report["date"], work(report)
     if report["kind"] == "peers":
-        sides = report["sides"]
         rows = []
         for side in report["ranking"]:
             if side.startswith("ours"):
                 continue
-            mine = sides["ours packed"] if "ours packed" in report["ranking"] else sides["ours"]
-            plain = sides["ours"] if not side.endswith(" packed") else mine
-            row = sides[side]
-            rate = mine["labelled_tokens_per_s"] / row["labelled_tokens_per_s"]
-            alike = plain["labelled_tokens_per_s"] / row["labelled_tokens_per_s"]
-            start = mine["first_step_s"] / row["first_step_s"]
-            peak = mine["peak_bytes"] / row["peak_bytes"]
-            rows.append(f"| {when} | {what} | {side} | {rate:.2f} ({alike:.2f}) | {start:.2f} | {peak:.2f} |")
+            rate, start, peak = ratios_to(report, side)
+            same_form = packed_ours(report) if side.endswith(" packed") else report["sides"]["ours"]
+            unpacked = same_form["labelled_tokens_per_s"] / report["sides"][side]["labelled_tokens_per_s"]
+            rows.append(f"| {when} | {what} | {side} | {rate:.2f} ({unpacked:.2f}) | {start:.2f} | {peak:.2f} |")
         return rows
     if report["kind"] == "curves":
         verdict = f"loss after {len(report['losses']['ours'])} steps differs by {report['last_difference']:.1e}"
@@ -154,7 +203,7 @@ def rows_of(report: dict[str, Any]) -> list[str]:
 
 
 def missing(reports: list[dict[str, Any]], device: str) -> list[str]:
-    """What a reader would look for and not find, with the reason where a run told one."""
+    """What a reader would look for and not find, with the reason if a run recorded one."""
     lines = []
     compared = [report for report in newest(reports) if report["kind"] in ("peers", "pair")]
     stages = {report["device"]: report for report in reports if report.get("kind") == "gpu"}

@@ -1,11 +1,11 @@
-"""README's table is made of the result files; what is worse than before, or was not measured, is said."""
+"""The tables come from the result files, and say what was not measured; a worse ratio is a regression."""
 
 from typing import Any
 
 import pytest
 
 from benchmarks.peers.compare import summary
-from benchmarks.readme import BEGIN, END, block, replaced
+from benchmarks.readme import BEGIN, END, block, comparison, main, replaced
 from benchmarks.training.quick import regressions
 from tests.benchmarks.test_compare import turn
 
@@ -18,13 +18,16 @@ def report(date: str, rate: float) -> dict[str, Any]:
     return {"kind": "peers", "date": date, "work": WORK, "failures": {"axolotl": "no wheel"}, "turns": taken, **found}
 
 
-def test_the_newest_file_counts_and_gaps_are_told() -> None:
+def test_the_newest_file_counts_and_gaps_are_reported() -> None:
     text = block([report("2026-01-01", 10), report("2026-02-02", 50)])
-    assert "| 2026-02-02 | m lora fp32, 8 rows of train.csv a step, 1 turn | trl | 3.00 (2.00) | 1.00 | 1.00 |" in text
-    assert "2026-01-01" not in text
-    assert "Not measured: axolotl (m lora fp32, 8 rows of train.csv a step, 1 turn): no wheel" in text
     assert (
-        "odd (m lora fp32, 8 rows of train.csv a step, 1 turn) did other work: first loss 3.00000, ours 2.50000" in text
+        "| 2026-02-02 | m lora fp32, 8 rows of train.csv per step, 1 turn | trl | 3.00 (2.00) | 1.00 | 1.00 |" in text
+    )
+    assert "2026-01-01" not in text
+    assert "Not measured: axolotl (m lora fp32, 8 rows of train.csv per step, 1 turn): no wheel" in text
+    assert (
+        "odd (m lora fp32, 8 rows of train.csv per step, 1 turn) did other work: first loss 3.00000, ours 2.50000"
+        in text
     )
     assert "Not measured: llamafactory, ms-swift, litgpt, torchtune." in text
     assert text.endswith("Not measured: no comparison with peers on a GPU yet.")
@@ -38,10 +41,24 @@ def test_fewer_peers_do_not_hide_the_others() -> None:
     assert "2026-02-02" in text
 
 
-def test_only_what_stands_between_the_markers_changes() -> None:
+def test_only_the_text_between_the_markers_changes() -> None:
     assert replaced(f"a\n{BEGIN}\nold\n{END}\nb", "new") == f"a\n{BEGIN}\nnew\n{END}\nb"
     with pytest.raises(SystemExit, match="each of these lines once"):
         replaced("no markers", "new")
+
+
+def test_the_comparison_has_one_row_per_trainer() -> None:
+    two_turns = report("2026-01-01", 10)
+    two_turns["turns"] = {name: turns * 2 for name, turns in two_turns["turns"].items()}
+    lines = comparison([two_turns, report("2026-02-02", 50)]).splitlines()
+    assert len(lines) == 2 + 6
+    assert lines[2] == "| trl | 15.00 | 1.00 | 1.00 |  |  |  |", "more turns count for more than a newer date"
+    assert lines[7] == "| axolotl |  |  |  |  |  |  |"
+
+
+def test_the_pages_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["readme", "--check"])
+    assert main() == 0, "run python -m benchmarks.readme"
 
 
 def test_a_ratio_that_got_worse_is_a_regression() -> None:
