@@ -1,7 +1,7 @@
-"""`python -m benchmarks.readme`: write the tables of results from benchmarks/results/ into README.md and docs/benchmarks.md.
+"""`python -m benchmarks.readme`: write the tables of README.md and docs/benchmarks.md from benchmarks/results/.
 
-docs/benchmarks.md has the newest file of each kind, CPU and GPU apart, with dates and with what was not measured; README has
-one row per trainer. `--check` writes nothing and exits with 1 if either file would change.
+README has one row per trainer. docs/benchmarks.md has the newest file of each kind, CPU and GPU in separate tables, with
+dates and with what was not measured. `--check` writes nothing and exits with 1 if either file would change.
 """
 
 import argparse
@@ -139,7 +139,7 @@ def newest(reports: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def gpu_table(reports: Iterable[dict[str, Any]]) -> list[str]:
-    """The last run of `benchmarks/gpu.sh` on every chip: figures of the product, then bare steps of ours and of peers."""
+    """The last run of `benchmarks/gpu.sh` on every chip: figures of the product, then bare steps of all sides."""
     last = {report["device"]: report for report in reports if report.get("kind") == "gpu"}
     rows = []
     for chip, report in last.items():

@@ -1,6 +1,6 @@
-"""`python docs/generate.py`: write docs/reference/cli.md and config.md from the code. `--check` exits with 1 if they are stale.
+"""`python docs/generate.py`: write docs/reference/cli.md and config.md from the code.
 
-The commands come from the signatures of the verbs, the keys from the JSON schema of the config.
+`--check` writes nothing and exits with 1 if they are stale. The commands come from the signatures of the verbs, the keys from the JSON schema of the config.
 """
 
 import inspect
@@ -38,13 +38,8 @@ def pages() -> dict[str, str]:
 
 
 def cli_page() -> str:
-    lines = [
-        NOTE,
-        "# Commands",
-        "",
-        "`RECIPE` is a YAML file or the name of a shipped recipe; `KEY.SUB=VALUE` overrides",
-    ]
-    lines += ["[a config key](config.md). Exit codes: [the run folder](run-folder.md#exit-codes)."]
+    lines = [NOTE, "# Commands", "", "`KEY.SUB=VALUE` overrides [a config key](config.md)."]
+    lines += ["[The run folder](run-folder.md#exit-codes) lists the exit codes."]
     for name, callback in _verbs(app, "ft-dist"):
         lines += ["", *_verb(name, callback)]
     return "\n".join(lines) + "\n"
@@ -62,10 +57,8 @@ def _verbs(group: typer.Typer, prefix: str) -> Iterator[tuple[str, Any]]:
 
 def _verb(name: str, callback: Any) -> list[str]:
     hints = get_type_hints(callback, include_extras=True)
-    parameters = [
-        (parameter, *_annotation(hints[parameter.name]))
-        for parameter in inspect.signature(callback).parameters.values()
-    ]
+    signature = inspect.signature(callback).parameters.values()
+    parameters = [(parameter, *_annotation(hints[parameter.name])) for parameter in signature]
     usage, rows = [name], []
     for parameter, kind, info in parameters:
         required = parameter.default is inspect.Parameter.empty
@@ -127,14 +120,8 @@ def config_page() -> str:
     for name in _used_by_items(schema):
         section = schema["$defs"][name]
         title = name.removesuffix("Config").lower()
-        lines += [
-            "",
-            f"## {title} (an item of a list)",
-            "",
-            section.get("description", ""),
-            "",
-            *_keys("", section, schema),
-        ]
+        lines += ["", f"## {title} (an item of a list)", "", section.get("description", "")]
+        lines += ["", *_keys("", section, schema)]
     return "\n".join(lines) + "\n"
 
 

@@ -85,7 +85,7 @@ def recipe_folder() -> Path:
 def shipped_folder(name: str, *, holding: str) -> Path:
     """`ft_dist/NAME` as the wheel installs it, if files that match `holding` are there, or NAME/ of the source tree."""
     package = Path(__file__).resolve().parents[1]
-    packaged = package / name
+    packaged = (package / name).resolve()
     return packaged if any(packaged.glob(holding)) else package.parent / name
 
 

@@ -20,15 +20,11 @@ def report(date: str, rate: float) -> dict[str, Any]:
 
 def test_the_newest_file_counts_and_gaps_are_reported() -> None:
     text = block([report("2026-01-01", 10), report("2026-02-02", 50)])
-    assert (
-        "| 2026-02-02 | m lora fp32, 8 rows of train.csv per step, 1 turn | trl | 3.00 (2.00) | 1.00 | 1.00 |" in text
-    )
+    case = "m lora fp32, 8 rows of train.csv per step, 1 turn"
+    assert f"| 2026-02-02 | {case} | trl | 3.00 (2.00) | 1.00 | 1.00 |" in text
     assert "2026-01-01" not in text
-    assert "Not measured: axolotl (m lora fp32, 8 rows of train.csv per step, 1 turn): no wheel" in text
-    assert (
-        "odd (m lora fp32, 8 rows of train.csv per step, 1 turn) did other work: first loss 3.00000, ours 2.50000"
-        in text
-    )
+    assert f"Not measured: axolotl ({case}): no wheel" in text
+    assert f"odd ({case}) did other work: first loss 3.00000, ours 2.50000" in text
     assert "Not measured: llamafactory, ms-swift, litgpt, torchtune." in text
     assert text.endswith("Not measured: no comparison with peers on a GPU yet.")
 
