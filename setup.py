@@ -1,7 +1,7 @@
 """`package_dir` maps the packages that live outside `ft_dist/`.
 
-`kernels/` must not itself become the package `kernels`: Hugging Face's loader on PyPI has that name and transformers
-imports it. `configs/` and `launch/` hold data and are shipped inside `ft_dist` so that recipes are usable by name.
+`kernels/` must not itself become the package `kernels`: Hugging Face's loader on PyPI has that name, and transformers
+imports it. `configs/` and `launch/` hold data; they are installed inside `ft_dist`, so that recipes are usable by name.
 """
 
 from setuptools import find_packages, setup
@@ -23,6 +23,6 @@ setup(
         "ft_dist.configs": ["*.yaml", "emails/*.jsonl"],
         "ft_dist.launch": ["*.j2", "profiles/*.yaml"],
         "ft_dist": ["py.typed"],
-        "ft_dist.plan": ["*.yaml"],
+        "": ["*.yaml"],
     },
 )

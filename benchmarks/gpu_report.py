@@ -1,6 +1,6 @@
 """`python -m benchmarks.gpu_report FOLDER`: what `benchmarks/gpu.sh` brought back, as results and as tables.
 
-Writes `benchmarks/results/DATE-CHIP.json`, the table in `docs/benchmarks.md` between its markers, and the README's.
+Writes `benchmarks/results/DATE-CHIP.json`, and the tables in `docs/benchmarks.md` between their markers.
 What is missing in the folder (a stage that was cut off, a row that a crash tore) is missing there, with its reason.
 """
 

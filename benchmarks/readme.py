@@ -1,7 +1,7 @@
 """`python -m benchmarks.readme`: write the tables of README.md and docs/benchmarks.md from benchmarks/results/.
 
-README has one row per trainer. docs/benchmarks.md has the newest file of each kind, CPU and GPU in separate tables, with
-dates and with what was not measured. `--check` writes nothing and exits with 1 if either file would change.
+README has one row per trainer. docs/benchmarks.md has the newest file of each kind, CPU and GPU in separate tables,
+with dates and with what was not measured. `--check` writes nothing and exits with 1 if either file would change.
 """
 
 import argparse

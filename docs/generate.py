@@ -1,6 +1,7 @@
 """`python docs/generate.py`: write docs/reference/cli.md and config.md from the code.
 
-`--check` writes nothing and exits with 1 if they are stale. The commands come from the signatures of the verbs, the keys from the JSON schema of the config.
+The commands come from the signatures of the verbs, the keys from the JSON schema of the config. `--check` writes
+nothing and exits with 1 if a page is stale.
 """
 
 import inspect
