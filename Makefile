@@ -91,7 +91,7 @@ bench-quick: $(VENV)/.dev
 gpu-dry-run: $(VENV)/.dev
 	PYTHON=$(BIN)/python OUT=$${OUT:-/tmp/ft_dist-gpu} benchmarks/gpu.sh --dry-run
 
-# builds the wheel, installs it into an empty environment outside the tree and trains `smoke` there (under a minute)
+# builds the wheel, installs it into an empty environment outside the tree and trains `smoke` there (a minute)
 wheel: $(VENV)/.base
 	rm -rf build dist *.egg-info
 	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
