@@ -1,10 +1,10 @@
-"""Files in object stores and folders, by name: the one place that talks to fsspec.
+"""Named files in object stores and local folders. Only this module uses fsspec.
 
-A `Storage` is a folder: a local path, or a URL such as `s3://bucket/folder`, `gs://`, `az://`, `hf://`. Endpoints and
-credentials are found the libraries' own way (`AWS_ENDPOINT_URL`, `AWS_PROFILE`, ...). What may pass by itself
-(time-outs, 408, 429, 5xx, refused or broken connections, partial bodies) is tried again with exponential back-off and
-full jitter (Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog 2015) until `wait_s` seconds without an
-answer; what cannot pass (missing, forbidden, refused as invalid) is told at once. Files appear whole or not at all.
+A `Storage` is a folder: a local path, or a URL such as `s3://bucket/folder`, `gs://`, `az://`, `hf://`. The client
+libraries find endpoints and credentials in the usual places (`AWS_ENDPOINT_URL`, `AWS_PROFILE`, ...). Transient errors
+(timeouts, 408, 429, 5xx, refused or broken connections, partial bodies) are retried with exponential back-off and full
+jitter (Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog 2015) for up to `wait_s` seconds. Permanent
+errors (missing, forbidden, invalid request) fail immediately. Writes are atomic: readers see a whole file or none.
 """
 
 import contextlib
@@ -20,21 +20,21 @@ from typing import Any, Protocol, TypeVar
 from ft_dist.errors import ConfigError, MissingFileError, StorageError
 
 PART_BYTES = 16 * 2**20
-"""Bytes of one ranged read: what a broken connection costs at most"""
+"""Bytes of one ranged read, the most that a broken connection wastes"""
 READ_BACK_BYTES = 16 * 2**20
-"""Uploads up to this size are read back and compared; larger ones by their size"""
+"""Uploads up to this size are read back and compared; for larger ones only the size is compared"""
 CALL_TIMEOUT_S = 60.0
 SLOWEST_BYTES_S = 2**18
-"""A call that moves fewer bytes a second is taken for stalled"""
-TELL_EVERY_S = 10.0
+"""A call that moves fewer bytes per second counts as stalled"""
+LOG_INTERVAL_S = 10.0
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 15.0
 
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 Result = TypeVar("Result")
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
-# One request is one attempt: the waiting is ours, so that it is told. Range reads of stores that answer with the
-# checksum of the whole object fail in botocore's own check; ours are in the index of what is read.
+# One request is one attempt: Storage retries, so that every wait is logged. botocore's checksum check fails for ranged
+# reads from stores that answer with the checksum of the whole object; the index of a token set holds its own checksums.
 _S3_OPTIONS = {
     "config_kwargs": {
         "retries": {"total_max_attempts": 1},
@@ -47,52 +47,64 @@ _OPTIONS: dict[str, dict[str, Any]] = {"s3": _S3_OPTIONS, "s3a": _S3_OPTIONS}
 
 
 def is_url(path: str | Path) -> bool:
-    """Whether a path names a remote store (or `file://`) rather than a local file."""
+    """True if `path` is a URL of any kind, `file://` and hub datasets included. False for a plain path or a hub id."""
     return "://" in str(path)
 
 
-def open_storage(
-    place: str | Path, *, wait_s: float = 1800.0, limit: str = "data.remote_wait_s", tell: Tell | None = None
-) -> "Storage":
-    """The folder at a local path or URL. Nothing is asked of it yet.
+def is_remote_folder(path: str) -> bool:
+    """True if `path` is a folder in an object store or a hub repository, which `open_storage` reads over the network.
 
-    `wait_s` bounds the seconds that one request waits for an answer, `limit` is the config key that says so, and
-    `tell` gets a line when waiting starts, at most every 10 s of it, and when it ends. Raises ConfigError for an
-    unknown protocol or a driver that is not installed.
+    False for a local path, for `file://` (a local folder) and for `hf://` URLs of a whole dataset, which `datasets`
+    loads.
+    """
+    if path.startswith("hf://"):
+        kind, *rest = path.removeprefix("hf://").strip("/").split("/")
+        return kind == "datasets" and len(rest) > 2
+    return is_url(path) and not path.startswith("file://")
+
+
+def open_storage(
+    place: str | Path, *, wait_s: float = 1800.0, limit: str = "data.remote_wait_s", log: Log | None = None
+) -> "Storage":
+    """Open the folder at a local path or URL. No request is sent yet.
+
+    One request is retried for up to `wait_s` seconds; `limit` is the config key that sets this, for error messages.
+    `log` receives a line when retries begin, at most every 10 s while they last, and when they end. Raises ConfigError
+    for an unknown protocol or a driver that is not installed.
     """
     url = str(place)
     if url.startswith("file://"):
         url = url.removeprefix("file://")
     files = _Objects(url) if is_url(url) else _Folder(Path(url).expanduser())
-    return Storage(files, str(place).rstrip("/"), wait_s=wait_s, limit=limit, tell=tell)
+    return Storage(files, str(place).rstrip("/"), wait_s=wait_s, limit=limit, log=log)
 
 
 class Digest(Protocol):
-    """A hash that takes bytes as they pass, as of `hashlib` or `xxhash`."""
+    """An incremental hash, such as those of `hashlib` and `xxhash`."""
 
     def update(self, data: bytes, /) -> None: ...
 
 
 class Storage:
-    """Named files below one place. Names are relative, with `/`. Safe to use from several threads.
+    """Named files below one folder. Names are relative and use `/`. Thread-safe.
 
-    Every method raises StorageError (MissingFileError where a file is not there) with the URL, what failed and the fix.
+    Every method raises StorageError (MissingFileError for a missing file) with the URL, the failure and the fix.
     """
 
-    def __init__(self, files: "_Files", url: str, *, wait_s: float, limit: str, tell: Tell | None) -> None:
+    def __init__(self, files: "_Files", url: str, *, wait_s: float, limit: str, log: Log | None) -> None:
         self.url = url
         self.wait_s = wait_s
         self._files = files
         self._limit = limit
-        self._tell = tell
+        self._log = log
         self._closed = threading.Event()
-        self._told_at = -TELL_EVERY_S
+        self._logged_at = -LOG_INTERVAL_S
         self._lock = threading.Lock()
-        self._random = random.Random()  # the run seeds the global one
+        self._random = random.Random()  # independent of the global generator, which the run seeds
 
     @property
     def local(self) -> Path | None:
-        """The folder itself, where it is on this machine's file system."""
+        """The folder, or None if it is not on this machine's file system."""
         return self._files.path if isinstance(self._files, _Folder) else None
 
     def url_of(self, name: str) -> str:
@@ -102,7 +114,7 @@ class Storage:
         return self._retried("read", name, lambda: self._files.read(name))
 
     def read_range(self, name: str, start: int, end: int) -> bytes:
-        """Bytes start .. end - 1; StorageError where the file is shorter."""
+        """Bytes start .. end - 1. Raises StorageError if the file is shorter."""
 
         def read() -> bytes:
             content = self._files.read(name, start, end)
@@ -111,14 +123,14 @@ class Storage:
             size = self._files.size(name)
             if size < end:
                 raise _Refused(f"it has {size} bytes, fewer than {end}")
-            raise ConnectionError(f"{len(content)} bytes came of {end - start}")
+            raise ConnectionError(f"received {len(content)} of {end - start} bytes")
 
         return self._retried("read", name, read) if end > start else b""
 
     def fetch(self, name: str, to: Path, *, digest: Digest | None = None) -> None:
-        """Copy a file to local disk, by ranges so that a broken connection costs one of them; synced and whole.
+        """Copy a file to local disk, synced and atomic. A broken connection costs at most one ranged read.
 
-        `digest` sees every byte once, in order.
+        `digest` receives every byte once, in order.
         """
         size = self.size(name)
         part = to.with_name(f".{to.name}.part-{os.getpid()}-{threading.get_ident()}")
@@ -133,28 +145,28 @@ class Storage:
                 os.fsync(file.fileno())
             part.replace(to)
         except OSError as error:
-            raise StorageError(f"{to}: cannot be written ({error.strerror}). Free space or use another disk.") from None
+            raise StorageError(f"{to}: cannot write ({error.strerror}). Free space or use another disk.") from None
         finally:
             part.unlink(missing_ok=True)
 
     def write(self, name: str, content: bytes | Path) -> None:
-        """Put bytes or a local file under a name, replacing what is there; verified before this returns."""
+        """Write bytes or a local file under a name, replacing any earlier file; verified before this returns."""
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
 
         def write() -> None:
             self._files.write(name, content)
             found = self._files.size(name)
             if found != size:
-                raise ConnectionError(f"{found} bytes arrived of {size}")
+                raise ConnectionError(f"the store has {found} of {size} bytes")
             if self.local is None and size <= READ_BACK_BYTES:
                 expected = content if isinstance(content, bytes) else content.read_bytes()
                 if self._files.read(name) != expected:
-                    raise ConnectionError("other bytes arrived than were sent")
+                    raise ConnectionError("the bytes read back differ from those sent")
 
         self._retried("write", name, write)
 
     def list(self, folder: str = "") -> list[str]:
-        """Names of all files below a folder, sorted; empty where there is none."""
+        """Sorted names of all files below a folder; empty if it does not exist."""
         return sorted(self._retried("list", folder, lambda: self._files.names(folder)))
 
     def exists(self, name: str) -> bool:
@@ -165,20 +177,20 @@ class Storage:
         return True
 
     def size(self, name: str) -> int:
-        """Bytes of a file."""
+        """Size of a file in bytes."""
         return self._retried("read", name, lambda: self._files.size(name))
 
     def delete(self, name: str) -> None:
-        """Remove a file; one that is not there is fine."""
+        """Remove a file, if it exists."""
         with contextlib.suppress(MissingFileError):
             self._retried("delete", name, lambda: self._files.delete(name))
 
     def close(self) -> None:
-        """Give up what waits in other threads: it raises StorageError at once."""
+        """Cancel retries in other threads: they raise StorageError."""
         self._closed.set()
 
     def _retried(self, what: str, name: str, call: Callable[[], Result]) -> Result:
-        started, attempts, told = time.monotonic(), 0, False
+        started, attempts, logged = time.monotonic(), 0, False
         while True:
             attempts += 1
             try:
@@ -186,56 +198,50 @@ class Storage:
             except Exception as error:
                 if not is_transient(error):
                     raise self._final(what, name, error) from None
-                told |= self._wait(what, name, error, attempts, started)
+                logged |= self._wait(what, name, error, attempts, started)
                 continue
-            if told:
-                self._say(f"{self.url}: answers again after {time.monotonic() - started:.0f} s")
+            if logged and self._log:
+                self._log(f"{self.url}: answers again after {time.monotonic() - started:.0f} s")
             return result
 
     def _wait(self, what: str, name: str, error: Exception, attempts: int, started: float) -> bool:
-        """Sleep before the next attempt; whether it was told. Raises StorageError at the limit."""
+        """Sleep before the next attempt; returns whether it was logged. Raises StorageError at the limit."""
         waited = time.monotonic() - started
         url = self.url_of(name)
         if waited >= self.wait_s:
             raise StorageError(
-                f"{url}: cannot {what}: no good answer in {waited:.0f} s and {attempts} attempts ({_short(error)}). "
+                f"{url}: cannot {what}: {attempts} attempts failed within {waited:.0f} s ({_short(error)}). "
                 f"Check the endpoint and the network, or raise {self._limit} ({self.wait_s:g})."
             ) from None
         with self._lock:
             now = time.monotonic()
-            telling = now - self._told_at >= TELL_EVERY_S
-            if telling:
-                self._told_at = now
-        if telling:
-            self._say(
-                f"{url}: {what} failed ({_short(error)}); trying again for up to {self.wait_s - waited:.0f} s more"
-            )
+            due = now - self._logged_at >= LOG_INTERVAL_S
+            if due:
+                self._logged_at = now
+        if due and self._log:
+            self._log(f"{url}: {what} failed ({_short(error)}); retrying for up to {self.wait_s - waited:.0f} s more")
         ceiling = min(LONGEST_DELAY_S, FIRST_DELAY_S * 2.0 ** min(attempts - 1, 10))
         if self._closed.wait(min(self._random.uniform(ceiling / 10, ceiling), self.wait_s - waited)):
-            raise StorageError(f"{url}: {what} was given up: the storage was closed.")
-        return telling
-
-    def _say(self, line: str) -> None:
-        if self._tell is not None:
-            self._tell(line)
+            raise StorageError(f"{url}: {what} was cancelled because the storage was closed.")
+        return due
 
     def _final(self, what: str, name: str, error: Exception) -> StorageError:
         url = self.url_of(name)
         if isinstance(error, FileNotFoundError):
-            return MissingFileError(f"{url}: not there ({_short(error)}). Check the URL.")
+            return MissingFileError(f"{url}: not found ({_short(error)}). Check the URL.")
         if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
             return StorageError(
                 f"{url}: not allowed to {what} ({_short(error)}). Check the credentials in the environment."
             )
-        return StorageError(f"{url}: cannot {what} ({_short(error)}). Check the URL and what it holds.")
+        return StorageError(f"{url}: cannot {what} ({_short(error)}). Check the URL and its contents.")
 
 
 class _Refused(Exception):  # noqa: N818 - an answer, not a failure of the store
-    """The store answered, and the answer will not change."""
+    """The store answered; a retry would get the same answer."""
 
 
 class _Files(Protocol):
-    """One attempt each."""
+    """One attempt per call, no retries."""
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes: ...
     def write(self, name: str, content: bytes | Path) -> None: ...
@@ -245,7 +251,7 @@ class _Files(Protocol):
 
 
 class _Folder:
-    """A folder of this machine. A file is written beside its name, synced and renamed."""
+    """A folder of this machine. A file is written under a temporary name, synced and renamed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -285,7 +291,7 @@ class _Folder:
     def size(self, name: str) -> int:
         path = self.path / name
         if path.is_dir():
-            raise FileNotFoundError(errno.ENOENT, "it is a folder")
+            raise FileNotFoundError(errno.ENOENT, "this is a folder")
         return path.stat().st_size
 
     def delete(self, name: str) -> None:
@@ -293,7 +299,7 @@ class _Folder:
 
 
 class _Objects:
-    """Objects of a remote store through fsspec. Nothing is cached: another process may write."""
+    """Objects of a remote store through fsspec, without caches: another process may write."""
 
     def __init__(self, url: str) -> None:
         protocol = url.partition("://")[0]
@@ -303,20 +309,24 @@ class _Objects:
             driver = fsspec.get_filesystem_class(protocol)
         except ValueError:
             raise ConfigError(
-                f"{url}: no storage is known as {protocol}://. Use s3://, gs://, az:// or hf://."
+                f"{url}: unknown storage protocol {protocol}://. Use s3://, gs://, az:// or hf://."
             ) from None
         except ImportError as error:
             extra = _EXTRAS.get(protocol)
             fix = f"pip install 'ft-dist[{extra}]'" if extra else str(error)
             raise ConfigError(f"{url}: the driver for {protocol}:// is not installed. {fix}.") from None
         options = {"skip_instance_cache": True, "use_listings_cache": False, **_OPTIONS.get(protocol, {})}
-        # an endpoint or key of the wrong form is only seen here
+        # a malformed endpoint or key only fails here
         try:
             self._files = driver(**options)
         except (ValueError, TypeError) as error:
-            raise ConfigError(f"{url}: the driver for {protocol}:// refused its settings ({error}).") from None
+            raise ConfigError(
+                f"{url}: the driver for {protocol}:// rejects its settings ({error}). Correct them."
+            ) from None
         if hasattr(self._files, "retries"):
-            self._files.retries = 2  # a part of a large upload may fail once; what lasts longer is ours to tell
+            self._files.retries = (
+                2  # one part of a large upload may fail once; Storage retries and logs longer failures
+            )
         self._root = driver._strip_protocol(url).rstrip("/")
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
@@ -340,7 +350,7 @@ class _Objects:
         self._files.invalidate_cache()
         info = self._files.info(self._path(name), **self._timeout(0))
         if info["type"] != "file":
-            raise FileNotFoundError(errno.ENOENT, "it is a folder")
+            raise FileNotFoundError(errno.ENOENT, "this is a folder")
         return int(info["size"])
 
     def delete(self, name: str) -> None:
@@ -350,7 +360,7 @@ class _Objects:
         return f"{self._root}/{name}"
 
     def _timeout(self, moved_bytes: int) -> dict[str, float]:
-        """A limit for one call, where the driver can be interrupted."""
+        """The timeout of one call, for drivers that support one."""
         return {"timeout": CALL_TIMEOUT_S + moved_bytes / SLOWEST_BYTES_S} if self._files.async_impl else {}
 
 
@@ -364,7 +374,7 @@ _REMOTE_LIBRARIES |= {"fsspec", "requests", "s3fs", "urllib3"}
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether the same request may succeed later. Statuses first, then errno, then which library raised it."""
+    """True if a retry may succeed. Decided by HTTP status, else by error name, errno and the library that raised it."""
     response = getattr(error, "response", None)
     for status in (getattr(holder, name, None) for holder in (error, response) for name in _STATUS_NAMES):
         if isinstance(status, int | str) and str(status).isdigit() and 400 <= int(status) < 600:
@@ -381,6 +391,6 @@ _STATUS_NAMES = ("status", "status_code", "code")
 
 
 def _short(error: Exception) -> str:
-    """The first line of an error, for inside a sentence."""
+    """The first line of an error, shortened to fit in a sentence."""
     text = (getattr(error, "strerror", None) or str(error) or type(error).__name__).strip().splitlines()[0]
     return text.rstrip(".") if len(text) <= 160 else text[:157] + "..."

@@ -1,4 +1,4 @@
-"""Files in a real S3 server and in folders, with failures planted between client and server."""
+"""Storage on a real S3 server and on folders, with faults injected between client and server."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ import pytest
 
 import ft_dist.storage as storage_module
 from ft_dist.errors import ConfigError, MissingFileError, StorageError, UserError
-from ft_dist.storage import Storage, open_storage
+from ft_dist.storage import Storage, is_remote_folder, is_url, open_storage
 from tests.object_store import ObjectStore, Proxy, Rule, fault_proxy, object_store
 
 
@@ -42,7 +42,22 @@ def place(request: pytest.FixtureRequest, proxy: Proxy, tmp_path: Path) -> str:
     return f"s3://bucket/{tmp_path.name}" if request.param == "s3" else str(tmp_path / "store")
 
 
-def test_files_come_back_as_they_were_written(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "path, url, remote_folder",
+    [
+        ("s3://bucket/set", True, True),
+        ("hf://datasets/me/mails/sets/train-0", True, True),
+        ("hf://datasets/me/mails/", True, False),
+        ("hf://me/mails", True, False),
+        ("file:///sets/train-0", True, False),
+        ("me/mails", False, False),
+    ],
+)
+def test_every_remote_folder_is_a_url_but_not_the_reverse(path: str, url: bool, remote_folder: bool) -> None:
+    assert (is_url(path), is_remote_folder(path)) == (url, remote_folder)
+
+
+def test_files_are_read_back_unchanged(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage_module, "PART_BYTES", 1000)
     storage = open_storage(place)
     content = os.urandom(4321)
@@ -69,10 +84,10 @@ def test_files_come_back_as_they_were_written(place: str, tmp_path: Path, monkey
     assert storage.read_bytes("empty") == b""
 
 
-def test_what_is_missing_or_too_short_is_told_at_once(place: str) -> None:
+def test_a_missing_or_short_file_fails_without_retries(place: str) -> None:
     storage = open_storage(place)
     storage.write("short", b"12345")
-    with pytest.raises(MissingFileError, match="nothing: not there"):
+    with pytest.raises(MissingFileError, match="nothing: not found"):
         storage.read_bytes("nothing")
     with pytest.raises(StorageError, match="5 bytes, fewer than 9"):
         storage.read_range("short", 0, 9)
@@ -82,10 +97,10 @@ def test_what_is_missing_or_too_short_is_told_at_once(place: str) -> None:
 
 @pytest.mark.parametrize("answer", [500, 503, 429, "partial", "reset"])
 @pytest.mark.usefixtures("quick")
-def test_failures_that_pass_are_waited_out(proxy: Proxy, answer: int | str) -> None:
-    """Twelve in a row: more than the quick attempts of the driver and of its HTTP library."""
+def test_transient_failures_are_retried(proxy: Proxy, answer: int | str) -> None:
+    """Twelve consecutive failures: more than the driver and its HTTP library retry."""
     lines: list[str] = []
-    storage = open_storage("s3://bucket/passing", tell=lines.append)
+    storage = open_storage("s3://bucket/passing", log=lines.append)
     content = os.urandom(5000)
     storage.write("x", content)
     proxy.rules = [Rule("GET /bucket/passing/x", answer, times=12)]  # type: ignore[arg-type]
@@ -98,7 +113,7 @@ def test_failures_that_pass_are_waited_out(proxy: Proxy, answer: int | str) -> N
 
 @pytest.mark.parametrize("answer", [500, 503, "reset", "lose"])
 @pytest.mark.usefixtures("quick")
-def test_an_upload_that_failed_is_repeated_and_whole(proxy: Proxy, answer: int | str, tmp_path: Path) -> None:
+def test_a_failed_upload_is_retried_in_full(proxy: Proxy, answer: int | str, tmp_path: Path) -> None:
     storage = open_storage("s3://bucket/uploads")
     content = os.urandom(100_000)
     (tmp_path / "file").write_bytes(content)
@@ -109,8 +124,8 @@ def test_an_upload_that_failed_is_repeated_and_whole(proxy: Proxy, answer: int |
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_damaged_upload_is_noticed(proxy: Proxy) -> None:
-    """The first read-back shows other bytes, so the object is sent again."""
+def test_a_damaged_upload_is_detected(proxy: Proxy) -> None:
+    """The first read-back differs, so the object is uploaded again."""
     storage = open_storage("s3://bucket/damaged")
     proxy.rules = [Rule("GET /bucket/damaged/x", "flip")]
     storage.write("x", os.urandom(1000))
@@ -118,7 +133,7 @@ def test_a_damaged_upload_is_noticed(proxy: Proxy) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_store_that_hangs_is_given_up_and_asked_again(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hanging_request_times_out_and_is_retried(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = open_storage("s3://bucket/hanging")
     storage.write("x", b"content")
     monkeypatch.setattr(storage_module, "CALL_TIMEOUT_S", 0.5)
@@ -129,7 +144,7 @@ def test_a_store_that_hangs_is_given_up_and_asked_again(proxy: Proxy, monkeypatc
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_fetch_goes_on_where_it_broke(proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fetch_resumes_at_the_failed_range(proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage_module, "PART_BYTES", 1000)
     storage = open_storage("s3://bucket/parts")
     content = os.urandom(10_000)
@@ -142,20 +157,20 @@ def test_a_fetch_goes_on_where_it_broke(proxy: Proxy, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.usefixtures("quick")
-def test_the_limit_ends_the_wait_with_the_fix(proxy: Proxy, tmp_path: Path) -> None:
+def test_the_limit_ends_retries_and_the_error_names_the_fix(proxy: Proxy, tmp_path: Path) -> None:
     lines: list[str] = []
-    storage = open_storage("s3://bucket/down", wait_s=3.0, tell=lines.append)
-    assert not storage.exists("x"), "the client is made with the first call, which takes as long as the machine is busy"
+    storage = open_storage("s3://bucket/down", wait_s=3.0, log=lines.append)
+    assert not storage.exists("x"), "the first call creates the client, which is slow on a busy machine"
     proxy.rules = [Rule(".", 503, times=10**6)]
     with pytest.raises(
-        StorageError, match=r"s3://bucket/down/x: cannot read: no good answer in \d+ s .*remote_wait_s \(3\)"
+        StorageError, match=r"s3://bucket/down/x: cannot read: \d+ attempts failed within \d+ s .*remote_wait_s \(3\)"
     ):
         storage.fetch("x", tmp_path / "x")
-    assert len(lines) == 1, "one line, not one a try"
+    assert len(lines) == 1, "one line, not one per attempt"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_closing_ends_a_wait_in_another_thread(proxy: Proxy) -> None:
+def test_closing_cancels_retries_in_another_thread(proxy: Proxy) -> None:
     proxy.rules = [Rule(".", 503, times=10**6)]
     storage = open_storage("s3://bucket/down")
     raised: list[Exception] = []
@@ -175,7 +190,7 @@ def test_closing_ends_a_wait_in_another_thread(proxy: Proxy) -> None:
     assert "closed" in str(raised[0])
 
 
-def test_wrong_credentials_and_buckets_are_not_waited_for(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_credentials_and_buckets_are_not_retried(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StorageError, match=r"s3://no-such-bucket/x"):
         open_storage("s3://no-such-bucket").write("x", b"1")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
@@ -183,16 +198,16 @@ def test_wrong_credentials_and_buckets_are_not_waited_for(proxy: Proxy, monkeypa
         open_storage("s3://bucket").read_bytes("x")
 
 
-def test_a_missing_driver_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_missing_driver_names_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     with pytest.raises(ConfigError, match=r"pip install 'ft-dist\[s3\]'"):
         open_storage("s3://bucket/x")
-    with pytest.raises(ConfigError, match="no storage is known as nope://"):
+    with pytest.raises(ConfigError, match="unknown storage protocol nope://"):
         open_storage("nope://bucket/x")
 
 
-def test_a_write_into_a_folder_leaves_no_part_behind(tmp_path: Path) -> None:
+def test_a_write_into_a_folder_leaves_no_partial_file(tmp_path: Path) -> None:
     storage: Storage = open_storage(f"file://{tmp_path}/new")
     storage.write("deep/x", b"1")
     assert [path.name for path in (tmp_path / "new" / "deep").iterdir()] == ["x"]

@@ -37,7 +37,7 @@ class CheckpointKeeper:
         place = config.checkpoint.path
         note = Console(enabled=world.is_main).note
         limit = "the time for checkpoints"
-        storage = open_storage(place, wait_s=MIRROR_WAIT_S, limit=limit, tell=note) if place else None
+        storage = open_storage(place, wait_s=MIRROR_WAIT_S, limit=limit, log=note) if place else None
         commit, self.passed_over = agreed_commit(
             world,
             resume=config.checkpoint.resume,

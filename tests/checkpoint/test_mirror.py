@@ -79,7 +79,7 @@ def test_a_lost_disk_costs_nothing(tmp_path, place):
 )
 def test_failures_that_pass_are_waited_out_and_told(tmp_path, proxy, place, rule):
     told = []
-    storage = open_storage(place[0], wait_s=30, tell=told.append)
+    storage = open_storage(place[0], wait_s=30, log=told.append)
     rule.seen = 0
     proxy.rules.append(rule)
     upload(commit(tmp_path / "local", 7), storage)
@@ -87,7 +87,7 @@ def test_failures_that_pass_are_waited_out_and_told(tmp_path, proxy, place, rule
     layout.verify(found)
     assert rule.seen == rule.times
     # the driver itself repeats a broken connection once or twice, on the quiet
-    assert any("trying again" in line for line in told) or not isinstance(rule.answer, int)
+    assert any("retrying" in line for line in told) or not isinstance(rule.answer, int)
     assert same_files(found.folder, tmp_path / "local" / found.folder.name)
 
 

@@ -73,7 +73,7 @@ def test_a_server_killed_while_training_costs_time_only(
     assert run.returncode == 0, out + err
     assert steps_while_down < STEPS, "it never needed the store again"
     told = out + (tmp_path / "remote" / "logs" / "rank-1.log").read_text()
-    assert "trying again for up to" in told
+    assert "retrying for up to" in told
     assert "answers again after" in told
     for name, keys in (("samples.jsonl", None), ("metrics.jsonl", ("step", "loss", "samples_seen"))):
         ours, theirs = (read_lines(tmp_path / place / name) for place in ("remote", "local"))

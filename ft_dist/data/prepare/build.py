@@ -186,7 +186,7 @@ def _note(line: str) -> None:
 
 
 def _taken_as_it_is(source: SourceConfig, made_with: dict[str, Any], *, wait_s: float) -> PreparedSet:
-    storage = open_storage(source.path, wait_s=wait_s, tell=_note)
+    storage = open_storage(source.path, wait_s=wait_s, log=_note)
     try:
         index = json.loads(storage.read_bytes(INDEX))
         report = json.loads(storage.read_bytes(REPORT))

@@ -14,7 +14,6 @@ from ft_dist.data.read.sources import (
     INDEX,
     TEXT_SUFFIXES,
     is_mds,
-    is_url,
     local_files,
     prepared_set,
     read_records,
@@ -22,7 +21,7 @@ from ft_dist.data.read.sources import (
 )
 from ft_dist.data.read.text_files import Record
 from ft_dist.errors import DataError, MissingFileError
-from ft_dist.storage import open_storage
+from ft_dist.storage import is_remote_folder, open_storage
 
 MAX_RECORDS = 200_000
 MAX_SECONDS = 5.0
@@ -46,7 +45,7 @@ def check_sources(data: DataConfig) -> list[str]:
 def _check(source: SourceConfig) -> str:
     index = prepared_set(source.path)
     if index is not None:
-        samples = _remote_samples(source.path) if is_url(source.path) else index["samples"]
+        samples = _remote_samples(source.path) if is_remote_folder(source.path) else index["samples"]
         return f"{source.path}: prepared set, {samples:,} samples"
     files = local_files(source)
     if files is None:

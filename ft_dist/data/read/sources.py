@@ -17,6 +17,7 @@ from typing import Any
 from ft_dist.config.schema import SourceConfig
 from ft_dist.data.read.text_files import RawRecord, Record, read_csv, read_json, read_jsonl, read_text
 from ft_dist.errors import DataError
+from ft_dist.storage import is_remote_folder
 
 TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
 TABLE_SUFFIXES = (".parquet", ".arrow")
@@ -65,17 +66,9 @@ def _folder_reader(source: SourceConfig) -> Iterator[Record]:
     return read_dataset(source)
 
 
-def is_url(path: str) -> bool:
-    """Whether a path leads to an object store or server; `hf://` names a hub dataset, or a folder in one."""
-    if path.startswith("hf://"):
-        kind, *rest = path.removeprefix("hf://").strip("/").split("/")
-        return kind == "datasets" and len(rest) > 2
-    return "://" in path and not path.startswith("file://")
-
-
 def prepared_set(path: str) -> dict[str, Any] | None:
     """The index of a folder that `ft-dist prepare` wrote, {} for a URL (it can hold nothing else), else None."""
-    if is_url(path):
+    if is_remote_folder(path):
         return {}
     index = _read_index(Path(path.removeprefix("file://")).expanduser())
     return index if index is not None and "fingerprint" in index else None

@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 
 from ft_dist.data.store.store import INDEX, TokenStore, files_of
 from ft_dist.errors import DataError, MissingFileError, StorageError
-from ft_dist.storage import TELL_EVERY_S, Storage, Tell, open_storage
+from ft_dist.storage import LOG_INTERVAL_S, Log, Storage, open_storage
 
 FETCH_THREADS = 4
 ATTEMPTS = 3
@@ -39,12 +39,12 @@ SMALLEST_CACHE_FILES = 2
 LOCK_POLL_S = 0.05
 
 
-def open_store(place: str, *, cache: Path, cache_bytes: int, wait_s: float, tell: Tell | None = None) -> TokenStore:
+def open_store(place: str, *, cache: Path, cache_bytes: int, wait_s: float, tell: Log | None = None) -> TokenStore:
     """The prepared set at a local path or URL; a remote one is read through `cache`, at most `cache_bytes` of it.
 
     Raises DataError where it is missing or not whole, StorageError where the store does not answer in `wait_s` seconds.
     """
-    storage = open_storage(place, wait_s=wait_s, tell=tell)
+    storage = open_storage(place, wait_s=wait_s, log=tell)
     if storage.local is not None:
         return TokenStore.open(storage.local)
     files = ShardCache(storage, cache, cache_bytes=cache_bytes, tell=tell)
@@ -57,7 +57,7 @@ def open_store(place: str, *, cache: Path, cache_bytes: int, wait_s: float, tell
 class ShardCache:
     """`ShardFiles` of a set in a `Storage`."""
 
-    def __init__(self, storage: Storage, root: Path, *, cache_bytes: int, tell: Tell | None = None) -> None:
+    def __init__(self, storage: Storage, root: Path, *, cache_bytes: int, tell: Log | None = None) -> None:
         """Reads the index. Raises DataError where there is none, or where `cache_bytes` is too few for its files."""
         self.storage = storage
         self.index = _read_index(storage)
@@ -239,7 +239,7 @@ class ShardCache:
                 lock.acquire(timeout=0.5, poll_interval=LOCK_POLL_S)
                 break
             except Timeout:
-                if time.monotonic() - told_at >= TELL_EVERY_S:
+                if time.monotonic() - told_at >= LOG_INTERVAL_S:
                     told_at = time.monotonic()
                     self._tell(f"{self.storage.url_of(path.name)}: waiting for another process that fetches it")
         try:

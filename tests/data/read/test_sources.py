@@ -8,7 +8,7 @@ import pytest
 import zstandard
 
 from ft_dist.config.schema import SourceConfig
-from ft_dist.data.read.sources import is_url, read_records
+from ft_dist.data.read.sources import read_records
 from ft_dist.errors import DataError
 
 ROWS = [{"prompt": f"p {n}", "completion": f'c "{n}",\nnext é'} for n in range(5)]
@@ -45,21 +45,6 @@ def write_rows(folder, kind):
 @pytest.mark.parametrize("kind", ["jsonl", "ndjson", "jsonl.gz", "jsonl.zst", "json", "csv", "tsv", "parquet"])
 def test_kinds_of_files_give_the_same_records(tmp_path, kind):
     assert fields(write_rows(tmp_path, kind)) == ROWS
-
-
-@pytest.mark.parametrize(
-    "path, remote",
-    [
-        ("hf://datasets/me/mails/sets/train-0", True),
-        ("s3://bucket/set", True),
-        ("hf://datasets/me/mails/", False),
-        ("hf://me/mails", False),
-        ("me/mails", False),
-        ("file:///sets/train-0", False),
-    ],
-)
-def test_a_folder_in_a_repository_is_a_place_and_the_repository_a_dataset(path, remote):
-    assert is_url(path) == remote
 
 
 def test_json_file_that_holds_lines(tmp_path):

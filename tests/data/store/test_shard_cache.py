@@ -130,7 +130,7 @@ def test_a_killed_server_is_waited_for_and_the_samples_are_the_same(
         waited_s = max(waited_s, time.monotonic() - started)
     remote.close()
     assert waited_s > down_s / 2, "the cache was too large for the test to mean anything"
-    assert any("trying again" in line for line in lines)
+    assert any("retrying" in line for line in lines)
     assert any("answers again" in line for line in lines)
     assert len(lines) <= 4 + 2 * down_s / 10, lines
 
