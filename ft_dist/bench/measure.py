@@ -13,7 +13,7 @@ from ft_dist.bench.figures import communication_share, figures
 from ft_dist.bench.spec import Spec
 from ft_dist.errors import EXIT_PREEMPTED, MemoryPlanError, Preempted, UserError
 from ft_dist.launcher.agent import run_here
-from ft_dist.launcher.local import launched
+from ft_dist.launcher.machine import launched
 from ft_dist.plan.guard import check_fits_here
 
 SWEPT: dict[str, list[Any]] = {

@@ -15,7 +15,7 @@ from ft_dist.bench.figures import FORMULA
 from ft_dist.bench.measure import LOG, SWEPT, measure_once, scale
 from ft_dist.bench.spec import make_spec
 from ft_dist.errors import UserError
-from ft_dist.launcher.local import default_nproc, launched
+from ft_dist.launcher.machine import default_nproc, launched
 
 
 def bench(

@@ -71,7 +71,7 @@ def make_spec(
     force: bool = False,
 ) -> Spec:
     """`rows` packed rows of `length` tokens a rank and micro-batch. Raises UserError."""
-    from ft_dist.launcher.local import gpus
+    from ft_dist.launcher.machine import gpus
 
     synthetic = data == SYNTHETIC
     if not synthetic and model in SHAPES and model != "smollm2-135m":

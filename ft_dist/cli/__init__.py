@@ -1,1 +1,1 @@
-"""The verbs of `ft-dist`, a file for each group."""
+"""The verbs of `ft-dist`, one file per group."""

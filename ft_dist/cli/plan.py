@@ -1,4 +1,4 @@
-"""The verb `ft-dist plan`. Imports of anything heavy stay inside it."""
+"""`ft-dist plan`."""
 
 import json
 from pathlib import Path
@@ -6,35 +6,39 @@ from typing import Annotated
 
 import typer
 
+from ft_dist.cli.arguments import AsJson, Config, Overrides
+
 
 def plan(
-    config: Annotated[str, typer.Argument(help="YAML file, or the name of a shipped recipe such as smoke")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Override config keys")
-    ] = None,
+    config: Config,
+    overrides: Overrides = None,
     gpu: Annotated[
         str | None,
         typer.Option(help="h200, h100, a100-80, l40s, 4090, b200 or mi300x (default: this machine's, or h100)"),
     ] = None,
-    nodes: Annotated[int, typer.Option(min=1)] = 1,
-    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs of a node (default: 8)")] = None,
-    price: Annotated[float | None, typer.Option(min=0.0, metavar="$/H", help="Of a GPU for an hour")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of nodes")] = 1,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs per node (default: 8)")] = None,
+    price: Annotated[float | None, typer.Option(min=0.0, metavar="$/H", help="Price of one GPU per hour")] = None,
     preemptions: Annotated[
-        float | None, typer.Option(min=0.0, metavar="N", help="Of a spot node in a day; suggests how often to commit")
+        float | None,
+        typer.Option(
+            min=0.0, metavar="N", help="Expected preemptions of a spot node per day; suggests how often to commit"
+        ),
     ] = None,
     network: Annotated[
-        float | None, typer.Option(min=0.1, metavar="GBIT/S", help="Between nodes, for each GPU (default: the GPU's)")
+        float | None,
+        typer.Option(min=0.1, metavar="GBIT/S", help="Bandwidth between nodes, per GPU (default: typical for the GPU)"),
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(min=1, help="Of an epoch (default: a quarter of the bytes of local files)")
+        int | None, typer.Option(min=1, help="Tokens per epoch (default: a quarter of the bytes of local files)")
     ] = None,
     fit: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write CONFIG with the fastest setting that fits to FILE")
+        Path | None, typer.Option(metavar="FILE", help="Write CONFIG to FILE, with the fastest settings that fit")
     ] = None,
-    picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw memory and step as HTML")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts")] = False,
+    picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw memory and step time as HTML")] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Tell memory, time and cost of CONFIG before a GPU is held. Reads the model's config.json, never its weights."""
+    """Estimate memory, time and cost of CONFIG before a GPU is allocated. Reads only config.json, not the weights."""
     from ft_dist.config import load_config
     from ft_dist.plan.report import Cluster, fitted, gpu_here, plan_run, table
 

@@ -1,1 +1,1 @@
-"""Starting a run on this machine or on several, keeping it alive, and leaving nothing behind."""
+"""Start a run on one machine or several, keep it alive, and leave no process behind."""

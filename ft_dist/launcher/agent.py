@@ -1,10 +1,10 @@
-"""The agent of one machine: `python -m ft_dist.launcher.agent [options] CONFIG [key=value ...]`, once on every node.
+"""The agent of one node: `python -m ft_dist.launcher.agent [options] CONFIG [key=value ...]`, started once per node.
 
-`ft-dist train` is the same with one node. Several meet at `--rdzv HOST:PORT`: the agent that can listen there, on the
-machine that HOST names, becomes the head as well (see head.py) and holds rank 0; the others connect to it and wait for
-its word. An agent that loses the head ends its workers, which may not train apart from the others, and joins again.
+`ft-dist train` is the same on a single node. Several agents meet at `--rdzv HOST:PORT`. The one that can listen there,
+on the machine that HOST names, also becomes the head (see head.py) and holds rank 0; the others connect and obey it.
+An agent that loses the head kills its workers, which must not train apart from the others, and rejoins.
 
-Nothing of torch is imported: an agent costs 20 MB and starts at once. torch's own elastic agent was left because it
+It does not import torch, so an agent takes 20 MB and starts immediately. We do not use torch's elastic agent because it
 flattens exit codes, leaves orphans when it is killed, and could not rejoin after a lost link.
 """
 
@@ -22,12 +22,12 @@ from typing import Any, Protocol
 
 from ft_dist.config import RunConfig, load_config
 from ft_dist.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER, UserError
-from ft_dist.launcher.elastic.head import Head, Member
-from ft_dist.launcher.elastic.meeting import Meeting, Place, connect
+from ft_dist.launcher.elastic.head import Head, Node
+from ft_dist.launcher.elastic.rendezvous import Rendezvous, RendezvousServer, connect
 from ft_dist.launcher.elastic.restarts import RestartPolicy
 from ft_dist.launcher.elastic.wire import Connection, ConnectionLostError, Message
-from ft_dist.launcher.elastic.workers import Ended, Share, Workers
-from ft_dist.launcher.local import FORWARDED, default_nproc, leave_when_told
+from ft_dist.launcher.elastic.workers import Share, WorkerExit, Workers
+from ft_dist.launcher.machine import FORWARDED, default_nproc, exit_on_signal
 from ft_dist.launcher.nodes import ONE_NODE, Nodes, parse_nodes
 from ft_dist.preflight.node import node_name
 from ft_dist.preflight.same import code_hash, config_hash
@@ -39,42 +39,42 @@ TRAIN, CHECK = "ft_dist.train", "ft_dist.preflight"
 
 
 class Link(Protocol):
-    """An agent's way to the head: itself, or over the network."""
+    """An agent's link to the head, in this process or over the network."""
 
     def receive(self) -> list[Message]: ...
 
-    def ended(self, worker: Ended, number: int) -> None: ...
+    def ended(self, worker: WorkerExit, number: int) -> None: ...
 
     def leaving(self, number: int) -> None: ...
 
     def wait(self) -> None: ...
 
 
-class HeadLink:
-    """The head in this process, which also hears the other machines at their meeting place, if there are any."""
+class LocalLink:
+    """A link to the head in this process. It also serves the rendezvous of the other nodes, if there are any."""
 
-    def __init__(self, head: Head, member: Member, inbox: list[Message], meeting: Meeting | None) -> None:
-        self._head, self._member, self._inbox, self._meeting = head, member, inbox, meeting
+    def __init__(self, head: Head, node: Node, inbox: list[Message], server: RendezvousServer | None) -> None:
+        self._head, self._node, self._inbox, self._server = head, node, inbox, server
 
     def receive(self) -> list[Message]:
-        if self._meeting:
-            self._meeting.serve(self._head)
+        if self._server:
+            self._server.serve(self._head)
         self._head.tick()
         found, self._inbox[:] = list(self._inbox), []
         return found
 
-    def ended(self, worker: Ended, number: int) -> None:
-        self._head.worker_ended(self._member, number, worker.rank, worker.code)
+    def ended(self, worker: WorkerExit, number: int) -> None:
+        self._head.worker_ended(self._node, number, worker.rank, worker.code)
 
     def leaving(self, number: int) -> None:
-        self._head.leave(self._member, number)
+        self._head.leave(self._node, number)
 
     def wait(self) -> None:
-        _doze(self._meeting.sockets() if self._meeting else [])
+        _wait_for_input(self._server.sockets() if self._server else [])
 
 
 class RemoteLink:
-    """A connection to the head on another machine. All raise ConnectionLostError."""
+    """A link to the head on another machine. Every method raises ConnectionLostError."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -82,27 +82,27 @@ class RemoteLink:
     def receive(self) -> list[Message]:
         return self._connection.receive()
 
-    def ended(self, worker: Ended, number: int) -> None:
+    def ended(self, worker: WorkerExit, number: int) -> None:
         self._connection.send({"type": "ended", "round": number, "rank": worker.rank, "code": worker.code})
 
     def leaving(self, number: int) -> None:
         self._connection.send({"type": "leaving", "number": number})
 
     def wait(self) -> None:
-        _doze([self._connection.socket])
+        _wait_for_input([self._connection.socket])
 
 
 class Agent:
-    """Obeys the head: starts, signals and stops the workers of this machine, and reports their ends."""
+    """Starts, signals and stops the workers of this node as the head demands, and reports how they end."""
 
     def __init__(self, arguments: Sequence[str], *, module: str, environment: dict[str, str] | None = None) -> None:
         self.workers = Workers(arguments, module=module, environment=environment)
-        self.told: list[int] = []
-        self._unheard: list[int] = []
+        self.signalled = False
+        self._unhandled: list[int] = []
         self._round = 0
 
     def __enter__(self) -> "Agent":
-        self._previous = {number: signal.signal(number, self._hear) for number in FORWARDED}
+        self._previous = {number: signal.signal(number, self._on_signal) for number in FORWARDED}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -110,15 +110,15 @@ class Agent:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        self.told.append(number)
-        self._unheard.append(number)
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.signalled = True
+        self._unhandled.append(number)
 
     def obey(self, link: Link) -> int:
-        """Until the run is over; returns its exit code. Raises ConnectionLostError."""
+        """Obey the head until the run is over; returns the run's exit code. Raises ConnectionLostError."""
         while True:
-            while self._unheard:
-                number = self._unheard.pop(0)
+            while self._unhandled:
+                number = self._unhandled.pop(0)
                 link.leaving(number)
                 if not self.workers.running:
                     return EXIT_PREEMPTED
@@ -126,12 +126,12 @@ class Agent:
             for message in link.receive():
                 if message["type"] == "over":
                     return int(message["code"])
-                self._do(message)
+                self._execute(message)
             for worker in self.workers.ended():
                 link.ended(worker, self._round)
             link.wait()
 
-    def _do(self, message: Message) -> None:
+    def _execute(self, message: Message) -> None:
         if message["type"] == "start":
             share = Share(**message["share"])
             self._round = share.round
@@ -143,9 +143,9 @@ class Agent:
 
 
 def run_here(arguments: Sequence[str], config: RunConfig, *, nproc: int, max_restarts: int, module: str = TRAIN) -> int:
-    """Run `python -m MODULE ARGUMENTS` on `nproc` ranks of this machine; returns the exit code of the whole."""
+    """Run `python -m MODULE ARGUMENTS` on `nproc` ranks of this machine; returns the run's exit code."""
     with Agent(arguments, module=module) as agent:
-        return agent.obey(_own_head(agent, config, ONE_NODE, nproc=nproc, max_restarts=max_restarts))
+        return agent.obey(_start_head(agent, config, ONE_NODE, nproc=nproc, max_restarts=max_restarts))
 
 
 def run_node(
@@ -154,44 +154,44 @@ def run_node(
     *,
     nodes: Nodes,
     nproc: int,
-    place: Place,
+    rendezvous: Rendezvous,
     local_addr: str | None,
     max_restarts: int,
     join_timeout_s: float,
     module: str = TRAIN,
 ) -> int:
-    """Run this node's part of a run on several; returns the exit code of the whole."""
+    """Run this node's part of a run on several nodes; returns the run's exit code."""
     with Agent(arguments, module=module, environment={"FT_DIST_NODE": node_name()}) as agent:
-        meeting = Meeting.open(place)
-        if meeting:
-            say(f"{node_name()} is the head of run {place.run_id}, at {place}")
-            with meeting:
+        server = RendezvousServer.open(rendezvous)
+        if server:
+            say(f"{node_name()} is the head of run {rendezvous.run_id}, at {rendezvous}")
+            with server:
                 return agent.obey(
-                    _own_head(
+                    _start_head(
                         agent,
                         config,
                         nodes,
                         nproc=nproc,
                         max_restarts=max_restarts,
-                        meeting=meeting,
-                        address=local_addr or place.host,
+                        server=server,
+                        address=local_addr or rendezvous.host,
                         join_timeout_s=join_timeout_s,
                     )
                 )
-        return _follow(agent, place, nproc=nproc, join_timeout_s=join_timeout_s)
+        return _follow(agent, rendezvous, nproc=nproc, join_timeout_s=join_timeout_s)
 
 
-def _own_head(
+def _start_head(
     agent: Agent,
     config: RunConfig,
     nodes: Nodes,
     *,
     nproc: int,
     max_restarts: int,
-    meeting: Meeting | None = None,
+    server: RendezvousServer | None = None,
     address: str = "127.0.0.1",
     join_timeout_s: float = JOIN_TIMEOUT_S,
-) -> HeadLink:
+) -> LocalLink:
     head = Head(
         minimum=nodes.least,
         maximum=nodes.most,
@@ -203,18 +203,18 @@ def _own_head(
         say=say,
     )
     inbox: list[Message] = []
-    member = Member(node_name(), nproc, inbox.append)
-    head.join(member)
-    return HeadLink(head, member, inbox, meeting)
+    node = Node(node_name(), nproc, inbox.append)
+    head.join(node)
+    return LocalLink(head, node, inbox, server)
 
 
-def _follow(agent: Agent, place: Place, *, nproc: int, join_timeout_s: float) -> int:
-    """Join the head, and join it again whenever it is lost, until the run is over or it stays away too long."""
+def _follow(agent: Agent, rendezvous: Rendezvous, *, nproc: int, join_timeout_s: float) -> int:
+    """Join the head, and rejoin it whenever it is lost, until the run is over or rejoining times out."""
     hello = {"node": node_name(), "nproc": nproc, "agent": secrets.token_hex(4)}
     while True:
-        connection = connect(place, hello, timeout_s=join_timeout_s, stop=lambda: bool(agent.told), say=say)
+        connection = connect(rendezvous, hello, timeout_s=join_timeout_s, stop=lambda: agent.signalled, say=say)
         if connection is None:
-            return EXIT_PREEMPTED if agent.told else EXIT_FAILED
+            return EXIT_PREEMPTED if agent.signalled else EXIT_FAILED
         try:
             code = agent.obey(RemoteLink(connection))
             connection.finish()
@@ -222,18 +222,18 @@ def _follow(agent: Agent, place: Place, *, nproc: int, join_timeout_s: float) ->
         except ConnectionLostError as error:
             connection.close()
             agent.workers.kill()
-            if agent.told:
+            if agent.signalled:
                 return EXIT_PREEMPTED
-            say(f"{node_name()} lost the head at {place}: {error}; its workers are ended and it joins again")
+            say(f"{node_name()} lost the head at {rendezvous}: {error}; killed its workers, rejoining")
 
 
 def say(line: str) -> None:
-    """To the console of this node; standard output is rank 0's."""
+    """Print to the console of this node. Standard output belongs to rank 0."""
     with contextlib.suppress(OSError):
         print(f"ft-dist: {line}", file=sys.stderr, flush=True)
 
 
-def _doze(sockets: list[Any]) -> None:
+def _wait_for_input(sockets: list[Any]) -> None:
     if sockets:
         select.select(sockets, [], [], POLL_S)
     else:
@@ -248,20 +248,33 @@ def _free_port() -> int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m ft_dist.launcher.agent", description="One node's part of a run; start it once on every node."
+        prog="python -m ft_dist.launcher.agent", description="One node's part of a run. Start it once on every node."
     )
     parser.add_argument("config", metavar="CONFIG", help="YAML file, or the name of a shipped recipe")
     parser.add_argument("overrides", metavar="key=value", nargs="*")
-    parser.add_argument("--nnodes", default="1", metavar="N|MIN:MAX", help="nodes of the run [default: 1]")
-    parser.add_argument("--nproc", type=int, help="workers on this node [default: one a GPU, or 1 on CPU]")
-    parser.add_argument("--rdzv", metavar="HOST:PORT", help="where the nodes meet: an address of one of them")
-    parser.add_argument("--run-id", default=None, help="agents of other runs are refused [default: output_dir]")
-    parser.add_argument("--local-addr", help="address by which the others reach this node, if it becomes the head")
-    parser.add_argument("--max-restarts", type=int, default=MAX_RESTARTS, help="between two commits [default: 3]")
-    parser.add_argument("--join-timeout", type=float, default=JOIN_TIMEOUT_S, metavar="S", help="[default: 300]")
-    parser.add_argument("--check", action="store_true", help="see whether the nodes are fit to train, and end")
+    parser.add_argument("--nnodes", default="1", metavar="N|MIN:MAX", help="number of nodes [default: 1]")
+    parser.add_argument("--nproc", type=int, help="workers on this node [default: one per GPU, or 1 on CPU]")
+    parser.add_argument("--rdzv", metavar="HOST:PORT", help="where the nodes meet: the address of one of them")
+    parser.add_argument(
+        "--run-id", default=None, help="name of the run; agents of other runs are refused [default: output_dir]"
+    )
+    parser.add_argument("--local-addr", help="address at which the others reach this node if it becomes the head")
+    parser.add_argument(
+        "--max-restarts",
+        type=int,
+        default=MAX_RESTARTS,
+        help="maximum worker restarts between two commits [default: 3]",
+    )
+    parser.add_argument(
+        "--join-timeout",
+        type=float,
+        default=JOIN_TIMEOUT_S,
+        metavar="S",
+        help="seconds to wait for other nodes [default: 300]",
+    )
+    parser.add_argument("--check", action="store_true", help="check that the nodes can train, and exit")
     options = parser.parse_intermixed_args(argv)
-    leave_when_told()
+    exit_on_signal()
     try:
         return _run(options)
     except UserError as error:
@@ -276,7 +289,7 @@ def _run(options: argparse.Namespace) -> int:
     nodes = parse_nodes(options.nnodes, option="--nnodes")
     nproc = options.nproc or default_nproc()
     if nproc < 1 or options.max_restarts < 0:
-        raise UserError(f"--nproc {nproc} --max-restarts {options.max_restarts}: at least 1 and 0 are needed.")
+        raise UserError(f"--nproc {nproc} --max-restarts {options.max_restarts}: must be at least 1 and 0.")
     config = load_config(options.config, options.overrides)
     check(config, world_size=nodes.most * nproc)
     module, max_restarts = (CHECK, 0) if options.check else (TRAIN, options.max_restarts)
@@ -289,7 +302,7 @@ def _run(options: argparse.Namespace) -> int:
         config,
         nodes=nodes,
         nproc=nproc,
-        place=Place.parse(
+        rendezvous=Rendezvous.parse(
             options.rdzv,
             run_id=options.run_id or str(config.run_dir),
             code=code_hash(),

@@ -1,69 +1,56 @@
-"""`ft-dist launch`, and what is asked of a launched run by its folder: status, logs, stop, resume.
-
-A target is a module with `plan`, `submit`, `submit_again`, `state` and `stop`.
-"""
+"""`ft-dist launch`, and the verbs that take the folder of a launched run: status, logs, stop, resume."""
 
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from ft_dist.check import check
 from ft_dist.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, UserError
 from ft_dist.launcher.follow import follow
-from ft_dist.launcher.record import RECORD, JobState, Record, progress, read_record, stop_mark
-from ft_dist.launcher.request import SEES_OUR_DISKS, Request, runs_of
+from ft_dist.launcher.options import requested_runs
+from ft_dist.launcher.record import RECORD, JobState, LaunchRecord, progress, read_record, stop_marker
+from ft_dist.launcher.request import Request
 from ft_dist.launcher.submission import Submission
-from ft_dist.launcher.targets import here, kubernetes, sky, slurm, vm
-from ft_dist.plan.gpu import device_here
-from ft_dist.plan.guard import check_fits, device_called
+from ft_dist.launcher.targets.table import find_target
+from ft_dist.plan.guard import check_fits
 
-TARGETS: dict[str, ModuleType] = {
-    "local": here,
-    "torchrun": here,
-    "slurm": slurm,
-    "sky": sky,
-    "k8s": kubernetes,
-    "vm": vm,
-}
-
-Say = Callable[[str], None]
+Print = Callable[[str], None]
 
 
-def planned(request: Request, *, force: bool = False) -> Submission:
-    """What would be submitted, its configs and data checked as `ft-dist check` does, and, unless `force`, whether it
-    fits the GPUs that the profile names, or those of this machine. Writes nothing.
+def plan_submission(request: Request, *, force: bool = False) -> Submission:
+    """Check the configs and data as `ft-dist check` does, then render what `submit` would submit. Writes nothing.
 
-    Raises UserError.
+    Unless `force`, also check that the run fits the GPUs that the profile names, or those of this machine. Raises
+    UserError.
     """
-    runs = runs_of(request)
-    for run in runs if request.target in SEES_OUR_DISKS else []:
+    target = find_target(request.target)
+    runs = requested_runs(request)
+    for run in runs if request.shares_disks else []:
         check(run.config, world_size=request.world_size)
-    if not force:
-        local = request.target == "local" and request.profile.gpu is None
-        device = device_here(request.nproc) if local else device_called(request.profile.gpu)
-        for run in runs if request.gpus_per_node or local else []:
+    device = None if force else target.device(request)
+    if device:
+        for run in runs:
             check_fits(run.config, ranks=request.world_size, ranks_per_node=request.nproc, device=device)
-    return TARGETS[request.target].plan(request, runs)
+    return target.plan(request, runs)
 
 
-def submitted(submission: Submission) -> list[Record]:
-    """Write the files, submit, and leave a record in every run folder. Raises UserError where a run is active."""
+def submit(submission: Submission) -> list[LaunchRecord]:
+    """Write the files, submit them, and write a record into every run folder. Raises UserError if a run is active."""
     for run in submission.runs:
-        _not_active(run.folder)
+        _check_inactive(run.folder)
     submission.write()
     for run in submission.runs:
-        stop_mark(run.folder).unlink(missing_ok=True)
-    records = TARGETS[submission.target].submit(submission)
+        stop_marker(run.folder).unlink(missing_ok=True)
+    records = find_target(submission.target).submit(submission)
     for run, record in zip(submission.runs, records, strict=True):
         record.write(run.folder)
     return records
 
 
 def status(folder: Path) -> dict[str, Any]:
-    """Target, job, state, the last step and the newest commit of a launched run."""
+    """Target, job, state, last step and newest commit of a launched run."""
     record = read_record(folder)
     state = _state(record, folder)
     return {
@@ -76,70 +63,69 @@ def status(folder: Path) -> dict[str, Any]:
     } | progress(folder)
 
 
-def show_log(folder: Path, show: Say) -> None:
-    """What the log of a run holds now."""
+def show_log(folder: Path, show: Print) -> None:
+    """Show the log of a run as it is now."""
     log = read_record(folder).log
     if log and Path(log).exists():
         show(Path(log).read_text(encoding="utf-8", errors="replace"))
 
 
-def watch(folder: Path, *, start: int = 0, say: Say, show: Say) -> int:
-    """Show the log of a run until it ends; returns the exit code that its end means."""
+def watch(folder: Path, *, start: int = 0, say: Print, show: Print) -> int:
+    """Show the log of a run until the run ends; returns the exit code that stands for how it ended."""
     record = read_record(folder)
+    target = find_target(record.target)
     if record.log is None:
-        return subprocess.run(TARGETS[record.target].log_command(record)).returncode
+        return subprocess.run(target.log_command(record)).returncode
     log = Path(record.log)
 
-    def ask_state() -> JobState:
-        if record.target == slurm.NAME:
-            slurm.go_on_soon(record)
-        return _state(record, folder)
+    def poll_state() -> JobState:
+        target.while_following(record)
+        return target.state(record, folder)
 
     try:
-        state = follow(log, start=start, ask_state=ask_state, say=say, show=show)
+        state = follow(log, start=start, poll_state=poll_state, say=say, show=show)
     except KeyboardInterrupt:
-        say(f"the run goes on without us: `ft-dist logs {folder}` shows it, `ft-dist stop {folder}` ends it")
+        say(f"the run continues in the background: `ft-dist logs {folder}` shows it, `ft-dist stop {folder}` ends it")
         return EXIT_FINISHED
     return {"finished": EXIT_FINISHED, "stopped": EXIT_PREEMPTED}.get(state.state, state.code or EXIT_FAILED)
 
 
 def log_size(log: Path | None) -> int:
-    """Bytes of a log so far: an earlier job's part is not shown again."""
+    """Size of a log in bytes, so that the part of an earlier job can be skipped."""
     return log.stat().st_size if log and log.exists() else 0
 
 
 def stop(folder: Path) -> str:
-    """Have the run commit and end, and not be started again by its scheduler."""
+    """Ask the run to commit and end, and keep its scheduler from restarting it."""
     record = read_record(folder)
     if not _state(record, folder).active:
         raise UserError(f"{folder}: not running (job {record.job} of {record.target}), so there is nothing to stop.")
-    stop_mark(folder).parent.mkdir(parents=True, exist_ok=True)
-    stop_mark(folder).touch()
-    return str(TARGETS[record.target].stop(record))
+    stop_marker(folder).parent.mkdir(parents=True, exist_ok=True)
+    stop_marker(folder).touch()
+    return find_target(record.target).stop(record)
 
 
-def resume(folder: Path) -> Record:
-    """Submit the run again as it was; it goes on from its newest commit. Raises UserError while it is active."""
+def resume(folder: Path) -> LaunchRecord:
+    """Submit the run again, unchanged; it resumes from its newest commit. Raises UserError while it is active."""
     record = read_record(folder)
-    _not_active(folder)
-    stop_mark(folder).unlink(missing_ok=True)
-    record = replace(record, job=TARGETS[record.target].submit_again(record, folder))
+    _check_inactive(folder)
+    stop_marker(folder).unlink(missing_ok=True)
+    record = replace(record, job=find_target(record.target).resubmit(record, folder))
     record.write(folder)
     return record
 
 
-def _not_active(folder: Path) -> None:
-    """Two jobs in one run folder would overwrite each other's commits."""
+def _check_inactive(folder: Path) -> None:
+    """Raise UserError if a job is active in this run folder: two would overwrite each other's commits."""
     if not (folder / RECORD).exists():
         return
     record = read_record(folder)
     if _state(record, folder).active:
         raise UserError(
-            f"{folder}: job {record.job} of {record.target} is at it already. `ft-dist logs {folder}` shows it, "
+            f"{folder}: job {record.job} of {record.target} is already active. `ft-dist logs {folder}` shows it, "
             f"`ft-dist stop {folder}` ends it; or use another output_dir."
         )
 
 
-def _state(record: Record, folder: Path) -> JobState:
-    state: JobState = TARGETS[record.target].state(record, folder)
-    return state
+def _state(record: LaunchRecord, folder: Path) -> JobState:
+    return find_target(record.target).state(record, folder)

@@ -1,4 +1,4 @@
-"""How many machines a run takes: `4`, or `2:4` for as many as there are between two and four."""
+"""How many machines a run takes: `4`, or `2:4` for an elastic run on two to four."""
 
 import re
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from ft_dist.errors import UserError
 
 @dataclass(frozen=True)
 class Nodes:
-    """`most` machines, and while some are missing no fewer than `least`."""
+    """At most `most` machines, and never fewer than `least`."""
 
     least: int
     most: int
@@ -25,10 +25,10 @@ ONE_NODE = Nodes(1, 1)
 
 
 def parse_nodes(text: str, *, option: str) -> Nodes:
-    """`option` is what the user wrote `text` behind. Raises UserError."""
+    """Parse the value of `option`. Raises UserError."""
     found = re.fullmatch(r"([0-9]+)(?::([0-9]+))?", text)
     if found:
         least, most = int(found[1]), int(found[2] or found[1])
         if 1 <= least <= most:
             return Nodes(least, most)
-    raise UserError(f"{option} {text}: should be a number such as 4, or MIN:MAX such as 2:4, from 1 on.")
+    raise UserError(f"{option} {text}: should be a positive number such as 4, or MIN:MAX such as 2:4.")

@@ -1,7 +1,7 @@
-"""What a cluster asks of every job on it, as YAML: a shipped example or one of the user's own.
+"""Profiles: what a cluster requires of every job, as YAML, shipped as an example or written by the user.
 
 A profile is looked up as a path, then in ~/.config/ft_dist/profiles/ ($XDG_CONFIG_HOME is honoured), then among the
-shipped ones. It names no credentials: they come from the environment of the submitting shell or from the platform.
+shipped ones. It contains no credentials: they come from the environment of the submitting shell or from the platform.
 """
 
 import os
@@ -13,10 +13,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from ft_dist.errors import ConfigError
-from ft_dist.launcher.targets.render import template_folder
+from ft_dist.launcher.targets.templates import template_folder
 
 CREDENTIAL = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE)
-"""Names of variables whose values must not be written into a file"""
+"""Matches names of variables whose values must not be written to a file"""
 
 
 class Section(BaseModel):
@@ -24,28 +24,30 @@ class Section(BaseModel):
 
 
 class SlurmProfile(Section):
-    """sbatch's own words: https://slurm.schedmd.com/sbatch.html."""
+    """Options of sbatch, under its own names: https://slurm.schedmd.com/sbatch.html."""
 
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
-    time: str | None = Field(default=None, description="Limit of one start, such as 4:00:00; the job requeues itself")
+    time: str | None = Field(
+        default=None, description="Time limit of one start, such as 4:00:00; the job requeues itself"
+    )
     cpus_per_node: PositiveInt | None = None
-    memory_per_node: str | None = Field(default=None, description="Such as 200G; 0 takes all of a node")
+    memory_per_node: str | None = Field(default=None, description="Such as 200G; 0 takes all memory of a node")
     extra: list[Annotated[str, Field(pattern=r"^--?\w")]] = Field(
         default_factory=list, description="More sbatch options, such as --constraint=h100"
     )
     max_idle_requeues: Annotated[int, Field(ge=0)] = Field(
-        default=5, description="Starts in a row without a new commit after which the job ends"
+        default=5, description="The job ends after this many consecutive starts without a new commit"
     )
 
 
 class SkyProfile(Section):
     """https://docs.skypilot.co/en/latest/reference/yaml-spec.html."""
 
-    infra: str | None = Field(default=None, description="Such as aws/us-east-1; None lets SkyPilot choose")
+    infra: str | None = Field(default=None, description="Such as aws/us-east-1; SkyPilot chooses if it is not set")
     use_spot: bool = True
-    setup: str | None = Field(default=None, description="Shell lines that install ft_dist on a new machine")
+    setup: str | None = Field(default=None, description="Shell commands that install ft_dist on a new machine")
     disk_gb: PositiveInt = 200
 
 
@@ -55,19 +57,21 @@ class KubernetesProfile(Section):
     kind: Literal["jobset", "pytorchjob"] = "jobset"
     namespace: str = "default"
     secrets: list[str] = Field(default_factory=list, description="Secrets whose keys become environment variables")
-    max_restarts: Annotated[int, Field(ge=0)] = Field(default=20, description="Of the whole job, by Kubernetes")
+    max_restarts: Annotated[int, Field(ge=0)] = Field(
+        default=20, description="How often Kubernetes restarts the whole job"
+    )
 
 
 class Profile(Section):
-    """One cluster. What only one kind of target reads stands in a section of that name."""
+    """One cluster. Settings for a single target are in the section of that name."""
 
     gpus_per_node: Annotated[int, Field(ge=0)] | None = None
-    gpu: str | None = Field(default=None, description="Name of the GPU as the cluster calls it, such as h100 or H100")
+    gpu: str | None = Field(default=None, description="The cluster's name for the GPU, such as h100 or H100")
     environment: dict[str, str] = Field(default_factory=dict)
-    interface: str | None = Field(default=None, description="Network interface of NCCL and gloo, such as ib0 or eth")
-    modules: list[str] = Field(default_factory=list, description="For `module load`, in this order")
+    interface: str | None = Field(default=None, description="Network interface for NCCL and gloo, such as ib0 or eth")
+    modules: list[str] = Field(default_factory=list, description="Environment modules to load, in this order")
     venv: str | None = Field(default=None, description="Folder of a virtual environment that every node sees")
-    container: str | None = Field(default=None, description="Image: for pyxis on SLURM, of the pods or VMs elsewhere")
+    container: str | None = Field(default=None, description="Image: for pyxis on SLURM, for pods or VMs elsewhere")
     volumes: dict[str, str] = Field(
         default_factory=dict,
         description="Folder in the container -> host folder (SLURM), claim (Kubernetes) or volume (SkyPilot)",
@@ -81,12 +85,12 @@ class Profile(Section):
     def _no_credentials(cls, value: dict[str, str]) -> dict[str, str]:
         for name in value:
             if not re.fullmatch(r"[A-Za-z_]\w*", name):
-                raise ValueError(f"{name!r} is not a name of an environment variable")
+                raise ValueError(f"{name!r} is not a valid name of an environment variable")
             if CREDENTIAL.search(name):
-                # the value stays untold: it may be the credential
+                # the value may be the credential, so it is not printed
                 raise ValueError(
                     f"{name} looks like a credential. Export it in the shell that submits, or keep it in the "
-                    "platform's own secrets"
+                    "platform's secrets"
                 )
         return value
 
@@ -101,18 +105,18 @@ class Profile(Section):
     @model_validator(mode="after")
     def _one_python(self) -> "Profile":
         if self.venv and self.container:
-            raise ValueError("venv and container are both given; the job's Python comes from one of them")
+            raise ValueError("venv and container are both set, but only one can provide the job's Python")
         return self
 
     @property
     def variables(self) -> dict[str, str]:
-        """The environment of every worker."""
+        """Environment variables of every worker."""
         network = {f"{library}_SOCKET_IFNAME": self.interface for library in ("NCCL", "GLOO")} if self.interface else {}
         return network | self.environment
 
 
 def load_profile(name: str | None) -> Profile:
-    """The profile of that name or path, or one with defaults for None. Raises ConfigError."""
+    """The profile of that name or path; the defaults for None. Raises ConfigError."""
     if name is None:
         return Profile()
     path = _find(name)
@@ -136,4 +140,6 @@ def _find(name: str) -> Path:
         if (folder / f"{name}.yaml").is_file():
             return folder / f"{name}.yaml"
     known = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
-    raise ConfigError(f"--profile {name}: no such file, and no profile of that name ({', '.join(known)}; {own}).")
+    raise ConfigError(
+        f"--profile {name}: no file and no profile has that name. Use one of {', '.join(known)}, or add it to {own}."
+    )

@@ -16,8 +16,8 @@ ACTIVE = ("pending", "running")
 
 
 @dataclass(frozen=True)
-class Record:
-    """`command` submits the run again as it stands; `log` is its console. No environment, no credentials."""
+class LaunchRecord:
+    """`command` submits the run again unchanged; `log` is its console. Holds no environment and no credentials."""
 
     target: str
     job: str
@@ -32,9 +32,9 @@ class Record:
 
 @dataclass(frozen=True)
 class JobState:
-    """`state`: pending, running, finished, stopped (committed, does not go on by itself), failed or unknown.
+    """`state`: pending, running, finished, stopped (committed, not restarted automatically), failed or unknown.
 
-    `detail` is the platform's own word for it; `code` the exit code where it is known.
+    `detail` is the platform's own term; `code` the exit code, if known.
     """
 
     state: str
@@ -46,39 +46,39 @@ class JobState:
         return self.state in ACTIVE
 
 
-def read_record(folder: Path) -> Record:
-    """Raises UserError where the folder is no launched run."""
+def read_record(folder: Path) -> LaunchRecord:
+    """Raises UserError if the folder is not that of a launched run."""
     try:
-        return Record(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
+        return LaunchRecord(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
     except FileNotFoundError:
         runs = sorted(path.parent.name for path in folder.glob(f"*/{RECORD}"))
         hint = f"It is a sweep of {len(runs)} runs: name one, such as {folder / runs[0]}." if runs else ""
         raise UserError(
-            f"{folder}: no {RECORD} there, so no run was launched into it. "
+            f"{folder}: no {RECORD}, so no run was launched into this folder. "
             + (hint or "Name the output_dir of a run that `ft-dist launch` started.")
         ) from None
     except (ValueError, TypeError) as error:
         raise UserError(f"{folder / RECORD}: not readable ({error}). Launch the run again.") from None
 
 
-def new_record(*, target: str, job: str, command: Sequence[str], log: Path | None) -> Record:
-    return Record(target, job, list(command), str(log) if log else None, round(time.time(), 3))
+def new_record(*, target: str, job: str, command: Sequence[str], log: Path | None) -> LaunchRecord:
+    return LaunchRecord(target, job, list(command), str(log) if log else None, round(time.time(), 3))
 
 
-def stop_mark(folder: Path) -> Path:
-    """While this file is there, scripts that start the run again by themselves do not."""
+def stop_marker(folder: Path) -> Path:
+    """While this file exists, scripts that restart the run automatically do not."""
     return folder / "launch" / "stopped"
 
 
-def by_folder(folder: Path) -> JobState:
-    """What the run folder alone says of a run that nobody runs any more."""
+def state_of_folder(folder: Path) -> JobState:
+    """State of a run that is no longer active, from its folder alone."""
     if (folder / "summary.json").is_file():
         return JobState("finished", code=0)
     last = (last_record(folder / "events.jsonl") or {}).get("event", "")
-    return JobState("stopped" if last == "preempted" or stop_mark(folder).exists() else "failed")
+    return JobState("stopped" if last == "preempted" or stop_marker(folder).exists() else "failed")
 
 
 def progress(folder: Path) -> dict[str, Any]:
-    """The last step that was recorded, its loss, and the newest commit; None for what is not there yet."""
+    """The last recorded step, its loss, and the newest commit; None for what does not exist yet."""
     last = last_record(folder / "metrics.jsonl") or {}
     return {"step": last.get("step"), "loss": last.get("loss"), "commit": newest_commit(folder) or None}

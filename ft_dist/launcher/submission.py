@@ -1,4 +1,4 @@
-"""What would be submitted, whole: files with their contents and the command. `--dry-run` prints it, nothing more."""
+"""A complete submission: the files with their contents, and the command. `--dry-run` only prints it."""
 
 import os
 import shutil
@@ -8,26 +8,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ft_dist.errors import UserError
-from ft_dist.launcher.request import Run
+from ft_dist.launcher.request import RequestedRun
 
 COMMAND_TIMEOUT_S = 120
 
 
 @dataclass(frozen=True)
 class Submission:
-    """`script` is the one of `files` that the command submits; `logs` the console of each run, where this machine
-    sees it; `afterwards` what is left for the user to do."""
+    """`script` is the one of `files` that the command submits; `logs` the console of each run, None if this machine
+    cannot see it; `next_steps` what the user must still do."""
 
     target: str
-    runs: Sequence[Run]
+    runs: Sequence[RequestedRun]
     script: Path
     files: dict[Path, str]
     command: Sequence[str]
     logs: Sequence[Path | None]
-    afterwards: str = ""
+    next_steps: str = ""
 
     def write(self) -> None:
-        """Put the files in place, each whole or not at all."""
+        """Write the files, each atomically."""
         for path, content in self.files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f"{path.name}.partial")
@@ -37,7 +37,7 @@ class Submission:
             partial.replace(path)
 
     def text(self) -> str:
-        """The script alone where it is the only file of interest, so that it can be piped on; see `as_dict` for all."""
+        """The script alone, so that it can be piped to another program; `as_dict` has all files."""
         return self.files[self.script]
 
     def as_dict(self) -> dict[str, object]:
@@ -50,11 +50,11 @@ class Submission:
 
 
 def call(command: Sequence[str], *, check: bool = True) -> str:
-    """Output of a platform's own program. Raises UserError where it is missing or, with `check`, fails."""
+    """Output of a platform's own program. Raises UserError if it is missing or, with `check`, fails."""
     program = shutil.which(command[0])
     if program is None:
         raise UserError(
-            f"{command[0]}: no such program here. Install it, or use --dry-run and submit the script there."
+            f"{command[0]}: program not found. Install it, or use --dry-run and submit the script elsewhere."
         )
     try:
         done = subprocess.run(
@@ -65,8 +65,8 @@ def call(command: Sequence[str], *, check: bool = True) -> str:
             env=os.environ | {"LC_ALL": "C", "SLURM_TIME_FORMAT": "standard"},
         )
     except subprocess.TimeoutExpired:
-        raise UserError(f"{command[0]}: no answer in {COMMAND_TIMEOUT_S} s. Is the cluster up?") from None
+        raise UserError(f"{command[0]}: no answer within {COMMAND_TIMEOUT_S} s. Is the cluster up?") from None
     if check and done.returncode:
-        said = " ".join((done.stderr or done.stdout).split())
-        raise UserError(f"{command[0]} ended with {done.returncode}: {said[-500:]}")
+        output = " ".join((done.stderr or done.stdout).split())
+        raise UserError(f"{command[0]} exited with {done.returncode}: {output[-500:]}")
     return done.stdout.strip()

@@ -159,7 +159,7 @@ def test_a_hang_ends_with_76_and_stacks_of_every_rank(cli, tmp_path):
     process = start(folder, *settings)
     wait_until(process, lambda: happened(folder, "saved"))
     os.kill(workers_of(process.pid)[1], signal.SIGSTOP)
-    assert "made no progress; the stacks of all are in" in end_of(process, 76)
+    assert "made no progress; the stacks of all ranks are in" in end_of(process, 76)
     for rank in range(2):
         assert "step_until_done" in (folder / "logs" / f"rank-{rank}-stacks.log").read_text()
     assert happened(folder, "hung")

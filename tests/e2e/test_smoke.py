@@ -122,7 +122,7 @@ def test_torchrun_is_the_same_job(cli, tmp_path):
 
 
 def test_help_imports_nothing_heavy():
-    code = "import sys, ft_dist.cli; print({'torch', 'transformers', 'pydantic', 'datasets'} & set(sys.modules))"
+    code = "import sys, ft_dist.cli.app; print({'torch', 'transformers', 'pydantic', 'datasets'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

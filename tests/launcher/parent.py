@@ -1,4 +1,4 @@
-"""A worker that starts a process of its own, which notices nothing: `python -m tests.launcher.parent [EXIT_CODE]`."""
+"""A worker with a child process that outlives it: `python -m tests.launcher.parent [EXIT_CODE]`."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Finding every process of a run, grandchildren too, by a mark in their environment."""
+"""Find every process of a run, grandchildren included, by a mark in its environment."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from tests.conftest import read_lines
 
 
 def marked(mark: str) -> list[int]:
-    """The processes, zombies aside, whose environment holds FT_DIST_TEST_RUN=MARK."""
+    """Processes, except zombies, whose environment contains FT_DIST_TEST_RUN=MARK."""
     wanted = f"FT_DIST_TEST_RUN={mark}".encode()
     found = []
     for place in Path("/proc").glob("[0-9]*"):
@@ -22,7 +22,7 @@ def marked(mark: str) -> list[int]:
 
 
 def wait_for(what: Callable[[], bool], processes: Sequence["subprocess.Popen[str]"], timeout_s: float = 900) -> None:
-    """Until `what` holds; fails where one of `processes` ends before."""
+    """Wait until `what` is true; fail if one of `processes` ends before."""
     deadline = time.monotonic() + timeout_s
     while not what():
         for process in processes:
@@ -38,7 +38,7 @@ def steps_done(folder: Path) -> int:
 
 
 def listening(port: int) -> bool:
-    """Whether some process of this machine listens at a TCP port."""
+    """True if a process of this machine listens on a TCP port."""
     sockets = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     return any(fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port for fields in sockets)
 

@@ -124,6 +124,6 @@ def test_the_launcher_can_ask_for_stacks_of_a_process_that_holds_the_lock(tmp_pa
 
 @pytest.mark.parametrize("codes, whole", [([75, 1], 75), ([76, -9], 76), ([76, 75], 75), ([2, 76], 2), ([0, 1], 1)])
 def test_the_code_of_the_whole(codes, whole):
-    from ft_dist.launcher.elastic.restarts import combined
+    from ft_dist.launcher.elastic.restarts import combined_exit_code
 
-    assert combined(codes) == whole
+    assert combined_exit_code(codes) == whole

@@ -1,1 +1,1 @@
-"""The workers of a run as they fail, restart, join and leave."""
+"""Keep a run alive while workers and nodes fail, restart, join and leave."""

@@ -1,4 +1,4 @@
-"""Whether a run that failed is started again: how often, after what pause, and when its fault is its own."""
+"""Whether to restart a failed run: how often, after what pause, and when the failure is the run's own."""
 
 import json
 import signal
@@ -13,24 +13,24 @@ from ft_dist.checkpoint.commit.format import commits
 from ft_dist.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_HUNG, EXIT_PREEMPTED, EXIT_USER
 from ft_dist.observe.files import last_record, tail
 
-SAME_PLACE_TIMES = 3
+MAX_SAME_STEP_FAILURES = 3
 LONGEST_PAUSE_S = 60.0
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Start again after `pause_s`, or, where that is None, give up. `line` says it."""
+class RestartDecision:
+    """Restart after `pause_s` seconds, or give up if it is None. `line` is for the console."""
 
     pause_s: float | None
     line: str
     own_fault: bool = False
-    """The run would fail for ever"""
+    """Every restart would fail at the same step"""
 
 
 class RestartPolicy:
     """At most `max_restarts` restarts between two commits, with pauses of 1, 2, 4 .. s.
 
-    Workers that fail SAME_PLACE_TIMES times after the same commit and the same step would fail for ever.
+    Gives up earlier when workers fail MAX_SAME_STEP_FAILURES times at the same step after the same commit.
     """
 
     def __init__(self, max_restarts: int, run_dir: Path) -> None:
@@ -38,39 +38,41 @@ class RestartPolicy:
         self.count = 0
         self._run_dir = run_dir
         self._commit = newest_commit(run_dir)
-        self._places: list[tuple[int, int]] = []
+        self._failures: list[tuple[int, int]] = []
 
-    def after_failure(self, why: str, *, of_workers: bool) -> Verdict:
-        """`why` names what failed; `of_workers` is False for a lost machine, which proves nothing about a step."""
+    def after_failure(self, why: str, *, of_workers: bool) -> RestartDecision:
+        """`why` says what failed; `of_workers` is False for a lost machine, which says nothing about the step."""
         commit = newest_commit(self._run_dir)
         if commit != self._commit:
-            self._commit, self.count, self._places = commit, 0, []
+            self._commit, self.count, self._failures = commit, 0, []
         step = last_step(self._run_dir)
         if of_workers:
-            self._places.append((commit, step))
-        if self._places.count((commit, step)) >= SAME_PLACE_TIMES:
-            return Verdict(
+            self._failures.append((commit, step))
+        if self._failures.count((commit, step)) >= MAX_SAME_STEP_FAILURES:
+            return RestartDecision(
                 None,
-                f"step {step + 1} failed {SAME_PLACE_TIMES} times in a row after the same commit "
-                f"({_named(commit)}): a bug of data or code, not of a machine. {why}. "
-                f"The whole story is in {self._run_dir / 'logs'}.",
+                f"step {step + 1} failed {MAX_SAME_STEP_FAILURES} times in a row after the same commit "
+                f"({_describe(commit)}), so the cause is the data or the code, not a machine. {why}. "
+                f"See the logs in {self._run_dir / 'logs'}.",
                 own_fault=True,
             )
         if self.count >= self.max_restarts:
             rule = f"--max-restarts {self.max_restarts}"
             after = f" after {self.count} restarts without a new commit ({rule})" if self.count else f" ({rule})"
-            return Verdict(None, f"{why}; not started again{after}. The next start goes on from {_named(commit)}.")
+            return RestartDecision(
+                None, f"{why}; not restarted{after}. The next start resumes from {_describe(commit)}."
+            )
         self.count += 1
         pause_s = min(2.0 ** (self.count - 1), LONGEST_PAUSE_S)
-        return Verdict(
+        return RestartDecision(
             pause_s,
-            f"{why}; restart {self.count} of {self.max_restarts} in {pause_s:g} s goes on from {_named(commit)}",
+            f"{why}; restart {self.count} of {self.max_restarts} in {pause_s:g} s resumes from {_describe(commit)}",
         )
 
 
-class Events:
-    """The agent's lines in events.jsonl. They wait until rank 0 has made the folder: a run that never starts leaves
-    none."""
+class AgentEvents:
+    """The agent's events in events.jsonl, held back until rank 0 has created the file, so that a run that never starts
+    leaves no folder."""
 
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / "events.jsonl"
@@ -83,17 +85,17 @@ class Events:
     def flush(self) -> None:
         if self._waiting and self._path.exists():
             lines = "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in self._waiting)
-            # one write at the end of the file: rank 0 may write its own line meanwhile
+            # one appending write, since rank 0 may write a line in between
             with suppress(OSError), self._path.open("a", encoding="utf-8") as file:
                 file.write(lines)
                 self._waiting = []
 
 
-def combined(codes: Sequence[int]) -> int:
-    """The code of the whole: the first of these that any worker gave, or 1 if one gave another.
+def combined_exit_code(codes: Sequence[int]) -> int:
+    """The exit code of the run: the first of 2, 75 and 76 that any worker returned; else 0 if all finished, else 1.
 
-    2, the user must mend something; 75, safe to requeue (workers leave with it when the run is committed or has not
-    begun, whatever becomes of those that lose them); 76, one hung. 0 if all finished.
+    2: the user must fix something. 75: safe to requeue, since workers return it only if the run is committed or has
+    not begun, even if their peers then fail. 76: a rank hung.
     """
     for code in (EXIT_USER, EXIT_PREEMPTED, EXIT_HUNG):
         if code in codes:
@@ -102,30 +104,30 @@ def combined(codes: Sequence[int]) -> int:
 
 
 def newest_commit(run_dir: Path) -> int:
-    """Step of the newest commit, 0 without one."""
+    """Step of the newest commit, or 0."""
     return max((commit.step for commit in commits(run_dir / "checkpoints")), default=0)
 
 
 def last_step(run_dir: Path) -> int:
-    """The last step in metrics.jsonl, 0 without one."""
+    """The last step in metrics.jsonl, or 0."""
     return int((last_record(run_dir / "metrics.jsonl") or {}).get("step", 0))
 
 
-def told(rank: int, code: int, *, node: str, run_dir: Path, since: float) -> str:
-    """How a worker ended, with the last line that it wrote after `since` (Unix seconds)."""
+def describe_exit(rank: int, code: int, *, node: str, run_dir: Path, since: float) -> str:
+    """How a worker ended, with the last line that it logged after `since` (Unix seconds)."""
     where = f"rank {rank}" + (f" on {node}" if node else "")
     if code < 0:
-        hint = " (the kernel does so when memory is short)" if -code == signal.SIGKILL else ""
+        hint = " (the kernel does this when memory runs out)" if -code == signal.SIGKILL else ""
         return f"{where} was killed by {signal.Signals(-code).name}{hint}"
     if code == EXIT_HUNG:
-        return f"{where} made no progress; the stacks of all are in {run_dir / 'logs'}"
+        return f"{where} made no progress; the stacks of all ranks are in {run_dir / 'logs'}"
     log = run_dir / "logs" / f"rank-{rank}.log"
     with suppress(OSError):
         lines = [line for line in tail(log) if line.strip()]
         if lines and log.stat().st_mtime >= since:
-            return f"{where} ended with {code}: {lines[-1].strip()[:500]}"
-    return f"{where} ended with {code}"
+            return f"{where} exited with {code}: {lines[-1].strip()[:500]}"
+    return f"{where} exited with {code}"
 
 
-def _named(commit: int) -> str:
+def _describe(commit: int) -> str:
     return f"the commit of step {commit}" if commit else "the beginning"

@@ -1,7 +1,7 @@
-"""JSON objects, a line each, over a TCP connection that never makes its user wait.
+"""JSON objects, one per line, over a non-blocking TCP connection.
 
-Both sides say something every BEAT_S; one that is silent for LOST_S is gone, whether its process, its machine or the
-way to it. A stall of some seconds is none: TCP repeats what was lost. Nothing received is executed.
+Each side sends a heartbeat every BEAT_S. A peer that is silent for LOST_S counts as lost, whether its process, machine
+or link failed. A stall of a few seconds is no loss, since TCP resends. Nothing received is executed.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ LONGEST_LINE_BYTES = 2**20
 
 
 class ConnectionLostError(Exception):
-    """The other side is gone, silent, or does not speak our language."""
+    """The peer is gone or silent, or it violates the protocol."""
 
 
 class Connection:
@@ -26,24 +26,24 @@ class Connection:
         peer.setblocking(False)
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket = peer
-        self._unread: list[Message] = []
+        self._put_back: list[Message] = []
         self._received = b""
         self._to_send = b""
         self._silent_s = 0.0
-        self._looked_at = self._beat_at = time.monotonic()
+        self._checked_at = self._beat_at = time.monotonic()
 
     def send(self, message: Message) -> None:
-        """Queue `message`; what does not go out now goes with the next `receive`."""
+        """Queue `message`; what cannot be sent now is sent by the next `receive`."""
         self._to_send += json.dumps(message).encode() + b"\n"
         with contextlib.suppress(ConnectionLostError):
             self._flush()
 
-    def give_back(self, messages: list[Message]) -> None:
-        """The next `receive` returns these first."""
-        self._unread = messages
+    def unread(self, messages: list[Message]) -> None:
+        """Put messages back: the next `receive` returns them first."""
+        self._put_back = messages
 
     def receive(self) -> list[Message]:
-        """What has arrived since the last call. Raises ConnectionLostError; what came before it is returned first."""
+        """Messages received since the last call. Raises ConnectionLostError, but only after returning all messages."""
         problem = None
         for part in (self._beat, self._read):
             try:
@@ -58,14 +58,14 @@ class Connection:
         except ValueError:
             messages = [None]
         if not all(isinstance(message, dict) for message in messages) or len(self._received) > LONGEST_LINE_BYTES:
-            raise ConnectionLostError("it does not speak ft-dist's language; another program may listen there")
+            raise ConnectionLostError("it does not speak the protocol of ft-dist; another program may listen there")
         if self._silent_s > LOST_S:
-            raise ConnectionLostError(f"nothing was heard for {self._silent_s:.0f} s")
-        unread, self._unread = self._unread, []
-        return [*unread, *(message for message in messages if message.get("type") != "beat")]
+            raise ConnectionLostError(f"it was silent for {self._silent_s:.0f} s")
+        put_back, self._put_back = self._put_back, []
+        return [*put_back, *(message for message in messages if message.get("type") != "beat")]
 
     def finish(self, timeout_s: float = 3.0) -> None:
-        """Send what is queued, let the other side close first (a close with unread data would destroy it), close."""
+        """Send what is queued, wait for the peer to close (closing with unread data would discard it), and close."""
         deadline = time.monotonic() + timeout_s
         with contextlib.suppress(OSError, ConnectionLostError):
             while self._to_send and time.monotonic() < deadline:
@@ -82,9 +82,9 @@ class Connection:
 
     def _beat(self) -> None:
         now = time.monotonic()
-        # time in which this process itself stood still says nothing about the other side
-        self._silent_s += min(now - self._looked_at, BEAT_S)
-        self._looked_at = now
+        # time during which this process was stopped is not silence of the peer
+        self._silent_s += min(now - self._checked_at, BEAT_S)
+        self._checked_at = now
         if now - self._beat_at >= BEAT_S:
             self._beat_at = now
             self._to_send += b'{"type": "beat"}\n'

@@ -1,8 +1,8 @@
-"""The worker processes of this machine: started, signalled, told apart by exit code, and never left behind.
+"""Start, signal and stop the worker processes of this machine, keep their exit codes, and leave no orphans.
 
-torchrun flattens its workers' exit codes to 1 and leaves orphans when it is killed; schedulers need 75 and 2. So the
-workers are our own children, each in a session of its own. Linux's parent-death signal ends them with the agent, and a
-guard, a shell that waits for our end of a pipe to close, ends what they started themselves (and them, elsewhere).
+torchrun reduces its workers' exit codes to 1 and leaves orphans when it is killed, but schedulers need 75 and 2. So the
+agent starts the workers itself, each in its own session. On Linux the parent-death signal ends them with the agent. A
+guard, a shell that waits for the agent's end of a pipe to close, ends their own children (elsewhere the workers too).
 """
 
 import contextlib
@@ -16,10 +16,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ft_dist.errors import EXIT_FINISHED, EXIT_PREEMPTED
-from ft_dist.launcher.local import FORWARDED, threads_per_worker
+from ft_dist.launcher.machine import FORWARDED, threads_per_worker
 
 GRACE_S = 2.0
-"""Workers whose peer failed have this long to fail by themselves: they often say why"""
+"""After a peer has failed, workers get this long to fail on their own, since they often log why"""
 PR_SET_PDEATHSIG = 1
 GUARD = (
     'while read -r line; do groups=$line; done; for group in $groups; do kill -s KILL -- "-$group"; done 2>/dev/null'
@@ -41,8 +41,8 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Ended:
-    """A worker's end. `code` is negative for a signal, None where we killed it because others had failed."""
+class WorkerExit:
+    """How a worker ended. `code` is negative for a signal, None if we killed it because others had failed."""
 
     rank: int
     code: int | None
@@ -51,14 +51,14 @@ class Ended:
 class Workers:
     """`python -m MODULE ARGUMENTS` on every rank of this machine's share, one round at a time.
 
-    `close` it in the end, whatever happens. Main thread only: the parent-death signal follows the thread that forks.
+    Always `close` it. Main thread only: the parent-death signal is tied to the thread that forks.
     """
 
     def __init__(self, arguments: Sequence[str], *, module: str, environment: Mapping[str, str] | None = None) -> None:
         self._command = [sys.executable, "-m", module, *arguments]
         self._environment = dict(environment or {})
         self._running: dict[int, subprocess.Popen[bytes]] = {}
-        self._told: set[int] = set()
+        self._signals_sent: set[int] = set()
         self._kill_at: float | None = None
         self._guard: subprocess.Popen[bytes] | None = None
 
@@ -67,48 +67,48 @@ class Workers:
         return bool(self._running)
 
     def start(self, share: Share) -> None:
-        assert not self._running, "the round before has not ended"
-        self._told, self._kill_at = set(), None
+        assert not self._running, "the previous round has not ended"
+        self._signals_sent, self._kill_at = set(), None
         for local_rank in range(share.nproc):
             rank = share.first_rank + local_rank
             self._running[rank] = subprocess.Popen(
                 self._command,
                 env=os.environ | self._environment | _environment(share, local_rank),
-                # a session of its own: Ctrl-C reaches the workers once, through the agent
+                # its own session, so that Ctrl-C reaches the workers once, through the agent
                 start_new_session=True,
                 preexec_fn=_die_with_parent if sys.platform == "linux" else None,
             )
-            self._tell_guard()
+            self._update_guard()
 
     def signal(self, number: int) -> None:
-        """Send a signal to every worker that runs."""
-        self._told.add(number)
+        """Send a signal to every running worker."""
+        self._signals_sent.add(number)
         for process in self._running.values():
             if process.poll() is None:
                 process.send_signal(number)
 
     def stop(self) -> None:
-        """End the round: the workers that are left after GRACE_S are killed."""
+        """End the round: workers that still run after GRACE_S are killed."""
         if self._kill_at is None:
             self._kill_at = time.monotonic() + GRACE_S
 
-    def ended(self) -> list[Ended]:
+    def ended(self) -> list[WorkerExit]:
         """The workers that have ended since the last call."""
-        found = [self._bury(rank) for rank, process in list(self._running.items()) if process.poll() is not None]
+        found = [self._reap(rank) for rank, process in list(self._running.items()) if process.poll() is not None]
         if self._running and self._kill_at is not None and time.monotonic() >= self._kill_at:
             found += self.kill()
         if found:
-            self._tell_guard()
+            self._update_guard()
         return found
 
-    def kill(self) -> list[Ended]:
-        """End every worker, and what it started, at once."""
+    def kill(self) -> list[WorkerExit]:
+        """Kill every worker and its children."""
         found = []
         for rank, process in list(self._running.items()):
             over = process.poll() is not None
             _kill_group(process.pid)
             process.wait()
-            found.append(self._bury(rank) if over else Ended(rank, None))
+            found.append(self._reap(rank) if over else WorkerExit(rank, None))
             self._running.pop(rank, None)
         return found
 
@@ -116,21 +116,21 @@ class Workers:
         self.kill()
         if self._guard and self._guard.stdin:
             with contextlib.suppress(BrokenPipeError):
-                self._tell_guard()
+                self._update_guard()
                 self._guard.stdin.close()
             self._guard.wait()
 
-    def _bury(self, rank: int) -> Ended:
+    def _reap(self, rank: int) -> WorkerExit:
         process = self._running.pop(rank)
         code = process.returncode
         if code != EXIT_FINISHED:
-            # what it started (processes that load data) may not have noticed
+            # its children (data-loading processes) may still run
             _kill_group(process.pid)
-        # one that was told to stop before it could listen has nothing to save
-        return Ended(rank, EXIT_PREEMPTED if -code in self._told & set(FORWARDED) else code)
+        # a worker that was signalled before it installed its handlers has nothing to save
+        return WorkerExit(rank, EXIT_PREEMPTED if -code in self._signals_sent & set(FORWARDED) else code)
 
-    def _tell_guard(self) -> None:
-        """The guard kills the groups of the last line that it was sent."""
+    def _update_guard(self) -> None:
+        """Send the guard the current process groups; it kills those of the last line it received."""
         if self._guard is None:
             self._guard = subprocess.Popen(
                 ["/bin/sh", "-c", GUARD],
@@ -142,7 +142,7 @@ class Workers:
             )
         assert self._guard.stdin
         line = " ".join(str(process.pid) for process in self._running.values())
-        with contextlib.suppress(BrokenPipeError):  # somebody killed the guard: the parent-death signal is left
+        with contextlib.suppress(BrokenPipeError):  # the guard was killed; the parent-death signal still works
             self._guard.stdin.write(f"{line}\n".encode())
             self._guard.stdin.flush()
 
@@ -163,8 +163,8 @@ def _environment(share: Share, local_rank: int) -> dict[str, str]:
 
 
 def _with_huge_pages(tunables: str) -> str:
-    """Where the kernel gives huge pages to those who ask, glibc asks: on CPU the first step of SmolLM2-135M in full
-    took 1.7 s, not 4.5 s, and later ones a tenth less. An older glibc does not know the name and goes on."""
+    """Have glibc request huge pages, which some kernels only give on request. On CPU this cut the first step of full
+    fine-tuning of SmolLM2-135M from 4.5 s to 1.7 s, and later steps by a tenth. An older glibc ignores the name."""
     return (
         tunables if "glibc.malloc.hugetlb" in tunables else ":".join(filter(None, [tunables, "glibc.malloc.hugetlb=1"]))
     )

@@ -1,1 +1,1 @@
-"""Where a run can be submitted: one file for each kind of cluster."""
+"""Where a run can be submitted: one file per kind of cluster."""

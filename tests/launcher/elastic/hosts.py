@@ -1,7 +1,7 @@
-"""Several hosts on one machine: network namespaces on a bridge, links that can be cut, one that can be slow. Root only.
+"""Several hosts on one machine: network namespaces on a bridge whose links can be cut, and one slowed down. Root only.
 
-netem is not in every kernel, so a slow link is a process that carries the frames between two interfaces DELAY_S later:
-`python -m tests.launcher.elastic.hosts IN OUT DELAY_S`. Stopped (SIGSTOP), the link stalls.
+Not every kernel has netem, so a slow link is a process that forwards frames between two interfaces after DELAY_S:
+`python -m tests.launcher.elastic.hosts IN OUT DELAY_S`. Stopping it (SIGSTOP) stalls the link.
 """
 
 import ctypes
@@ -25,11 +25,11 @@ ETH_P_ALL = 3
 PACKET_OUTGOING = 4
 SIOCETHTOOL = 0x8946
 OFFLOADS = (0x17, 0x19, 0x1F, 0x25)
-"""ETHTOOL_STXCSUM, SSG, STSO, SGSO: frames as they would be on a wire, with their checksums"""
+"""ETHTOOL_STXCSUM, SSG, STSO, SGSO: off, so that frames have checksums and sizes as on a wire"""
 
 
 def usable() -> bool:
-    """Whether this machine lets us make hosts."""
+    """True if this machine lets us create network namespaces."""
     if os.geteuid() != 0 or not shutil.which("ip") or not shutil.which("unshare"):
         return False
     name = f"try-{secrets.token_hex(3)}"
@@ -39,7 +39,7 @@ def usable() -> bool:
 
 
 class Hosts:
-    """`count` hosts, host1 .. hostN at `address(1)` ..; everything is gone when the block ends."""
+    """`count` hosts, host1 .. hostN at `address(1)` ..; all are removed when the block ends."""
 
     def __init__(self, count: int) -> None:
         self._prefix = f"ft{secrets.token_hex(2)}"
@@ -78,7 +78,7 @@ class Hosts:
         return f"10.77.0.{10 + number}"
 
     def start(self, number: int, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
-        """`python ARGUMENTS` on a host; the process is Python itself."""
+        """Start `python ARGUMENTS` on a host; the returned process is Python itself."""
         inside = ["ip", "netns", "exec", self._name(number), "unshare", "-u", "/bin/sh", "-c"]
         script = f'hostname host{number}; exec "$@"'
         return subprocess.Popen(
@@ -93,11 +93,11 @@ class Hosts:
     def cut(self, number: int) -> None:
         _ip("-n", self._net, "link", "set", f"v{number}", "down")
 
-    def mend(self, number: int) -> None:
+    def repair(self, number: int) -> None:
         _ip("-n", self._net, "link", "set", f"v{number}", "up")
 
     def slow_down(self, number: int, delay_s: float) -> "subprocess.Popen[bytes]":
-        """Put `delay_s` into the link of a host, each way; stopping the process that is returned stalls it."""
+        """Delay the link of a host by `delay_s` each way; stopping the returned process stalls the link."""
         net, host = self._net, self._name(number)
         _ip("-n", net, "link", "set", f"v{number}", "nomaster")
         _ip("-n", net, "link", "add", "in", "type", "veth", "peer", "name", "out")
@@ -125,7 +125,7 @@ def _ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
 
 
-def switch_offloads_off(interface: str) -> None:
+def disable_offloads(interface: str) -> None:
     with socket.socket() as probe:
         for command in OFFLOADS:
             value = ctypes.create_string_buffer(struct.pack("II", command, 0))
@@ -137,7 +137,7 @@ def switch_offloads_off(interface: str) -> None:
 
 
 def relay(first: str, second: str, delay_s: float) -> None:
-    """Carry frames between two interfaces for ever."""
+    """Forward frames between two interfaces forever."""
     ends = [socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL)) for _ in range(2)]
     for end, name in zip(ends, (first, second), strict=True):
         end.bind((name, 0))
@@ -159,6 +159,6 @@ def relay(first: str, second: str, delay_s: float) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) == 2:
-        switch_offloads_off(sys.argv[1])
+        disable_offloads(sys.argv[1])
     else:
         relay(sys.argv[1], sys.argv[2], float(sys.argv[3]))

@@ -1,4 +1,4 @@
-"""Three hosts, one rank each: links cut, mended, slow and stalled. The samples are those of an undisturbed run."""
+"""Three hosts, one rank each: links cut, repaired, slow and stalled. The samples equal those of an undisturbed run."""
 
 import secrets
 import signal
@@ -12,7 +12,7 @@ from tests.conftest import CLI, ROOT, SMALL_RUN, read_lines
 from tests.launcher.elastic.hosts import Hosts, usable
 from tests.launcher.processes import end_all, events_of, steps_done, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not usable(), reason="making network namespaces needs root")]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not usable(), reason="creating network namespaces needs root")]
 
 RUN = [
     *(argument for argument in SMALL_RUN if not argument.startswith(("optim.max_steps", "checkpoint."))),
@@ -31,8 +31,8 @@ def mark():
 
 @pytest.fixture
 def hosts():
-    with Hosts(3) as made:
-        yield made
+    with Hosts(3) as hosts:
+        yield hosts
 
 
 def start(hosts: Hosts, number: int, folder: Path, mark: str, steps: int, nodes: str):
@@ -43,7 +43,7 @@ def start(hosts: Hosts, number: int, folder: Path, mark: str, steps: int, nodes:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> list[str]:
-    """The samples of an undisturbed run, a line a step: as many steps as the longest of the others makes."""
+    """The samples of an undisturbed run, one line per step, with as many steps as the longest other run."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     settings = [*RUN, f"optim.max_steps={MOST_STEPS}", f"output_dir={folder}", "--nproc", "1"]
     subprocess.run([*CLI, "train", *settings], cwd=ROOT, check=True, capture_output=True)
@@ -60,39 +60,39 @@ def ended(process) -> str:
     return err
 
 
-def test_a_link_that_is_cut_for_good_costs_one_host_until_it_is_back(hosts, mark, undisturbed, tmp_path):
+def test_a_host_whose_link_is_cut_leaves_until_the_link_is_repaired(hosts, mark, undisturbed, tmp_path):
     folder, steps = tmp_path / "run", MOST_STEPS
     agents = [start(hosts, number, folder, mark, steps, "2:3") for number in (1, 2, 3)]
     wait_for(lambda: steps_done(folder) >= 25, agents)
     hosts.cut(3)
     wait_for(lambda: [event["world_size"] for event in events_of(folder, "resume")] == [2], agents)
-    hosts.mend(3)
-    told = [ended(agent) for agent in agents]
-    assert "host3 is lost: nothing was heard for" in told[0]
-    assert "the world is 2 nodes and 2 ranks: 3 were asked for" in told[0]
-    assert "host3 lost the head" in told[2]
+    hosts.repair(3)
+    consoles = [ended(agent) for agent in agents]
+    assert "host3 is lost: it was silent for" in consoles[0]
+    assert "the world is 2 nodes and 2 ranks: 3 were requested" in consoles[0]
+    assert "host3 lost the head" in consoles[2]
     assert [event["world_size"] for event in events_of(folder, "resume")] == [2, 3]
     assert [event["why"] for event in events_of(folder, "restarted")] == ["host3 lost", "host3 joined the world"]
-    # it grew after a step that was committed: nothing was done twice
+    # it grew after a committed step, so no step ran twice
     grown_at = events_of(folder, "resume")[1]["step"]
     assert events_of(folder, "preempted")[0]["step"] == grown_at
     assert samples(folder) == undisturbed[:steps]
 
 
-def test_a_link_that_is_cut_for_seconds_costs_nothing(hosts, mark, undisturbed, tmp_path):
+def test_a_link_cut_for_seconds_causes_no_restart(hosts, mark, undisturbed, tmp_path):
     folder, steps = tmp_path / "run", 300
     agents = [start(hosts, number, folder, mark, steps, "3") for number in (1, 2, 3)]
     wait_for(lambda: steps_done(folder) >= 25, agents)
     hosts.cut(2)
     time.sleep(5)
-    hosts.mend(2)
+    hosts.repair(2)
     for agent in agents:
         ended(agent)
     assert events_of(folder, "restarted") == []
     assert samples(folder) == undisturbed[:steps]
 
 
-def test_a_slow_link_that_stalls_for_seconds_is_borne(hosts, mark, undisturbed, tmp_path):
+def test_a_slow_link_that_stalls_for_seconds_causes_no_restart(hosts, mark, undisturbed, tmp_path):
     folder, steps = tmp_path / "run", 60
     link = hosts.slow_down(3, 0.05)
     agents = [start(hosts, number, folder, mark, steps, "3") for number in (1, 2, 3)]
@@ -104,6 +104,6 @@ def test_a_slow_link_that_stalls_for_seconds_is_borne(hosts, mark, undisturbed, 
     for agent in agents:
         ended(agent)
     assert events_of(folder, "restarted") == []
-    # a step is several exchanges of 100 ms: the link was really slow
+    # a step needs several round trips of 100 ms, which shows that the link was slow
     assert min(line["step_s"] for line in read_lines(folder / "metrics.jsonl")) > 0.1
     assert samples(folder) == undisturbed[:steps]

@@ -1,4 +1,4 @@
-"""Real runs whose agents and workers are killed: started again, or wholly gone within seconds."""
+"""Real runs whose agents and workers are killed: restarted, or completely gone within seconds."""
 
 import os
 import secrets
@@ -25,9 +25,9 @@ RUN = [
     "checkpoint.interval_steps=4",
     "method.dropout=0.1",
 ]
-# dropout's numbers go by the rank: another world draws others
+# dropout depends on the rank, so another world size gives other masks
 NO_DROPOUT = "method.dropout=0"
-# tokenised while it trains: every worker has processes of its own
+# tokenised during training, so every worker has child processes
 LIVE = ["data.train=[{path: emails/train.jsonl, live: true}]"]
 
 
@@ -63,7 +63,7 @@ def same(folder: Path, other: Path, *, bits: bool = True) -> None:
     assert losses[0] == (losses[1] if bits else pytest.approx(losses[1], rel=1e-6))
 
 
-def test_a_killed_worker_is_started_again_and_changes_no_bit(tmp_path, mark, undisturbed):
+def test_a_killed_worker_is_restarted_and_no_bit_changes(tmp_path, mark, undisturbed):
     folder = tmp_path / "run"
     process = start_cli("train", *RUN, f"output_dir={folder}", "--nproc", "2", FT_DIST_TEST_RUN=mark)
     wait_for(lambda: steps_done(folder) >= 6, [process])
@@ -71,14 +71,14 @@ def test_a_killed_worker_is_started_again_and_changes_no_bit(tmp_path, mark, und
     out, err = process.communicate(timeout=900)
     assert process.returncode == 0, out + err
     assert "rank 1 was killed by SIGKILL" in err
-    assert "restart 1 of 3 in 1 s goes on from the commit of step" in err
+    assert "restart 1 of 3 in 1 s resumes from the commit of step" in err
     (restarted,) = events_of(folder, "restarted")
     assert restarted["count"] == 1
     assert len(events_of(folder, "resume")) == 1
     same(folder, undisturbed)
 
 
-def test_a_hang_is_started_again(tmp_path, mark, undisturbed):
+def test_a_hung_run_is_restarted(tmp_path, mark, undisturbed):
     folder = tmp_path / "run"
     settings = [*RUN, "engine.hang_timeout_s=6", f"output_dir={folder}"]
     process = start_cli("train", *settings, "--nproc", "2", FT_DIST_TEST_RUN=mark)
@@ -90,20 +90,20 @@ def test_a_hang_is_started_again(tmp_path, mark, undisturbed):
     same(folder, undisturbed)
 
 
-def test_a_step_that_always_fails_is_told_as_a_bug(tmp_path, mark):
+def test_a_step_that_always_fails_is_reported_as_a_bug(tmp_path, mark):
     folder = tmp_path / "run"
     explode = ["method.kind=full", "optim.lr=1e30", "optim.max_grad_norm=0", "optim.max_skipped_steps=3"]
     settings = [*SMALL_RUN, *explode, f"output_dir={folder}"]
     process = start_cli("train", *settings, "--nproc", "1", "--max-restarts", "9", FT_DIST_TEST_RUN=mark)
     out, err = process.communicate(timeout=900)
     assert process.returncode == 1, out + err
-    assert "failed 3 times in a row after the same commit (the beginning): a bug of data or code" in err
+    assert "failed 3 times in a row after the same commit (the beginning), so the cause is the data or the code" in err
     assert "not finite in 3 steps in a row" in err.splitlines()[-1]
     assert [event["count"] for event in events_of(folder, "restarted")] == [1, 2]
 
 
 @pytest.mark.parametrize("victim", ["agent", "worker"])
-def test_nothing_of_a_killed_run_is_left_and_the_next_start_resumes(cli, tmp_path, mark, victim):
+def test_a_killed_run_leaves_no_process_and_the_next_start_resumes(cli, tmp_path, mark, victim):
     folder = tmp_path / "run"
     settings = [*RUN, *LIVE, "optim.epochs=99", f"output_dir={folder}"]
     process = start_cli(
@@ -158,12 +158,12 @@ def test_a_killed_agent_shrinks_the_world_and_a_new_one_grows_it(tmp_path, mark,
     assert head.returncode == 0, out + err
     third.communicate(timeout=900)
     assert "second is lost" in err
-    assert "the world is 1 nodes and 1 ranks: 2 were asked for" in err
+    assert "the world is 1 nodes and 1 ranks: 2 were requested" in err
     assert [event["world_size"] for event in events_of(folder, "world")][:1] == [1]
     same(folder, undisturbed_without_dropout, bits=False)
 
 
-def test_a_notice_ends_a_run_on_two_nodes_with_75_on_both(tmp_path, mark):
+def test_preempting_one_of_two_nodes_ends_both_with_75(tmp_path, mark):
     folder = tmp_path / "run"
     settings = [*RUN, f"output_dir={folder}", "--nnodes", "2", "optim.max_steps=9999", "optim.epochs=999"]
     port = free_port()
@@ -177,7 +177,7 @@ def test_a_notice_ends_a_run_on_two_nodes_with_75_on_both(tmp_path, mark):
     assert marked(mark) == []
 
 
-def test_agents_that_do_not_belong_together_say_so(tmp_path, mark):
+def test_agents_of_different_runs_are_refused(tmp_path, mark):
     port = free_port()
     settings = [*RUN, f"output_dir={tmp_path / 'run'}", "--nnodes", "2"]
     head = start_agent("first", port, mark, *settings)
@@ -188,23 +188,23 @@ def test_agents_that_do_not_belong_together_say_so(tmp_path, mark):
         assert stranger.returncode == 2
         what = "run is another, but" if others[0] == "--run-id" else "the resolved config is"
         assert f"refused: other: {what}" in err
-    # nothing has begun: a notice ends the one that waits
+    # no worker has started: a signal ends the waiting head
     head.send_signal(signal.SIGTERM)
     head.communicate(timeout=60)
     assert head.returncode == 75
     assert marked(mark) == []
 
 
-def test_a_fixed_number_of_nodes_is_waited_for_and_then_told_missing(tmp_path, mark):
+def test_missing_nodes_of_a_fixed_world_are_reported_after_the_timeout(tmp_path, mark):
     settings = [*RUN, f"output_dir={tmp_path / 'run'}", "--nnodes", "3", "--join-timeout", "2"]
     head = start_agent("first", free_port(), mark, *settings)
     _, err = head.communicate(timeout=900)
     assert head.returncode == 1
-    assert "error: 1 of 3 nodes are here (first), 2 missing within 2 s." in err
+    assert "error: 1 of 3 nodes joined (first), 2 missing within 2 s." in err
     assert not (tmp_path / "run").exists()
 
 
-def test_a_port_that_another_program_uses_is_told(tmp_path, mark):
+def test_a_port_used_by_another_program_is_reported(tmp_path, mark):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         settings = [*RUN, f"output_dir={tmp_path / 'run'}", "--nnodes", "2", "--join-timeout", "4"]

@@ -1,4 +1,4 @@
-"""The workers of one machine end with whatever started them, and what they started with them."""
+"""The workers of one machine end when their agent does, and their children end with them."""
 
 import os
 import secrets
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ft_dist.launcher.elastic.workers import Ended, Share, Workers
+from ft_dist.launcher.elastic.workers import Share, WorkerExit, Workers
 from tests.conftest import ROOT
 from tests.launcher.processes import end_all, marked, wait_for
 
@@ -46,7 +46,7 @@ def test_grandchildren_end_with_a_killed_agent(mark):
     agent = subprocess.Popen([sys.executable, "-c", AGENT], cwd=ROOT, text=True)
     wait_for(lambda: len(started(mark, b"sleep\x00600")) == 2, [agent], 60)
     left = marked(mark)
-    assert len(left) == 6, "an agent, its guard, two workers, a child of each"
+    assert len(left) == 6, "an agent, its guard, two workers and a child of each"
     agent.kill()
     agent.wait()
     assert gone(left)
@@ -65,41 +65,41 @@ def test_without_the_guard_the_workers_still_end(mark):
 
 @pytest.fixture
 def workers(mark):
-    made = Workers(["3"], module="tests.launcher.parent")
-    yield made
-    made.close()
+    workers = Workers(["3"], module="tests.launcher.parent")
+    yield workers
+    workers.close()
 
 
-def ends(workers: Workers, count: int) -> list[Ended]:
-    found: list[Ended] = []
+def ends(workers: Workers, count: int) -> list[WorkerExit]:
+    found: list[WorkerExit] = []
     deadline = time.monotonic() + 60
     while len(found) < count and time.monotonic() < deadline:
         found += workers.ended()
         time.sleep(0.01)
-    return sorted(found, key=lambda ended: ended.rank)
+    return sorted(found, key=lambda worker: worker.rank)
 
 
-def test_a_failed_worker_is_told_by_its_code_and_leaves_nothing(mark, workers):
+def test_a_failed_worker_reports_its_exit_code_and_leaves_no_process(mark, workers):
     workers.start(Share(1, 4, 2, 6, 1, 2, "127.0.0.1", 1))
-    assert ends(workers, 2) == [Ended(4, 3), Ended(5, 3)]
+    assert ends(workers, 2) == [WorkerExit(4, 3), WorkerExit(5, 3)]
     assert gone(started(mark, b"sleep\x00600"))
 
 
-def test_what_was_told_to_stop_before_it_could_listen_has_nothing_to_save(mark, workers):
+def test_a_worker_signalled_before_it_installs_handlers_counts_as_preempted(mark, workers):
     workers._command = workers._command[:-1]
     workers.start(Share(1, 0, 2, 2, 0, 1, "127.0.0.1", 1))
     wait_for(lambda: len(started(mark, b"sleep\x00600")) == 2, [], 60)
     workers.signal(signal.SIGTERM)
-    assert ends(workers, 2) == [Ended(0, 75), Ended(1, 75)]
+    assert ends(workers, 2) == [WorkerExit(0, 75), WorkerExit(1, 75)]
 
 
-def test_one_that_is_killed_by_others_and_one_that_is_stopped_by_us(mark, workers):
+def test_a_worker_killed_from_outside_and_one_stopped_by_the_agent(mark, workers):
     workers._command = workers._command[:-1]
     workers.start(Share(1, 0, 2, 2, 0, 1, "127.0.0.1", 1))
     wait_for(lambda: len(started(mark, b"sleep\x00600")) == 2, [], 60)
     os.kill(workers._running[1].pid, signal.SIGKILL)
-    assert ends(workers, 1) == [Ended(1, -9)]
+    assert ends(workers, 1) == [WorkerExit(1, -9)]
     workers.stop()
-    assert ends(workers, 1) == [Ended(0, None)]
+    assert ends(workers, 1) == [WorkerExit(0, None)]
     assert not workers.running
     assert gone(started(mark, b"sleep\x00600"))

@@ -1,4 +1,4 @@
-"""What `ft-dist launch --dry-run` prints is what the platforms take: checked by their own programs and schemas."""
+"""The platforms accept what `ft-dist launch --dry-run` prints, according to their own programs and schemas."""
 
 import json
 import subprocess
@@ -14,15 +14,15 @@ import yaml
 
 from ft_dist.config import load_config
 from ft_dist.errors import UserError
-from ft_dist.launcher.launch import planned
-from ft_dist.launcher.request import make_request
+from ft_dist.launcher.launch import plan_submission
+from ft_dist.launcher.options import make_request
 from ft_dist.launcher.submission import Submission
 from tests.slurm_cluster import SlurmCluster, slurm_cluster
 
 SCHEMAS = Path(__file__).parent / "schemas"
 KUBERNETES = "1.31"
 SHELLCHECK = Path(sys.executable).parent / "shellcheck"
-# of everything that a file must not break on
+# every character that needs quoting in some kind of file
 AWKWARD = 'it\'s "quoted" $HOME `date` {{ x }} é'
 
 
@@ -35,7 +35,7 @@ def plan(target: str, *overrides: str, recipe: str = "smoke", **options: Any) ->
         "sweep": [],
         "rdzv": None,
     }
-    return planned(make_request(recipe, overrides, target=target, **defaults | options, max_restarts=3))
+    return plan_submission(make_request(recipe, overrides, target=target, **defaults | options, max_restarts=3))
 
 
 def profile(folder: Path, **content: Any) -> str:
@@ -45,7 +45,7 @@ def profile(folder: Path, **content: Any) -> str:
 
 
 def shellcheck(text: str) -> None:
-    # 2329: a function that only a trap calls; 2016: a `$` that is meant to stay one
+    # 2329: a function called only by a trap; 2016: a literal `$` in single quotes
     command = [SHELLCHECK, "--shell=bash", "--exclude=SC2329,SC2016", "-"]
     done = subprocess.run(command, input=text, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
@@ -68,7 +68,7 @@ EVERYTHING: dict[str, Any] = {
 @pytest.mark.faults
 @pytest.mark.parametrize("nodes", ["1", "2", "1:2"])
 @pytest.mark.parametrize("content", [{}, EVERYTHING, {"venv": "/shared/my venv"}])
-def test_sbatch_takes_the_job_script(cluster, tmp_path, nodes, content):
+def test_sbatch_accepts_the_job_script(cluster, tmp_path, nodes, content):
     submission = plan("slurm", f"output_dir={tmp_path}/my run", nodes=nodes, profile=profile(tmp_path, **content))
     script = tmp_path / "job.sbatch"
     script.write_text(submission.text())
@@ -77,7 +77,7 @@ def test_sbatch_takes_the_job_script(cluster, tmp_path, nodes, content):
 
 
 @pytest.mark.faults
-def test_a_sweep_is_an_array_that_sbatch_takes(cluster, tmp_path):
+def test_sbatch_accepts_the_job_array_of_a_sweep(cluster, tmp_path):
     sweep = ["optim.lr=1e-3,2e-3", "method.rank=4,8"]
     submission = plan("slurm", f"output_dir={tmp_path}/sweep", sweep=sweep)
     assert "#SBATCH --array=0-3" in submission.text()
@@ -96,7 +96,7 @@ def test_a_sweep_is_an_array_that_sbatch_takes(cluster, tmp_path):
     cluster.run("sbatch", "--test-only", str(script))
 
 
-def test_the_container_of_pyxis_sees_the_run_folder_and_the_volumes(tmp_path):
+def test_the_pyxis_container_mounts_the_run_folder_and_the_volumes(tmp_path):
     content = {
         "container": "registry#team/image",
         "volumes": {"/data": "/shared/data"},
@@ -124,7 +124,7 @@ def test_the_container_of_pyxis_sees_the_run_folder_and_the_volumes(tmp_path):
         ("vm", {}),
     ],
 )
-def test_shell_scripts_are_clean(tmp_path, target, options):
+def test_shell_scripts_pass_shellcheck(tmp_path, target, options):
     content = {"environment": {"NOTE": AWKWARD}, "interface": "eth0"}
     overrides = ["checkpoint.path=s3://bucket/run", f"observe.run_name={AWKWARD}"] if target == "vm" else []
     submission = plan(target, *overrides, **options, profile=profile(tmp_path, **content))
@@ -141,7 +141,7 @@ def test_the_pinned_config_is_the_one_that_was_checked(tmp_path):
 
 @pytest.mark.parametrize("own_recipe", [False, True])
 @pytest.mark.parametrize("gpus", [0, 8])
-def test_skypilot_takes_the_task(tmp_path, own_recipe, gpus):
+def test_skypilot_accepts_the_task(tmp_path, own_recipe, gpus):
     content = {
         "gpu": "H100",
         "environment": {"NOTE": AWKWARD},
@@ -164,13 +164,13 @@ def test_skypilot_takes_the_task(tmp_path, own_recipe, gpus):
     shellcheck(task["run"])
     shellcheck(task["setup"])
     if own_recipe:
-        assert_travels(task["run"].split("'END_OF_CONFIG'\n")[1].split("END_OF_CONFIG")[0], submission)
+        assert_embedded(task["run"].split("'END_OF_CONFIG'\n")[1].split("END_OF_CONFIG")[0], submission)
 
 
 @pytest.mark.parametrize("own_recipe", [False, True])
 @pytest.mark.parametrize("kind", ["jobset", "pytorchjob"])
 @pytest.mark.parametrize("nodes", ["1", "3"])
-def test_kubernetes_takes_the_manifest(tmp_path, kind, nodes, own_recipe):
+def test_kubernetes_accepts_the_manifest(tmp_path, kind, nodes, own_recipe):
     content = {
         "container": "registry/team/image",
         "volumes": {"/data": "claim"},
@@ -189,7 +189,7 @@ def test_kubernetes_takes_the_manifest(tmp_path, kind, nodes, own_recipe):
     assert len(config_maps) == own_recipe
     for config_map in config_maps:
         kubernetes_validate.validate(config_map, KUBERNETES, strict=True)
-        assert_travels(config_map["data"]["config.yaml"], submission)
+        assert_embedded(config_map["data"]["config.yaml"], submission)
     jsonschema.validate(job, json.loads((SCHEMAS / "kubernetes.json").read_text())[kind])
     for template in pod_templates(job):
         kubernetes_validate.validate(
@@ -213,7 +213,7 @@ def pod_templates(job: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def portable_recipe(folder: Path) -> str:
-    """A user's own file, whose data is a hub id."""
+    """A user's own recipe, whose data is a hub id."""
     path = folder / "mine.yaml"
     path.write_text(
         f"model: {{path: tiny-llama}}\ndata: {{train: [someone/some-data]}}\n"
@@ -222,16 +222,16 @@ def portable_recipe(folder: Path) -> str:
     return str(path)
 
 
-def assert_travels(text: str, submission: Submission) -> None:
-    """The config on the other side is the one that was planned, to the last quote."""
+def assert_embedded(text: str, submission: Submission) -> None:
+    """The embedded config is exactly the planned one, quotes included."""
     assert yaml.safe_load(text) == submission.runs[0].config.model_dump(mode="json")
 
 
 @pytest.mark.parametrize(
-    "target, overrides, content, told",
+    "target, overrides, content, message",
     [
         ("slurm", [], {"slurm": {"partitoin": "x"}}, "slurm.partitoin: Extra inputs"),
-        ("slurm", [], {"venv": "/a", "container": "b"}, "venv and container are both given"),
+        ("slurm", [], {"venv": "/a", "container": "b"}, "venv and container are both set"),
         ("slurm", ["batch.global_rows=1"], {}, "batch.global_rows=1 is less than the world size 2"),
         ("sky", [], {"container": "x"}, "checkpoint.path=None: the machine's disk is lost"),
         ("sky", ["checkpoint.path=s3://b/r"], {}, "set container or sky.setup"),
@@ -239,23 +239,23 @@ def assert_travels(text: str, submission: Submission) -> None:
         ("vm", ["checkpoint.path=s3://b/r", "model.path=/home/me/model"], {}, "/home/me/model is on this machine"),
     ],
 )
-def test_what_cannot_work_is_told_before_anything_is_submitted(tmp_path, target, overrides, content, told):
-    with pytest.raises(UserError, match=told.replace("[", r"\[")):
+def test_errors_are_reported_before_submission(tmp_path, target, overrides, content, message):
+    with pytest.raises(UserError, match=message.replace("[", r"\[")):
         plan(target, *overrides, profile=profile(tmp_path, **content))
 
 
 @pytest.mark.parametrize(
-    "options, told",
+    "options, message",
     [
         ({"nodes": "2:1"}, "--nodes 2:1"),
         ({"nodes": "2"}, "--on local is one machine"),
         ({"sweep": ["optim.lr"]}, "--sweep optim.lr: should be"),
-        ({"sweep": ["optim.lr=1e-3,2e-3"]}, "--sweep needs --on slurm"),
-        ({"profile": "nowhere"}, "--profile nowhere: no such file"),
+        ({"sweep": ["optim.lr=1e-3,2e-3"]}, "--sweep gives 2 runs, but --on local takes one"),
+        ({"profile": "nowhere"}, "--profile nowhere: no file and no profile has that name"),
     ],
 )
-def test_options_that_make_no_sense_are_told(options, told):
-    with pytest.raises(UserError, match=told):
+def test_invalid_options_are_reported(options, message):
+    with pytest.raises(UserError, match=message):
         plan("local", **options)
 
 

@@ -1,4 +1,4 @@
-"""Credentials stay where they are: in the environment of the shell that submits, or with the platform."""
+"""Credentials are never written: they stay in the environment of the submitting shell, or with the platform."""
 
 import itertools
 import json
@@ -38,14 +38,14 @@ def files_with_secrets(*folders: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_no_script_holds_a_credential(cli, tmp_path, target):
+def test_no_script_contains_a_credential(cli, tmp_path, target):
     overrides = ["batch.global_rows=8", "checkpoint.path=s3://bucket/run"]
     arguments = ["launch", "smoke", *overrides, "--on", target, *TARGETS[target], "--dry-run", "--json"]
     done = cli(*arguments, **PLANTED)
     assert done.returncode == 0, done.stderr
     assert not planted_in(done.stdout + done.stderr)
     if target == "sky":
-        # SkyPilot takes the values from the shell by itself
+        # SkyPilot reads the values from the shell
         command = json.loads(done.stdout)["command"]
         assert [after for before, after in itertools.pairwise(command) if before == "--secret"] == [
             "HF_TOKEN",
@@ -54,8 +54,8 @@ def test_no_script_holds_a_credential(cli, tmp_path, target):
 
 
 @pytest.mark.faults
-def test_a_job_has_them_and_its_run_folder_and_log_do_not(cli, tmp_path):
-    # the job's Python shows that they arrive, in a file of its own
+def test_a_job_gets_credentials_but_its_run_folder_and_log_do_not(cli, tmp_path):
+    # a wrapper around the job's Python records the environment it gets
     python = tmp_path / "venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(f'#!/bin/bash\nenv >{tmp_path}/seen.txt\nexec {sys.executable} "$@"\n')
@@ -68,16 +68,16 @@ def test_a_job_has_them_and_its_run_folder_and_log_do_not(cli, tmp_path):
         small = [*SMALL_RUN, "optim.max_steps=2", "evaluate.before=false", f"output_dir={run}"]
         done = cli("launch", *small, *options, **PLANTED, **cluster.environment)
         assert done.returncode == 0, done.stdout + done.stderr
-        told = cli("status", str(run), **PLANTED, **cluster.environment)
+        shown = cli("status", str(run), **PLANTED, **cluster.environment)
     assert planted_in((tmp_path / "seen.txt").read_text()) == list(PLANTED)
-    assert not planted_in(done.stdout + done.stderr + told.stdout)
+    assert not planted_in(done.stdout + done.stderr + shown.stdout)
     assert not files_with_secrets(run)
 
 
 @pytest.mark.parametrize("name", ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD"])
-def test_a_profile_with_a_credential_is_refused_without_telling_it(tmp_path, name):
+def test_a_profile_with_a_credential_is_rejected_without_printing_it(tmp_path, name):
     path = tmp_path / "cluster.yaml"
     path.write_text(f"environment: {{{name}: planted-value}}\n")
-    with pytest.raises(ConfigError, match=f"{name} looks like a credential") as told:
+    with pytest.raises(ConfigError, match=f"{name} looks like a credential") as raised:
         load_profile(str(path))
-    assert "planted-value" not in str(told.value)
+    assert "planted-value" not in str(raised.value)

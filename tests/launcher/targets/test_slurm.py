@@ -1,5 +1,5 @@
-"""Jobs of a real SLURM that are told to leave, run out of time, are preempted, requeued or lose a node: each ends in
-the samples and losses of a run that nothing happened to, with nobody's hand between."""
+"""Jobs of a real SLURM that are signalled, time out, are preempted or requeued, or lose a node. Each finishes alone,
+with the samples and losses of an undisturbed run."""
 
 import json
 import os
@@ -16,14 +16,14 @@ from tests.conftest import CLI, SMALL_RUN, read_lines, start_cli
 from tests.launcher.processes import steps_done, wait_for
 from tests.slurm_cluster import SlurmCluster, slurm_cluster
 
-# about 40 s of steps on a slow core: every fault falls among them
+# about 40 s of steps on a slow core, so that every fault occurs during training
 RUN = [*SMALL_RUN, "optim.max_steps=60", "optim.epochs=5", "checkpoint.interval_steps=10", "evaluate.before=false"]
 TIMEOUT_S = 600
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
-    """The run on one machine: as many ranks, and so the same bits."""
+    """The run on one machine with the same number of ranks, and so the same bits."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     done = subprocess.run([*CLI, "train", *RUN, f"output_dir={folder}", "--nproc", "2"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -37,7 +37,7 @@ def cluster(request, tmp_path_factory) -> Iterator[SlurmCluster]:
 
 
 class Launched:
-    """`ft-dist launch --on slurm` of a run on two nodes, which follows its log."""
+    """`ft-dist launch --on slurm` of a run on two nodes, following its log."""
 
     def __init__(self, cluster: SlurmCluster, folder: Path, *arguments: str) -> None:
         self.cluster, self.folder = cluster, folder
@@ -52,7 +52,7 @@ class Launched:
         self.wait_until(lambda: steps_done(self.folder) >= step)
 
     def finish(self) -> str:
-        """The console, once the run has ended well."""
+        """Wait until the run has finished; returns its console."""
         out, err = self.process.communicate(timeout=TIMEOUT_S)
         assert self.process.returncode == 0, out + err
         assert self.cluster.state(self.job) == "COMPLETED"
@@ -68,7 +68,7 @@ class Launched:
 
 @contextmanager
 def stopped(cluster: SlurmCluster, job: str) -> Iterator[None]:
-    """The workers stand still, so that what SLURM takes its time for falls among their steps on any machine."""
+    """Stop the workers, so that slow actions of SLURM occur during training on any machine."""
     workers = cluster.processes_of(job, "ft_dist.train")
     assert workers
     for pid in workers:
@@ -80,7 +80,7 @@ def stopped(cluster: SlurmCluster, job: str) -> Iterator[None]:
 
 
 def same(folder: Path, undisturbed: Path) -> bool:
-    """Whether every step had the samples and the loss of the undisturbed run, once."""
+    """True if every step ran once, with the samples and the loss of the undisturbed run."""
 
     def steps(run: Path) -> list[tuple[int, float]]:
         return [(line["step"], line["loss"]) for line in read_lines(run / "metrics.jsonl")]
@@ -94,27 +94,27 @@ def events(folder: Path) -> list[str]:
 
 
 @pytest.mark.faults
-def test_a_job_told_to_leave_commits_requeues_itself_and_finishes(cli, cluster, undisturbed, tmp_path):
+def test_a_signalled_job_commits_requeues_itself_and_finishes(cli, cluster, undisturbed, tmp_path):
     run = Launched(cluster, tmp_path / "run")
     run.wait_for_step(3)
     cluster.run("scancel", "--signal=USR1", "--batch", run.job)
     console = run.finish()
-    assert "left with 75" in console
+    assert "exited with 75" in console
     assert "requeued 1 times" in console
     assert events(run.folder).count("preempted") == 1
     assert same(run.folder, undisturbed)
-    told = cli("status", str(run.folder), "--json", **cluster.environment)
-    shown = json.loads(told.stdout)
+    status = cli("status", str(run.folder), "--json", **cluster.environment)
+    shown = json.loads(status.stdout)
     assert (shown["state"], shown["step"], shown["commit"], shown["job"]) == ("finished", 60, 60, run.job)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cluster", ["linuxproc", "cgroup"], indirect=True)
-@pytest.mark.parametrize("fault", ["told", "requeued", "preempted", "node lost", "daemon killed"])
-def test_whatever_happens_to_the_job_the_run_is_the_same(cluster, undisturbed, tmp_path, fault):
+@pytest.mark.parametrize("fault", ["signalled", "requeued", "preempted", "node lost", "daemon killed"])
+def test_no_fault_of_the_job_changes_the_run(cluster, undisturbed, tmp_path, fault):
     run = Launched(cluster, tmp_path / "run")
     run.wait_for_step(15)
-    if fault == "told":
+    if fault == "signalled":
         cluster.run("scancel", "--signal=USR1", "--batch", run.job)
     elif fault == "requeued":
         cluster.run("scontrol", "requeue", run.job)
@@ -139,18 +139,18 @@ def test_the_time_limit_ends_in_a_commit_and_a_requeue(cluster, undisturbed, tmp
     profile.write_text("slurm: {time: '4'}\n")
     run = Launched(cluster, tmp_path / "run", "--profile", str(profile), "preemption.margin_s=40")
     run.wait_for_step(3)
-    # SLURM tells 40 to 100 s ahead
+    # SLURM signals 40 to 100 s before the limit
     with stopped(cluster, run.job):
         end = time.mktime(time.strptime(cluster.field(run.job, "EndTime"), "%Y-%m-%dT%H:%M:%S"))
         time.sleep(max(0.0, end - 35 - time.time()))
     console = run.finish()
-    assert "left with 75" in console
+    assert "exited with 75" in console
     assert events(run.folder).count("preempted") == 1
     assert same(run.folder, undisturbed)
 
 
 @pytest.mark.slow
-def test_a_sweep_is_an_array_of_which_each_task_requeues_alone(cli, cluster, undisturbed, tmp_path):
+def test_each_task_of_a_sweep_requeues_independently(cli, cluster, undisturbed, tmp_path):
     options = ["--on", "slurm", "--gpus-per-node", "0", "--nproc", "2", "--sweep", "optim.lr=1e-3,2e-3", "--json"]
     done = cli("launch", *RUN, f"output_dir={tmp_path / 'sweep'}", *options, **cluster.environment)
     assert done.returncode == 0, done.stderr
@@ -164,7 +164,7 @@ def test_a_sweep_is_an_array_of_which_each_task_requeues_alone(cli, cluster, und
         assert followed.returncode == 0, followed.stdout + followed.stderr
         assert cluster.state(task["job"]) == "COMPLETED"
     assert [cluster.field(task["job"], "Restarts") for task in (first, second)] == ["1", "0"]
-    # 1e-3 is the recipe's own rate
+    # 1e-3 is the recipe's learning rate
     assert same(Path(first["run"]), undisturbed)
     other = Path(second["run"])
     assert (other / "samples.jsonl").read_text() == (undisturbed / "samples.jsonl").read_text()
@@ -174,14 +174,14 @@ def test_a_sweep_is_an_array_of_which_each_task_requeues_alone(cli, cluster, und
 
 
 @pytest.mark.slow
-def test_stop_commits_and_does_not_requeue_and_resume_goes_on(cli, cluster, undisturbed, tmp_path):
+def test_stop_commits_without_requeueing_and_resume_continues(cli, cluster, undisturbed, tmp_path):
     run = Launched(cluster, tmp_path / "run")
     run.wait_for_step(2)
     again = cli(
         "launch", *RUN, f"output_dir={run.folder}", "--on", "slurm", "--gpus-per-node", "0", **cluster.environment
     )
     assert again.returncode == 2
-    assert f"job {run.job} of slurm is at it already" in again.stderr
+    assert f"job {run.job} of slurm is already active" in again.stderr
     stopped = cli("stop", str(run.folder), **cluster.environment)
     assert stopped.returncode == 0, stopped.stderr
     out, err = run.process.communicate(timeout=TIMEOUT_S)
@@ -195,8 +195,8 @@ def test_stop_commits_and_does_not_requeue_and_resume_goes_on(cli, cluster, undi
 
 
 @pytest.mark.faults
-def test_a_job_that_never_commits_is_not_requeued_for_ever(cluster, tmp_path):
-    # leaves with 75 at every start, before anything is committed
+def test_a_job_that_never_commits_is_not_requeued_forever(cluster, tmp_path):
+    # exits with 75 at every start, before any commit
     python = tmp_path / "venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text("#!/bin/bash\nexit 75\n")
@@ -206,5 +206,5 @@ def test_a_job_that_never_commits_is_not_requeued_for_ever(cluster, tmp_path):
     run = Launched(cluster, tmp_path / "run", "--profile", str(profile))
     out, err = run.process.communicate(timeout=TIMEOUT_S)
     assert run.process.returncode == 1, out + err
-    assert "no new commit in 2 starts: ended" in out
+    assert "no new commit in 2 starts: giving up" in out
     assert cluster.field(run.job, "Restarts") == "2"

@@ -1,4 +1,4 @@
-"""The loop of a plain VM: a machine is lost without a word, and another one goes on from the bucket."""
+"""The loop of a plain VM: a machine is lost without notice, and another one resumes from the bucket."""
 
 import os
 import signal
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ft_dist.launcher.launch import planned
-from ft_dist.launcher.request import make_request
+from ft_dist.launcher.launch import plan_submission
+from ft_dist.launcher.options import make_request
 from tests.conftest import CLI, ROOT, SMALL_RUN, read_lines
 from tests.object_store import object_store
 
@@ -18,7 +18,7 @@ SETTINGS = ["optim.max_steps=30", "optim.epochs=3", "checkpoint.interval_steps=3
 
 
 @pytest.mark.faults
-def test_another_machine_goes_on_from_the_bucket(tmp_path):
+def test_another_machine_resumes_from_the_bucket(tmp_path):
     profile = tmp_path / "machine.yaml"
     profile.write_text(f"venv: {Path(sys.executable).parent.parent}\n")
     with object_store(tmp_path / "store") as store:
@@ -36,7 +36,7 @@ def test_another_machine_goes_on_from_the_bucket(tmp_path):
             max_restarts=3,
         )
         script = tmp_path / "vm.sh"
-        script.write_text(planned(request).text())
+        script.write_text(plan_submission(request).text())
 
         def machine(name: str) -> subprocess.Popen[bytes]:
             environment = os.environ | store.environment | {"FT_DIST_HOME": str(tmp_path / name)}

@@ -1,4 +1,4 @@
-"""What this machine is: whether a launcher has named our rank already, how many workers it takes, its cores."""
+"""Facts of this machine: whether a launcher has set our rank, GPUs, default workers, cores, and signals to forward."""
 
 import os
 import signal
@@ -7,20 +7,21 @@ from pathlib import Path
 from ft_dist.errors import EXIT_PREEMPTED
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that the agent forwards to its workers, which then commit and exit"""
 
 
 def launched() -> bool:
-    """True if some launcher (torchrun, srun, ours) has already given this process a rank."""
+    """True if a launcher (torchrun, srun, ours) has already given this process a rank."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def default_nproc() -> int:
-    """One worker a visible GPU, or 1 on CPU."""
+    """One worker per visible GPU, or 1 on CPU."""
     return max(1, gpus())
 
 
 def gpus() -> int:
-    """Visible GPUs, found without importing torch."""
+    """Number of visible GPUs, found without importing torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([name for name in visible.split(",") if name.strip() and name.strip() != "-1"])
@@ -32,7 +33,7 @@ def threads_per_worker(nproc: int) -> int:
     return max(1, cores // nproc)
 
 
-def leave_when_told() -> None:
-    """Until workers run there is nothing to save: a signal ends this process with 75."""
+def exit_on_signal() -> None:
+    """Until workers run there is nothing to save, so a signal ends this process with 75."""
     for number in FORWARDED:
         signal.signal(number, lambda *_: os._exit(EXIT_PREEMPTED))

@@ -1,6 +1,6 @@
-"""A launched run of this machine by its folder: status, logs, stop, resume, and one that is at it already.
+"""Runs launched on this machine: status, logs, stop and resume by folder, and a second launch into an active run.
 
-What is launched here is a shell in the agent's place: it says what it was given and leaves with 75 when it is told.
+A shell script takes the agent's place: it prints its arguments and exits with 75 on SIGTERM.
 """
 
 import os
@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from ft_dist.errors import UserError
-from ft_dist.launcher.launch import planned, resume, show_log, status, stop, submitted, watch
+from ft_dist.launcher.launch import plan_submission, resume, show_log, status, stop, submit, watch
+from ft_dist.launcher.options import make_request
 from ft_dist.launcher.record import read_record
-from ft_dist.launcher.request import make_request
 
 AGENT = """#!/bin/bash
-trap 'echo told; exit 75' TERM
-echo "given $*"
+trap 'echo signalled; exit 75' TERM
+echo "arguments: $*"
 [ -e {folder}/finish ] && {{ echo '{{}}' >{run}/summary.json; exit 0; }}
 while :; do sleep 0.05; done
 """
@@ -32,8 +32,8 @@ def run(tmp_path) -> Path:
     python.chmod(0o755)
     profile = tmp_path / "machine.yaml"
     profile.write_text(f"venv: {tmp_path}/venv\n")
-    submitted(planned(request(tmp_path, str(profile))))
-    wait_for_log(tmp_path / "run", "given")
+    submit(plan_submission(request(tmp_path, str(profile))))
+    wait_for_log(tmp_path / "run", "arguments:")
     return tmp_path / "run"
 
 
@@ -65,15 +65,15 @@ def wait_for_log(run: Path, text: str, times: int = 1) -> None:
         time.sleep(0.02)
 
 
-def test_stop_tells_the_run_and_resume_starts_it_again(run, tmp_path):
+def test_stop_signals_the_run_and_resume_restarts_it(run, tmp_path):
     assert status(run)["state"] == "running"
     assert f"--nnodes 1 --nproc 1 --max-restarts 2 {run}/launch/config.yaml" in log(run)
-    with pytest.raises(UserError, match="is at it already"):
-        submitted(planned(request(tmp_path)))
-    with pytest.raises(UserError, match="is at it already"):
+    with pytest.raises(UserError, match="is already active"):
+        submit(plan_submission(request(tmp_path)))
+    with pytest.raises(UserError, match="is already active"):
         resume(run)
-    assert "committed and left" in stop(run)
-    assert "told" in log(run)
+    assert "committed and ended" in stop(run)
+    assert "signalled" in log(run)
     assert status(run)["state"] == "stopped"
     with pytest.raises(UserError, match="nothing to stop"):
         stop(run)
@@ -83,26 +83,26 @@ def test_stop_tells_the_run_and_resume_starts_it_again(run, tmp_path):
     shown: list[str] = []
     assert watch(run, say=said.append, show=shown.append) == 0
     assert said[-1] == "finished"
-    assert "".join(shown).count("given") == 2
+    assert "".join(shown).count("arguments:") == 2
 
 
-def test_a_killed_run_is_told_as_failed_and_its_number_is_not_mistaken_for_another(run):
+def test_a_killed_run_is_failed_and_a_reused_pid_is_not_mistaken_for_it(run):
     pid = int(status(run)["job"].split("@")[0])
     os.kill(pid, 9)
     os.waitpid(pid, 0)
     assert status(run)["state"] == "failed"
-    # the number may come again: the start time tells the processes apart
+    # the PID may be reused: the start time distinguishes the processes
     record = (run / "launch.json").read_text()
     (run / "launch.json").write_text(record.replace(f"{pid}@", f"{os.getpid()}@"))
     assert status(run)["state"] == "failed"
 
 
-def test_a_folder_that_was_never_launched_is_told(tmp_path):
-    with pytest.raises(UserError, match=r"no launch\.json there"):
+def test_a_folder_without_a_launched_run_is_an_error(tmp_path):
+    with pytest.raises(UserError, match=r"no launch\.json, so no run was launched"):
         status(tmp_path)
 
 
-def test_one_that_ended_before_it_was_asked_for_is_not_at_it(run):
+def test_a_run_that_ended_before_its_start_time_was_read_is_inactive(run):
     stop(run)
     record = read_record(run)
     replace(record, job=f"{record.job.partition('@')[0]}@").write(run)

@@ -1,4 +1,4 @@
-"""Templates of `launch/` -> text. A missing variable is an error, and every value is quoted for its kind of file."""
+"""Render the templates in `launch/`. A missing variable is an error, and filters quote values for each kind of file."""
 
 import json
 import shlex
@@ -9,13 +9,13 @@ from ft_dist.config import shipped_folder
 
 
 def template_folder() -> Path:
-    """The templates and shipped profiles."""
+    """The folder of templates and shipped profiles."""
     return shipped_folder("launch", holding="*.j2")
 
 
 def render(template: str, **values: Any) -> str:
-    """The text of `launch/TEMPLATE` with `values`: `| sh` quotes one for a shell and `| words` a list of them, `| yaml`
-    for a YAML file.
+    """The text of `launch/TEMPLATE` with `values`. `| sh` quotes a value for a shell, `| words` a list of them, and
+    `| yaml` a value for a YAML file.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -28,6 +28,6 @@ def render(template: str, **values: Any) -> str:
     )
     environment.filters["sh"] = lambda value: shlex.quote(str(value))
     environment.filters["words"] = shlex.join
-    # JSON is YAML, and says without doubt what is text and what is a number
+    # JSON is YAML, and it distinguishes text from numbers
     environment.filters["yaml"] = lambda value: json.dumps(value, ensure_ascii=False)
     return environment.get_template(template).render(**values)

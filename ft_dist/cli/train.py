@@ -1,0 +1,70 @@
+"""`ft-dist train` and `ft-dist check`."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from ft_dist.cli.arguments import AsJson, Config, Force, Nproc, Overrides
+from ft_dist.errors import UserError
+
+
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    nproc: Nproc = None,
+    max_restarts: Annotated[int, typer.Option(min=0, help="Maximum worker restarts between two commits")] = 3,
+    force: Force = False,
+) -> None:
+    """Fine-tune a model as CONFIG says; run it again to resume. Started by torchrun or srun, it joins their world."""
+    from ft_dist.check import check as check_config
+    from ft_dist.config import load_config
+    from ft_dist.launcher.agent import run_here
+    from ft_dist.launcher.machine import default_nproc, exit_on_signal, launched
+
+    arguments = [config, *(overrides or [])]
+    if launched():
+        from ft_dist.train import main as train_rank
+
+        raise typer.Exit(train_rank(arguments))
+    exit_on_signal()
+    workers = nproc or default_nproc()
+    settings = load_config(config, overrides or [])
+    check_config(settings, world_size=workers)
+    if not force:
+        from ft_dist.plan.guard import check_fits_here
+
+        check_fits_here(settings, ranks=workers, ranks_per_node=workers)
+    raise typer.Exit(run_here(arguments, settings, nproc=workers, max_restarts=max_restarts))
+
+
+def check(
+    config: Config,
+    overrides: Overrides = None,
+    nproc: Nproc = None,
+    env: Annotated[
+        bool, typer.Option("--env", help="Also start the ranks and check that they agree and can reach each other")
+    ] = False,
+    nnodes: Annotated[
+        str, typer.Option(metavar="N|MIN:MAX", help="With --env: number of nodes, each of which runs this command")
+    ] = "1",
+    rdzv: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="With --nnodes: where the nodes meet")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run every check that is possible before training; exit 2 if something must be fixed."""
+    from ft_dist.check import check as check_config
+    from ft_dist.config import load_config
+    from ft_dist.launcher.machine import default_nproc
+
+    if env and as_json:
+        raise UserError("--env cannot be combined with --json, because the ranks print their results as lines.")
+    facts = check_config(load_config(config, overrides or []), world_size=nproc or default_nproc())
+    if env:
+        from ft_dist.launcher.agent import main as run_agent
+
+        rendezvous = ["--rdzv", rdzv] if rdzv else []
+        workers = str(nproc or default_nproc())
+        typer.echo("\n".join(facts))
+        arguments = ["--check", "--nnodes", nnodes, "--nproc", workers, *rendezvous, config, *(overrides or [])]
+        raise typer.Exit(run_agent(arguments))
+    typer.echo(json.dumps({"ok": True, "facts": facts}, indent=2) if as_json else "\n".join([*facts, "ready to train"]))
