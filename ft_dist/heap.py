@@ -1,8 +1,7 @@
-"""glibc's heap of a rank that trains on CPU: what a step frees stays there, and what the first step needs is there in
-time.
+"""Tune glibc's heap for training on CPU: keep the memory that a step frees, and prefault what the first step needs.
 
-Memory that a process uses for the first time is made page by page while it waits. On a virtual machine whose host takes
-freed memory back, that took 0.2 to 1.6 s for each GB.
+The kernel allocates memory page by page when a process first touches it, and the process waits. On a virtual machine
+whose host reclaims freed memory, that took 0.2 to 1.6 s per GB.
 """
 
 import ctypes
@@ -15,10 +14,11 @@ _BLOCK = 2**28
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep the activations that a CPU step frees for the next step.
+    """Make glibc keep the memory of freed activations for the next step.
 
-    By default it gives large blocks, and the top of its heap, back to the kernel at once, so that every step faults the
-    same pages in again: a LoRA step of SmolLM2-135M took 10.2 s with it, and 10.6 s without. No effect without glibc.
+    By default it returns large blocks and the top of its heap to the kernel immediately, so every step faults the same
+    pages in again. A LoRA step of SmolLM2-135M took 10.2 s with this setting and 10.6 s without. No effect without
+    glibc.
     """
     libc = _glibc()
     if libc:
@@ -27,10 +27,10 @@ def keep_freed_memory() -> None:
 
 
 def touch_ahead(nbytes: int) -> Callable[[], None]:
-    """Have a thread use `nbytes` of the heap, beside whatever this one does next.
+    """Touch `nbytes` of the heap in a background thread.
 
-    The result ends that, after the block it is at, and frees them all, to be allocated again. Call `keep_freed_memory`
-    first: otherwise glibc gives them back. No effect without glibc.
+    Call the result to stop the thread after its current block and to free all blocks for reuse. Call
+    `keep_freed_memory` first, or glibc returns them to the kernel. No effect without glibc.
     """
     libc = _glibc()
     if libc is None or nbytes <= 0:
@@ -38,18 +38,18 @@ def touch_ahead(nbytes: int) -> Callable[[], None]:
     libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
     libc.free.argtypes = [ctypes.c_void_p]
     blocks = [libc.malloc(min(_BLOCK, nbytes - begin)) for begin in range(0, nbytes, _BLOCK)]
-    enough = threading.Event()
+    stop = threading.Event()
 
     def touch() -> None:
         for number, block in enumerate(blocks):
-            if block and not enough.is_set():
+            if block and not stop.is_set():
                 ctypes.memset(block, 0, min(_BLOCK, nbytes - number * _BLOCK))
 
     thread = threading.Thread(target=touch, name="touch-ahead", daemon=True)
     thread.start()
 
     def free() -> None:
-        enough.set()
+        stop.set()
         thread.join()
         for block in blocks:
             libc.free(block)

@@ -1,4 +1,4 @@
-"""What this machine has and what the run uses of it: peak memory, peak arithmetic rate, versions."""
+"""Peak memory of this process, peak arithmetic rate of the device, versions of libraries."""
 
 import gc
 import importlib.metadata
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-# Dense bf16 peak of one chip in FLOP/s, from the vendors' data sheets. MFU is told only for chips named here.
+# Dense bf16 peak of one chip in FLOP/s, from the vendors' data sheets. MFU is reported only for these chips.
 PEAK_BF16_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -26,18 +26,18 @@ PACKAGES = ("torch", "deepspeed", "transformers", "peft", "triton", "datasets", 
 
 
 def resume_gc() -> None:
-    """Collect garbage again, but not among what exists: called once most libraries are loaded and before data is
-    prepared, which may take long and must not keep its garbage."""
+    """Enable garbage collection, but exempt all existing objects. Called once most libraries are loaded, before data is
+    prepared, which may take long and must not accumulate garbage."""
     gc.freeze()
     gc.enable()
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory that was in use at once: allocated on a GPU, resident on CPU."""
+    """Peak memory in use: allocated on a GPU, resident on CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     if sys.platform == "linux":
-        # ru_maxrss would begin with what the process had that started this one
+        # ru_maxrss would start from the memory of the parent process
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
         found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
         if found:
@@ -47,7 +47,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak of `device`, or None where it is not known."""
+    """Dense bf16 peak of `device` in FLOP/s, or None if unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -55,15 +55,16 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def flops_per_token(*, total_parameters: int, trainable_share: float) -> float:
-    """Arithmetic of forward and backward for a token, attention left out.
+    """FLOPs per token of forward and backward, without attention.
 
-    2N forward, 2N for the gradient of the activations, and 2N times the trained share for the gradient of the weights:
+    2N forward, 2N for the gradients of the activations, and 2N times the trainable share for those of the weights:
     6N for full fine-tuning, 4N for LoRA.
     """
     return total_parameters * (4.0 + 2.0 * trainable_share)
 
 
 def versions() -> dict[str, str]:
+    """Versions of Python and of the installed libraries."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# set before any test imports ft_dist: tests leave the user's own cache alone and share what they make
+# set before any test imports ft_dist, so that tests share one cache and do not touch the user's
 os.environ["FT_DIST_CACHE"] = os.environ.get("FT_DIST_TEST_CACHE", str(ROOT / ".cache"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# several ranks share few cores here; more threads than cores make every collective wait
+# several ranks share few cores; with more threads than cores, every collective waits
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 CLI = [sys.executable, "-m", "ft_dist.cli"]
 
 
 def start_cli(*arguments: str, **environment: str) -> subprocess.Popen[str]:
-    """`ft-dist ARGUMENTS` as its own process, output captured as text."""
+    """Start `ft-dist ARGUMENTS` as a process, output captured as text."""
     return subprocess.Popen(
         [*CLI, *arguments],
         cwd=ROOT,
@@ -34,7 +34,7 @@ def start_cli(*arguments: str, **environment: str) -> subprocess.Popen[str]:
 
 @pytest.fixture
 def cli() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run `ft-dist ARGUMENTS` to its end."""
+    """Run `ft-dist ARGUMENTS` and wait until it ends."""
 
     def run(*arguments: str, timeout_s: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
         with start_cli(*arguments, **environment) as process:
@@ -52,7 +52,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-# the smallest useful run: ten steps of the smoke recipe, nothing evaluated, nothing saved but the end
+# the smallest useful run: ten steps of the smoke recipe, without evaluation, saved only at the end
 SMALL_RUN = [
     "smoke",
     "model.dtype=fp32",

@@ -1,4 +1,4 @@
-"""A dataset repository of the Hugging Face hub on loopback: the few calls that reading its files takes.
+"""A dataset repository of the Hugging Face hub on loopback, with the few API calls needed to read its files.
 
 https://huggingface.co/docs/hub/api; `environment` points huggingface_hub at it.
 """
@@ -16,7 +16,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """Serves `folder` as the one repository `repo`; `requests` lists what was asked."""
+    """Serves `folder` as the only repository, `repo`; `requests` lists the requests received."""
 
     def __init__(self, folder: Path, repo: str, port: int) -> None:
         self.folder, self.repo = folder, repo
@@ -77,7 +77,7 @@ def hub(folder: Path, repo: str) -> Iterator[Hub]:
             self.wfile.write(content)
 
         def log_message(self, *_: object) -> None:
-            """Quiet."""
+            """Log nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True

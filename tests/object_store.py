@@ -1,6 +1,6 @@
-"""A real S3 server on loopback (rclone over a folder), and a proxy before it that fails by rule.
+"""A real S3 server on loopback (rclone over a folder), and a proxy in front of it that injects faults by rule.
 
-The server's objects are plain files below `folder`, so that a test can damage one, and they outlive a kill -9.
+The objects are plain files below `folder`, so a test can damage one, and they survive kill -9.
 """
 
 import http.client
@@ -31,7 +31,7 @@ def free_port() -> int:
 
 
 class ObjectStore:
-    """`rclone serve s3` on a port of its own; `kill` is SIGKILL, `start` brings it back on the same port."""
+    """`rclone serve s3` on its own port; `kill` sends SIGKILL, `start` restarts it on the same port."""
 
     def __init__(self, root: Path) -> None:
         self.folder = root / BUCKET
@@ -51,14 +51,14 @@ class ObjectStore:
         program = Path(sys.executable).parent / "rclone"
         command = [str(program) if program.exists() else shutil.which("rclone") or "rclone", "serve", "s3"]
         command += ["--addr", f"127.0.0.1:{self.port}", "--auth-key", f"{KEY},{SECRET}"]
-        # nothing cached (0 would make it spin), no checksums kept: what lies in the folder is what the server answers
+        # no caches (0 would make it spin) and no stored checksums: the server answers with what is in the folder
         command += ["--vfs-cache-mode", "off", "--dir-cache-time", "1ms", "--config", os.devnull]
         self._process = subprocess.Popen(
             [*command, str(self.folder.parent)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         deadline = time.monotonic() + 30
         while not _listens(self.port):
-            assert self._process.poll() is None, "the server ended"
+            assert self._process.poll() is None, "the server exited"
             assert time.monotonic() < deadline, "the server does not listen"
             time.sleep(0.05)
 
@@ -70,7 +70,7 @@ class ObjectStore:
 
 
 def environment(port: int) -> dict[str, str]:
-    """What points every S3 client at a port of this machine."""
+    """Environment variables that point every S3 client at a port of this machine."""
     return {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
         "AWS_ACCESS_KEY_ID": KEY,
@@ -93,21 +93,21 @@ def object_store(root: Path) -> Iterator[ObjectStore]:
 
 @dataclass
 class Rule:
-    """The first `times` requests that match `METHOD /path` fail so: a status, no answer, half a body, a reset.
+    """How the first `times` requests that match `METHOD /path` fail: a status, no answer, half a body, or a reset.
 
-    `hang` sends nothing until the client gives up; `lose` lets an upload through and breaks before the answer.
+    `hang` sends nothing until the client times out; `lose` forwards an upload and resets before the answer.
     """
 
     match: str
     answer: int | Literal["hang", "partial", "reset", "lose", "flip"]
     times: int = 1
     seen: int = 0
-    """Requests that this rule failed"""
+    """Requests that failed because of this rule"""
 
 
 @dataclass
 class Proxy:
-    """Forwards to a port of this machine except where a rule says otherwise; `requests` lists what came by."""
+    """Forwards to a port of this machine unless a rule applies; `requests` lists all requests."""
 
     upstream: int
     rules: list[Rule] = field(default_factory=list)
@@ -181,7 +181,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _forward(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.proxy.upstream, timeout=60)
         try:
-            # the signature covers Host, so it stays the client's own
+            # the signature covers Host, so the client's header is kept
             connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
             for name, value in self.headers.items():
                 if name.lower() not in ("connection", "expect"):
@@ -199,7 +199,7 @@ class _Handler(BaseHTTPRequestHandler):
         length = str(len(content))
         for name, value in headers:
             if name.lower() == "content-length":
-                length = value  # of HEAD: the object's, though no body comes
+                length = value  # for HEAD: the object's size, though there is no body
             elif name.lower() not in ("connection", "transfer-encoding"):
                 self.send_header(name, value)
         self.send_header("Content-Length", length)
@@ -220,7 +220,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _error_body(status: int) -> bytes:
     code = {429: "SlowDown", 500: "InternalError", 503: "ServiceUnavailable"}.get(status, "Failed")
-    return f"<Error><Code>{code}</Code><Message>told to fail</Message></Error>".encode()
+    return f"<Error><Code>{code}</Code><Message>injected fault</Message></Error>".encode()
 
 
 def _listens(port: int) -> bool:

@@ -1,7 +1,7 @@
-"""A real SLURM on this machine: one controller and several node daemons, as root or as anybody, no accounting.
+"""A real SLURM on this machine: one controller and several node daemons, as any user, without accounting.
 
-Debian's packages are installed if they are missing. Every node is this host under another name and port, so jobs are
-real, signals are real and a node daemon can be killed. Nothing is left running.
+Debian's packages are installed if they are missing. Every node is this host under another name and port, so jobs and
+signals are real and a node daemon can be killed. All processes are stopped at the end.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ import pytest
 from tests.object_store import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
-# PriorityTier: a job of `high` takes the nodes of one of `low`, which has GraceTime seconds to save
+# PriorityTier: a job of `high` preempts one of `low`, which gets GraceTime seconds to commit
 CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -98,7 +98,7 @@ class SlurmCluster:
         self._spawn(name, ["slurmd", "-D", "-N", name, "-f", self.environment["SLURM_CONF"]])
 
     def kill_node(self, name: str, *, with_its_jobs: bool = True) -> None:
-        """A node that loses power, seen from outside: daemon and jobs are gone without a word; or the daemon alone."""
+        """Simulate a node that loses power: kill its daemon and jobs without notice, or only the daemon."""
         daemon = self._daemons.pop(name)
         daemon.kill()
         daemon.wait()
@@ -115,7 +115,7 @@ class SlurmCluster:
         ).stdout.strip()
 
     def state(self, job: str) -> str:
-        """PENDING, RUNNING, COMPLETED, ... as `scontrol` says."""
+        """PENDING, RUNNING, COMPLETED, ... as `scontrol` reports."""
         return self.field(job, "JobState")
 
     def field(self, job: str, name: str) -> str:
@@ -123,7 +123,7 @@ class SlurmCluster:
         return dict(part.partition("=")[::2] for part in shown.split()).get(name, "")
 
     def processes_of(self, job: str, module: str) -> list[int]:
-        """Processes of a job that run `python -m MODULE`."""
+        """PIDs of a job's processes that run `python -m MODULE`."""
         found = [pid for pid in self._started_by() if f"SLURM_JOB_ID={job}" in _environment(pid)]
         return [pid for pid in found if f"-m\0{module}\0" in Path(f"/proc/{pid}/cmdline").read_text()]
 
@@ -143,7 +143,7 @@ class SlurmCluster:
         self._daemons.clear()
 
     def _started_by(self, name: str | None = None) -> list[int]:
-        """Processes of jobs on a node, with the daemons of their steps; or all that know this cluster."""
+        """PIDs of the jobs on a node and their step daemons; without `name`, all processes that use this cluster."""
         own = f"SLURM_CONF={self.environment['SLURM_CONF']}"
         found = {pid: variables for pid in _processes() if own in (variables := _environment(pid))}
         if name is None:
@@ -156,7 +156,7 @@ class SlurmCluster:
         assert program, command[0]
         with (self.root / f"{name}.log").open("ab") as log:
             self._daemons[name] = subprocess.Popen(
-                [program, *command[1:]], stdout=log, stderr=log, preexec_fn=_end_with_the_tests
+                [program, *command[1:]], stdout=log, stderr=log, preexec_fn=_end_with_parent
             )
 
     def _idle(self) -> int:
@@ -164,16 +164,16 @@ class SlurmCluster:
 
 
 def install() -> None:
-    """Debian's packages, if they are missing; the test is skipped where they cannot be installed."""
+    """Install Debian's packages if they are missing; skip the test if that fails."""
     if all(shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") for name in PROGRAMS):
         return
     if not shutil.which("apt-get"):
-        pytest.skip("SLURM is not here, and there is no apt-get to install it with")
+        pytest.skip("SLURM is not installed, and there is no apt-get to install it")
     apt = [*([] if os.geteuid() == 0 else ["sudo", "-n"]), "apt-get"]
     for arguments in (["update"], ["install", "-y", "--no-install-recommends", "slurm-wlm", "munge"]):
         done = subprocess.run([*apt, *arguments], capture_output=True, text=True)
         if done.returncode:
-            pytest.skip(f"SLURM is not here and cannot be installed: {done.stderr[-200:]}")
+            pytest.skip(f"SLURM is not installed and cannot be installed: {done.stderr[-200:]}")
 
 
 @contextmanager
@@ -187,15 +187,15 @@ def slurm_cluster(root: Path, *, nodes: int = 2, proctrack: str = "linuxproc") -
         cluster.stop()
 
 
-def _end_with_the_tests() -> None:
-    """A test session that is killed leaves no daemons (prctl(2), PR_SET_PDEATHSIG)."""
+def _end_with_parent() -> None:
+    """End the daemons with the test session, even if it is killed (prctl(2), PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def _wait_for(what: Callable[[], bool], name: str, timeout_s: float = 60) -> None:
     deadline = time.monotonic() + timeout_s
     while not what():
-        assert time.monotonic() < deadline, f"no answer of {name}"
+        assert time.monotonic() < deadline, f"no answer from {name}"
         time.sleep(0.1)
 
 

@@ -1,4 +1,4 @@
-"""Memory that was touched ahead is there for the run, and not twice."""
+"""Prefaulted memory is used by later allocations, and counted only once."""
 
 import json
 import subprocess
@@ -33,7 +33,7 @@ print(json.dumps([faults, peak_memory_bytes(torch.device("cpu"))]))
 
 
 def run(nbytes: int) -> tuple[int, int]:
-    """Page faults that tensors of 256 MiB cost, and the process's peak."""
+    """Page faults of allocating 256 MiB of tensors, and the peak memory of the process."""
     command = [sys.executable, "-c", PROGRAM, str(nbytes)]
     environment = {"GLIBC_TUNABLES": "", "PATH": ""}  # pages of 4 KiB
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
@@ -41,14 +41,14 @@ def run(nbytes: int) -> tuple[int, int]:
     return faults, peak
 
 
-def test_tensors_take_what_was_touched_ahead():
+def test_tensors_reuse_prefaulted_memory():
     faults, peak = run(0)
     fewer, same_peak = run(280 * MIB)
     assert fewer < faults / 10
     assert same_peak < peak + 40 * MIB
 
 
-def test_trained_weights_leave_the_mapped_file():
+def test_trainable_weights_are_copied_out_of_the_mapped_file():
     settings = load_config("smoke", ["model.dtype=fp32"]).model
     model = load_model(settings, folder=resolve_model("tiny-llama"), vocabulary=1)
     for parameter in list(model.parameters())[:3]:
@@ -62,7 +62,7 @@ def test_trained_weights_leave_the_mapped_file():
 
 
 def mapped(tensor: torch.Tensor) -> bool:
-    """Whether it lies in a file."""
+    """True if the tensor is stored in the memory-mapped model file."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         span, *_, name = line.split()
         begin, end = (int(edge, 16) for edge in span.split("-"))

@@ -1,4 +1,4 @@
-"""Every mistake is told in one line, with exit code 2, before anything is written."""
+"""Every user error is reported in one line, with exit code 2, before anything is written."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ def write(folder: Path, *lines: str) -> Path:
 
 @pytest.fixture
 def refused(cli, tmp_path):
-    """Train with these overrides; the run must be refused. Returns the one line that says why."""
+    """Train with these overrides. The run must be refused; returns the error line."""
 
     def run(*overrides: str, nproc: int = 1) -> str:
         output = tmp_path / "run"
@@ -31,7 +31,7 @@ def refused(cli, tmp_path):
     return run
 
 
-def test_unknown_key_names_the_nearest(refused):
+def test_an_unknown_key_suggests_the_nearest(refused):
     assert "unknown key. Did you mean optim.warmup_steps?" in refused("optim.warmup_step=3")
 
 
@@ -43,7 +43,7 @@ def test_missing_model(refused):
     assert "model.path=./no/such/model: no such folder" in refused("model.path=./no/such/model")
 
 
-def test_a_hub_id_that_cannot_be_reached_is_told_once(refused):
+def test_an_unreachable_hub_id_is_reported_once(refused):
     assert "model.path=nobody/nothing" in refused("model.path=nobody/nothing", nproc=2)
 
 
@@ -77,7 +77,7 @@ def test_zero_stage_7(refused):
     assert "engine.zero_stage=7: should be 'auto', 0, 1, 2 or 3" in refused("engine.zero_stage=7")
 
 
-def test_target_module_that_matches_nothing(refused):
+def test_a_target_module_without_a_match(refused):
     message = refused("method.target_modules=[q_prok]")
     assert "method.target_modules=q_prok" in message
     assert "q_proj" in message
@@ -96,7 +96,7 @@ def test_output_folder_not_writable(cli, tmp_path):
 
 
 def test_output_folder_where_nothing_can_be_created(cli):
-    # not even root makes folders there
+    # not even root can create folders there
     done = cli("train", "smoke", "output_dir=/proc/run")
     assert done.returncode == 2
     assert "output_dir=/proc/run: cannot write in /proc" in done.stderr
@@ -109,5 +109,5 @@ def test_no_such_recipe(cli):
     assert "smoke" in done.stderr
 
 
-def test_rows_longer_than_the_model(refused):
+def test_rows_longer_than_the_model_supports(refused):
     assert "positions" in refused("data.max_length=1000000")
