@@ -2,9 +2,8 @@
 
 A `Storage` is a folder: a local path, or a URL such as `s3://bucket/folder`, `gs://`, `az://`, `hf://`. The client
 libraries find endpoints and credentials in the usual places (`AWS_ENDPOINT_URL`, `AWS_PROFILE`, ...). Transient errors
-(timeouts, 408, 429, 5xx, refused or broken connections, partial bodies) are retried with exponential back-off and full
-jitter (Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog 2015) for up to `wait_s` seconds. Permanent
-errors (missing, forbidden, invalid request) fail immediately. Writes are atomic: readers see a whole file or none.
+are retried for up to `wait_s` seconds (`retry.py`); permanent ones fail immediately. Writes are atomic: readers see a
+whole file or none.
 """
 
 import contextlib
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from ft_dist.errors import ConfigError, MissingFileError, StorageError
+from ft_dist.retry import delay_s, is_transient
 
 PART_BYTES = 16 * 2**20
 """Bytes of one ranged read, the most that a broken connection wastes"""
@@ -27,7 +27,6 @@ CALL_TIMEOUT_S = 60.0
 SLOWEST_BYTES_S = 2**18
 """A call that moves fewer bytes per second counts as stalled"""
 LOG_INTERVAL_S = 10.0
-FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 15.0
 
 Log = Callable[[str], None]
 Result = TypeVar("Result")
@@ -220,8 +219,7 @@ class Storage:
                 self._logged_at = now
         if due and self._log:
             self._log(f"{url}: {what} failed ({_short(error)}); retrying for up to {self.wait_s - waited:.0f} s more")
-        ceiling = min(LONGEST_DELAY_S, FIRST_DELAY_S * 2.0 ** min(attempts - 1, 10))
-        if self._closed.wait(min(self._random.uniform(ceiling / 10, ceiling), self.wait_s - waited)):
+        if self._closed.wait(min(delay_s(attempts, self._random), self.wait_s - waited)):
             raise StorageError(f"{url}: {what} was cancelled because the storage was closed.")
         return due
 
@@ -362,32 +360,6 @@ class _Objects:
     def _timeout(self, moved_bytes: int) -> dict[str, float]:
         """The timeout of one call, for drivers that support one."""
         return {"timeout": CALL_TIMEOUT_S + moved_bytes / SLOWEST_BYTES_S} if self._files.async_impl else {}
-
-
-_LASTING_ERRNO = {
-    errno.EINVAL, errno.EPERM, errno.EACCES, errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENOSPC,
-    errno.EROFS, errno.ENOSYS, errno.ENAMETOOLONG, errno.EMSGSIZE, errno.ENOTEMPTY, errno.EDQUOT,
-}  # fmt: skip
-_LASTING_NAMES = ("Credentials", "ParamValidation", "Authentication", "InvalidURL", "NotFound", "UnknownService")
-_REMOTE_LIBRARIES = {"aiohttp", "aiobotocore", "botocore", "azure", "gcsfs", "google", "httpx", "huggingface_hub"}
-_REMOTE_LIBRARIES |= {"fsspec", "requests", "s3fs", "urllib3"}
-
-
-def is_transient(error: Exception) -> bool:
-    """True if a retry may succeed. Decided by HTTP status, else by error name, errno and the library that raised it."""
-    response = getattr(error, "response", None)
-    for status in (getattr(holder, name, None) for holder in (error, response) for name in _STATUS_NAMES):
-        if isinstance(status, int | str) and str(status).isdigit() and 400 <= int(status) < 600:
-            return int(status) in (408, 425, 429) or int(status) >= 500
-    if any(name in type(error).__name__ for name in _LASTING_NAMES):
-        return False
-    if isinstance(error, OSError):
-        return error.errno not in _LASTING_ERRNO and not isinstance(error, FileNotFoundError | PermissionError)
-    library = type(error).__module__.partition(".")[0]
-    return isinstance(error, EOFError) or library in _REMOTE_LIBRARIES or "Timeout" in type(error).__name__
-
-
-_STATUS_NAMES = ("status", "status_code", "code")
 
 
 def _short(error: Exception) -> str:

@@ -12,6 +12,7 @@ import fsspec  # noqa: F401
 import pytest
 
 import ft_dist.storage as storage_module
+from ft_dist import retry
 from ft_dist.errors import ConfigError, MissingFileError, StorageError, UserError
 from ft_dist.storage import Storage, is_remote_folder, is_url, open_storage
 from tests.object_store import ObjectStore, Proxy, Rule, fault_proxy, object_store
@@ -33,8 +34,8 @@ def proxy(server: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prox
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage_module, "FIRST_DELAY_S", 0.01)
-    monkeypatch.setattr(storage_module, "LONGEST_DELAY_S", 0.1)
+    monkeypatch.setattr(retry, "FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr(retry, "LONGEST_DELAY_S", 0.1)
 
 
 @pytest.fixture(params=["s3", "folder"])

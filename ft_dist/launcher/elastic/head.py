@@ -125,7 +125,7 @@ class Head:
         """A node's agent was sent a signal, and has forwarded it to its own workers."""
         node.leaving = True
         if self._round is None and node is self._nodes[0]:
-            self._end(EXIT_PREEMPTED, f"stopped by {signal.Signals(number).name} before the workers were started")
+            self._end(EXIT_PREEMPTED, f"stopped by {signal.Signals(number).name} while no workers were running")
 
     def worker_ended(self, node: Node, number: int, rank: int, code: int | None) -> None:
         """`code` is None if the agent killed the worker because others had failed."""
@@ -137,7 +137,7 @@ class Head:
             return
         current.codes[rank] = code
         if code == EXIT_PREEMPTED and not current.leaving:
-            # its node was asked to leave, so the run is committed or has not begun; other ranks may wait for this one
+            # it was not the head that signalled it; the run is committed or has not begun, and other ranks may wait
             current.leaving = True
             self._signal(signal.SIGTERM, skip_leaving=True)
         elif code not in (EXIT_FINISHED, EXIT_PREEMPTED):

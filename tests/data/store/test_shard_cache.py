@@ -14,7 +14,7 @@ import pytest
 
 import ft_dist.data.store.cache as cache_module
 import ft_dist.data.store.store as store_module
-import ft_dist.storage as storage_module
+from ft_dist import retry
 from ft_dist.data.store.cache import ShardCache, open_store
 from ft_dist.data.store.store import TokenStore
 from ft_dist.data.stream.mixture import Source
@@ -38,7 +38,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
 
 @pytest.fixture
 def proxy(server: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    monkeypatch.setattr(storage_module, "FIRST_DELAY_S", 0.05)
+    monkeypatch.setattr(retry, "FIRST_DELAY_S", 0.05)
     with fault_proxy(server.port) as proxy:
         for name, value in proxy.environment.items():
             monkeypatch.setenv(name, value)
