@@ -18,7 +18,7 @@ from ft_dist.launcher.record import JobState, LaunchRecord, new_record, state_of
 from ft_dist.launcher.request import Request, RequestedRun
 from ft_dist.launcher.submission import Submission
 from ft_dist.launcher.targets.protocol import Target
-from ft_dist.launcher.targets.templates import render
+from ft_dist.launcher.templates import render
 from ft_dist.plan.gpu import Device, device_here
 
 STOP_TIMEOUT_S = 600.0

@@ -13,7 +13,7 @@ from ft_dist.launcher.request import Request, RequestedRun, job_name
 from ft_dist.launcher.submission import Submission, call
 from ft_dist.launcher.targets.protocol import Target
 from ft_dist.launcher.targets.remote import CREDENTIALS, RENDEZVOUS_PORT, agent_arguments, checked_run, embedded_config
-from ft_dist.launcher.targets.templates import render
+from ft_dist.launcher.templates import render
 
 STATES = {"SUCCEEDED": "finished", "CANCELLED": "stopped", "CANCELLING": "stopped", "PENDING": "pending"}
 

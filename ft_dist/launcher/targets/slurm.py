@@ -10,7 +10,7 @@ from ft_dist.launcher.record import JobState, LaunchRecord, new_record, state_of
 from ft_dist.launcher.request import Request, RequestedRun, job_name
 from ft_dist.launcher.submission import Submission, call
 from ft_dist.launcher.targets.protocol import Target
-from ft_dist.launcher.targets.templates import render
+from ft_dist.launcher.templates import render
 
 PENDING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
 RUNNING = ("RUNNING", "COMPLETING", "STOPPED", "SUSPENDED", "SIGNALING", "STAGE_OUT", "RESIZING")

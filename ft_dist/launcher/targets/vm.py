@@ -12,7 +12,7 @@ from ft_dist.launcher.request import Request, RequestedRun, job_name
 from ft_dist.launcher.submission import Submission
 from ft_dist.launcher.targets.protocol import Target
 from ft_dist.launcher.targets.remote import agent_arguments, checked_run, embedded_config
-from ft_dist.launcher.targets.templates import render
+from ft_dist.launcher.templates import render
 
 
 class VirtualMachine(Target):
