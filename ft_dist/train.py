@@ -96,6 +96,7 @@ def _collect_from_start_up() -> None:
 
 def take_step(run: Any, stop: StopRequest, batch: Any) -> None:
     """One optimizer step on this rank's share of a global batch, recorded. Raises Preempted, TrainingError."""
+    from ft_dist.engine.step import StepSums
     from ft_dist.optim.schedule import learning_rate
 
     waited_s = run.clock.lap()
@@ -107,13 +108,13 @@ def take_step(run: Any, stop: StopRequest, batch: Any) -> None:
         batch.micro_batches,
         labelled_tokens=batch.batch.labelled_tokens,
         learning_rate=rate,
-        to_sum=lambda: [float(stop.wanted), float(padded), float(computed)],
+        to_sum=lambda: StepSums(float(stop.wanted), float(padded), float(computed)),
         abandon=batch.given_up,
     )
     if result.abandoned:
         run.leave_preempted()
     run.finish_step(batch, result, learning_rate=rate, waited_s=waited_s, step_s=run.clock.lap() - result.held_up_s)
-    if result.sums[0] > 0:
+    if result.sums.stop_wanted > 0:
         run.leave_preempted()
 
 

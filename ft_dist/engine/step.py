@@ -8,6 +8,7 @@ sum(labelled tokens), however the batch was cut.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,18 +25,26 @@ from ft_dist.objective.causal import CausalObjective
 from ft_dist.optim.build import build_optimizer, parameter_groups
 
 
+class StepSums(NamedTuple):
+    """What each rank reports with a step, and what the step sums over all ranks."""
+
+    stop_wanted: float = 0.0
+    padded_tokens: float = 0.0
+    computed_tokens: float = 0.0
+
+
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did. `loss` is the mean over labelled tokens; `skipped` means that no weight changed.
+    """The outcome of one step. `loss` is the mean over the objective's units; `skipped`: no weight changed.
 
-    `sums` are the caller's numbers, added up over all ranks. `abandoned`: a rank had no data and the step was not made.
-    `held_up_s` of its time went by in `before_update`.
+    `sums` are the callers' numbers summed over all ranks. `abandoned`: a rank had no data, so no update ran.
+    `before_update` took `held_up_s` of the step.
     """
 
     loss: float
     grad_norm: float
     skipped: bool
-    sums: list[float]
+    sums: StepSums
     abandoned: bool = False
     held_up_s: float = 0.0
 
@@ -90,7 +99,7 @@ class Engine:
         *,
         labelled_tokens: int,
         learning_rate: float,
-        to_sum: Callable[[], Sequence[float]] = list,
+        to_sum: Callable[[], StepSums] = StepSums,
         abandon: bool = False,
     ) -> StepResult:
         """Forward and backward over this rank's micro-batches, then one update.
@@ -113,8 +122,8 @@ class Engine:
         alone = self.world.size == 1
         abandoning, *sums = [float(abandon)] if alone else sum_over_ranks([float(abandon), *to_sum()], self.world)
         if abandoning:
-            sums = list(to_sum()) if alone else sums
-            return StepResult(loss=math.nan, grad_norm=math.nan, skipped=True, sums=sums, abandoned=True)
+            summed = to_sum() if alone else StepSums(*sums)
+            return StepResult(loss=math.nan, grad_norm=math.nan, skipped=True, sums=summed, abandoned=True)
         held_up_s = self.before_update()
         total, norm = self._update(loss_sum, learning_rate)
         skipped = not math.isfinite(norm)
@@ -124,8 +133,8 @@ class Engine:
             loss=total / labelled_tokens,
             grad_norm=math.nan if skipped else norm,
             skipped=skipped,
-            # one rank alone asks as late as it can, when the device is done
-            sums=list(to_sum()) if alone else sums,
+            # a single rank asks as late as possible, after the device has finished
+            sums=to_sum() if alone else StepSums(*sums),
             held_up_s=held_up_s,
         )
 

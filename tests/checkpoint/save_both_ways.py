@@ -24,7 +24,6 @@ def main() -> None:
             batch.micro_batches,
             labelled_tokens=batch.batch.labelled_tokens,
             learning_rate=rate,
-            to_sum=lambda: [0.0, 0.0],
         )
         run.finish_step(batch, result, learning_rate=rate, waited_s=0.0, step_s=1.0)
     run.commit()

@@ -18,7 +18,7 @@ from ft_dist.distributed import World, join_world, leave_world, open_store
 from ft_dist.engine import flat_update
 from ft_dist.engine.build import prepare_deepspeed
 from ft_dist.engine.fragments import adam_step, fragments, tell_optimizer
-from ft_dist.engine.step import Engine, StepResult
+from ft_dist.engine.step import Engine, StepResult, StepSums
 from ft_dist.model.quiet import quiet_process, quietly
 from tests.checkpoint.odd_ranks import VOCABULARY, Batch, Objective, Odd
 
@@ -138,13 +138,13 @@ def order_of_events(world: World) -> dict[str, Any]:
         return 0.5
 
     engine.before_update = before_update
-    abandoned = take(engine, 0, abandon=world.rank == world.size - 1, to_sum=lambda: [2.0])
+    abandoned = take(engine, 0, abandon=world.rank == world.size - 1, to_sum=lambda: StepSums(stop_wanted=2.0))
     untouched = not seen and same(before, state(engine))
     engine = make_engine(world)
     engine.before_update = before_update
-    made = take(engine, 0, to_sum=lambda: [2.0, float(len(seen))])
+    made = take(engine, 0, to_sum=lambda: StepSums(2.0, float(len(seen))))
     return {
-        "abandoned": abandoned.abandoned and abandoned.sums == [2.0 * world.size] and untouched,
+        "abandoned": abandoned.abandoned and abandoned.sums.stop_wanted == 2.0 * world.size and untouched,
         "asked_before": seen == [True] and not same(before, state(engine)) and made.held_up_s == 0.5,
         "sums": made.sums,
     }
