@@ -18,13 +18,25 @@ from ft_dist.errors import TrainingError
 
 @dataclass(frozen=True)
 class World:
-    """Rank, size and device of this process."""
+    """Rank, size and device of this process.
+
+    `rank` and `size` count processes. `data_rank` and `data_size` count shares of the global batch; the two are equal
+    while every process takes a share of its own.
+    """
 
     rank: int
     size: int
     local_rank: int
     local_size: int
     device: torch.device
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank
+
+    @property
+    def data_size(self) -> int:
+        return self.size
 
     @property
     def is_main(self) -> bool:

@@ -106,7 +106,7 @@ def take_step(run: Any, stop: StopRequest, batch: Any) -> None:
     computed = sum(run.engine.objective.computed_tokens(micro_batch) for micro_batch in batch.micro_batches)
     result = run.engine.train_step(
         batch.micro_batches,
-        labelled_tokens=batch.batch.labelled_tokens,
+        weight=run.engine.objective.weight(batch.batch),
         learning_rate=rate,
         to_sum=lambda: StepSums(float(stop.wanted), float(padded), float(computed)),
         abandon=batch.given_up,

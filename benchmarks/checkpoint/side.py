@@ -39,7 +39,7 @@ def main() -> None:
 
     def step() -> StepResult:
         labelled = batch.batch.labelled_tokens
-        return run.engine.train_step(batch.micro_batches, labelled_tokens=labelled, learning_rate=1e-5)
+        return run.engine.train_step(batch.micro_batches, weight=labelled, learning_rate=1e-5)
 
     step()
     side = Side(run, options.folder, step)

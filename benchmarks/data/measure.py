@@ -18,7 +18,7 @@ from benchmarks.data.side import SIDES
 from ft_dist.config.schema import DataConfig
 from ft_dist.data.prepare.build import prepare
 from ft_dist.data.stream.batch import Prefetcher
-from ft_dist.data.stream.mixture import Source
+from ft_dist.data.stream.mixture import MixtureSource
 from ft_dist.data.stream.packing import DEFAULT_WINDOW, pack_window
 from ft_dist.data.stream.stream import DataStream
 
@@ -115,7 +115,7 @@ class _Virtual:
 def seek(position: int) -> float:
     """Seconds from nothing to the first batch behind `position` samples."""
     started = time.perf_counter()
-    sources = [Source("virtual", _Virtual())]
+    sources = [MixtureSource("virtual", _Virtual())]
     stream = DataStream(sources, seed=0, global_rows=64, max_length=CAPACITY, packing=True)
     state = stream.state_dict()
     stream.load_state_dict(state | {"window": position // DEFAULT_WINDOW})

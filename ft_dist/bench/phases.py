@@ -1,7 +1,7 @@
 """Where a step's time goes: forward, backward, optimizer, and the collectives inside them.
 
-Hooks on the engine that is measured, for a few steps of their own: on a GPU each phase then waits for its kernels,
-which the timed steps before do not. Collectives are timed on the host; on a GPU they are read from the profiler.
+Phases are timed in a few separate steps: on a GPU each phase then waits for its kernels, unlike in the steps that the
+rates come from. Collectives are timed on the host; on a GPU the profiler reports them.
 """
 
 import time
@@ -36,21 +36,14 @@ COLLECTIVES = (
 
 
 class Phases:
-    """Seconds by phase since it was made; `taken` starts over."""
+    """Seconds by phase since it was created or last read by `taken`."""
 
     def __init__(self, engine: Engine) -> None:
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._on_gpu = engine.world.device.type == "cuda"
-        self._open: float | None = None
         self._phase: str | None = None
         self._inside = 0
-        deepspeed: Any = engine.deepspeed
-        deepspeed.register_forward_pre_hook(self._forward_begins, with_kwargs=True)
-        deepspeed.register_forward_hook(self._forward_ends, with_kwargs=True)
-        deepspeed.backward = self._timed("backward", deepspeed.backward)
-        if engine.flat:
-            engine.flat.add_gradients = self._timed("backward", engine.flat.add_gradients)  # type: ignore[method-assign]
-        engine._update = self._timed("optimizer", engine._update)  # type: ignore[method-assign]
+        engine.on_phase = self.timed
 
     def taken(self) -> dict[str, float]:
         seconds = dict(self._seconds)
@@ -62,24 +55,15 @@ class Phases:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def _forward_begins(self, *_: Any) -> None:
-        self._open, self._phase = self._now(), "forward"
-
-    def _forward_ends(self, *_: Any) -> None:
-        assert self._open is not None
-        self._seconds["forward"] += self._now() - self._open
-        self._phase = None
-
-    def _timed(self, phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*arguments: Any, **named: Any) -> Any:
-            started, self._phase = self._now(), phase
-            try:
-                return call(*arguments, **named)
-            finally:
-                self._seconds[phase] += self._now() - started
-                self._phase = None
-
-        return timed
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the time inside to `phase`."""
+        started, self._phase = self._now(), phase
+        try:
+            yield
+        finally:
+            self._seconds[phase] += self._now() - started
+            self._phase = None
 
     @contextmanager
     def communication(self) -> Iterator[None]:
@@ -92,7 +76,7 @@ class Phases:
             return
         from deepspeed.comm import comm
 
-        # DeepSpeed keeps references to some of torch's functions from its start: its own methods are timed as well
+        # DeepSpeed keeps references to some of torch's functions, so its own methods are timed as well
         places = [(place, name) for place in (dist, comm.cdb) for name in COLLECTIVES if hasattr(place, name)]
         originals = [(place, name, getattr(place, name)) for place, name in places]
         for place, name, call in originals:
@@ -111,7 +95,7 @@ class Phases:
                 work = call(*arguments, **named)
             finally:
                 self._inside -= 1
-                if not self._inside:  # one collective may be made of others
+                if not self._inside:  # a collective may call others
                     self._communicated(time.perf_counter() - started)
             outermost = not self._inside and work is not None and hasattr(work, "wait")
             return _TimedWork(work, self._communicated) if outermost else work
@@ -131,7 +115,7 @@ class Phases:
             torch.cuda.synchronize()
         micro = sum(event.device_time_total for event in profiler.key_averages() if "nccl" in event.key.lower())
         self._seconds["communication"] += micro / 1e6
-        # the profiler does not say when: most of it is reduced or gathered during backward, the rest in the update
+        # the profiler does not say when: most reductions and gathers run during backward, the rest in the update
         left = micro / 1e6
         for phase in ("backward", "optimizer", "forward"):
             inside = min(left, self._seconds[phase])
@@ -140,7 +124,7 @@ class Phases:
 
 
 class _TimedWork:
-    """A collective under way: waiting for it counts too."""
+    """A collective in flight: waiting for it counts too."""
 
     def __init__(self, work: Any, communicated: Callable[[float], None]) -> None:
         self._work, self._communicated = work, communicated

@@ -91,7 +91,7 @@ def prepare(spec: Spec, config: RunConfig, stop: Any, free_memory: Callable[[], 
     import os
 
     from ft_dist.bench.synthetic import SyntheticStore, VocabularyOnly
-    from ft_dist.data.stream.mixture import Source
+    from ft_dist.data.stream.mixture import MixtureSource
     from ft_dist.data.stream.stream import DataStream
     from ft_dist.engine.build import build_engine
     from ft_dist.model.load import load_model, random_model
@@ -116,7 +116,7 @@ def prepare(spec: Spec, config: RunConfig, stop: Any, free_memory: Callable[[], 
         seed=config.seed,
     )
     stream = DataStream(
-        [Source("synthetic", store)],
+        [MixtureSource("synthetic", store)],
         seed=config.seed,
         global_rows=config.batch.global_rows,
         max_length=config.data.max_length,

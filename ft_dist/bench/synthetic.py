@@ -45,11 +45,14 @@ class SyntheticStore:
         mask: BoolArray = positions >= np.repeat(lengths - self._labelled[ids], lengths)
         return self._pool[(starts + positions) % len(self._pool)], mask, lengths
 
+    def sequences_of(self, ids: Int64Array) -> None:
+        """Every sample is one sequence."""
+
     def expect(self, ids: Int64Array) -> None:
         """Nothing to fetch."""
 
     def close(self) -> None:
-        """Nobody waits."""
+        """Nothing waits."""
 
 
 class VocabularyOnly:

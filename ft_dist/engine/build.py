@@ -16,7 +16,7 @@ from ft_dist.model.fp8 import hold_base_in_fp8, refuse_without_fp8
 from ft_dist.model.fused.fuse import fuse
 from ft_dist.model.load import add_adapters, enable_activation_checkpointing, load_model
 from ft_dist.model.quiet import quietly
-from ft_dist.objective.causal import CausalObjective
+from ft_dist.objective.table import build_objective
 
 
 def build_engine(
@@ -47,7 +47,7 @@ def build_engine(
         causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         base_in_fp8 = hold_base_in_fp8(causal_lm) if config.model.base_dtype == "fp8" else None
         report = fuse(causal_lm, kernels=config.model.kernels, device_type=world.device.type, zero3=zero3)
-        objective = CausalObjective(model, fused=report.head_backend, by_segment=report.segments, zero3=zero3)
+        objective = build_objective(model, fused=report.head_backend, by_segment=report.segments, zero3=zero3)
         report.add_head(objective.head.reason_unfused())
         engine = Engine(objective, config, world)
         tell_optimizer(engine)

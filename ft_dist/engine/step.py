@@ -1,13 +1,14 @@
 """One optimizer step over micro-batches, the same for every ZeRO stage.
 
-The summed loss of a micro-batch is divided by the labelled tokens of the global batch before backward, and multiplied
-by the ranks where DeepSpeed averages gradients over them, so that what reaches the optimizer is exactly sum(loss) /
-sum(labelled tokens), however the batch was cut.
+The summed loss of a micro-batch is divided by the weight of the global batch (labelled tokens, for causal training)
+before backward, and multiplied by the number of data-parallel ranks where DeepSpeed averages gradients over them. The
+optimizer thus receives the gradient of sum(loss) / sum(weight), however the batch was cut.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from ft_dist.engine.flat_update import FlatUpdate
 from ft_dist.engine.grad_norm import judge_by_norm
 from ft_dist.engine.settings import deepspeed_config, effective_stage
 from ft_dist.model.fp8 import held_elements
-from ft_dist.objective.causal import CausalObjective
+from ft_dist.objective.protocol import Objective
 from ft_dist.optim.build import build_optimizer, parameter_groups
 
 
@@ -47,12 +48,14 @@ class StepResult:
     sums: StepSums
     abandoned: bool = False
     held_up_s: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The objective's, as means over the same units"""
 
 
 class Engine:
     """DeepSpeed around the objective: `train_step` in, `StepResult` out."""
 
-    def __init__(self, objective: CausalObjective, config: RunConfig, world: World) -> None:
+    def __init__(self, objective: Objective, config: RunConfig, world: World) -> None:
         import deepspeed
 
         self.config = config
@@ -65,7 +68,9 @@ class Engine:
         """Called after every forward of a micro-batch, with its backward if it has one"""
         self.before_update: Callable[[], float] = lambda: 0.0
         """Called before weights and optimizer state change; returns the seconds that it held the step up"""
-        # a walk over all modules takes milliseconds; every save asks
+        self.on_phase: Callable[[str], AbstractContextManager[object]] = lambda phase: nullcontext()
+        """Entered around each `forward`, `backward` and `optimizer` phase of a step, to time it"""
+        # walking all modules takes milliseconds, and every save needs this
         self._trainable = [(name, p) for name, p in objective.model.named_parameters() if p.requires_grad]
         groups = parameter_groups(objective.model.named_parameters(), config.optim)
         optimizer = build_optimizer(groups, config.optim)
@@ -97,27 +102,33 @@ class Engine:
         self,
         micro_batches: Sequence[MicroBatch],
         *,
-        labelled_tokens: int,
+        weight: int,
         learning_rate: float,
         to_sum: Callable[[], StepSums] = StepSums,
         abandon: bool = False,
     ) -> StepResult:
         """Forward and backward over this rank's micro-batches, then one update.
 
-        `labelled_tokens` counts the global batch. `to_sum` is asked for when this rank has queued its part, and summed
-        by the hosts while the devices work: that is how a rank's wish to stop reaches all ranks in the same step.
-        `abandon` on any rank leaves all weights as they are; gradients are then spoilt, and the run must end.
+        `weight` is the objective's for the global batch. `to_sum` is called once this rank has queued its part; the
+        hosts sum its numbers while the devices work, so a stop request reaches all ranks in the same step. `abandon` on
+        any rank leaves all weights unchanged; gradients are then undefined, and the run must end.
         """
         self.objective.train()
-        scale = (1 if self.flat else self.world.size) / labelled_tokens
+        scale = (1 if self.flat else self.world.data_size) / weight
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        metric_sums: dict[str, Tensor] = {}
         for index, batch in enumerate(micro_batches):
             self.deepspeed.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-            loss = self.deepspeed(**batch.to(self.world.device, non_blocking=True).inputs())
+            inputs = batch.to(self.world.device, non_blocking=True).inputs()
+            with self.on_phase("forward"):
+                loss = self.deepspeed(**inputs)
             loss_sum += loss.detach()
-            self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
-            if self.flat:
-                self.flat.add_gradients()
+            for name, value in self.objective.metrics(batch).items():
+                metric_sums[name] = metric_sums.get(name, 0) + value.detach().double()
+            with self.on_phase("backward"):
+                self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
+                if self.flat:
+                    self.flat.add_gradients()
             self.on_progress()
         alone = self.world.size == 1
         abandoning, *sums = [float(abandon)] if alone else sum_over_ranks([float(abandon), *to_sum()], self.world)
@@ -125,22 +136,32 @@ class Engine:
             summed = to_sum() if alone else StepSums(*sums)
             return StepResult(loss=math.nan, grad_norm=math.nan, skipped=True, sums=summed, abandoned=True)
         held_up_s = self.before_update()
-        total, norm = self._update(loss_sum, learning_rate)
+        with self.on_phase("optimizer"):
+            total, norm = self._update(loss_sum, learning_rate)
         skipped = not math.isfinite(norm)
         if not self._settled:
             self._settle()
         return StepResult(
-            loss=total / labelled_tokens,
+            loss=total / weight,
             grad_norm=math.nan if skipped else norm,
             skipped=skipped,
             # a single rank asks as late as possible, after the device has finished
             sums=to_sum() if alone else StepSums(*sums),
             held_up_s=held_up_s,
+            metrics=self._mean(metric_sums, weight),
         )
 
+    def _mean(self, sums: dict[str, Tensor], weight: int) -> dict[str, float]:
+        if not sums:
+            return {}
+        stacked = torch.stack(list(sums.values()))
+        if self.world.size > 1:
+            dist.all_reduce(stacked)
+        return dict(zip(sums, (stacked / weight).tolist(), strict=True))
+
     def _settle(self) -> None:
-        """Give memory back that the first step used and no other will: weights move into merged buffers in its forward
-        pass, and the allocator keeps their old places, which nothing fits into."""
+        """Release memory that only the first step used: weights move into merged buffers in its forward pass, and the
+        allocator keeps their old blocks, which nothing else fits into."""
         torch.cuda.empty_cache()
         self._settled = True
 

@@ -50,7 +50,7 @@ class HeldOut:
         world = engine.world
         stopping = _Stopping(world, stop_wanted)
         loss, labelled = held_out_loss(
-            lambda batch: (engine.loss_sum(batch), batch.labelled_tokens),
+            lambda batch: (engine.loss_sum(batch), engine.objective.weight(batch)),
             stopping.between(self._batches(world, tokenizer.pad_token_id or 0)),
             device=world.device,
         )
@@ -95,9 +95,9 @@ class HeldOut:
     def _batches(self, world: World, pad_id: int) -> Iterator[MicroBatch]:
         """Rows of like length together; the same number of batches on every rank, as ZeRO-3 needs."""
         by_length = np.argsort(-self.store.lengths_of(np.arange(len(self))), kind="stable").tolist()
-        mine = by_length[world.rank :: world.size]
+        mine = by_length[world.data_rank :: world.data_size]
         rows = self.settings.batch_rows
-        share = -(-len(by_length) // world.size)
+        share = -(-len(by_length) // world.data_size)
         gpu_length = self.max_length if world.device.type == "cuda" else None
         for start in range(0, share, rows):
             samples = [[index] for index in mine[start : start + rows]]

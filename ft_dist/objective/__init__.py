@@ -1,1 +1,1 @@
-"""What is minimised."""
+"""What training minimises, one file per objective."""

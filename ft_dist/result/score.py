@@ -72,13 +72,13 @@ def _score(
     from ft_dist.data.read.formats import read_samples
     from ft_dist.data.stream.batch import MicroBatch, collate
     from ft_dist.evaluate.score import held_out_loss, labelled_prompts, score_answers
-    from ft_dist.objective.causal import CausalObjective
+    from ft_dist.objective.table import build_objective
 
     model, tokenizer = finished.model, finished.tokenizer
     store = prepare(data.eval, tokenizer, data=data, model_path=path).store
     count = min(len(store), max_samples or len(store))
     tell(f"scoring {count} samples")
-    objective = CausalObjective(model)
+    objective = build_objective(model)
     options = {"pad_id": tokenizer.pad_token_id, "gpu_length": data.max_length if model.device.type == "cuda" else None}
     batches = (
         collate([[sample] for sample in range(start, min(start + rows, count))], store, **options)
@@ -86,7 +86,7 @@ def _score(
     )
 
     def summed(batch: MicroBatch) -> tuple[Any, int]:
-        return objective.batch_loss(batch.to(model.device)), batch.labelled_tokens
+        return objective.loss(batch.to(model.device)), objective.weight(batch)
 
     loss, labelled_tokens = held_out_loss(summed, batches)
     samples = islice(chain.from_iterable(read_samples(source) for source in data.eval), max_samples)

@@ -180,12 +180,11 @@ class Run:
         on_gpu = self.world.device.type == "cuda"
         with Prefetcher(
             self.stream,
-            rank=self.world.rank,
-            world=self.world.size,
+            rank=self.world.data_rank,
+            world=self.world.data_size,
             micro_rows=self.config.batch.micro_rows,
             pad_id=self.tokenizer.pad_token_id or 0,
             gpu_length=self.config.data.max_length if on_gpu else None,
-            pin_memory=on_gpu,
             give_up=self._is_late,
         ) as prefetcher:
             for batch in prefetcher:
@@ -238,6 +237,7 @@ class Run:
             "peak_memory_bytes": peak_memory_bytes(self.world.device),
             "epoch": round(batch.batch.progress, 6),
             "samples_seen": batch.state_after["samples_seen"],
+            **result.metrics,
         }
         self._checkpoint_stall_s = 0.0
         self.planned.step_took(step_s)

@@ -65,6 +65,9 @@ class Objective(torch.nn.Module):
         super().__init__()
         self.model = model
 
+    def metrics(self, batch: Batch) -> dict[str, torch.Tensor]:
+        return {}
+
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         logits = self.model(input_ids)
         return torch.nn.functional.cross_entropy(logits.view(-1, VOCABULARY), labels.reshape(-1), reduction="sum")
@@ -83,7 +86,7 @@ def train(engine: Engine, steps: range) -> None:
         tokens = torch.randint(VOCABULARY, (ROWS, TOKENS + 1), generator=torch.Generator().manual_seed(step))
         mine = tokens[world.rank :: world.size]
         batch = Batch(mine[:, :-1], mine[:, 1:], torch.arange(TOKENS).expand(len(mine), -1))
-        engine.train_step([batch], labelled_tokens=ROWS * TOKENS, learning_rate=0.05)  # type: ignore[list-item]
+        engine.train_step([batch], weight=ROWS * TOKENS, learning_rate=0.05)  # type: ignore[list-item]
 
 
 def save(engine: Engine, writer: CheckpointWriter, step: int) -> None:

@@ -22,7 +22,7 @@ def main() -> None:
         rate = learning_rate(run.config.optim, step=run.step + 1, total_steps=run.total_steps)
         result = run.engine.train_step(
             batch.micro_batches,
-            labelled_tokens=batch.batch.labelled_tokens,
+            weight=batch.batch.labelled_tokens,
             learning_rate=rate,
         )
         run.finish_step(batch, result, learning_rate=rate, waited_s=0.0, step_s=1.0)

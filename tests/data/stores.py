@@ -28,6 +28,9 @@ class ListStore:
         mask = np.concatenate([np.array(self.samples[index][1], np.bool_) for index in ids])
         return tokens, mask, self.lengths_of(ids)
 
+    def sequences_of(self, ids):
+        return None
+
     def expect(self, ids):
         pass
 

@@ -86,7 +86,7 @@ def take(engine: Engine, step: int, *, dummies: int = 0, **options: Any) -> Step
     for _ in range(dummies):
         mine.append(micro_batches(step)[0])
         mine[-1].labels.fill_(-100)
-    return engine.train_step(mine, labelled_tokens=2 * ROWS * TOKENS, learning_rate=RATE, **options)
+    return engine.train_step(mine, weight=2 * ROWS * TOKENS, learning_rate=RATE, **options)
 
 
 def state(engine: Engine) -> dict[str, torch.Tensor]:
@@ -146,7 +146,7 @@ def order_of_events(world: World) -> dict[str, Any]:
     return {
         "abandoned": abandoned.abandoned and abandoned.sums.stop_wanted == 2.0 * world.size and untouched,
         "asked_before": seen == [True] and not same(before, state(engine)) and made.held_up_s == 0.5,
-        "sums": made.sums,
+        "sums": list(made.sums),
     }
 
 

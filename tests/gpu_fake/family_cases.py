@@ -58,7 +58,7 @@ def run(family: str, method: str, *, stage: int | None, ranks: int) -> dict[str,
             with unset_fake_temporarily():
                 real, dummy = next(step.batches(setting, config)), step.dummy(config)
             for micro_batches in ([*real, dummy], [dummy]):
-                engine.train_step(micro_batches, labelled_tokens=100, learning_rate=step.LEARNING_RATE)
+                engine.train_step(micro_batches, weight=100, learning_rate=step.LEARNING_RATE)
     except Exception as problem:  # whatever torch, DeepSpeed or a compiler says
         where = traceback.extract_tb(problem.__traceback__)[-1]
         place = f"{Path(where.filename).name}:{where.lineno}"

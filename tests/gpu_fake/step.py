@@ -26,7 +26,7 @@ from ft_dist.bench.synthetic import SyntheticStore, VocabularyOnly, median_of
 from ft_dist.config import RunConfig
 from ft_dist.config.load import validate
 from ft_dist.data.stream.batch import MicroBatch, collate, deal
-from ft_dist.data.stream.mixture import Source
+from ft_dist.data.stream.mixture import MixtureSource
 from ft_dist.data.stream.stream import DataStream
 from ft_dist.distributed import World
 from ft_dist.engine.build import build_engine
@@ -161,7 +161,7 @@ def batches(setting: Setting, config: RunConfig) -> Iterator[list[MicroBatch]]:
         seed=config.seed,
     )
     stream = DataStream(
-        [Source("synthetic", store)],
+        [MixtureSource("synthetic", store)],
         seed=config.seed,
         global_rows=config.batch.global_rows,
         max_length=config.data.max_length,
@@ -200,7 +200,7 @@ def count_step(setting: Setting, *, steps: int = 2, micro_batches: list[MicroBat
             for step in data:
                 count.clear()
                 labelled = max(1, sum(batch.labelled_tokens for batch in step) * setting.ranks)
-                engine.train_step(step, labelled_tokens=labelled, learning_rate=LEARNING_RATE)
+                engine.train_step(step, weight=labelled, learning_rate=LEARNING_RATE)
     return Step(count.phases, held[-1], count.attention, engine, config)
 
 

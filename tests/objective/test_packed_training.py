@@ -6,7 +6,7 @@ import torch
 
 from ft_dist.config.schema import MethodConfig, ModelConfig
 from ft_dist.data.stream.batch import collate, deal
-from ft_dist.data.stream.mixture import Source
+from ft_dist.data.stream.mixture import MixtureSource
 from ft_dist.data.stream.stream import DataStream
 from ft_dist.model.builtin import resolve_model
 from ft_dist.model.fused.fuse import fuse
@@ -35,7 +35,7 @@ def loss_and_gradients(objective, store, micro_batches, *, gpu_length=None):
     total, labelled = 0.0, 0
     for rows in micro_batches:
         batch = collate(rows, store, gpu_length=gpu_length)
-        loss = objective.batch_loss(batch)
+        loss = objective.loss(batch)
         loss.backward()
         total, labelled = total + float(loss.detach()), labelled + batch.labelled_tokens
     gradients = {n: p.grad / labelled for n, p in objective.named_parameters() if p.grad is not None}
@@ -46,7 +46,7 @@ def loss_and_gradients(objective, store, micro_batches, *, gpu_length=None):
 @pytest.mark.parametrize("kernels", ["off", "torch"])
 def test_packed_equals_a_row_each(kind, kernels):
     store = random_store(60, 40)
-    stream = DataStream([Source("a", store)], seed=0, global_rows=6, max_length=96, packing=True)
+    stream = DataStream([MixtureSource("a", store)], seed=0, global_rows=6, max_length=96, packing=True)
     batch = stream.next_batch()
     assert batch.samples > 2 * len(batch.rows)
     objective = build(kind, kernels)
@@ -98,5 +98,5 @@ def test_samples_that_saw_each_other_would_be_noticed():
     batch = collate([[0, 1, 2]], store)
     joined = torch.arange(batch.input_ids.shape[1])[None]
     with torch.no_grad():
-        apart, together = objective.batch_loss(batch), objective(batch.input_ids, batch.labels, joined)
+        apart, together = objective.loss(batch), objective(batch.input_ids, batch.labels, joined)
     assert abs(float(apart - together)) > 1e-3 * float(apart)

@@ -33,7 +33,7 @@ from ft_dist.data.read.text_files import RawRecord, Record
 from ft_dist.data.store.cache import open_store
 from ft_dist.data.store.store import INDEX, JoinedStore, TokenStore, files_of
 from ft_dist.data.store.writer import REPORT, ShardWriter
-from ft_dist.data.stream.mixture import Source
+from ft_dist.data.stream.mixture import MixtureSource
 from ft_dist.errors import DataError, UserError
 from ft_dist.storage import Storage, open_storage
 
@@ -88,9 +88,9 @@ class Prepared:
         return JoinedStore(self.stores)
 
     @property
-    def sources(self) -> list[Source]:
+    def sources(self) -> list[MixtureSource]:
         """What `DataStream` takes."""
-        return [Source(one.name, store, one.weight) for one, store in zip(self.sets, self.stores, strict=True)]
+        return [MixtureSource(one.name, store, one.weight) for one, store in zip(self.sets, self.stores, strict=True)]
 
     @property
     def counts(self) -> list[SourceCounts]:

@@ -55,6 +55,13 @@ class SampleStore(Protocol):
         """(tokens (T,), mask (T,), lengths (samples,)) of the samples end to end."""
         ...
 
+    def sequences_of(self, ids: Int64Array) -> tuple[Int64Array, Int64Array] | None:
+        """(tokens of each sequence end to end, sequences of each sample); None where every sample is one sequence.
+
+        A sample of several sequences is a group, such as a preference pair: order, packing and ranks never split it.
+        """
+        ...
+
     def expect(self, ids: Int64Array) -> None:
         """A hint: these samples are gathered soon."""
         ...
@@ -126,6 +133,7 @@ class TokenStore:
         self.name = name
         self._files = files
         self._shards: list[dict[str, Any]] = self.index["shards"]
+        self._grouped = any(entry.get("grouped") for entry in self._shards)
         self._starts = np.zeros(len(self._shards) + 1, np.int64)
         np.cumsum([shard["samples"] for shard in self._shards], out=self._starts[1:])
         path = files.path(self.index["lengths"]["file"])
@@ -178,6 +186,14 @@ class TokenStore:
             shard_of, lengths, lambda number, mine: self._gather_shard(number, ids[mine], lengths[mine])
         )
 
+    def sequences_of(self, ids: Int64Array) -> tuple[Int64Array, Int64Array] | None:
+        if not self._grouped:
+            return None
+        shard_of = np.searchsorted(self._starts, ids, side="right") - 1
+        return join_sequences(
+            shard_of, self.lengths_of(ids), lambda number, mine: self._sequences_in(number, ids[mine])
+        )
+
     def sample(self, index: int) -> tuple[Int64Array, BoolArray]:
         """(tokens int64, mask bool) of one sample."""
         tokens, mask, _ = self.gather(np.array([index], np.int64))
@@ -205,10 +221,21 @@ class TokenStore:
         bits = shard["mask"][at >> 3] >> (7 - (at & 7)).astype(np.uint8)
         return shard["tokens"][at].astype(np.int64), (bits & 1).astype(np.bool_)
 
+    def _sequences_in(self, number: int, ids: Int64Array) -> tuple[Int64Array, Int64Array] | None:
+        if not self._shards[number].get("grouped"):
+            return None
+        shard = self._shard(number)
+        at = ids - self._starts[number]
+        firsts, counts = shard["sequence_offsets"][at], np.diff(shard["sequence_offsets"])[at]
+        return shard["sequence_lengths"][end_to_end(firsts, counts)].astype(np.int64), counts
+
     def _map(self, number: int) -> dict[str, npt.NDArray[Any]]:
         entry = self._shards[number]
+        names = ["tokens", "mask", "offsets"]
+        if entry.get("grouped"):
+            names += ["sequence_lengths", "sequence_offsets"]
         try:
-            arrays = map_safetensors(self._files.path(entry["file"]), ("tokens", "mask", "offsets"))
+            arrays = map_safetensors(self._files.path(entry["file"]), names)
             lengths = self.lengths[self._starts[number] : self._starts[number + 1]]
             offsets = arrays["offsets"]
             if offsets[-1] != len(arrays["tokens"]) or not np.array_equal(np.diff(offsets), lengths):
@@ -253,6 +280,16 @@ class JoinedStore:
             lambda number, mine: self.stores[number].gather(ids[mine] - self.starts[number])[:2],
         )
 
+    def sequences_of(self, ids: Int64Array) -> tuple[Int64Array, Int64Array] | None:
+        found = {
+            number: self.stores[number].sequences_of(ids[mine] - self.starts[number])
+            for number, mine in self._by_store(ids)
+        }
+        if all(one is None for one in found.values()):
+            return None
+        store_of = np.searchsorted(self.starts, ids, side="right") - 1
+        return join_sequences(store_of, self.lengths_of(ids), lambda number, mine: found[number])
+
     def sample(self, index: int) -> tuple[Int64Array, BoolArray]:
         """(tokens int64, mask bool) of one sample."""
         tokens, mask, _ = self.gather(np.array([index], np.int64))
@@ -292,6 +329,23 @@ def gather_parts(
         into = end_to_end(starts[mine], lengths[mine])
         tokens[into], mask[into] = gather(part, mine)
     return tokens, mask, lengths
+
+
+def join_sequences(
+    part_of: Int64Array, lengths: Int64Array, read: Callable[[int, Int64Array], tuple[Int64Array, Int64Array] | None]
+) -> tuple[Int64Array, Int64Array]:
+    """`sequences_of` for samples stored in several parts; `read(part, places)` reads one, None: one sequence each."""
+    found = []
+    counts = np.ones(len(lengths), np.int64)
+    for part in np.unique(part_of).tolist():
+        mine = np.flatnonzero(part_of == part)
+        part_lengths, counts[mine] = read(part, mine) or (lengths[mine], 1)
+        found.append((mine, part_lengths))
+    starts = np.cumsum(counts) - counts
+    joined = np.empty(int(counts.sum()), np.int64)
+    for mine, part_lengths in found:
+        joined[end_to_end(starts[mine], counts[mine])] = part_lengths
+    return joined, counts
 
 
 def map_safetensors(path: Path, names: Sequence[str]) -> dict[str, npt.NDArray[Any]]:

@@ -55,14 +55,23 @@ class ShardWriter:
         self._parts: list[dict[str, int]] = []
         self._go_on()
         self._pending: list[EncodedChunk] = []
+        self._sequences: list[Sequence[Sequence[int]] | None] = []
+        """The groups of each pending chunk"""
         self._pending_tokens = 0
 
     @property
     def records(self) -> int:
         return self.counts.records - sum(chunk.counts.records for chunk in self._pending)
 
-    def add(self, chunk: EncodedChunk) -> None:
+    def add(self, chunk: EncodedChunk, *, sequences: Sequence[Sequence[int]] | None = None) -> None:
+        """`sequences` holds the lengths of each sample's sequences, where samples are groups of several.
+
+        The chunk's `labelled` must not count the first token of any sequence, which no token predicts.
+        """
+        if sequences is not None:
+            assert [sum(lengths) for lengths in sequences] == chunk.lengths.tolist(), "sequences fill their samples"
         self._pending.append(chunk)
+        self._sequences.append(sequences)
         self._pending_tokens += len(chunk.tokens)
         self.counts.add(chunk.counts)
         if self._pending_tokens >= SHARD_TOKENS:
@@ -144,12 +153,14 @@ class ShardWriter:
             "mask": np.packbits(np.concatenate([chunk.mask for chunk in chunks])),
             "offsets": np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
         }
+        groups = self._pending_groups()
         part = {name: np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in _PARTS}
         self._shards.append(
             {
-                **self._write(f"tokens-{number:05d}.safetensors", shard),
+                **self._write(f"tokens-{number:05d}.safetensors", {**shard, **groups}),
                 "samples": len(lengths),
                 "tokens": int(lengths.sum()),
+                **({"grouped": True} if groups else {}),
             }
         )
         entry = self._write(_part_name(number), part)
@@ -161,8 +172,21 @@ class ShardWriter:
             "shards": self._shards,
             "parts": self._parts,
         }
-        self._pending, self._pending_tokens = [], 0
+        self._pending, self._sequences, self._pending_tokens = [], [], 0
         self.storage.write(PROGRESS, json.dumps(progress, indent=1).encode())
+
+    def _pending_groups(self) -> dict[str, npt.NDArray[Any]]:
+        """Lengths and offsets of the pending sequences; empty where every sample is one sequence."""
+        if all(one is None for one in self._sequences):
+            return {}
+        samples = list[Sequence[int]]()
+        for chunk, sequences in zip(self._pending, self._sequences, strict=True):
+            samples += [[length] for length in chunk.lengths.tolist()] if sequences is None else sequences
+        counts = np.array([len(lengths) for lengths in samples], np.int64)
+        return {
+            "sequence_lengths": np.concatenate([np.asarray(lengths, np.uint32) for lengths in samples]),
+            "sequence_offsets": np.concatenate([[0], np.cumsum(counts)]),
+        }
 
     def _write(self, name: str, arrays: dict[str, npt.NDArray[Any]]) -> dict[str, Any]:
         from safetensors.numpy import save

@@ -35,6 +35,26 @@ GIVE_UP_POLL_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
+class Groups:
+    """Which sequences of a micro-batch belong together: a preference pair is a sample of two sequences.
+
+    sample_of_sequence: (Q,) int64, ascending. sequence_of_label: (N,) int64, the sequence of each labelled token.
+    """
+
+    sample_of_sequence: torch.Tensor
+    sequence_of_label: torch.Tensor
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Groups":
+        return Groups(
+            self.sample_of_sequence.to(device, non_blocking=non_blocking),
+            self.sequence_of_label.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> "Groups":
+        return Groups(self.sample_of_sequence.pin_memory(), self.sequence_of_label.pin_memory())
+
+
+@dataclass(frozen=True, slots=True)
 class MicroBatch:
     """Tensors of one forward.
 
@@ -59,10 +79,14 @@ class MicroBatch:
     labelled_tokens: int
     padded_tokens: int
     """Pad tokens: real_tokens + padded_tokens = R * L"""
+    samples: int = 0
+    groups: "Groups | None" = None
+    """Where samples hold several sequences; None where each holds one"""
 
     def inputs(self) -> dict[str, Any]:
-        """What the model reads."""
-        return {name: getattr(self, name) for name in INPUTS}
+        """What the objective's forward takes."""
+        named = {name: getattr(self, name) for name in INPUTS}
+        return named if self.groups is None else {**named, "groups": self.groups}
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "MicroBatch":
         moved = {name: value.to(device, non_blocking=non_blocking) for name, value in self.inputs().items()}
@@ -97,9 +121,12 @@ def collate(rows: Sequence[Row], store: SampleStore, *, pad_id: int = 0, gpu_len
     if not rows:
         zero = np.zeros((1, 1 if gpu_length is None else round_to), np.int64)
         return _micro_batch(zero + pad_id, zero + IGNORED, zero, 0, round_to, gpu_length is not None)
-    tokens, mask, lengths = store.gather(np.fromiter(chain.from_iterable(rows), np.int64))
-    positions = end_to_end(np.zeros_like(lengths), lengths)
-    learnt = np.flatnonzero(mask & (positions > 0))  # what comes first in a sample has no token before it
+    ids = np.fromiter(chain.from_iterable(rows), np.int64)
+    tokens, mask, lengths = store.gather(ids)
+    grouped = store.sequences_of(ids)
+    sequence_lengths = lengths if grouped is None else grouped[0]
+    positions = end_to_end(np.zeros_like(sequence_lengths), sequence_lengths)
+    learnt = np.flatnonzero(mask & (positions > 0))  # the first token of a sequence has no token before it
     labels = np.full(len(tokens), IGNORED, np.int64)
     labels[learnt - 1] = tokens[learnt]
 
@@ -116,7 +143,13 @@ def collate(rows: Sequence[Row], store: SampleStore, *, pad_id: int = 0, gpu_len
         position_RL[row, : end - start] = positions[start:end]
     if gpu_length is not None:
         round_to *= len(rows)
-    return _micro_batch(input_RL, label_RL, position_RL, len(tokens), round_to, gpu_length is not None)
+    batch = _micro_batch(input_RL, label_RL, position_RL, len(tokens), round_to, gpu_length is not None)
+    groups = None
+    if grouped is not None:
+        sequence_of_label = np.repeat(np.arange(len(sequence_lengths)), sequence_lengths)[labels != IGNORED]
+        sample_of_sequence = np.repeat(np.arange(len(ids)), grouped[1])
+        groups = Groups(torch.from_numpy(sample_of_sequence), torch.from_numpy(sequence_of_label))
+    return replace(batch, samples=len(ids), groups=groups)
 
 
 def _micro_batch(
@@ -187,15 +220,14 @@ class Prefetcher:
         pad_id: int = 0,
         gpu_length: int | None = None,
         depth: int = 2,
-        pin_memory: bool = False,
         give_up: Callable[[], bool] = lambda: False,
     ) -> None:
         self._stream = stream
         self._deal = {"rank": rank, "world": world, "micro_rows": micro_rows}
         self._collate = partial(collate, pad_id=pad_id, gpu_length=gpu_length)
-        self._pin_memory = pin_memory
-        # a thread starts on the first GPU: without this every rank would pin there, and hold 500 MB of that GPU
-        self._gpu = torch.cuda.current_device() if pin_memory else None
+        self._pin_memory = gpu_length is not None
+        # a thread starts on the first GPU: without this every rank would pin there and hold 500 MB of that GPU
+        self._gpu = torch.cuda.current_device() if self._pin_memory else None
         self._ready: queue.Queue[Prefetched | BaseException] = queue.Queue(maxsize=depth)
         self._give_up = give_up
         self._given_up = False

@@ -103,6 +103,9 @@ class WindowStore:
 
         return gather_parts(self._window_of(ids), lengths, gather_window)
 
+    def sequences_of(self, ids: Int64Array) -> None:
+        """Every sample is one sequence."""
+
     def expect(self, ids: Int64Array) -> None:
         """Everything is in memory."""
 

@@ -22,7 +22,7 @@ from ft_dist.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class MixtureSource:
     """A store and how often it is seen: `weight` times an epoch on average. `name` is what messages call it."""
 
     name: str
@@ -85,7 +85,7 @@ class Mixture:
     """Sample ids by epoch and window. Ids count through the sources in order."""
 
     def __init__(
-        self, sources: Sequence[Source], *, seed: int, temperature: float, shuffle_samples: int, window: int
+        self, sources: Sequence[MixtureSource], *, seed: int, temperature: float, shuffle_samples: int, window: int
     ) -> None:
         empty = next((source.name for source in sources if not len(source.store)), None)
         if empty is not None or not sources:

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ft_dist.data.store.store import SampleStore
-from ft_dist.data.stream.mixture import Mixture, Source
+from ft_dist.data.stream.mixture import Mixture, MixtureSource
 from ft_dist.data.stream.order import Permutation
 from ft_dist.data.stream.packing import DEFAULT_WINDOW, pack_window
 from ft_dist.errors import DataError
@@ -80,7 +80,7 @@ class DataStream:
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[MixtureSource],
         *,
         seed: int,
         global_rows: int,

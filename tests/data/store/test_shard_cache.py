@@ -17,7 +17,7 @@ import ft_dist.data.store.store as store_module
 from ft_dist import retry
 from ft_dist.data.store.cache import ShardCache, open_store
 from ft_dist.data.store.store import TokenStore
-from ft_dist.data.stream.mixture import Source
+from ft_dist.data.stream.mixture import MixtureSource
 from ft_dist.data.stream.stream import DataStream
 from ft_dist.errors import DataError, StorageError
 from ft_dist.storage import open_storage
@@ -115,7 +115,7 @@ def test_a_killed_server_is_waited_for_and_the_samples_are_the_same(
     limit = 3 * shard_bytes(local)
     remote = open_store(url, cache=tmp_path / "cache", cache_bytes=limit, wait_s=120, tell=lines.append)
     streams = [
-        DataStream([Source("set", store)], seed=5, global_rows=4, max_length=512, packing=True)
+        DataStream([MixtureSource("set", store)], seed=5, global_rows=4, max_length=512, packing=True)
         for store in (remote, local)
     ]
     waited_s = 0.0

@@ -5,7 +5,7 @@ import torch
 
 from ft_dist.bench.synthetic import SyntheticStore
 from ft_dist.data.stream.batch import IGNORED, Prefetcher, collate, deal
-from ft_dist.data.stream.mixture import Source
+from ft_dist.data.stream.mixture import MixtureSource
 from ft_dist.data.stream.stream import DataStream
 from tests.data.stores import ListStore, random_store
 
@@ -36,7 +36,7 @@ def test_dummy_predicts_nothing():
 def test_shapes_on_a_gpu_do_not_follow_lengths():
     """Twenty steps of packed chats: what kernels, allocator and matrix products see."""
     store = SyntheticStore(max_length=4096, median=300, labelled=0.5, vocabulary=1000, seed=0)
-    stream = DataStream([Source("chats", store)], seed=0, global_rows=2, max_length=4096, packing=True)
+    stream = DataStream([MixtureSource("chats", store)], seed=0, global_rows=2, max_length=4096, packing=True)
     seen = set()
     for _ in range(20):
         got = collate(stream.next_batch().rows, store, gpu_length=4096)
@@ -49,7 +49,7 @@ def test_shapes_on_a_gpu_do_not_follow_lengths():
 @pytest.mark.parametrize("packing", [True, False])
 def test_lengths_on_a_gpu_are_sixteenths_of_the_longest(packing):
     store = random_store(300, 700)
-    stream = DataStream([Source("a", store)], seed=1, global_rows=3, max_length=1000, packing=packing)
+    stream = DataStream([MixtureSource("a", store)], seed=1, global_rows=3, max_length=1000, packing=packing)
     for _ in range(10):
         rows = stream.next_batch().rows
         got, on_cpu = collate(rows, store, gpu_length=1000), collate(rows, store)
@@ -77,7 +77,7 @@ def test_the_dummy_of_a_gpu_is_a_shortest_row():
 @pytest.mark.parametrize("world", [1, 2, 3, 7, 8, 64])
 def test_deal_gives_every_row_once_and_every_rank_as_many_micro_batches(world, packing):
     store = random_store(100, 50)
-    stream = DataStream([Source("a", store)], seed=1, global_rows=16, max_length=50, packing=packing)
+    stream = DataStream([MixtureSource("a", store)], seed=1, global_rows=16, max_length=50, packing=packing)
     for _ in range(8):
         batch = stream.next_batch()
         for micro_rows in (1, 2, 5):
@@ -93,7 +93,7 @@ def test_deal_gives_every_row_once_and_every_rank_as_many_micro_batches(world, p
 
 def test_deal_balances_tokens():
     store = random_store(2000, 500)
-    stream = DataStream([Source("a", store)], seed=1, global_rows=64, max_length=500, packing=False)
+    stream = DataStream([MixtureSource("a", store)], seed=1, global_rows=64, max_length=500, packing=False)
     batch = stream.next_batch()
     tokens = [
         sum(store.lengths[sample] for rows in deal(batch, rank=rank, world=4, micro_rows=2) for (sample,) in rows)
@@ -104,7 +104,9 @@ def test_deal_balances_tokens():
 
 def test_prefetched_state_is_the_position_after_its_own_batch():
     def make() -> DataStream:
-        return DataStream([Source("a", random_store(50, 20))], seed=3, global_rows=4, max_length=32, packing=True)
+        return DataStream(
+            [MixtureSource("a", random_store(50, 20))], seed=3, global_rows=4, max_length=32, packing=True
+        )
 
     walked = make()
     with Prefetcher(make(), rank=1, world=2, micro_rows=1, depth=3) as prefetcher:
@@ -122,7 +124,7 @@ def test_error_on_the_thread_reaches_the_consumer():
             raise OSError("disk gone")
 
     store = Broken([([1, 2], [True, True])] * 3)
-    stream = DataStream([Source("a", store)], seed=0, global_rows=2, max_length=8, packing=False)
+    stream = DataStream([MixtureSource("a", store)], seed=0, global_rows=2, max_length=8, packing=False)
     prefetcher = Prefetcher(stream, rank=0, world=1, micro_rows=1)
     with pytest.raises(OSError, match="disk gone"):
         next(prefetcher)

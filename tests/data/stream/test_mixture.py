@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ft_dist.data.stream.mixture import Mixture, Source, draws_before, samples_an_epoch
+from ft_dist.data.stream.mixture import Mixture, MixtureSource, draws_before, samples_an_epoch
 from ft_dist.data.stream.stream import DataStream
 from ft_dist.errors import DataError
 from tests.data.stores import Lengths
@@ -21,7 +21,7 @@ SIZES = {"a": 60, "b": 45, "c": 30, "d": 11}
 
 def make(weights: dict[str, float], *, window: int = 8, packing: bool = True, **options) -> DataStream:
     """A stream over some of the named sources."""
-    sources = [Source(name, Lengths(SIZES[name], fingerprint=name), weight) for name, weight in weights.items()]
+    sources = [MixtureSource(name, Lengths(SIZES[name], fingerprint=name), weight) for name, weight in weights.items()]
     return DataStream(
         sources, seed=3, global_rows=3, max_length=64, packing=packing, window=window, shuffle_samples=32, **options
     )
@@ -78,7 +78,7 @@ def test_high_temperature_levels_sources():
 
 
 def test_windows_hold_the_proportion():
-    sources = [Source("a", Lengths(6000, fingerprint="a")), Source("b", Lengths(2000, fingerprint="b"))]
+    sources = [MixtureSource("a", Lengths(6000, fingerprint="a")), MixtureSource("b", Lengths(2000, fingerprint="b"))]
     mixture = Mixture(sources, seed=0, temperature=1.0, shuffle_samples=2**20, window=80)
     assert mixture.windows == 100
     for window in range(100):
@@ -91,7 +91,7 @@ def test_windows_hold_the_proportion():
 def test_large_sources_are_read_in_few_places():
     """A window's samples of a source above shuffle_samples come from one group of 16 blocks, or two."""
     mixture = Mixture(
-        [Source("a", Lengths(10_000, fingerprint="a"))], seed=0, temperature=1.0, shuffle_samples=320, window=100
+        [MixtureSource("a", Lengths(10_000, fingerprint="a"))], seed=0, temperature=1.0, shuffle_samples=320, window=100
     )
     seen = []
     for window in range(mixture.windows):
@@ -174,7 +174,7 @@ def test_a_removed_source_that_returns_goes_on():
 def test_the_same_name_with_other_content_is_refused():
     state = make({"a": 1.0, "b": 1.0}).state_dict()
     changed = DataStream(
-        [Source("a", Lengths(60, fingerprint="edited")), Source("b", Lengths(45, fingerprint="b"))],
+        [MixtureSource("a", Lengths(60, fingerprint="edited")), MixtureSource("b", Lengths(45, fingerprint="b"))],
         seed=3,
         global_rows=3,
         max_length=64,
@@ -188,4 +188,4 @@ def test_the_same_name_with_other_content_is_refused():
 
 def test_a_source_without_samples_is_named():
     with pytest.raises(DataError, match=r"^empty: no samples"):
-        DataStream([Source("empty", Lengths(0))], seed=0, global_rows=1, max_length=8, packing=False)
+        DataStream([MixtureSource("empty", Lengths(0))], seed=0, global_rows=1, max_length=8, packing=False)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ft_dist.data.stream.batch import Prefetcher, deal
-from ft_dist.data.stream.mixture import Source
+from ft_dist.data.stream.mixture import MixtureSource
 from ft_dist.data.stream.stream import COUNTED_WINDOWS, DataStream
 from ft_dist.errors import DataError
 from tests.data.stores import Lengths, Virtual
@@ -19,7 +19,7 @@ from tests.data.stores import Lengths, Virtual
 
 def make(sizes_and_weights, *, seed=0, global_rows=4, packing=True, window=64, max_length=32, **options) -> DataStream:
     sources = [
-        Source(f"s{number}", Lengths(size, seed=number), weight)
+        MixtureSource(f"s{number}", Lengths(size, seed=number), weight)
         for number, (size, weight) in enumerate(sizes_and_weights)
     ]
     cut = {"global_rows": global_rows, "max_length": max_length, "packing": packing, "window": window}
@@ -170,7 +170,7 @@ def test_state_of_other_data_is_refused():
 def test_seek_at_a_hundred_billion_samples():
     """Any position of any epoch, with no table of the set: a few windows' work and memory."""
     stream = DataStream(
-        [Source("large", Virtual(10**11)), Source("small", Virtual(10**6), 0.5)],
+        [MixtureSource("large", Virtual(10**11)), MixtureSource("small", Virtual(10**6), 0.5)],
         seed=1,
         global_rows=8,
         max_length=512,
