@@ -1,4 +1,4 @@
-"""What training reads from, as the config has it: prepared sets in mixture, or one live source."""
+"""Open the training data that the config names: a mixture of prepared sets, or one live source."""
 
 from typing import Any
 

@@ -122,7 +122,7 @@ def test_a_source_added_between_two_starts_is_told(cli, tmp_path):
     more = [*small[:-1], f"data.train=[{emails / 'train.jsonl'}, {extra}]", "optim.max_steps=6"]
     resumed = cli(*more)
     assert resumed.returncode == 0, resumed.stderr
-    assert f"note: data.train has changed: {extra} added: 30 samples an epoch" in resumed.stdout
+    assert f"note: data.train has changed: {extra} added: 30 samples per epoch" in resumed.stdout
     (event,) = (line for line in read_lines(folder / "events.jsonl") if line["event"] == "data_changed")
     assert event["step"] == 3
     assert [source["first_id"] for source in event["sources"]] == [0, 480]

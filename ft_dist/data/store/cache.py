@@ -1,16 +1,16 @@
-"""Files of remote token sets in a bounded folder of this node, shared by all processes of all runs on it.
+"""A bounded cache of remote token sets on this node, shared by all processes of all runs on it.
 
-    ROOT/<checksum of the set's index>/<file>             whole and intact when it got this name
-                                      /<file>.lock        held by the one that fetches it; the others wait for it
-                                      /.<file>.arriving   counts as full while it comes in
+    ROOT/<checksum of the set's index>/<file>             complete and intact once it has this name
+                                      /<file>.lock        held by the process that fetches it; others wait
+                                      /.<file>.arriving   reserves its full size during the download
 
-Locks are `flock`s, so that those of a dead process are free, and what it left half done is swept by whoever makes room
-next. The least recently used file goes first, except those that a process has just been given (it holds a shared lock
-on the file itself until it asks for the next one) and, as long as anything else can go, those that it expects.
-A file that goes while it is mapped stays readable; its bytes are free when the last map ends.
+Locks are `flock`s: a dead process releases them, and the next process that frees space deletes its partial files. The
+least recently used file is evicted first. Exempt are the file that a process requested last (it holds a shared lock
+on it until its next request) and, while anything else can be evicted, the files that a process expects. A mapped file
+stays readable after eviction; its bytes are freed when the last map closes.
 
-A store that fails or stalls is waited for (`ft_dist.storage`), at most `data.remote_wait_s`. Other ranks may sit in a
-collective meanwhile, so the time-out of collectives is longer by that much (`RunConfig.collective_timeout_s`).
+A store that fails or stalls is retried (`ft_dist.storage`) for at most `data.remote_wait_s`. Other ranks may be waiting
+in a collective, so the timeout of collectives is longer by that much (`RunConfig.collective_timeout_s`).
 """
 
 import contextlib
@@ -33,16 +33,16 @@ from ft_dist.storage import LOG_INTERVAL_S, Log, Storage, open_storage
 
 FETCH_THREADS = 4
 ATTEMPTS = 3
-"""Arrivals with a wrong checksum before the remote copy is called damaged"""
+"""Downloads with a wrong checksum before the remote copy counts as damaged"""
 SMALLEST_CACHE_FILES = 2
-"""The cache holds at least so many of the largest file that is streamed: one in use, one arriving"""
+"""The cache must hold this many files of the largest size: one in use, one downloading"""
 LOCK_POLL_S = 0.05
 
 
 def open_store(place: str, *, cache: Path, cache_bytes: int, wait_s: float, tell: Log | None = None) -> TokenStore:
     """The prepared set at a local path or URL; a remote one is read through `cache`, at most `cache_bytes` of it.
 
-    Raises DataError where it is missing or not whole, StorageError where the store does not answer in `wait_s` seconds.
+    Raises DataError if it is missing or incomplete, StorageError if the store does not answer within `wait_s` seconds.
     """
     storage = open_storage(place, wait_s=wait_s, log=tell)
     if storage.local is not None:
@@ -58,14 +58,14 @@ class ShardCache:
     """`ShardFiles` of a set in a `Storage`."""
 
     def __init__(self, storage: Storage, root: Path, *, cache_bytes: int, tell: Log | None = None) -> None:
-        """Reads the index. Raises DataError where there is none, or where `cache_bytes` is too few for its files."""
+        """Reads the index. Raises DataError if there is none, or if `cache_bytes` is too small for its files."""
         self.storage = storage
         self.index = _read_index(storage)
         self._entries: dict[str, dict[str, Any]] = {entry["file"]: entry for entry in files_of(self.index)}
         largest = max(entry["bytes"] for entry in (self.index["lengths"], *self.index["shards"]))
         if cache_bytes < SMALLEST_CACHE_FILES * largest:
             raise DataError(
-                f"data.cache_bytes={cache_bytes} is less than {SMALLEST_CACHE_FILES} of the largest file of "
+                f"data.cache_bytes={cache_bytes} is less than {SMALLEST_CACHE_FILES} x the largest file of "
                 f"{storage.url} ({SMALLEST_CACHE_FILES} * {largest}). Use at least {SMALLEST_CACHE_FILES * largest}."
             )
         self.root = root
@@ -74,21 +74,21 @@ class ShardCache:
         self._cache_bytes = cache_bytes
         self._tell = tell or (lambda line: None)
         self._intact: dict[str, tuple[int, int]] = {}
-        """Inode and bytes of each file whose checksum this process has seen to be right"""
+        """Inode and bytes of each file whose checksum this process has verified"""
         self._leases: dict[int, int] = {}
-        """Thread -> open file under a shared lock: the one it was given last"""
+        """Thread -> open file under a shared lock: the one it requested last"""
         self._changed = threading.Condition()
         self._running: dict[str, Future[None]] = {}
         self._expected: list[str] = []
         self._ahead: set[str] = set()
-        """Fetched ahead and not asked for yet"""
+        """Fetched ahead and not requested yet"""
         self._threads: list[threading.Thread] = []
         self._closed = False
 
     def path(self, file: str) -> Path:
-        """Where a file lies, whole and intact; waits until it does. It stays until this thread asks for the next.
+        """The path of a complete, intact file; waits for it. The file stays until this thread requests the next one.
 
-        Raises DataError for a file that is missing or damaged in the store, StorageError at the limit of waiting.
+        Raises DataError if the file is missing or damaged in the store, StorageError when the wait limit is reached.
         """
         path = self.folder / file
         with self._changed:
@@ -100,12 +100,12 @@ class ShardCache:
         with self._changed:
             self._ahead.discard(file)
             if file in self._expected:
-                self._expected.remove(file)  # once used it is like any other: what comes after it goes first
+                self._expected.remove(file)  # once used it has no priority over the files that come after it
             self._changed.notify_all()
         return path
 
     def expect(self, files: Sequence[str]) -> None:
-        """Fetch these ahead, in this order, up to half of the cache; forget what was expected before."""
+        """Fetch these ahead, in this order, up to half of the cache; replaces the previous list."""
         with self._changed:
             self._expected = list(files)
             self._ahead.intersection_update(files)
@@ -119,7 +119,7 @@ class ShardCache:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """End waiting and fetching in every thread; they raise StorageError."""
+        """Stop every wait and download; the waiting threads raise StorageError."""
         self.storage.close()
         with self._changed:
             self._closed = True
@@ -131,7 +131,7 @@ class ShardCache:
             thread.join(timeout=1)
 
     def _lease(self, path: Path) -> bool:
-        """Take a shared lock on a file that is here and known to be intact; False where it is not."""
+        """Take a shared lock on a file that is present and known to be intact; False otherwise."""
         try:
             handle = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
@@ -144,7 +144,7 @@ class ShardCache:
             )
             if leased:
                 os.utime(path)
-        except (BlockingIOError, FileNotFoundError):  # it is just being removed
+        except (BlockingIOError, FileNotFoundError):  # it is being removed
             leased = False
         if not leased:
             os.close(handle)
@@ -154,7 +154,7 @@ class ShardCache:
         return True
 
     def _obtain(self, file: str) -> None:
-        """Have a file here and intact, whichever thread of this process does it."""
+        """Make a file present and intact; one thread of this process fetches it, the others wait."""
         with self._changed:
             running = self._running.get(file)
             mine: Future[None] | None = None
@@ -201,14 +201,14 @@ class ShardCache:
                 finally:
                     arriving.unlink(missing_ok=True)
                 if attempt < ATTEMPTS:
-                    self._tell(f"{self.storage.url_of(entry['file'])}: arrived damaged ({damage}); fetching it again")
+                    self._tell(f"{self.storage.url_of(entry['file'])}: arrived damaged ({damage}); retrying")
         raise DataError(
             f"{self.storage.url_of(entry['file'])}: damaged in the store ({damage}, {ATTEMPTS} times). "
             "Upload it again, or prepare the set again."
         )
 
     def _found_intact(self, path: Path, entry: dict[str, Any]) -> bool:
-        """Whether the file is here with the right bytes, read once a process; a damaged one is removed."""
+        """Whether the file is present and intact, checked once per process; a damaged one is removed."""
         try:
             with path.open("rb") as file:
                 found = os.fstat(file.fileno())
@@ -229,26 +229,28 @@ class ShardCache:
 
     @contextlib.contextmanager
     def _locked(self, path: Path) -> Iterator[None]:
-        """Be the only one who fetches a file; tells every 10 s that another process does."""
+        """Lock a file for fetching; while another process holds the lock, log that every 10 s."""
         lock = _lock(path)
-        told_at = time.monotonic()
+        logged_at = time.monotonic()
         while True:
             if self._closed:
-                raise StorageError(f"{self.storage.url_of(path.name)}: read was given up: the cache was closed.")
+                raise StorageError(
+                    f"{self.storage.url_of(path.name)}: the read was cancelled because the cache was closed."
+                )
             try:
                 lock.acquire(timeout=0.5, poll_interval=LOCK_POLL_S)
                 break
             except Timeout:
-                if time.monotonic() - told_at >= LOG_INTERVAL_S:
-                    told_at = time.monotonic()
-                    self._tell(f"{self.storage.url_of(path.name)}: waiting for another process that fetches it")
+                if time.monotonic() - logged_at >= LOG_INTERVAL_S:
+                    logged_at = time.monotonic()
+                    self._tell(f"{self.storage.url_of(path.name)}: waiting for another process to fetch it")
         try:
             yield
         finally:
             lock.release()
 
     def _make_room(self, arriving: Path, size: int) -> None:
-        """Remove what was used least recently until `size` more bytes fit, and reserve them."""
+        """Evict the least recently used files until `size` more bytes fit, and reserve them."""
         with FileLock(self.root / ".room.lock", poll_interval=LOCK_POLL_S):
             _sweep(self.root)
             with self._changed:
@@ -277,12 +279,12 @@ class ShardCache:
                 if self._closed or file is None:
                     return
                 self._ahead.add(file)
-            # whoever needs the file meets the error itself
+            # the thread that needs the file will get the error
             with contextlib.suppress(DataError, StorageError):
                 self._obtain(file)
 
     def _next_ahead(self) -> str | None:
-        """The first file that is expected and neither here, on its way, nor more than half of the cache ahead."""
+        """The first expected file that is neither present nor being fetched, within half of the cache."""
         ahead = sum(self._entries[file]["bytes"] for file in self._ahead)
         for file in self._expected:
             if file in self._ahead or file in self._running:
@@ -299,14 +301,14 @@ def _read_index(storage: Storage) -> dict[str, Any]:
         index = json.loads(storage.read_bytes(INDEX))
         files_of(index)
     except MissingFileError:
-        raise DataError(f"{storage.url}: no {INDEX} there, so it is not a prepared set. Check the URL.") from None
+        raise DataError(f"{storage.url}: no {INDEX} found, so it is not a prepared set. Check the URL.") from None
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{storage.url_of(INDEX)}: damaged ({error}). Prepare the set again.") from None
     return dict(index)
 
 
 def _difference(size: int, checksum: str, entry: dict[str, Any]) -> str | None:
-    """What is wrong with bytes of this size and checksum, or None."""
+    """How size or checksum differ from the index entry, or None."""
     if size != entry["bytes"]:
         return f"{size} bytes instead of {entry['bytes']}"
     if checksum != entry["checksum"]:
@@ -319,7 +321,7 @@ def _arriving(path: Path) -> Path:
 
 
 def _remove_arriving(arriving: Path) -> None:
-    """For the holder of the file's lock only."""
+    """Call it only while holding the file's lock."""
     for part in (arriving, *arriving.parent.glob(f".{arriving.name}.part-*")):
         part.unlink(missing_ok=True)
 
@@ -344,7 +346,7 @@ def _remove_unless_leased(path: Path) -> bool:
 
 
 def _sweep(root: Path) -> None:
-    """Remove what dead processes left half fetched: nobody holds its lock."""
+    """Remove partial downloads of dead processes: those that no process has locked."""
     for arriving in root.glob("*/.*.arriving"):
         lock = _lock(arriving.with_name(arriving.name[1:].removesuffix(".arriving")))
         with contextlib.suppress(Timeout):

@@ -1,12 +1,14 @@
-"""Tokenised samples on disk, memory-mapped: safetensors shards, their lengths beside them, and an `index.json`.
+"""Tokenised samples on disk, memory-mapped: safetensors shards, a file of their lengths, and an `index.json`.
 
-A shard holds `tokens` (uint16 or uint32, the samples end to end), `mask` (one bit a token, set where it is learnt,
-`numpy.packbits` order) and `offsets` (int64, samples + 1). `lengths.safetensors` holds `lengths` and `labelled`
-(uint32, tokens and targets of every sample of the set), which is all that order and packing read. The index names the
-files with their bytes and BLAKE2b checksums. It is written last, after every file it names (`shard_writer`), so a set
-that has one is whole or was damaged later; `open` sees a wrong size, `verify` a wrong byte.
+A shard holds `tokens` (uint16 or uint32, the samples end to end), `mask` (one bit per token, set where the loss counts
+it, `numpy.packbits` order) and `offsets` (int64, samples + 1). A shard with groups (index key `grouped`) also holds
+`sequence_lengths` (uint32) and `sequence_offsets` (int64, samples + 1), which cut samples into sequences.
+`lengths.safetensors` holds `lengths` and `labelled` (uint32, tokens and targets of every sample of the set), which is
+all that order and packing read. The index lists the files with their bytes and BLAKE2b checksums. It is written after
+every file it names (writer.py), so a set with an index is complete or was damaged later; `open` detects a wrong size,
+`verify` a wrong byte.
 
-Where the files come from is `ShardFiles`' business: a folder here, or a cache of a remote one.
+`ShardFiles` hides where the files come from: a local folder, or a cache of a remote one.
 """
 
 import hashlib
@@ -34,11 +36,11 @@ BoolArray = npt.NDArray[np.bool_]
 
 
 class SampleStore(Protocol):
-    """Samples by index: what order, packing and collation need to know. `ids` are int64 arrays of any order."""
+    """Samples by index, as order, packing and collation need them. `ids` are int64 arrays in any order."""
 
     @property
     def fingerprint(self) -> str:
-        """Equal fingerprints, equal samples."""
+        """Stores with equal fingerprints hold equal samples."""
         ...
 
     def __len__(self) -> int: ...
@@ -48,7 +50,7 @@ class SampleStore(Protocol):
         ...
 
     def labelled_of(self, ids: Int64Array) -> Int64Array:
-        """Targets of each sample: learnt tokens that have one before them."""
+        """Targets of each sample: masked tokens that are not the first of their sequence."""
         ...
 
     def gather(self, ids: Int64Array) -> tuple[Int64Array, BoolArray, Int64Array]:
@@ -63,37 +65,37 @@ class SampleStore(Protocol):
         ...
 
     def expect(self, ids: Int64Array) -> None:
-        """A hint: these samples are gathered soon."""
+        """A hint: these samples will be gathered soon."""
         ...
 
     def close(self) -> None:
-        """Nothing more is asked for; a `gather` that waits in another thread gives up."""
+        """Stop; a `gather` that waits in another thread fails."""
         ...
 
 
 class ShardFiles(Protocol):
-    """Where the files of one set come from."""
+    """Access to the files of one set."""
 
     index: dict[str, Any]
 
     def path(self, file: str) -> Path:
-        """Where a file of the set is on this machine's disk; waits until it is there and intact.
+        """The path of a file of the set on this machine's disk; waits until it is present and intact.
 
-        Raises OSError, ValueError or DataError where that cannot come to be.
+        Raises OSError, ValueError or DataError if that fails.
         """
         ...
 
     def expect(self, files: Sequence[str]) -> None:
-        """A hint: these files are asked for next, in this order. Returns at once."""
+        """A hint: these files are requested next, in this order. Returns immediately."""
         ...
 
     def close(self) -> None:
-        """Whatever waits for a file in another thread gives up."""
+        """Stop; a thread that waits for a file fails."""
         ...
 
 
 class LocalFolder:
-    """A set in a folder of this machine: nothing to fetch."""
+    """A set in a local folder: nothing to fetch."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -108,27 +110,27 @@ class LocalFolder:
         return path
 
     def expect(self, files: Sequence[str]) -> None:
-        """Everything is here already."""
+        """Every file is local."""
 
     def close(self) -> None:
-        """Nothing waits."""
+        """Nothing to interrupt."""
 
 
 def files_of(index: dict[str, Any]) -> list[dict[str, Any]]:
-    """The entries {file, bytes, checksum, ...} of a set. Raises DataError where the set is of another version."""
+    """The entries {file, bytes, checksum, ...} of a set. Raises DataError if the set has another version."""
     if index["version"] != VERSION:
         raise DataError(f"token set of version {index['version']}, this is {VERSION}. Delete it and prepare again.")
     return [index["lengths"], *index["shards"]]
 
 
 class TokenStore:
-    """One prepared set, opened read-only by memory map; shards are mapped when they are first asked for.
+    """One prepared set, opened read-only by memory map; shards are mapped on first use.
 
     lengths, labelled: (samples,) uint32 memory maps, tokens and targets of each sample.
     """
 
     def __init__(self, files: ShardFiles, name: str) -> None:
-        """`name` is what error messages call the set. Raises OSError, ValueError, KeyError where it is not whole."""
+        """`name` appears in error messages. Raises OSError, ValueError or KeyError if the set is incomplete."""
         self.index = files.index
         self.name = name
         self._files = files
@@ -140,12 +142,12 @@ class TokenStore:
         arrays = map_safetensors(path, ("lengths", "labelled"))
         self.lengths, self.labelled = arrays["lengths"], arrays["labelled"]
         if not len(self.lengths) == len(self.labelled) == self._starts[-1]:
-            raise ValueError(f"{path.name} holds other counts than the index says")
+            raise ValueError(f"{path.name} does not hold as many samples as the index says")
         self._shard = lru_cache(maxsize=OPEN_SHARDS)(self._map)
 
     @classmethod
     def open(cls, folder: str | Path) -> "TokenStore":
-        """Map a finished set. Raises DataError where it is missing, of another version, or a file's size is wrong."""
+        """Map a finished set. Raises DataError if it is missing, has another version, or a file has the wrong size."""
         try:
             files = LocalFolder(folder)
             for entry in files_of(files.index):
@@ -239,7 +241,7 @@ class TokenStore:
             lengths = self.lengths[self._starts[number] : self._starts[number + 1]]
             offsets = arrays["offsets"]
             if offsets[-1] != len(arrays["tokens"]) or not np.array_equal(np.diff(offsets), lengths):
-                raise ValueError(f"{entry['file']} holds other samples than {self.index['lengths']['file']} says")
+                raise ValueError(f"{entry['file']} does not match {self.index['lengths']['file']}")
         except (OSError, ValueError, KeyError) as error:
             raise DataError(f"{self.name}: damaged ({error}). Delete the set and prepare again.") from None
         return arrays
@@ -304,13 +306,13 @@ class JoinedStore:
             store.close()
 
     def _by_store(self, ids: Int64Array) -> list[tuple[int, Int64Array]]:
-        """(store, places in `ids` that are its own) of every store that is asked."""
+        """(store, positions in `ids` that belong to it) of every store that `ids` refer to."""
         store_of = np.searchsorted(self.starts, ids, side="right") - 1
         return [(number, np.flatnonzero(store_of == number)) for number in np.unique(store_of).tolist()]
 
 
 def end_to_end(starts: Int64Array, lengths: Int64Array) -> Int64Array:
-    """starts[0] .. starts[0] + lengths[0] - 1, then the same of every other range, int64 (sum of lengths,)."""
+    """Concatenated ranges starts[i] .. starts[i] + lengths[i] - 1, int64 (sum of lengths,)."""
     ends = np.cumsum(lengths)
     return np.repeat(starts - ends + lengths, lengths) + np.arange(ends[-1] if len(ends) else 0)
 
@@ -318,7 +320,7 @@ def end_to_end(starts: Int64Array, lengths: Int64Array) -> Int64Array:
 def gather_parts(
     part_of: Int64Array, lengths: Int64Array, gather: Callable[[int, Int64Array], tuple[Int64Array, BoolArray]]
 ) -> tuple[Int64Array, BoolArray, Int64Array]:
-    """Samples that lie in several parts, in the order asked for; `gather(part, places of its samples)` reads one."""
+    """Samples stored in several parts, in the requested order; `gather(part, positions of its samples)` reads one."""
     parts = np.unique(part_of).tolist()
     if len(parts) == 1:
         return (*gather(parts[0], np.arange(len(lengths))), lengths)
@@ -349,7 +351,7 @@ def join_sequences(
 
 
 def map_safetensors(path: Path, names: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
-    """These arrays of a safetensors file without reading it: an 8-byte length, a JSON header, then the data."""
+    """Map arrays of a safetensors file without reading it: an 8-byte length, a JSON header, then the data."""
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(header_bytes))

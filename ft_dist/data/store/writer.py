@@ -1,10 +1,9 @@
-"""Write a token set shard by shard, into a folder or an object store, so that it can be interrupted at any instant.
+"""Write a token set shard by shard, into a folder or an object store; it can be interrupted at any instant.
 
-Beside each finished shard lies a part file with what is known of its samples (lengths, targets, sketches), and
-`progress.json` says how far into the input the finished shards reach; each is whole under its name before the next is
-written. A writer that finds them goes on behind them. Shards end where chunks end, so the files are the same wherever
-a run was interrupted. `commit` joins the parts into the sidecars and writes `index.json` last: a set without it is
-unfinished, a set with it whole.
+Each finished shard has a part file with facts about its samples (lengths, targets, sketches), and `progress.json`
+records how far into the input the finished shards reach; each file is complete under its name before the next is
+written. A new writer resumes after the last finished shard. Shards end where chunks end, so interruptions do not change
+the files. `commit` joins the parts into the sidecars and writes `index.json` last: a set without it is unfinished.
 """
 
 import hashlib
@@ -25,7 +24,7 @@ from ft_dist.errors import DataError
 from ft_dist.storage import Storage
 
 SHARD_TOKENS = 2**24
-"""A shard of this many tokens is 34 or 67 MB: few files, and small enough to be held and fetched whole"""
+"""A shard of this many tokens is 34 or 67 MB: few files, small enough to hold in memory and fetch whole"""
 
 SKETCHES = "sketches.safetensors"
 REPORT = "report.json"
@@ -41,11 +40,11 @@ _PARTS: dict[str, tuple[str, Any, tuple[int, ...]]] = {
 class ShardWriter:
     """Appends chunks to a set; at most one shard is held in memory.
 
-    `records` is the number of input records in finished shards: where the caller has to go on.
+    `records` is the number of input records in finished shards: the caller resumes there.
     """
 
     def __init__(self, storage: Storage, *, fingerprint: str, made_with: dict[str, Any], dtype: Any) -> None:
-        """Goes on with an unfinished set of the same fingerprint. Raises DataError where another one is there."""
+        """Resumes an unfinished set of the same fingerprint. Raises DataError if it finds a different one."""
         self.storage = storage
         self.fingerprint = fingerprint
         self.made_with = made_with
@@ -53,7 +52,7 @@ class ShardWriter:
         self.counts = SourceCounts()
         self._shards: list[dict[str, Any]] = []
         self._parts: list[dict[str, int]] = []
-        self._go_on()
+        self._resume()
         self._pending: list[EncodedChunk] = []
         self._sequences: list[Sequence[Sequence[int]] | None] = []
         """The groups of each pending chunk"""
@@ -78,12 +77,12 @@ class ShardWriter:
             self._flush()
 
     def flush_rest(self) -> None:
-        """Write what is left as the last, shorter shard."""
+        """Write the rest as the last, shorter shard."""
         if self._pending_tokens:
             self._flush()
 
     def parts(self, name: str) -> Iterator[npt.NDArray[Any]]:
-        """One array of every finished shard in order: lengths, labelled, keys (n, KEYS) or signatures (n, BUCKETS)."""
+        """One array per finished shard, in order: lengths, labelled, keys (n, KEYS) or signatures (n, BUCKETS)."""
         with tempfile.TemporaryDirectory(prefix="ft_dist-") as folder:
             for number in range(len(self._parts)):
                 flat = map_safetensors(self._local(_part_name(number), Path(folder)), [name])[name]
@@ -101,7 +100,7 @@ class ShardWriter:
             return [(shard["tokens"][one].copy(), mask[one]) for one in ranges]
 
     def commit(self, report: dict[str, Any]) -> None:
-        """Write the sidecars and report, then the index, and remove what only an unfinished set needs."""
+        """Write the sidecars and report, then the index, and delete the files that only an unfinished set needs."""
         with tempfile.TemporaryDirectory(prefix="ft_dist-") as folder:
             lengths = self._write_joined(LENGTHS, ["lengths", "labelled"], Path(folder))
             sketches = self._write_joined(SKETCHES, ["keys", "signatures"], Path(folder))
@@ -123,7 +122,7 @@ class ShardWriter:
         for number in range(len(self._parts)):
             self.storage.delete(_part_name(number))
 
-    def _go_on(self) -> None:
+    def _resume(self) -> None:
         if not self.storage.exists(PROGRESS):
             return
         place = self.storage.url

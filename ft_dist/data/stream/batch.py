@@ -1,8 +1,8 @@
-"""Deal a global batch to ranks, turn rows of samples into tensors, and do so ahead of the training thread.
+"""Deal a global batch to ranks and turn rows of samples into tensors, ahead of the training thread.
 
-Shapes: R rows of a micro-batch, L tokens of its longest row rounded up: on CPU to a multiple of 8, where a GPU computes
-to a sixteenth of the longest row that the run may see. Kernels, allocator and matrix products then meet few shapes,
-however the samples' lengths change from step to step, and all of them multiples of 16, as Triton and tensor cores like.
+Shapes: R rows of a micro-batch, L tokens of its longest row, rounded up: on CPU to a multiple of 8, on a GPU to a
+sixteenth of the longest row that the run may see. Kernels, allocator and matrix products then see few shapes although
+sample lengths vary from step to step, and all are multiples of 16, which Triton and tensor cores prefer.
 """
 
 import queue
@@ -27,7 +27,7 @@ IGNORED = -100
 ROUND_TO = 8
 
 GPU_SHAPES = 16
-"""Lengths that the rows of a micro-batch may have on a GPU, and numbers of tokens that run of as many rows"""
+"""How many row lengths a micro-batch may have on a GPU, and how many token counts for the same number of rows"""
 
 INPUTS = ("input_ids", "labels", "position_ids", "kept", "segments", "labelled")
 
@@ -59,14 +59,14 @@ class MicroBatch:
     """Tensors of one forward.
 
     input_ids, labels, position_ids: (R, L) int64. `labels[r, t]` is the token that position t predicts (shifted
-    already), and IGNORED where the next token is not learnt, belongs to another sample, or is padding. Positions
-    restart at 0 with each sample; each pad token is a segment of its own at position 0.
+    already), and IGNORED where the next token is not labelled, belongs to another sample, or is padding. Positions
+    restart at 0 with each sample; each pad token is a separate segment at position 0.
 
-    kept: (T,) int64, the tokens, counted over the rows, that need to run where attention goes sample by sample (see
-    prefixes.py), rounded up as L is, of R rows together. `segments` lie among these.
+    kept: (T,) int64, flat indices of the tokens that must run where attention runs sample by sample (see prefixes.py);
+    T is rounded up as L is, over all R rows. `segments` index into these.
 
-    labelled: (N,) int64, ascending, the tokens with a label, counted among those of `kept`. The loss reads its rows
-    by it: looking for labels on a GPU would stall the queue.
+    labelled: (N,) int64, ascending, indices into `kept` of the tokens with a label. The loss selects its rows with it:
+    searching for labels on a GPU would stall the queue.
     """
 
     input_ids: torch.Tensor
@@ -97,10 +97,10 @@ class MicroBatch:
 
 
 def deal(batch: GlobalBatch, *, rank: int, world: int, micro_rows: int) -> list[list[Row]]:
-    """The micro-batches of one rank, the same number on every rank; an empty one stands for a dummy.
+    """The micro-batches of one rank, the same number on every rank; an empty one becomes a dummy.
 
-    Rows go out longest first, back and forth over the ranks, so that ranks get equal tokens and a micro-batch rows of
-    like length. Every row goes to exactly one rank, for any world size.
+    Rows are dealt longest first, back and forth over the ranks, which balances tokens over ranks and groups rows of
+    similar length into a micro-batch. Every row goes to exactly one rank, for any world size.
     """
     tokens = np.asarray(batch.row_tokens, np.int64)
     longest_first = np.argsort(-tokens, kind="stable").tolist()
@@ -109,14 +109,14 @@ def deal(batch: GlobalBatch, *, rank: int, world: int, micro_rows: int) -> list[
         seat = rank if (lap_start // world) % 2 == 0 else world - 1 - rank
         if lap_start + seat < len(longest_first):
             mine.append(batch.rows[longest_first[lap_start + seat]])
-    rows_a_rank = -(-len(batch.rows) // world)
-    micro_batches = -(-rows_a_rank // micro_rows)
+    rows_per_rank = -(-len(batch.rows) // world)
+    micro_batches = -(-rows_per_rank // micro_rows)
     return [mine[number * micro_rows : (number + 1) * micro_rows] for number in range(micro_batches)]
 
 
 def collate(rows: Sequence[Row], store: SampleStore, *, pad_id: int = 0, gpu_length: int | None = None) -> MicroBatch:
-    """Rows of global sample ids -> tensors. No rows give the dummy, in which nothing predicts anything: one pad token,
-    or as many as a GPU's shortest row has. `gpu_length`: the longest row of the run, where a GPU computes."""
+    """Turn rows of global sample ids into tensors. No rows give a dummy without labels: one pad token on CPU, the
+    shortest row length on a GPU. `gpu_length`: the longest row of the run, if it trains on a GPU."""
     round_to = ROUND_TO if gpu_length is None else -(-gpu_length // (GPU_SHAPES * 16)) * 16
     if not rows:
         zero = np.zeros((1, 1 if gpu_length is None else round_to), np.int64)
@@ -126,9 +126,9 @@ def collate(rows: Sequence[Row], store: SampleStore, *, pad_id: int = 0, gpu_len
     grouped = store.sequences_of(ids)
     sequence_lengths = lengths if grouped is None else grouped[0]
     positions = end_to_end(np.zeros_like(sequence_lengths), sequence_lengths)
-    learnt = np.flatnonzero(mask & (positions > 0))  # the first token of a sequence has no token before it
+    targets = np.flatnonzero(mask & (positions > 0))  # the first token of a sequence has no token before it
     labels = np.full(len(tokens), IGNORED, np.int64)
-    labels[learnt - 1] = tokens[learnt]
+    labels[targets - 1] = tokens[targets]
 
     samples = np.cumsum([len(row) for row in rows])
     ends = np.cumsum(lengths)[samples - 1].tolist()
@@ -178,16 +178,16 @@ class Prefetched(NamedTuple):
     batch: GlobalBatch
     micro_batches: list[MicroBatch]
     state_after: dict[str, Any]
-    """The stream's position after this batch, however far ahead the thread is: what a checkpoint stores"""
+    """The stream's position after this batch, which a checkpoint stores; the thread may be further ahead"""
     given_up: bool = False
-    """Dummies in place of a batch that did not arrive before the run was asked to stop"""
+    """Holds dummies: the batch did not arrive before the run was asked to stop"""
 
 
 class BatchStream(Protocol):
-    """What the loop reads from: a `DataStream`, or a `LiveStream`."""
+    """The source of global batches: a `DataStream` or a `LiveStream`."""
 
     store: Any
-    """The `SampleStore` that the last batch's rows name samples of"""
+    """The `SampleStore` that the last batch's sample ids refer to"""
 
     def next_batch(self) -> GlobalBatch: ...
 
@@ -205,9 +205,9 @@ class BatchStream(Protocol):
 class Prefetcher:
     """Iterates over `Prefetched`, at most `depth` batches ahead; `close` (or the end of `with`) stops the thread.
 
-    It owns the stream while open. An error on the thread is raised where the consumer asks for the next batch. While
-    that one is awaited, `give_up` is asked now and then whether to go without: the other ranks may be in a collective
-    that only a step of this one ends.
+    It owns the stream while open. An error on the thread is raised when the consumer asks for the next batch. While the
+    consumer waits, `give_up` is polled: if true, it gets dummies, because other ranks may be in a collective that only
+    a step of this rank ends. On a GPU (`gpu_length` is set) batches are pinned.
     """
 
     def __init__(
@@ -268,15 +268,15 @@ class Prefetcher:
         self.close()
 
     def close(self) -> None:
-        """Stop and join the thread; batches collated ahead are thrown away. May be called twice.
+        """Stop and join the thread; batches collated ahead are discarded. May be called twice.
 
-        After giving up nobody waits for it: it may sit in a read that never ends.
+        After giving up, the thread is not joined: it may be blocked in a read that never ends.
         """
         self._closing.set()
         self._stream.store.close()  # the thread may be waiting for a remote shard
         while self._thread.is_alive() and not self._given_up:
             try:
-                self._ready.get_nowait()  # the thread may wait for room
+                self._ready.get_nowait()  # the thread may be waiting for space
             except queue.Empty:
                 self._thread.join(timeout=0.01)
         self._stream.close()

@@ -1,12 +1,12 @@
-"""A source that is tokenised while it is trained on: no prepared set, and no more of it on disk than is being read.
+"""A source that is tokenised during training: no prepared set, and on disk only the part that is being read.
 
-Records are read in their own order, a window at a time, and encoded by worker processes; the samples of a window are
-packed into rows and the rows shuffled, as those of a prepared window are. What a row holds depends on the source, the
-tokenizer and the seed alone, so every rank reads and encodes the whole source and takes its own rows: the price of
-needing neither a shared disk nor messages between ranks.
+Records are read in file order, a window at a time, and encoded by worker processes; the samples of a window are packed
+into rows and the rows shuffled, as in a prepared set. The content of a row depends only on the source, the tokenizer
+and the seed, so every rank reads and encodes the whole source and takes its own rows. In return, ranks need neither a
+shared disk nor messages.
 
-The position is the number of a window's first record and a row in that window. Going there skips records without
-encoding them; streamed `datasets` are told their own recorded state, which leaves out whole files.
+The position is the number of a window's first record and a row in that window. A seek skips records without encoding
+them; streamed `datasets` load their recorded state, which skips whole files.
 """
 
 import os
@@ -33,7 +33,7 @@ from ft_dist.errors import DataError
 
 CHUNK_RECORDS = 256
 MOST_WORKERS = 4
-"""Of one rank; four processes encode about a million tokens a second"""
+"""Per rank; four processes encode about a million tokens per second"""
 
 
 @dataclass(slots=True)
@@ -45,9 +45,9 @@ class _Position:
     samples_seen: int = 0
     batches: int = 0
     record: int = 0
-    """Records of the epoch before the window"""
+    """Records of the epoch that precede the window"""
     first_id: int = 0
-    """Samples of the epoch before the window"""
+    """Samples of the epoch that precede the window"""
 
 
 class _Window:
@@ -65,7 +65,7 @@ class _Window:
 
 
 class WindowStore:
-    """A `SampleStore` of the windows that batches still name."""
+    """A `SampleStore` of the windows that batches still refer to."""
 
     fingerprint = "live"
 
@@ -110,7 +110,7 @@ class WindowStore:
         """Everything is in memory."""
 
     def close(self) -> None:
-        """Nothing waits."""
+        """Nothing to interrupt."""
 
     def _window_of(self, ids: Int64Array) -> Int64Array:
         return np.searchsorted(self._first_ids, ids, side="right") - 1
@@ -127,7 +127,7 @@ class WindowStore:
 class LiveStream:
     """Global batches from one live source; the same rows for every world size. `close` ends the worker processes.
 
-    `window` is the number of records packed together. Raises DataError as `prepare` does, where a record is met.
+    `window` is the number of records packed together. Raises DataError as `prepare` does, when it reads a bad record.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class LiveStream:
         at.epoch_samples = at.epoch_samples + samples if at.epoch == epoch else 0
         at.samples_seen += samples
         at.batches += 1
-        # how long an epoch is nobody knows before its end
+        # an epoch's length is unknown until it ends
         return global_batch(self.store, rows, index=at.batches - 1, epoch=epoch, progress=float(at.epoch))
 
     def state_dict(self) -> dict[str, Any]:
@@ -187,15 +187,14 @@ class LiveStream:
         return {**asdict(self._position), "rules": self._rules, "reader": self._reader_state}
 
     def load_state_dict(self, state: dict[str, Any]) -> list[str]:
-        """Go to a position; nothing of the mixture can have changed, so the list of changes is empty.
+        """Seek to a position. There is no mixture, so the list of changes is always empty.
 
         Raises DataError where it belongs to another source, tokenizer or seed.
         """
         if state.get("rules") != self._rules:
             raise DataError(
-                f"the checkpoint's place in the data is not one of {self.source.path} as it is now: the source, the "
-                "tokenizer, seed or options of data have changed. Restore them, or start over with "
-                "checkpoint.resume=never."
+                f"the checkpoint's position does not match {self.source.path}: the source, the tokenizer, seed or "
+                "options under data have changed. Restore them, or start over with checkpoint.resume=never."
             )
         self.close()
         self._position = _Position(**{name: int(state[name]) for name in asdict(_Position())})
@@ -203,8 +202,8 @@ class LiveStream:
         return []
 
     def total_steps(self, epochs: int, *, at_most: int | None = None) -> int:
-        """`at_most`: the length of a live source is unknown, so the config has to name a number of steps."""
-        assert at_most is not None, "the config asks for optim.max_steps"
+        """`at_most`: the length of a live source is unknown, so the config must set a number of steps."""
+        assert at_most is not None, "the config requires optim.max_steps"
         return at_most
 
     def counts_exactly(self, epochs: int) -> bool:
@@ -222,14 +221,14 @@ class LiveStream:
         window = next(self._windows, None)
         if window is None:
             raise DataError(
-                f"{self.source.path}: none of its records can be used under data.max_length={self._cut['max_length']}. "
+                f"{self.source.path}: no record is usable with data.max_length={self._cut['max_length']}. "
                 "Raise it, set data.too_long=truncate, or set model.chat_template."
             )
         self._show(window)
         return window
 
     def _turn(self, window: _Window) -> None:
-        """To the next window, or to the next epoch where the source has ended."""
+        """Move to the next window, or to the next epoch if the source has ended."""
         at = self._position
         at.window, at.row = at.window + 1, 0
         at.record += window.records
@@ -250,7 +249,7 @@ class LiveStream:
         self.store.put(at.first_id, window)
 
     def _read(self, record: int, reader_state: dict[str, Any] | None) -> Iterator[_Window]:
-        """Windows from a window's first record on; one without a usable sample joins the next."""
+        """Windows starting at record `record`; one without a usable sample is merged into the next."""
         states: dict[int, dict[str, Any] | None] = {}
         chunks: list[EncodedChunk] = []
         start, records = record, 0
@@ -271,7 +270,7 @@ class LiveStream:
     def _jobs(
         self, record: int, reader_state: dict[str, Any] | None, states: dict[int, dict[str, Any] | None]
     ) -> Iterator[tuple[int, list[Record | RawRecord], bool]]:
-        """Records for the encoder, cut at windows; `states` learns where each window begins."""
+        """Chunks of records for the encoder, cut at windows; stores the reader's state at each window in `states`."""
         dataset = open_dataset(self.source) if _is_dataset(self.source) else None
         raws: Iterator[Record | RawRecord]
         if dataset is None:
@@ -293,7 +292,7 @@ class LiveStream:
 
 
 def _content(source: SourceConfig) -> list[str]:
-    """What identifies a source without reading it: names and sizes of its files, or a hub dataset's revision."""
+    """Identifies a source without reading it: names and sizes of its files, or a hub dataset's revision."""
     files = local_files(source)
     folder = Path(source.path).expanduser()
     if files is None and not folder.is_dir():
@@ -304,6 +303,6 @@ def _content(source: SourceConfig) -> list[str]:
 
 
 def _is_dataset(source: SourceConfig) -> bool:
-    """Whether the records come through `datasets`, which can go to a recorded state."""
+    """Whether the records come through `datasets`, which can restore a recorded state."""
     folder = Path(source.path).expanduser()
     return local_files(source) is None and (is_saved_dataset(folder) or not folder.is_dir())

@@ -1,9 +1,9 @@
 """Several sources as one order: how many samples of each make an epoch, and which come when.
 
-Positions of an epoch are dealt to sources by the method of Webster and Sainte-Lague: the k-th draw of a source that
-gives n samples stands at (2k + 1) / 2n of the epoch, so at every position each source has given its share to within
-about one sample. A source's draws follow its own endless sequence of keyed permutations, so after each pass over it
-every sample has been drawn once more, whatever its weight and wherever epochs begin.
+Positions of an epoch are assigned to sources by the method of Webster and Sainte-Lague: the k-th draw of a source with
+n samples per epoch is at (2k + 1) / 2n of the epoch, so at every position each source has contributed its share to
+within about one sample. A source's draws follow an endless sequence of keyed permutations, so each pass over it draws every
+sample once, for any weight and wherever epochs begin.
 
 A window of positions takes a contiguous range of draws from every source. Inside the window they are shuffled.
 """
@@ -23,18 +23,18 @@ from ft_dist.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class MixtureSource:
-    """A store and how often it is seen: `weight` times an epoch on average. `name` is what messages call it."""
+    """A store and its weight: how often an epoch contains it, on average. `name` appears in messages."""
 
     name: str
     store: SampleStore
     weight: float = 1.0
 
 
-def samples_an_epoch(sizes: Sequence[int], weights: Sequence[float], temperature: float) -> list[int]:
+def samples_per_epoch(sizes: Sequence[int], weights: Sequence[float], temperature: float) -> list[int]:
     """Draws from each source in an epoch: weight * size at temperature 1.
 
     Otherwise the same total with shares proportional to (weight * size) ** (1 / temperature) (Arivazhagan et al., arXiv
-    1907.05019), rounded by largest remainders. Never zero, or a small source would silently vanish.
+    1907.05019), rounded by largest remainders. Never zero: a small source would vanish silently.
     """
     taken = [max(1, round(weight * size)) for size, weight in zip(sizes, weights, strict=True)]
     if temperature == 1.0 or len(taken) == 1:
@@ -50,14 +50,14 @@ def samples_an_epoch(sizes: Sequence[int], weights: Sequence[float], temperature
 
 
 def draws_before(position: int, taken: Sequence[int]) -> list[int]:
-    """How many draws of each source stand before a position of the epoch: sums to `position`, grows with it.
+    """The number of draws from each source before a position of the epoch; they sum to `position`.
 
     The smallest `position` of all keys (2k + 1) / 2n, ties to the earlier source. O(sources * log sources), in exact
     integers: a floor that is at most 3/2 * sources too low, then one draw at a time.
     """
     total, sources = sum(taken), len(taken)
     assert 0 <= position <= total
-    # draw k stands before t = (position - sources) / total where k < n * t + 1/2
+    # draw k is before t = (position - sources) / total where k < n * t + 1/2
     draws = [max(0, (2 * n * (position - sources) + total) // (2 * total)) for n in taken]
     following = [_Key(2 * k + 1, taken[source], source) for source, k in enumerate(draws)]
     heapq.heapify(following)
@@ -89,15 +89,15 @@ class Mixture:
     ) -> None:
         empty = next((source.name for source in sources if not len(source.store)), None)
         if empty is not None or not sources:
-            raise DataError(f"{empty or 'data.train'}: no samples to stream. Take the source out of data.train.")
+            raise DataError(f"{empty or 'data.train'}: no samples to stream. Remove the source from data.train.")
         self.sources = list(sources)
         self.store = JoinedStore([source.store for source in sources])
         self.seed = seed
         self._shuffle_samples = shuffle_samples
         self._sizes = [len(source.store) for source in sources]
-        self.taken = samples_an_epoch(self._sizes, [source.weight for source in sources], temperature)
+        self.taken = samples_per_epoch(self._sizes, [source.weight for source in sources], temperature)
         self.epoch_samples = sum(self.taken)
-        # windows of one size: a short last one would pack badly
+        # windows of equal size: a short last one would pack badly
         self.windows = max(1, self.epoch_samples // window)
         seen: Counter[str] = Counter()
         self._keys: list[tuple[str, int]] = []
@@ -107,7 +107,7 @@ class Mixture:
         self._permutation = lru_cache(maxsize=64)(self._lap)
 
     def window_ids(self, epoch: int, window: int, draws: Sequence[int]) -> Int64Array:
-        """The samples of one window of an epoch, int64. `draws` of each source came before the epoch."""
+        """The samples of one window of an epoch, int64. `draws` counts each source's draws before the epoch."""
         start, stop = (self.epoch_samples * at // self.windows for at in (window, window + 1))
         firsts, lasts = draws_before(start, self.taken), draws_before(stop, self.taken)
         ids = np.concatenate(

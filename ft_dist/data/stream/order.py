@@ -5,7 +5,7 @@ again until they land inside (cycle walking: Black and Rogaway, "Ciphers with Ar
 range is less than twice `size`, so that takes less than two rounds on average. The round function is MurmurHash3's
 64-bit finaliser. This shuffles, it does not encrypt.
 
-A large set is permuted in two levels, so that a cache that holds a small part of it serves long stretches of the order.
+A large set is permuted in two levels, so a cache that holds a small part of it serves long runs of the order.
 """
 
 import hashlib
@@ -14,10 +14,10 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-_ROUNDS = 10  # even, so that the two halves end with their own widths; 6 already pass the tests of mixing
+_ROUNDS = 10  # even, so the two halves end with their original widths; 6 already pass the mixing tests
 _U64 = np.uint64
 
-BLOCKS_A_GROUP = 16
+BLOCKS_PER_GROUP = 16
 
 
 class Permutation:
@@ -42,11 +42,11 @@ class Permutation:
         return int(self.at(np.array([index], np.int64))[0])
 
     def take(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """Where positions start .. stop - 1 lead, int64."""
+        """The images of positions start .. stop - 1, int64."""
         return self.at(np.arange(start, stop, dtype=np.int64))
 
     def at(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Where these positions lead, int64, same shape. Positions must lie in [0, size)."""
+        """The images of these positions, int64, same shape. Positions must be in [0, size)."""
         values = self._permute(indices.astype(_U64))
         outside = np.flatnonzero(values >= _U64(self.size))
         while outside.size:
@@ -66,25 +66,25 @@ class Permutation:
 
 
 class BlockPermutation:
-    """A bijection of [0, size) in which neighbours in the order come from few places of the range.
+    """A bijection of [0, size) that maps neighbouring positions to few regions of the range.
 
     Blocks of shuffle_samples / 16 consecutive indices are permuted by the key (a short last block stays last); the
-    indices of each group of 16 blocks are permuted together. So shuffle_samples consecutive positions of the order lead
-    to 16 stretches of the range, or 32 where they lie across two groups.
+    indices of each group of 16 blocks are permuted together. So shuffle_samples consecutive positions map to 16
+    stretches of the range, or 32 where they span two groups.
     """
 
     def __init__(self, size: int, key: tuple[int | str, ...], shuffle_samples: int) -> None:
-        assert shuffle_samples >= BLOCKS_A_GROUP, f"shuffle_samples={shuffle_samples}"
+        assert shuffle_samples >= BLOCKS_PER_GROUP, f"shuffle_samples={shuffle_samples}"
         self.size = size
         self._key = key
-        self._block = shuffle_samples // BLOCKS_A_GROUP
-        self._group = self._block * BLOCKS_A_GROUP
+        self._block = shuffle_samples // BLOCKS_PER_GROUP
+        self._group = self._block * BLOCKS_PER_GROUP
         self._whole_blocks = size // self._block
         self._blocks = Permutation(self._whole_blocks, (*key, "blocks")) if self._whole_blocks else None
         self._in_group = lru_cache(maxsize=8)(self._group_permutation)
 
     def at(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Where these positions lead, int64, same shape (n,). Positions must lie in [0, size)."""
+        """The images of these positions, int64, same shape (n,). Positions must be in [0, size)."""
         group_of = indices // self._group
         places = np.empty_like(indices)
         for group in np.unique(group_of).tolist():

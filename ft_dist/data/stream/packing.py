@@ -1,12 +1,12 @@
 """Fill rows of a fixed capacity with whole samples, a window of the global order at a time.
 
-A row begins with the largest sample left, goes on with samples as they come (so that what is left keeps the shape of
-the data, and no end of the window holds only large or only small ones), and is closed by the one, two or three samples
-that fill it best: the minimum-bin-slack idea of Gupta and Ho (1999) with a bounded search. On narrow distributions of
-lengths, where best-fit decreasing leaves rows with gaps that no sample fits, rows come out full. Best-fit decreasing
-(at most 11/9 of the optimum plus one: Johnson, 1974) is tried as well wherever it could do better.
+A row starts with the largest remaining sample, continues with samples in window order (so the remaining samples keep
+the distribution of the data, and the end of the window is not all large or all small), and is closed by the one, two or
+three samples that fill it best: the minimum-bin-slack idea of Gupta and Ho (1999) with a bounded search. On narrow
+distributions of lengths, where best-fit decreasing leaves gaps that no sample fits, rows come out full. Best-fit
+decreasing (at most 11/9 of the optimum plus one: Johnson, 1974) is also tried wherever it could do better.
 
-A window bounds the work and makes packing a function of its samples alone.
+A window bounds the work and makes packing a function of the window's samples only.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 DEFAULT_WINDOW = 8192
-"""Samples packed together, at least. Each window ends with a row half full, so larger windows pack fuller; this one
-packs in tens of milliseconds, which a seek into the middle of an epoch costs once."""
+"""Minimum number of samples packed together. Each window ends with a half-full row, so larger windows pack better; this
+size packs in tens of milliseconds, which a seek into the middle of an epoch costs once."""
 
 _CLOSE_BELOW = 3.5  # times the mean length: what one to three samples can fill
 _WASTED_SHARE = 64  # a row may be closed with capacity / this tokens empty; otherwise it is filled greedily
@@ -26,7 +26,7 @@ _THIRDS = 16  # candidates for the third sample
 def pack_window(lengths: Sequence[int] | npt.NDArray[np.int64], capacity: int) -> list[list[int]]:
     """Rows of indices into `lengths`, each row at most `capacity` tokens, every index once. Deterministic.
 
-    Never more rows than best-fit decreasing gives. Lengths lie in [1, capacity].
+    Never more rows than best-fit decreasing gives. Lengths must be in [1, capacity].
     """
     sizes = np.asarray(lengths, np.int64)
     if not sizes.size:
@@ -39,9 +39,9 @@ def pack_window(lengths: Sequence[int] | npt.NDArray[np.int64], capacity: int) -
 
 
 class _Pool:
-    """The samples of a window that no row has yet, as counts of their lengths.
+    """The samples of a window that are not in a row yet, as counts of their lengths.
 
-    The lengths that are left are also the set bits of `_present`, and of `_mirrored` (bit capacity - length): whether
+    The remaining lengths are also the set bits of `_present`, and of `_mirrored` (bit capacity - length): whether
     two of them add up to s, and which, is a shift and an AND.
     """
 
@@ -93,7 +93,7 @@ class _Pool:
         return max(0, (self._present & ((2 << space) - 1)).bit_length() - 1)
 
     def _next_within(self, space: int) -> int:
-        """The next length in the window's own order that fits, or the largest that does after a few that do not."""
+        """The next length in window order that fits, or after a few misses the largest that does."""
         for _ in range(4):
             length = self._in_order[self._next]
             self._next = (self._next + 1) % len(self._in_order)
@@ -102,7 +102,7 @@ class _Pool:
         return self._largest_within(space)
 
     def _closing(self, space: int) -> list[int]:
-        """One to three lengths that fill `space` but for a few tokens, as few as can be; none where that fails."""
+        """One to three lengths that fill `space` up to a few tokens, as few as possible; empty if there are none."""
         for wasted in range(min(space, self.capacity // _WASTED_SHARE + 1)):
             target = space - wasted
             if self._counts[target]:
@@ -114,7 +114,7 @@ class _Pool:
         return []
 
     def _half_of_pair(self, target: int) -> int:
-        """The larger of two lengths left that add up to `target`, the most alike; 0 where there are none."""
+        """The larger of the two most similar remaining lengths that add up to `target`; 0 if there are none."""
         halves = self._present & (self._mirrored >> (self.capacity - target))
         half = (target + 1) // 2
         if target % 2 == 0 and self._counts[half] == 1:

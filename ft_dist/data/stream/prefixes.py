@@ -1,15 +1,15 @@
-"""Which tokens of a micro-batch have to run: of samples that begin alike the beginning once, and nothing in vain.
+"""Which tokens of a micro-batch must run: shared prefixes once, and no token after a sample's last label.
 
-What the layers compute at a token depends on the tokens before it in its sample and on nothing else. So the system
-prompt that every sample of a micro-batch begins with, or the question that several answers follow, needs one
-computation; the gradients of all samples meet in it, and the sums are those of computing it for each. And what stands
-after the last token that predicts something changes nothing. Peers compute all of it.
+What the layers compute at a token depends only on the tokens before it in its sample. A system prompt that every sample
+of a micro-batch starts with, or a question with several answers, therefore needs one computation; the gradients of all
+samples accumulate in it, and their sums equal those of computing it per sample. Tokens after the last labelled token
+change nothing. Peers compute all of them.
 
-Only tokens without a label are shared, so that each label still has a token of its own. Dropout is drawn for a shared
-token once: each sample sees what it would see by itself, but no longer independently of the others.
+Only tokens without a label are shared, so each label keeps its own token. Dropout is drawn once for a shared token:
+each sample sees the same distribution as alone, but no longer independently of the others.
 
-How many tokens run is rounded up with tokens that would not have to: a little on CPU, to few different counts where a
-GPU computes, whose kernels and memory are chosen by shapes.
+The number of tokens that run is rounded up with spare tokens: slightly on CPU, and to few distinct counts on a GPU,
+whose kernels and memory depend on shapes.
 """
 
 from dataclasses import dataclass
@@ -27,21 +27,21 @@ Places = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
 WORTHWHILE = 1 / 16
-"""Share of the tokens that sharing has to spare: gathering keys of shared tokens has its own price"""
+"""Smallest share of tokens that sharing must save: gathering the keys of shared tokens has a cost"""
 
 
 @dataclass(frozen=True, slots=True)
 class Needed:
-    """kept (T,) int64: the places of the tokens that run, counted as those given are; `segments` lie among them."""
+    """kept (T,) int64: indices of the tokens that run, among those given; `segments` index into `kept`."""
 
     kept: torch.Tensor
     segments: AnySegments
 
 
 def needed_tokens(tokens: Places, predicts: Flags, positions: Places, *, round_to: int, ragged: bool = False) -> Needed:
-    """All (N,): ids of samples end to end, whether a label belongs to the token, and its position in its sample, 0 for
-    every padding token. What is kept is filled up to a multiple of `round_to` with tokens that would not have to run,
-    as far as there are any; they make segments of their own. `ragged`: the segments are those of a GPU."""
+    """Arguments are (N,): token ids of samples end to end, whether the token has a label, and its position in its
+    sample, 0 for every padding token. `kept` is filled up to a multiple of `round_to` with spare tokens, if there are
+    any; these form separate segments. `ragged`: use the segment layout of a GPU."""
     starts = np.flatnonzero(positions == 0)
     used = np.maximum.reduceat(np.where(predicts, positions + 1, 0), starts)
     alive = used > 0
@@ -65,10 +65,10 @@ def needed_tokens(tokens: Places, predicts: Flags, positions: Places, *, round_t
 
 
 def _in_order(owner: Places, place: Places, used: Places, *, of: int, round_to: int) -> Needed:
-    """Each sample is queried from its first token on that no earlier sample has, and samples and stretches of spare
-    tokens follow each other by these, so that queries lie as tokens do."""
+    """Queries of a sample start at its first token that no earlier sample has. Samples and runs of spare tokens are
+    sorted by that token, so queries are stored in token order."""
     _, first, inverse = np.unique(owner, return_index=True, return_inverse=True)
-    owner = place[first][inverse]  # of the samples that share a token the earliest
+    owner = place[first][inverse]  # the earliest of the samples that share a token
     runs = np.zeros(of, np.bool_)
     runs[owner] = True
     spare_starts, spare_lengths = _longest_gaps(runs, -np.count_nonzero(runs) % round_to)
@@ -85,7 +85,7 @@ def _in_order(owner: Places, place: Places, used: Places, *, of: int, round_to: 
 
 
 def _longest_gaps(runs: Flags, missing: int) -> tuple[Places, Places]:
-    """Starts and lengths of stretches of tokens that do not run, `missing` together or all: few, so the longest."""
+    """Starts and lengths of runs of idle tokens, `missing` tokens in total or all there are; longest first, so few."""
     edges = np.flatnonzero(np.diff(np.concatenate([[True], runs, [True]]).astype(np.int8)))
     starts, lengths = edges[::2], edges[1::2] - edges[::2]
     order = np.argsort(-lengths, kind="stable")
@@ -95,8 +95,8 @@ def _longest_gaps(runs: Flags, missing: int) -> tuple[Places, Places]:
 
 
 def _shared_places(place: Places, tokens: Places, predicts: Flags, starts: Places, used: Places) -> Places:
-    """For each used token, which lies at `place`, that whose computation serves it: its own, or that in a sample that
-    begins alike."""
+    """For each used token, stored at `place`, the token computed for it: itself, or that of a sample with the same
+    prefix."""
     first, owner = np.cumsum(used) - used, place.copy()
     wide = tokens.astype(">u4")
     beginnings = []

@@ -5,10 +5,10 @@ window (or go from short to long samples), and batches take `global_rows` rows a
 smaller; nothing is dropped.
 
 The position is a window and a row in it, so it does not depend on `global_rows`, the world size or the micro-batches,
-and going there costs one window's work wherever it is. When sources are added, removed or reweighted between two starts
-of a run, an epoch of the new mixture begins at that step, and every source that stays goes on with its own next draw.
-Inside the window that was under way, whose rows had been shuffled, that is true in number only: what had not been dealt
-of it comes in the source's next pass, and as many of its samples come twice. At an epoch's end it is exact.
+and a seek costs one window's work wherever it goes. When sources are added, removed or reweighted between two starts of
+a run, an epoch of the new mixture begins at that step, and every remaining source continues with its next draw. Inside
+the window in progress, whose rows had been shuffled, this holds only for the number of samples: those not yet dealt
+come in the source's next pass, and equally many samples come twice. At an epoch's end it is exact.
 """
 
 import hashlib
@@ -28,10 +28,10 @@ from ft_dist.data.stream.packing import DEFAULT_WINDOW, pack_window
 from ft_dist.errors import DataError
 
 COUNTED_WINDOWS = 64
-"""Up to so many windows the number of steps is counted exactly; of more, these are counted and the rest estimated"""
+"""Steps are counted exactly up to this many windows; beyond them they are estimated"""
 
 HINTED_WINDOWS = 4
-"""Windows whose shards a remote store is told of ahead"""
+"""Windows whose shards a remote store fetches ahead"""
 
 Row = list[int]
 """Global sample ids that share one row of a batch"""
@@ -39,7 +39,7 @@ Row = list[int]
 
 @dataclass(frozen=True, slots=True)
 class GlobalBatch:
-    """The rows of one optimizer step over all ranks, with the counts every rank knows without asking."""
+    """The rows of one optimizer step over all ranks, with counts that every rank knows without communication."""
 
     index: int
     """Batches before this one since the start of the run"""
@@ -50,7 +50,7 @@ class GlobalBatch:
     row_tokens: list[int]
     samples: int
     labelled_tokens: int
-    """Targets over all ranks: what the loss is divided by"""
+    """Targets over all ranks"""
     real_tokens: int
 
     @property
@@ -67,15 +67,15 @@ class _Position:
     samples_seen: int = 0
     batches: int = 0
     first_epoch: int = 0
-    """The mixture began with this epoch,"""
+    """The epoch that the current mixture started with"""
     first_batch: int = 0
-    """and with this batch"""
+    """The batch that the current mixture started with"""
 
 
 class DataStream:
     """Global batches from sources; `next_batch` never ends.
 
-    `window` is the least number of samples packed together; changing it changes the order of rows.
+    `window` is the minimum number of samples packed together; changing it changes the order of rows.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class DataStream:
         return global_batch(self.store, rows, index=at.batches - 1, epoch=epoch, progress=progress)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the last batch: a few integers, and for each source its name and three more."""
+        """The position after the last batch: a few integers, and a few per source."""
         sources = [
             {
                 "name": source.name,
@@ -167,13 +167,13 @@ class DataStream:
         return {**asdict(self._position), "rules": self._rules, "sources": sources, "retired": list(self._retired)}
 
     def load_state_dict(self, state: dict[str, Any]) -> list[str]:
-        """Go to a position: a seek. Returns what has changed in the mixture since, a line each; empty: nothing.
+        """Seek to a position. Returns the changes to the mixture since then, one line per change.
 
         Raises DataError where the position belongs to another seed, packing or content of the data.
         """
         if state.get("rules") != self._rules:
             raise DataError(
-                "the checkpoint's place in the data belongs to another order: seed, data.max_length, data.packing, "
+                "the checkpoint's position belongs to another order of the data: seed, data.max_length, data.packing, "
                 "data.curriculum or data.shuffle_samples has changed. Restore them, or start over with "
                 "checkpoint.resume=never."
             )
@@ -195,7 +195,7 @@ class DataStream:
         return changes
 
     def close(self) -> None:
-        """Nothing runs beside the stream."""
+        """The stream has no thread or process to stop."""
 
     def steps_in_epoch(self, epoch: int) -> int:
         """Batches of an epoch, exact; packs all of its windows once."""
@@ -228,11 +228,11 @@ class DataStream:
         return _at_most(at.first_batch + int(epoch_steps.sum()), at_most)
 
     def counts_exactly(self, epochs: int) -> bool:
-        """Whether `total_steps` is no estimate."""
+        """Whether `total_steps` is exact."""
         return not self.packing or (epochs - self._position.first_epoch) * self.windows <= COUNTED_WINDOWS
 
     def _remix(self, before: list[dict[str, Any]], retired: list[dict[str, Any]]) -> list[str]:
-        """Take over every source's own next draw; says what has changed."""
+        """Continue every source at its next draw; returns what has changed."""
         changes: list[str] = []
         gone = [*before]
         known: list[dict[str, Any] | None] = []
@@ -245,9 +245,9 @@ class DataStream:
         rewritten = sorted(added & {entry["name"] for entry in gone})
         if rewritten or not any(known):
             raise DataError(
-                f"{', '.join(rewritten) or 'data.train'}: other samples than when the checkpoint was written (the "
-                "file, the tokenizer, or how samples are made has changed). Restore them, give new data a name of its "
-                "own beside the old, or start over with checkpoint.resume=never."
+                f"{', '.join(rewritten) or 'data.train'}: its samples differ from those that the checkpoint "
+                "was trained on (the file, the tokenizer or the encoding has changed). Restore them, add the new data "
+                "under a new name next to the old, or start over with checkpoint.resume=never."
             )
         left = [*retired]
         for number, (source, entry) in enumerate(zip(self.mixture.sources, known, strict=True)):
@@ -256,9 +256,9 @@ class DataStream:
                 entry = next((old for old in left if old["fingerprint"] == source.store.fingerprint), None)
                 if entry is not None:
                     left.remove(entry)
-                changes.append(f"{source.name} added: {taken} samples an epoch")
+                changes.append(f"{source.name} added: {taken} samples per epoch")
             elif entry["taken"] != taken:
-                changes.append(f"{source.name}: {taken} samples an epoch instead of {entry['taken']}")
+                changes.append(f"{source.name}: {taken} samples per epoch instead of {entry['taken']}")
             self._draws[number] = self._drawn[number] = int(entry["drawn"]) if entry else 0
         changes += [f"{entry['name']} removed after {entry['drawn']} samples" for entry in gone]
         self._retired = left + [{key: entry[key] for key in ("name", "fingerprint", "drawn")} for entry in gone]
@@ -282,7 +282,7 @@ class DataStream:
         return self.mixture.window_ids(epoch, window, draws)
 
     def _window_rows(self, epoch: int, window: int) -> list[Row]:
-        """The rows of a window in the order they are dealt."""
+        """The rows of a window in the order in which they are dealt."""
         ids = self._ids_of(epoch, window)
         self.store.expect(np.concatenate([ids, *self._following(epoch, window)]))
         key = (self.seed, "rows", epoch, window)
@@ -291,7 +291,7 @@ class DataStream:
         return [[listed[at] for at in row] for row in rows]
 
     def _following(self, epoch: int, window: int) -> list[npt.NDArray[np.int64]]:
-        """The samples of the next windows; the next epoch's first one counts as next to the last."""
+        """The samples of the next windows; the last window is followed by the first one of the next epoch."""
         return [
             self._ids_of(epoch + ahead // self.windows, ahead % self.windows)
             for ahead in range(window + 1, window + 1 + min(HINTED_WINDOWS, self.windows))
@@ -319,7 +319,7 @@ def global_batch(store: SampleStore, rows: list[Row], *, index: int, epoch: int,
 def rows_of_window(
     lengths: npt.NDArray[np.int64], *, max_length: int, packing: bool, by_length: bool, key: tuple[int | str, ...]
 ) -> list[list[int]]:
-    """Rows of indices into `lengths` in the order they are dealt: shuffled by the key, or from short to long samples.
+    """Rows of indices into `lengths` in dealing order: shuffled by the key, or from short to long samples.
 
     Raises DataError where a sample is longer than `max_length`.
     """
@@ -346,5 +346,5 @@ def _at_most(steps: int, limit: int | None) -> int:
 
 
 def digest(*parts: object) -> int:
-    """48 bits of what the arguments print as."""
+    """48 bits of a hash of the arguments' repr."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=6).digest(), "little")

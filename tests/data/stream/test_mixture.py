@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ft_dist.data.stream.mixture import Mixture, MixtureSource, draws_before, samples_an_epoch
+from ft_dist.data.stream.mixture import Mixture, MixtureSource, draws_before, samples_per_epoch
 from ft_dist.data.stream.stream import DataStream
 from ft_dist.errors import DataError
 from tests.data.stores import Lengths
@@ -63,7 +63,7 @@ def test_every_source_has_its_share_at_every_position(taken, data):
 @some
 def test_temperature_keeps_the_total(sizes_and_weights, temperature):
     sizes, weights = zip(*sizes_and_weights, strict=True)
-    plain, mixed = samples_an_epoch(sizes, weights, 1.0), samples_an_epoch(sizes, weights, temperature)
+    plain, mixed = samples_per_epoch(sizes, weights, 1.0), samples_per_epoch(sizes, weights, temperature)
     assert plain == [max(1, round(weight * size)) for size, weight in sizes_and_weights]
     assert 0 <= sum(mixed) - sum(plain) <= len(sizes)
     assert min(mixed) > 0
@@ -73,8 +73,8 @@ def test_temperature_keeps_the_total(sizes_and_weights, temperature):
 
 
 def test_high_temperature_levels_sources():
-    assert samples_an_epoch([900, 100], [1.0, 1.0], 1e9) == [500, 500]
-    assert samples_an_epoch([900, 100], [1.0, 1.0], 2.0) == [750, 250]
+    assert samples_per_epoch([900, 100], [1.0, 1.0], 1e9) == [500, 500]
+    assert samples_per_epoch([900, 100], [1.0, 1.0], 2.0) == [750, 250]
 
 
 def test_windows_hold_the_proportion():
@@ -146,7 +146,7 @@ def test_a_source_added_at_an_epochs_end_changes_no_pass_over_the_others():
     old, new = make({"a": 1.0, "b": 1.0}), make({"a": 1.0, "b": 1.0, "c": 1.0})
     while old.epochs_done == 0:
         old.next_batch()
-    assert new.load_state_dict(old.state_dict()) == ["c added: 30 samples an epoch"]
+    assert new.load_state_dict(old.state_dict()) == ["c added: 30 samples per epoch"]
     ids = []
     while new.epochs_done == 1:
         ids += new.next_batch().sample_ids
@@ -167,7 +167,7 @@ def test_a_removed_source_that_returns_goes_on():
     assert without.load_state_dict(first.state_dict()) == [f"b removed after {drawn['b']} samples"]
     without.next_batch()
     back = make({"b": 1.0, "a": 1.0})
-    assert back.load_state_dict(without.state_dict()) == ["b added: 45 samples an epoch"]
+    assert back.load_state_dict(without.state_dict()) == ["b added: 45 samples per epoch"]
     assert back.state_dict()["sources"][0]["drawn"] == drawn["b"] > 0
 
 
