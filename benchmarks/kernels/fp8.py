@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from ft_dist_kernels.lora.op import LoraWeights, lora_linear_group
-from ft_dist_kernels.quantised.fp8 import FP8Weight, fp8_reason_not, hold_fp8, takes_fp8
+from ft_dist_kernels.quantised.fp8 import fp8_reason_not, hold_fp8, takes_fp8
+from ft_dist_kernels.quantised.fp8_format import FP8Weight
 from torch import Tensor
 
 from benchmarks.kernels.harness import Case

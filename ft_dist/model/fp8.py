@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from ft_dist_kernels.quantised.fp8 import FP8Weight, fp8_linear, fp8_reason_not, hold_fp8, takes_fp8
+from ft_dist_kernels.quantised.fp8 import fp8_linear, fp8_reason_not, hold_fp8, takes_fp8
+from ft_dist_kernels.quantised.fp8_format import FP8Weight
 from torch import nn
 
 from ft_dist.config.schema import ModelConfig
 from ft_dist.errors import ModelError
+from ft_dist.model.families import FAMILIES
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers of one parent that read the same x"""
@@ -69,8 +71,6 @@ def hold_base_in_fp8(causal_lm: Any) -> FP8Report:
 
     `causal_lm` lies where it will run and carries its adapters. Raises ModelError for an architecture not known.
     """
-    from ft_dist.model.fused.fuse import FAMILIES
-
     family = causal_lm.config.model_type
     if family not in FAMILIES:
         raise ModelError(

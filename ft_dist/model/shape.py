@@ -1,7 +1,7 @@
 """What a model's config.json says about its size: every parameter by name, without weights and without torch.
 
-Known are dense decoders of the families that `model/fused.py` knows; another family with the same keys is taken for
-Llama's layout and said to be so.
+Covers dense decoders of the families in `families.py`. For another family with the same config keys it assumes Llama's
+layout, and the plan says so.
 """
 
 import json
@@ -14,9 +14,9 @@ from typing import Any
 from ft_dist.errors import ModelError
 from ft_dist.model.builtin import SMOLLM2, cached_folder, resolve_model
 from ft_dist.model.facts import match_target_modules
+from ft_dist.model.families import FAMILIES, Family, expert_count, ties_by_default
 from ft_dist.model.tiny import tiny_config, tiny_names
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
 # of the package's own config.json (ft_dist/model/smollm.py), for machines that have not fetched it
 _SMOLLM2 = {
     "model_type": "llama",
@@ -73,23 +73,14 @@ class ModelShape:
         return self.family in FAMILIES
 
     @property
-    def joined(self) -> bool:
-        """Phi-3 keeps q, k, v in one matrix, and gate and up in another."""
-        return self.family == "phi3"
-
-    @property
-    def head_norms(self) -> bool:
-        return self.family in ("qwen3", "gemma3_text")
-
-    @property
-    def block_norms(self) -> int:
-        """Norms of the residual stream in a block; Gemma 2 and 3 also have two after their parts."""
-        return 4 if self.family.startswith("gemma") else 2
+    def form(self) -> Family:
+        """How the family's blocks are built; Llama's form if the family is not known."""
+        return FAMILIES.get(self.family, FAMILIES["llama"])
 
     def linears(self) -> list[tuple[str, int, int]]:
         """(name, out, in) of the matrices of a block, in the order in which forward meets them."""
         h, i, q, kv = self.hidden, self.intermediate, self.q_width, self.kv_width
-        if self.joined:
+        if self.form.joined:
             attention = [("self_attn.qkv_proj", q + 2 * kv, h)]
             gated = [("mlp.gate_up_proj", 2 * i, h)]
         else:
@@ -108,8 +99,8 @@ class ModelShape:
                 biased = self.output_bias if name.endswith("o_proj") else self.qkv_bias and "self_attn" in name
                 if biased:
                     found.append(Parameter(f"{prefix}{name}.bias", (out,), layer, False))
-            norms = [(f"norm{index}.weight", self.hidden) for index in range(self.block_norms)]
-            if self.head_norms:
+            norms = [(f"norm{index}.weight", self.hidden) for index in range(self.form.block_norms)]
+            if self.form.head_norms:
                 norms += [("self_attn.q_norm.weight", self.head_dim), ("self_attn.k_norm.weight", self.head_dim)]
             found += [Parameter(prefix + name, (width,), layer, False) for name, width in norms]
         found.append(Parameter("model.norm.weight", (self.hidden,), None, False))
@@ -147,8 +138,7 @@ def shape_of_config(whole: dict[str, Any], path: str) -> ModelShape:
     """From the tree of a config.json. Raises ModelError."""
     config = whole.get("text_config", whole)
     family = str(config.get("model_type", whole.get("model_type", "unknown")))
-    experts = config.get("num_local_experts") or config.get("num_experts") or config.get("n_routed_experts")
-    if experts:
+    if experts := expert_count(config):
         raise ModelError(f"model.path={path}: has {experts} experts in a layer; plan knows dense decoders only.")
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     missing = [name for name in names if not isinstance(config.get(name), int)]
@@ -158,6 +148,8 @@ def shape_of_config(whole: dict[str, Any], path: str) -> ModelShape:
             "say these."
         )
     heads = config["num_attention_heads"]
+    biased = bool(config.get("attention_bias", False))
+    qkv_bias = FAMILIES[family].qkv_bias if family in FAMILIES else None
     return ModelShape(
         family="gemma3_text" if family == "gemma3" else family,
         hidden=config["hidden_size"],
@@ -167,9 +159,9 @@ def shape_of_config(whole: dict[str, Any], path: str) -> ModelShape:
         kv_heads=config.get("num_key_value_heads") or heads,
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
         vocabulary=config["vocab_size"],
-        tied=bool(config.get("tie_word_embeddings", whole.get("tie_word_embeddings", family.startswith("gemma")))),
-        qkv_bias=family == "qwen2" or bool(config.get("attention_bias", False)),
-        output_bias=family != "qwen2" and bool(config.get("attention_bias", False)),
+        tied=bool(config.get("tie_word_embeddings", whole.get("tie_word_embeddings", ties_by_default(family)))),
+        qkv_bias=biased if qkv_bias is None else qkv_bias,
+        output_bias=biased and qkv_bias is None,
     )
 
 

@@ -15,6 +15,7 @@ from ft_dist_kernels.cross_entropy.op import linear_cross_entropy
 from torch import nn
 
 from ft_dist.data.stream.batch import IGNORED
+from ft_dist.model.families import logit_form
 from ft_dist.model.fused.fuse import register_parameters
 from ft_dist.model.fused.merged import lora_weights
 
@@ -26,10 +27,7 @@ class LossHead(nn.Module):
         super().__init__()
         # a tuple keeps the head from becoming a submodule here, which would register its parameters under a second name
         self._head = (causal_lm.get_output_embeddings(),)
-        config = causal_lm.config.get_text_config()
-        self.softcap = getattr(config, "final_logit_softcapping", None)
-        self.logit_scale = float(getattr(config, "logit_scale", None) or 1.0)
-        self.logit_scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+        self.softcap, self.logit_scale = logit_form(causal_lm.config.get_text_config())
         self.fused = fused if self.reason_unfused() is None else None
         if self.fused and zero3:
             register_parameters(self, list(self._head[0].parameters()))

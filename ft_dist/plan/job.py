@@ -97,7 +97,7 @@ class Job:
     def by_segment(self) -> bool:
         """Whether our own attention goes sample by sample."""
         sdpa = self.config.model.attention in ("auto", "sdpa") and not self.flash
-        return self.fused and sdpa and self.shape.family != "gemma2"  # its scores are soft-capped
+        return self.fused and sdpa and not self.shape.form.softcapped_scores
 
     @cached_property
     def adapted(self) -> list[Parameter]:
@@ -138,9 +138,9 @@ class Job:
         merges = self.gpu and self.lora and self.fused and self.item == 2 and not held_apart
         if not merges or method.dora or method.rank > 64 or self.config.model.kernels == "torch":
             return 0
-        joined, heights = self.shape.joined, {name: out for name, out, _ in self.shape.linears()}
+        joined, heights = self.shape.form.joined, {name: out for name, out, _ in self.shape.linears()}
         groups = [["mlp.gate_up_proj"] if joined else ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]
-        if not self.shape.head_norms:
+        if not self.shape.form.head_norms:
             groups.append(["self_attn.qkv_proj"] if joined else [f"self_attn.{part}_proj" for part in "qkv"])
         elements = 0
         for names in groups:

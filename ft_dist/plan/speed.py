@@ -163,7 +163,7 @@ def moved_bytes(job: Job, recomputed: float) -> float:
     h, i, q, k = shape.hidden, shape.intermediate, shape.q_width, shape.kv_width
     outs = sum(out for name, out, _ in shape.linears() if name in job.adapted_names)
     ins = sum(width for name, _, width in shape.linears() if name in job.adapted_names)
-    norms = shape.block_norms
+    norms = shape.form.block_norms
     if job.fused:
         # one residual addition in a norm, one of its own; in backward both in norms
         forward = 2 * norms * h + 5 * h + 4 * (q + k) + 3 * i + 2 * outs + ins

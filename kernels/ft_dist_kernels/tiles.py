@@ -5,8 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-TILE_ELEMENTS = 256 * 1024
-"""Of one operand"""
+from ft_dist_kernels.sizes import TILE_ELEMENTS
 
 
 def tiles(row_elements: int, *tensors: Tensor, dim: int = 0) -> Iterator[tuple[Tensor, ...]]:

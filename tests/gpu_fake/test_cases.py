@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from ft_dist_kernels.backend import HAS_TRITON
 
-from ft_dist.model.fused.fuse import FAMILIES
+from ft_dist.model.families import FAMILIES
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="no Triton here: its wheels exist for Linux only")

@@ -5,6 +5,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from ft_dist_kernels import sizes
 from ft_dist_kernels.cross_entropy import chunks
 from ft_dist_kernels.cross_entropy.op import (
     linear_cross_entropy,
@@ -12,6 +13,7 @@ from ft_dist_kernels.cross_entropy.op import (
     linear_log_probs,
     linear_log_probs_reference,
 )
+from ft_dist_kernels.cross_entropy.types import Head, Options
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -47,9 +49,9 @@ def make_inputs(shape, dtype, *, ignored=0.4, extras=(), seed=0):
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Several chunks and several widened tiles even at the shapes of a test."""
-    monkeypatch.setattr(chunks, "CPU_LOGITS_BYTES", 12 * 301 * 4)
-    monkeypatch.setattr(chunks, "CPU_CHUNK_ROWS", (5, 12))
-    monkeypatch.setattr(chunks, "WIDENED_TILE_BYTES", 1)
+    monkeypatch.setattr(sizes, "CPU_LOGITS_BYTES", 12 * 301 * 4)
+    monkeypatch.setattr(sizes, "CPU_CHUNK_ROWS", (5, 12))
+    monkeypatch.setattr(sizes, "WIDENED_TILE_BYTES", 1)
 
 
 def by_token(**options):
@@ -68,8 +70,8 @@ def by_token(**options):
 
 OPTIONS = {
     "plain": ({}, ()),
-    "smooth-z": ({"label_smoothing": 0.1, "z_loss": 1e-2}, ("token_weights",)),
-    "softcap-scale-bias": ({"softcap": 3.0, "logit_scale": 0.6, "label_smoothing": 0.2}, ("bias",)),
+    "token-weights": ({}, ("token_weights",)),
+    "softcap-scale-bias": ({"softcap": 3.0, "logit_scale": 0.6}, ("bias",)),
     "lora": ({"lora_scale": 1.7}, ("lora_a", "lora_b")),
     "lora-dropout": ({"lora_scale": 0.5, "softcap": 5.0}, ("lora_a", "lora_b", "lora_hidden", "token_weights")),
 }
@@ -135,7 +137,6 @@ class Operators(TorchDispatchMode):
 @pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
 def test_log_probs_parity(backend, dtype, name):
     options, extras = OPTIONS[name]
-    options = {key: value for key, value in options.items() if key != "label_smoothing"}
     inputs = make_inputs((23, 96, 301), dtype, extras=tuple(x for x in extras if x != "token_weights"))
     check_parity(
         lambda **kw: (linear_log_probs(**kw, **options, backend=backend),),
@@ -147,11 +148,11 @@ def test_log_probs_parity(backend, dtype, name):
 
 @given(
     rows=st.integers(1, 40), width=st.integers(1, 33), vocabulary=st.integers(2, 120), seed=st.integers(0, 99),
-    smoothing=st.sampled_from([0.0, 0.3]), softcap=st.sampled_from([None, 2.0]),
+    softcap=st.sampled_from([None, 2.0]),
 )  # fmt: skip
 @settings(max_examples=20, deadline=None)
-def test_loss_any_shape(rows, width, vocabulary, seed, smoothing, softcap):
-    options = {"label_smoothing": smoothing, "softcap": softcap, "z_loss": 1e-3}
+def test_loss_any_shape(rows, width, vocabulary, seed, softcap):
+    options = {"softcap": softcap}
     check_parity(
         lambda **kw: linear_cross_entropy(**kw, **options),
         lambda **kw: linear_cross_entropy_reference(**kw, **options),
@@ -266,7 +267,7 @@ def test_under_compile():
 def test_triton_treats_a_wrong_label_safely():
     inputs = make_inputs((6, 8, 20), torch.float32, ignored=0.0)
     inputs["labels"][2], inputs["labels"][4] = 20, -7
-    head = chunks.Head(inputs["weight"], options=chunks.Options(triton=True))
+    head = Head(inputs["weight"], options=Options(triton=True))
     tokens, grads = chunks.run_chunks(
         head, inputs["hidden"], None, None, inputs["labels"], None, chunks.Wanted(hidden=True)
     )
@@ -290,8 +291,6 @@ def test_triton_treats_a_wrong_label_safely():
         ({"lora_hidden": torch.zeros(3, 4)}, "lora_hidden has shape"),
         ({"token_weights": torch.zeros(2)}, "one weight a label"),
         ({"token_weights": torch.zeros(3, requires_grad=True)}, "carry no gradient"),
-        ({"label_smoothing": 1.0}, "outside"),
-        ({"z_loss": -1.0}, "z_loss"),
         ({"softcap": 0.0}, "softcap"),
         ({"logit_scale": float("inf")}, "logit_scale"),
         ({"backend": "cuda"}, "backend"),
@@ -308,10 +307,10 @@ def test_mistakes_are_named(change, message):
 def test_chunk_rows_keep_a_gpu_busy():
     for count in (1, 1023, 1024, 1500, 5000, 8192, 100_000):
         for vocabulary in (1000, 49152, 128256, 262144):
-            rows = chunks.chunk_rows(count, vocabulary, "cuda", 2)
+            rows = sizes.chunk_rows(count, vocabulary, gpu=True, bytes_per_logit=2)
             assert min(count, 1024) <= rows <= 4096
-    assert chunks.chunk_rows(8192, 128256, "cuda", 2) == 1024
-    assert chunks.chunk_rows(0, 100, "cuda", 2) == 1
+    assert sizes.chunk_rows(8192, 128256, gpu=True, bytes_per_logit=2) == 1024
+    assert sizes.chunk_rows(0, 100, gpu=True, bytes_per_logit=2) == 1
 
 
 class PeakBytes(TorchDispatchMode):
@@ -343,7 +342,7 @@ class PeakBytes(TorchDispatchMode):
 def test_memory_is_a_tenth_of_whole_logits(monkeypatch, trained):
     """The proportions of T=4096, V=49152, H=576 and of the real budget at a sixteenth of the size."""
     monkeypatch.undo()
-    monkeypatch.setattr(chunks, "CPU_LOGITS_BYTES", chunks.CPU_LOGITS_BYTES // 64)
+    monkeypatch.setattr(sizes, "CPU_LOGITS_BYTES", chunks.CPU_LOGITS_BYTES // 64)
     rows, width, vocabulary = 1024, 72, 6144
     hidden, weight = torch.randn(rows, width, requires_grad=True), torch.randn(vocabulary, width) * 0.05
     weight.requires_grad_(trained)

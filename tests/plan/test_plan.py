@@ -5,7 +5,6 @@ import xml.etree.ElementTree as ET
 from dataclasses import replace
 
 import pytest
-from ft_dist_kernels.cross_entropy.chunks import chunk_rows as chunk_rows_of_the_kernel
 
 from ft_dist.config import load_config
 from ft_dist.errors import ConfigError, ModelError, UserError
@@ -14,7 +13,7 @@ from ft_dist.model.shape import model_shape, shape_of_config
 from ft_dist.model.tiny import tiny_names
 from ft_dist.plan.gpu import gpu_like, gpu_named, gpus
 from ft_dist.plan.job import Job
-from ft_dist.plan.memory.activations import Walk, chunk_rows
+from ft_dist.plan.memory.activations import Walk
 from ft_dist.plan.memory.ledger import Ledger
 from ft_dist.plan.memory.total import kept_by_block, memory_plan
 from ft_dist.plan.report import Cluster, fitted, plan_run, table
@@ -69,14 +68,6 @@ def test_experts_and_strangers_are_told():
         shape_of_config(LLAMA_8B | {"num_experts": 128}, "m")
     with pytest.raises(ModelError, match="no hidden_size"):
         shape_of_config({"model_type": "mamba"}, "m")
-
-
-@pytest.mark.parametrize("gpu", [False, True])
-@pytest.mark.parametrize("vocabulary", [260, 49_152, 128_256, 262_144])
-def test_loss_chunks_are_cut_as_the_kernel_cuts_them(gpu, vocabulary):
-    for count in (0, 1, 127, 255, 2048, 8191, 65_536):
-        ours = chunk_rows(count, vocabulary, gpu=gpu, bytes_a_logit=2 if gpu else 4)
-        assert ours == chunk_rows_of_the_kernel(count, vocabulary, "cuda" if gpu else "cpu", 2 if gpu else 4)
 
 
 def test_a_plan_of_70b_needs_neither_torch_nor_weights(cli, tmp_path):

@@ -2,8 +2,8 @@
 
 Positions of an epoch are assigned to sources by the method of Webster and Sainte-Lague: the k-th draw of a source with
 n samples per epoch is at (2k + 1) / 2n of the epoch, so at every position each source has contributed its share to
-within about one sample. A source's draws follow an endless sequence of keyed permutations, so each pass over it draws every
-sample once, for any weight and wherever epochs begin.
+within about one sample. A source's draws follow an endless sequence of keyed permutations, so each pass over it draws
+every sample once, for any weight and wherever epochs begin.
 
 A window of positions takes a contiguous range of draws from every source. Inside the window they are shuffled.
 """

@@ -17,19 +17,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from ft_dist.model.families import Family
 from ft_dist.model.fused.merged import Merged
 
 LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
 SANDWICH_NORMS = (*LAYER_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
 
 
-def layer_forward(layer: Any, groups: Mapping[nn.Module, Merged]) -> Any:
+def layer_forward(layer: Any, groups: Mapping[nn.Module, Merged], *, sandwich: bool) -> Any:
     """Takes the place of a layer's `forward`; its norms have theirs from `fused_forward.py` already.
 
     `groups` names what attention and MLP read x with, where their forward is ours too: the norm leaves the room that
     these ask for.
     """
-    sandwich = hasattr(layer, "pre_feedforward_layernorm")
     before_mlp = layer.pre_feedforward_layernorm if sandwich else layer.post_attention_layernorm
 
     def body(hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -57,11 +57,12 @@ def layer_forward(layer: Any, groups: Mapping[nn.Module, Merged]) -> Any:
     return forward
 
 
-def is_decoder_layer(module: nn.Module) -> bool:
+def is_decoder_layer(module: nn.Module, family: Family) -> bool:
     """Whether the module has the parts, and only those, that `layer_forward` runs."""
     children = {name for name, _ in module.named_children()}
     dropouts = {"resid_attn_dropout", "resid_mlp_dropout"}
-    return children - dropouts in ({"self_attn", "mlp", *LAYER_NORMS}, {"self_attn", "mlp", *SANDWICH_NORMS})
+    norms = SANDWICH_NORMS if family.sandwich_norms else LAYER_NORMS
+    return children - dropouts == {"self_attn", "mlp", *norms}
 
 
 def _room(group: Merged | None, hidden_states: torch.Tensor) -> dict[str, int]:

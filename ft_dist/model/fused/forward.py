@@ -20,18 +20,18 @@ from ft_dist_kernels.rms_norm.op import rms_norm
 from ft_dist_kernels.rope.op import rope, rope_merged
 from torch import nn
 
+from ft_dist.model.families import Family
 from ft_dist.model.fused.merged import Merged, lora_weights
 from ft_dist.model.fused.recompute import recomputed
 
 
-def norm_forward(module: Any, *, gemma: bool, backend: Backend) -> Any:
-    """RMSNorm; Gemma's multiplies by 1 + weight before it casts, the others by weight after.
+def norm_forward(module: Any, *, offset: bool, backend: Backend) -> Any:
+    """RMSNorm. With `offset` it multiplies by 1 + weight and casts to the input's dtype, otherwise it casts first.
 
     A decoder layer of ours (`decoder_layer.py`) asks for more: the norm of hidden_states + residual, that sum, and room
     behind the rows for what reads them.
     """
     eps = float(getattr(module, "variance_epsilon", getattr(module, "eps", 1e-6)))
-    offset, cast_first = (1.0, False) if gemma else (0.0, True)
 
     def forward(
         hidden_states: torch.Tensor, residual: torch.Tensor | None = None, *, with_sum: bool = False, spare: int = 0
@@ -40,8 +40,8 @@ def norm_forward(module: Any, *, gemma: bool, backend: Backend) -> Any:
             hidden_states,
             module.weight,
             eps=eps,
-            offset=offset,
-            cast_before_weight=cast_first,
+            offset=1.0 if offset else 0.0,
+            cast_before_weight=not offset,
             residual=residual,
             with_sum=with_sum,
             spare=spare,
@@ -127,7 +127,7 @@ def mlp_forward(
     return forward
 
 
-def attention_forward(module: Any, inputs: Merged, *, together: bool, backend: Backend) -> Any:
+def attention_forward(module: Any, inputs: Merged, family: Family, *, together: bool, backend: Backend) -> Any:
     """Self-attention of the Llama family: q, k, v in one group, optional norms of q and k, rotary embedding fused.
 
     `inputs` are q, k and v, or the one layer that makes all (Phi-3); `spare` is what they need behind hidden_states to
@@ -140,10 +140,10 @@ def attention_forward(module: Any, inputs: Merged, *, together: bool, backend: B
 
     eager = sys.modules[type(module).__module__].eager_attention_forward
     config = module.config
-    # Mistral and Phi-3 keep the window in the config; Qwen and Gemma set it for each layer
-    window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
-    if type(module).__name__.startswith("Llama"):
-        window = None
+    window = None
+    if family.sliding_window:
+        # Mistral and Phi-3 keep the window in the config; Qwen and Gemma set it per layer
+        window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
     options = {} if window is None else {"sliding_window": window}
     if getattr(module, "attn_logit_softcapping", None) is not None:
         options["softcap"] = module.attn_logit_softcapping
@@ -165,7 +165,7 @@ def attention_forward(module: Any, inputs: Merged, *, together: bool, backend: B
         else:
             parts = _qkv(module, linears(inputs, hidden_states, together=together))
             q, k, v = (part.view(*shape, -1, module.head_dim) for part in parts)
-            if hasattr(module, "q_norm"):
+            if family.head_norms:
                 q, k = module.q_norm(q), module.k_norm(k)
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
             q, k = rope(q, k, *position_embeddings, backend=backend)

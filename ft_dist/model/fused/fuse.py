@@ -16,6 +16,7 @@ from ft_dist_kernels.backend import HAS_TRITON, Backend
 from torch import nn
 
 from ft_dist.errors import ModelError
+from ft_dist.model.families import FAMILIES, Family
 from ft_dist.model.fp8 import FP8Linear
 from ft_dist.model.fused.decoder_layer import is_decoder_layer, layer_forward
 from ft_dist.model.fused.forward import (
@@ -28,8 +29,6 @@ from ft_dist.model.fused.forward import (
 )
 from ft_dist.model.fused.merged import Merged
 
-# SmolLM and SmolLM2 are Llama models
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3_text", "phi3")
 ATTENTION = "attention (qkv, rotary)"
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj", "qkv_proj")
 MLP_INPUTS = ("gate_proj", "up_proj", "gate_up_proj")
@@ -84,19 +83,21 @@ def fuse(causal_lm: Any, *, kernels: str, device_type: str, zero3: bool) -> Fuse
         return FusedReport("off")
     backend = chosen_backend(kernels, device_type=device_type)
     report = FusedReport(backend)
-    family = causal_lm.config.model_type
-    known = family in FAMILIES
-    if not known:
-        report.left[f"layers of architecture {family}, which is not among {', '.join(FAMILIES)}"] += 1
+    model_type = causal_lm.config.model_type
+    family = FAMILIES.get(model_type)
+    if family is None:
+        report.left[f"layers of architecture {model_type}, which is not among {', '.join(FAMILIES)}"] += 1
     modules = list(causal_lm.get_decoder().modules())
-    layer_of = {module.mlp: module for module in modules if known and is_decoder_layer(module)}
+    layer_of = {module.mlp: module for module in modules if family and is_decoder_layer(module, family)}
     groups: dict[nn.Module, Merged] = {}
     for module in modules:
         _fuse_lora(module, report, backend, zero3)
-        if known:
-            _fuse_part(module, report, backend, together=not zero3, layer=layer_of.get(module), groups=groups)
+        if family:
+            layer = layer_of.get(module)
+            _fuse_part(module, family, report, backend, together=not zero3, layer=layer, groups=groups)
     for layer in layer_of.values():
-        _swap(layer, layer_forward(layer, groups))
+        assert family is not None
+        _swap(layer, layer_forward(layer, groups, sandwich=family.sandwich_norms))
         report.fused["decoder layers (residual sums)"] += 1
     config = causal_lm.config.get_text_config()
     report.segments = report.fused[ATTENTION] == config.num_hidden_layers and takes_segments(causal_lm)
@@ -123,6 +124,7 @@ def _fuse_lora(module: nn.Module, report: FusedReport, backend: Backend, zero3: 
 
 def _fuse_part(
     module: Any,
+    family: Family,
     report: FusedReport,
     backend: Backend,
     *,
@@ -134,12 +136,11 @@ def _fuse_part(
     name = type(module).__name__
     if type(module) is nn.Linear and backend == "torch":
         _swap(module, linear_forward(module))
-    if name.endswith("RMSNorm"):
-        _swap(module, norm_forward(module, gemma=name.startswith("Gemma"), backend=backend))
+    if name == f"{family.classes}RMSNorm":
+        _swap(module, norm_forward(module, offset=family.offset_norm, backend=backend))
         report.fused["RMSNorm"] += 1
-    elif name.endswith("MLP"):
-        # Gemma's configs carry both names, and its layers read the second
-        activation = getattr(module.config, "hidden_activation", None) or module.config.hidden_act
+    elif name == f"{family.classes}MLP":
+        activation = getattr(module.config, family.activation_key)
         if activation not in ACTIVATIONS:
             report.left[f"MLP with activation {activation}"] += 1
             return
@@ -152,11 +153,11 @@ def _fuse_part(
         options: dict[str, Any] = {"activation": activation, "together": together, "backend": backend}
         _swap(module, mlp_forward(module, group, recompute=recompute, **options))
         report.fused["gated MLP"] += 1
-    elif name.endswith("Attention") and hasattr(module, "o_proj"):
-        # norms of q and k want them apart
-        merges = together and not hasattr(module, "q_norm")
+    elif name == f"{family.classes}Attention":
+        # the norms of q and k need them as separate tensors
+        merges = together and not family.head_norms
         group = groups[module] = Merged(_present(module, ATTENTION_INPUTS), together=merges, backend=backend)
-        _swap(module, attention_forward(module, group, together=together, backend=backend))
+        _swap(module, attention_forward(module, group, family, together=together, backend=backend))
         report.fused[ATTENTION] += 1
 
 

@@ -12,6 +12,8 @@ A block keeps for its backward pass, in elements a token, with Q and K the width
 
 from collections import defaultdict
 
+from ft_dist_kernels.sizes import TILE_ELEMENTS, chunk_rows, tile_rows
+
 from ft_dist.plan.job import Job
 from ft_dist.plan.memory.ledger import Ledger
 
@@ -21,21 +23,6 @@ OWN_BACKWARD_WIDTH = 128
 """Of a head: up to here attention's backward pass is ours on a GPU (kernels/ft_dist_kernels/attention/ragged.py)"""
 PROCESSORS = 132
 """Of an H100: on others a split more or less"""
-# of the kernels' CPU forms (kernels/ft_dist_kernels/tiles.py, linear_cross_entropy_chunks.py, products.py)
-CPU_TILE_ELEMENTS = 256 * 1024
-WIDENED_TILE_BYTES, CPU_TILES = 4 * 2**20, 16
-GPU_LOGITS_BYTES, GPU_CHUNK_ROWS = 256 * 2**20, (1024, 4096)
-CPU_LOGITS_BYTES, CPU_CHUNK_ROWS = 96 * 2**20, (128, 1024)
-
-
-def chunk_rows(count: int, vocabulary: int, *, gpu: bool, bytes_a_logit: int) -> int:
-    """Rows of a loss chunk, as `linear_cross_entropy_chunks.chunk_rows` cuts them."""
-    budget, (low, high) = (GPU_LOGITS_BYTES, GPU_CHUNK_ROWS) if gpu else (CPU_LOGITS_BYTES, CPU_CHUNK_ROWS)
-    rows = max(low, min(high, budget // (vocabulary * bytes_a_logit)))
-    chunks = -(-count // rows)
-    if count < chunks * low:
-        chunks = max(1, count // low)
-    return max(1, -(-count // chunks)) if count else 1
 
 
 class Walk:
@@ -85,8 +72,8 @@ class Walk:
 
     def forward_block(self, layer: int) -> None:
         """From x of the layer to x of the next; everything that backward needs stays."""
-        attention = ["self_attn.qkv_proj"] if self.job.shape.joined else [f"self_attn.{n}_proj" for n in "qkv"]
-        gated = ["mlp.gate_up_proj"] if self.job.shape.joined else ["mlp.gate_proj", "mlp.up_proj"]
+        attention = ["self_attn.qkv_proj"] if self.job.shape.form.joined else [f"self_attn.{n}_proj" for n in "qkv"]
+        gated = ["mlp.gate_up_proj"] if self.job.shape.form.joined else ["mlp.gate_proj", "mlp.up_proj"]
         self._norm(layer, "1")
         self.hold(layer, q=self.q, k=self.kv, v=self.kv, s_qkv=self.ranks(*attention))
         self._peft_spike(attention, self.q)
@@ -128,7 +115,7 @@ class Walk:
         self.hold(layer, x_adapters=self.adapter_inputs)
 
     def _norm(self, layer: int, index: str) -> None:
-        extra = self.job.shape.block_norms // 2
+        extra = self.job.shape.form.block_norms // 2
         self.hold(layer, **{f"y{index}": self.h * extra, f"rstd{index}": 4 * self.t * extra})
         if self.job.fused:
             if self.job.gpu:
@@ -173,7 +160,7 @@ class Walk:
         n_all, v, h = round(self.t * job.labelled), job.shape.vocabulary, job.shape.hidden
         logit = self.b if job.gpu else 4
         rounded = self.b if self.b == 2 and not job.gpu else 0
-        n = chunk_rows(n_all, v, gpu=job.gpu, bytes_a_logit=logit + rounded)
+        n = chunk_rows(n_all, v, gpu=job.gpu, bytes_per_logit=logit + rounded)
         ledger.hold(LOSS, "d_rows", n_all * h * self.b)
         ledger.hold(LOSS, "labels", n_all * 28)
         if not job.lora:
@@ -182,9 +169,7 @@ class Walk:
         ledger.hold(LOSS, "rows", n * h * logit)
         ledger.hold(LOSS, "d_wide", n * h * 4)
         if not job.gpu:
-            tile = v // CPU_TILES
-            if self.b == 2:
-                tile = min(tile, max(256, WIDENED_TILE_BYTES // (4 * h)))
+            tile = tile_rows(v, h, cpu=True, widened_item=4 if self.b == 2 else 0)
             # logits are made a tile at a time, beside their place
             ledger.spike(LOSS, tile * (n * 4 + (h * 4 if self.b == 2 else 0)))
         ledger.free("logits", "rows", "d_wide")
@@ -251,10 +236,10 @@ class Walk:
             self.free(layer, "d_product", "up")
             self.hold(layer, d_silu=self.i)
         elif not job.gpu:
-            self.ledger.spike(self.part, min(self.i, CPU_TILE_ELEMENTS * self.b))
+            self.ledger.spike(self.part, min(self.i, TILE_ELEMENTS * self.b))
         self.free(layer, "gate", "up", "act", "d_product", "d_silu")
         self.hold(layer, d_y2=self.h)
-        weights(*(["gate_up_proj"] if job.shape.joined else ["gate_proj", "up_proj"]))
+        weights(*(["gate_up_proj"] if job.shape.form.joined else ["gate_proj", "up_proj"]))
         self.free(layer, "d_gate", "d_up", "s_gated", "y2")
         self._norm_backward(layer, "2", "x_middle")
         self.hold(layer, d_o=self.q)
@@ -271,7 +256,7 @@ class Walk:
         self.hold(layer, d_q_turned=self.q, d_k_turned=self.kv)
         self.free(layer, "d_q", "d_k")
         self.hold(layer, d_y1=self.h)
-        weights(*(["qkv_proj"] if job.shape.joined else ["q_proj", "k_proj", "v_proj"]))
+        weights(*(["qkv_proj"] if job.shape.form.joined else ["q_proj", "k_proj", "v_proj"]))
         self.free(layer, "d_q_turned", "d_k_turned", "d_v", "s_qkv", "y1")
         self._norm_backward(layer, "1", "")
         self.ledger.free(f"x{layer}", f"{layer}.x_adapters")

@@ -14,70 +14,15 @@ Shapes: T tokens, N labelled tokens, n rows of a chunk, H hidden, V vocabulary, 
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ft_dist_kernels.cross_entropy.types import Gradients, Head, Options, PerToken, Wanted
 from ft_dist_kernels.products import matmul, matmul_into, widens
+from ft_dist_kernels.sizes import chunk_rows, tile_rows
 
-GPU_LOGITS_BYTES, GPU_CHUNK_ROWS = 256 * 2**20, (1024, 4096)
-CPU_LOGITS_BYTES, CPU_CHUNK_ROWS = 96 * 2**20, (128, 1024)
-WIDENED_TILE_BYTES = 4 * 2**20
-CPU_TILES = 16
-"""Parts of a vocabulary whose logits are made one after the other where oneDNN makes them: it has no `out`"""
 SCALED_ROWS = 4096
-
-
-class Options(NamedTuple):
-    """The scalars of the loss, and whether the softmax step is the Triton kernel."""
-
-    lora_scale: float = 1.0
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
-    softcap: float | None = None
-    logit_scale: float = 1.0
-    triton: bool = False
-
-
-class Head(NamedTuple):
-    """weight (V, H), bias (V,), lora_a (R, H), lora_b (V, R)."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-    lora_a: Tensor | None = None
-    lora_b: Tensor | None = None
-    options: Options = Options()
-
-
-class Wanted(NamedTuple):
-    """Which gradients to make, in the order of the autograd Function's inputs."""
-
-    hidden: bool = False
-    weight: bool = False
-    bias: bool = False
-    lora_a: bool = False
-    lora_b: bool = False
-    lora_hidden: bool = False
-
-
-class Gradients(NamedTuple):
-    """hidden and lora_hidden in hidden's dtype for the N labelled rows; the others whole, in fp32."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    lora_a: Tensor | None
-    lora_b: Tensor | None
-    lora_hidden: Tensor | None
-
-
-class PerToken(NamedTuple):
-    """(N,) each: fp32, fp32, int32."""
-
-    loss: Tensor
-    nll: Tensor
-    correct: Tensor
 
 
 def run_chunks(
@@ -100,7 +45,8 @@ def run_chunks(
         correct=torch.empty(count, device=hidden.device, dtype=torch.int32),
     )
     grads = _allocate(head, hidden_TH, count, wanted)
-    rows = chunk_rows(count, vocabulary, hidden.device.type, _bytes_a_logit(head, dtype))
+    gpu = hidden.device.type not in ("cpu", "mps")
+    rows = chunk_rows(count, vocabulary, gpu=gpu, bytes_per_logit=_bytes_per_logit(head, dtype))
     logits_nV = torch.empty(min(rows, count), vocabulary, device=hidden.device, dtype=dtype)
     rounds = wanted.hidden and _rounds(head, dtype)
     rounded_nV = torch.empty_like(logits_nV, dtype=head.weight.dtype) if rounds else None
@@ -162,18 +108,6 @@ def input_gradients(
     return (tokenwise[0], *shared, tokenwise[1], None, None, None, None, None, None)
 
 
-def chunk_rows(count: int, vocabulary: int, device: str, bytes_a_logit: int) -> int:
-    """Rows a chunk: what the logits budget allows within the device's bounds, evened out and never below the lower one
-    (less than twice of it where the count divides badly)."""
-    gpu = device not in ("cpu", "mps")
-    budget, (low, high) = (GPU_LOGITS_BYTES, GPU_CHUNK_ROWS) if gpu else (CPU_LOGITS_BYTES, CPU_CHUNK_ROWS)
-    rows = max(low, min(high, budget // (vocabulary * bytes_a_logit)))
-    chunks = -(-count // rows)
-    if count < chunks * low:
-        chunks = max(1, count // low)
-    return max(1, -(-count // chunks)) if count else 1
-
-
 def softmax_step_torch(
     logits_nV: Tensor,
     labels_n: Tensor,
@@ -199,32 +133,21 @@ def softmax_step_torch(
         z_nV[:, 0].masked_fill_(bad_n, float("nan"))
     z_label_n = z_nV.gather(1, labels_n1).squeeze(1)
     peak_n = z_nV.amax(1)
-    smoothing = options.label_smoothing
-    mean_n = z_nV.mean(1) if smoothing else None
     total_n = z_nV.sub_(peak_n[:, None]).exp_().sum(1)
     lse_n = total_n.log().add_(peak_n)
     torch.sub(lse_n, z_label_n, out=out.nll)
     out.correct.copy_(z_label_n >= peak_n)
-    loss_n = out.nll.clone()
-    if mean_n is not None:
-        loss_n.mul_(1 - smoothing).add_(lse_n - mean_n, alpha=smoothing)
-    if options.z_loss:
-        loss_n.addcmul_(lse_n, lse_n, value=options.z_loss)
-    torch.mul(loss_n, 1.0 if weights_n is None else weights_n, out=out.loss)
+    torch.mul(out.nll, 1.0 if weights_n is None else weights_n, out=out.loss)
     if not want_grad:
         return
 
-    # d raw = logit_scale (1 - tanh^2) w [ (1 + 2 z_loss lse) p - e / V - (1 - e) onehot ]
+    # d raw = logit_scale (1 - tanh^2) w (p - onehot)
     scale_n = torch.full_like(lse_n, options.logit_scale)
     if weights_n is not None:
         scale_n.mul_(weights_n)
-    lift_n = 2 * options.z_loss * lse_n
     p_label_n1 = z_nV.gather(1, labels_n1) / total_n[:, None]
-    z_nV.mul_((scale_n * (1 + lift_n) / total_n)[:, None])
-    # p - 1 before the rest: next to p = 1 the z-loss would be lost in the difference.
-    z_nV.scatter_(1, labels_n1, scale_n[:, None] * (p_label_n1 - (1 - smoothing) + lift_n[:, None] * p_label_n1))
-    if smoothing:
-        z_nV.sub_((scale_n * (smoothing / z_nV.shape[1]))[:, None])
+    z_nV.mul_((scale_n / total_n)[:, None])
+    z_nV.scatter_(1, labels_n1, scale_n[:, None] * (p_label_n1 - 1))
     if tanh_nV is not None:
         z_nV.mul_(tanh_nV.square_().neg_().add_(1))
     if z_nV.data_ptr() != logits_nV.data_ptr():
@@ -248,7 +171,7 @@ def _rounds(head: Head, dtype: torch.dtype) -> bool:
     return head.weight.device.type == "cpu" and head.weight.dtype is not dtype and not widens(head.weight)
 
 
-def _bytes_a_logit(head: Head, dtype: torch.dtype) -> int:
+def _bytes_per_logit(head: Head, dtype: torch.dtype) -> int:
     if head.options.triton:
         return dtype.itemsize
     widened = 0 if dtype is torch.float32 else 4
@@ -265,19 +188,14 @@ def _tiles(matrix_VH: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tenso
     """The matrix in `dtype`: whole on a GPU that need not widen it, otherwise tiles of rows, each widened over the one
     before."""
     vocabulary, width = matrix_VH.shape
-    on_cpu = matrix_VH.device.type == "cpu"
-    if matrix_VH.dtype is dtype:
-        step = max(1, vocabulary // CPU_TILES if on_cpu else vocabulary)
-        for start in range(0, vocabulary, step):
-            yield slice(start, min(start + step, vocabulary)), matrix_VH[start : start + step]
-        return
-    step = max(256, WIDENED_TILE_BYTES // (max(width, 1) * dtype.itemsize))
-    if on_cpu:
-        step = max(1, min(step, vocabulary // CPU_TILES))
-    buffer = matrix_VH.new_empty(min(step, vocabulary), width, dtype=dtype)
+    widened = matrix_VH.dtype is not dtype
+    cpu = matrix_VH.device.type == "cpu"
+    step = tile_rows(vocabulary, width, cpu=cpu, widened_item=dtype.itemsize if widened else 0)
+    buffer = matrix_VH.new_empty(min(step, vocabulary), width, dtype=dtype) if widened else None
     for start in range(0, vocabulary, step):
         tile = slice(start, min(start + step, vocabulary))
-        yield tile, buffer[: tile.stop - start].copy_(matrix_VH[tile])
+        part = matrix_VH[tile]
+        yield tile, part if buffer is None else buffer[: len(part)].copy_(part)
 
 
 def _logits_into(logits_nV: Tensor, head: Head, hidden_nH: Tensor, source_nH: Tensor) -> Tensor | None:

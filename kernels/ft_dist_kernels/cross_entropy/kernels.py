@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ft_dist_kernels.aot import AotCase, Chip
 from ft_dist_kernels.chips import chip_of
-from ft_dist_kernels.cross_entropy.chunks import Options, PerToken
+from ft_dist_kernels.cross_entropy.types import Options, PerToken
 
 # (largest vocabulary block, warps). 16 fp32 values a thread: two passes of loads in flight and no spills.
 BLOCKS: dict[Chip, tuple[int, int]] = {
@@ -72,14 +72,11 @@ def softmax_step_kernel(
     correct_ptr,
     row_stride,
     vocabulary,
-    smoothing,
-    z_loss,
     softcap,
     logit_scale,
     HAS_WEIGHTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    HAS_SMOOTHING: tl.constexpr,
     WANT_GRAD: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -92,7 +89,6 @@ def softmax_step_kernel(
 
     peak = -float("inf")
     total = 0.0
-    z_sum = 0.0
     for start in range(0, vocabulary, BLOCK_V):
         columns = start + tl.arange(0, BLOCK_V)
         inside = columns < vocabulary
@@ -100,8 +96,6 @@ def softmax_step_kernel(
         higher = tl.maximum(peak, tl.max(z, 0))
         total = total * tl.exp(peak - higher) + tl.sum(tl.exp(z - higher), 0)
         peak = higher
-        if HAS_SMOOTHING:
-            z_sum += tl.sum(tl.where(inside, z, 0.0), 0)
     lse = peak + tl.log(total)
 
     weight = 1.0
@@ -110,28 +104,18 @@ def softmax_step_kernel(
     # A label outside the vocabulary makes its row NaN instead of reading out of bounds.
     weight = tl.where(valid, weight, float("nan"))
     nll = tl.where(valid, lse - z_label, float("nan"))
-    loss = nll
-    if HAS_SMOOTHING:
-        loss = (1.0 - smoothing) * nll + smoothing * (lse - z_sum / vocabulary)
-    loss += z_loss * lse * lse
-    tl.store(loss_ptr + row, weight * loss)
+    tl.store(loss_ptr + row, weight * nll)
     tl.store(nll_ptr + row, nll)
     tl.store(correct_ptr + row, (valid & (z_label >= peak)).to(tl.int32))
 
     if WANT_GRAD:
         weight *= logit_scale
-        lift = 2.0 * z_loss * lse
-        uniform = smoothing / vocabulary
         for start in range(0, vocabulary, BLOCK_V):
             columns = start + tl.arange(0, BLOCK_V)
             inside = columns < vocabulary
             z, t = _logits(logits_ptr, bias_ptr, columns, inside, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP)
             p = tl.exp(z - lse)
-            # p - 1 before the rest: next to p = 1 the z-loss would be lost in the difference.
-            grad = p - tl.where(columns == label, 1.0 - smoothing, 0.0) + lift * p
-            if HAS_SMOOTHING:
-                grad -= uniform
-            grad *= weight
+            grad = (p - tl.where(columns == label, 1.0, 0.0)) * weight
             if HAS_SOFTCAP:
                 grad *= 1.0 - t * t
             tl.store(logits_ptr + columns, grad.to(logits_ptr.dtype.element_ty), mask=inside)
@@ -155,10 +139,9 @@ def softmax_step_triton(
     softmax_step_kernel[(rows,)](
         logits_nV, labels_n, weights_n, bias_V, out.loss, out.nll, out.correct,
         logits_nV.stride(0), vocabulary,
-        float(options.label_smoothing), float(options.z_loss),
         float(options.softcap or 0.0), float(options.logit_scale),
         HAS_WEIGHTS=weights_n is not None, HAS_BIAS=bias_V is not None, HAS_SOFTCAP=options.softcap is not None,
-        HAS_SMOOTHING=options.label_smoothing > 0, WANT_GRAD=want_grad, BLOCK_V=block, num_warps=warps,
+        WANT_GRAD=want_grad, BLOCK_V=block, num_warps=warps,
     )  # fmt: skip
 
 
@@ -188,12 +171,11 @@ def aot_cases(chip: Chip) -> list[AotCase]:
             "correct_ptr": "*i32",
         }
         scalars = {"row_stride": "i32", "vocabulary": "i32"}
-        floats = dict.fromkeys(("smoothing", "z_loss", "softcap", "logit_scale"), "fp32")
+        floats = dict.fromkeys(("softcap", "logit_scale"), "fp32")
         constexprs = {
             "HAS_WEIGHTS": extras,
             "HAS_BIAS": extras,
             "HAS_SOFTCAP": extras,
-            "HAS_SMOOTHING": extras,
             "WANT_GRAD": True,
             "BLOCK_V": block,
         }

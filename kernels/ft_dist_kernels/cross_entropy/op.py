@@ -3,7 +3,7 @@
     raw  = hidden weight^T + bias + lora_scale (lora_hidden lora_a^T) lora_b^T
     z    = softcap tanh(logit_scale raw / softcap), or logit_scale raw without a cap
     lse  = log sum_v exp(z_v)
-    loss = sum over labelled t of w_t [ (1 - e)(lse - z_label) + e (lse - mean_v z_v) + z_loss lse^2 ]
+    loss = sum over labelled t of w_t (lse - z_label)
 
 Rows whose label is `ignore_index` are dropped before the first matrix product. The rest go through the head in chunks;
 each chunk's logits are turned into their own gradient in place, so the gradients of every input are complete when the
@@ -12,8 +12,8 @@ chunk in fp32: no atomics, the same bits every run.
 
 Shapes: T tokens (any leading shape), N labelled tokens, n rows of a chunk, H hidden, V vocabulary, R LoRA rank.
 Sources: Liger-Kernel (arXiv 2410.10989) for the gradient in the forward pass, Cut Cross-Entropy (arXiv 2411.09009) for
-dropping ignored rows, Milakov and Gimelshein (arXiv 1805.02867) for the online log-sum-exp, PaLM (arXiv 2204.02311)
-for the z-loss, Gemma 2 (arXiv 2408.00118) for the soft-cap.
+dropping ignored rows, Milakov and Gimelshein (arXiv 1805.02867) for the online log-sum-exp, Gemma 2 (arXiv 2408.00118)
+for the soft-cap.
 """
 
 import math
@@ -24,12 +24,13 @@ from torch import Tensor
 
 from ft_dist_kernels.aot import AotCase, Chip
 from ft_dist_kernels.backend import Backend, use_triton
-from ft_dist_kernels.cross_entropy.chunks import Head, Options, Wanted, input_gradients, run_chunks
+from ft_dist_kernels.cross_entropy.chunks import input_gradients, run_chunks
+from ft_dist_kernels.cross_entropy.types import Head, Options, Wanted
 
 
 class LinearCrossEntropyOutput(NamedTuple):
     """`loss`: fp32 scalar, the differentiable sum. The rest carry no gradient: `nll` is the plain fp32 sum of
-    -log p(label) with neither weights, smoothing nor z-loss; `tokens` (int64) counts the labelled tokens; `correct`
+    -log p(label) without weights; `tokens` (int64) counts the labelled tokens; `correct`
     (int64) counts those whose label has the highest logit (a tie counts)."""
 
     loss: Tensor
@@ -49,8 +50,6 @@ def linear_cross_entropy(
     lora_b: Tensor | None = None,
     lora_scale: float = 1.0,
     lora_hidden: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
@@ -72,10 +71,6 @@ def linear_cross_entropy(
     of its row NaN.
     """
     _validate(hidden, weight, labels, bias, lora_a, lora_b, lora_hidden, lora_scale, softcap, logit_scale)
-    if not 0.0 <= label_smoothing < 1.0:
-        raise ValueError(f"label_smoothing={label_smoothing} is outside [0, 1). Use 0 for none, 0.1 as usual.")
-    if not (z_loss >= 0.0 and math.isfinite(z_loss)):
-        raise ValueError(f"z_loss={z_loss} must be finite and >= 0. Use 0 for none, 1e-4 as in PaLM.")
     if token_weights is not None:
         if token_weights.shape != labels.shape:
             raise ValueError(
@@ -88,7 +83,7 @@ def linear_cross_entropy(
         raise ValueError(
             f"rows is {rows.dtype} {tuple(rows.shape)}; it must be int64 of shape (N,), N at most {labels.numel()}."
         )
-    options = Options(lora_scale, label_smoothing, z_loss, softcap, logit_scale, use_triton(hidden, backend))
+    options = Options(lora_scale, softcap, logit_scale, use_triton(hidden, backend))
     tensors = (hidden, weight, bias, lora_a, lora_b, lora_hidden)
     return LinearCrossEntropyOutput(
         *_run(_LinearCrossEntropy, tensors, options, labels, token_weights, ignore_index, rows)
@@ -131,8 +126,6 @@ def linear_cross_entropy_reference(
     lora_b: Tensor | None = None,
     lora_scale: float = 1.0,
     lora_hidden: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
@@ -143,7 +136,7 @@ def linear_cross_entropy_reference(
     target = labels.masked_fill(~labelled, 0).long()
     lse = z.logsumexp(-1)
     z_label = z.gather(-1, target[..., None]).squeeze(-1)
-    per_token = (1 - label_smoothing) * (lse - z_label) + label_smoothing * (lse - z.mean(-1)) + z_loss * lse.square()
+    per_token = lse - z_label
     if token_weights is not None:
         per_token = per_token * token_weights.to(per_token.dtype)
     nll = (lse - z_label).detach().masked_fill(~labelled, 0).sum()

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from ft_dist_kernels.dropout.op import BlockMask, effective_p, masked_copy
 from ft_dist_kernels.lora.torch_form import LoraWeights, Member, dense_weight, down_torch, mask_of, wide
 from ft_dist_kernels.products import sum_products
-from ft_dist_kernels.quantised.nf4 import NF4Weight
+from ft_dist_kernels.quantised.nf4_format import NF4Weight
 
 _NORM_ELEMENTS = 1 << 20
 _ROWS_CPU, _ROWS_GPU = 1024, 8192

@@ -39,8 +39,9 @@ from ft_dist_kernels.lora.torch_form import (
     wide,
 )
 from ft_dist_kernels.products import sum_products, transposed_product
-from ft_dist_kernels.quantised.fp8 import FP8Weight, check_fp8_input, fp8_backward, fp8_forward
-from ft_dist_kernels.quantised.nf4 import NF4Weight
+from ft_dist_kernels.quantised.fp8 import check_fp8_input, fp8_backward, fp8_forward
+from ft_dist_kernels.quantised.fp8_format import FP8Weight
+from ft_dist_kernels.quantised.nf4_format import NF4Weight
 
 MAX_GROUP = 3  # members that one kernel launch handles (q, k, v); larger groups run in slices
 MAX_TRITON_RANKS = 192  # of a group, each member padded to a power of two; more do not fit on chip beside a tile

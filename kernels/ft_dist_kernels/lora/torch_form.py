@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ft_dist_kernels.dropout.op import BlockMask, mask_, masked_copy
 from ft_dist_kernels.products import sum_products, transposed_product
-from ft_dist_kernels.quantised.fp8 import FP8Weight
-from ft_dist_kernels.quantised.nf4 import NF4Weight, dequantize_nf4
+from ft_dist_kernels.quantised.fp8_format import FP8Weight
+from ft_dist_kernels.quantised.nf4 import dequantize_nf4
+from ft_dist_kernels.quantised.nf4_format import NF4Weight
 
 _MASK_BLOCK = 1 << 18  # elements of X masked at a time: the scratch stays in a core's cache
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ft_dist_kernels.aot import AotCase, Chip
-from ft_dist_kernels.quantised.fp8 import LARGEST, LEAST_MAXIMUM
+from ft_dist_kernels.quantised.fp8_format import LARGEST, LEAST_MAXIMUM
 
 _ELEMENTS_A_THREAD = 32
 # PyTorch's own row-wise kernel (CUDA before 12.9) may read scales up to a tile's end: pytorch/pytorch#133334

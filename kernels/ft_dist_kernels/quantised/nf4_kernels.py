@@ -16,7 +16,7 @@ from torch import Tensor
 from ft_dist_kernels.aot import AotCase, Chip
 
 if TYPE_CHECKING:
-    from ft_dist_kernels.quantised.nf4 import NF4Weight
+    from ft_dist_kernels.quantised.nf4_format import NF4Weight
 
 _BLOCKS = 64  # blocks of 64 elements a program: 4096 elements
 

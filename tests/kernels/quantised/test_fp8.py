@@ -6,7 +6,6 @@ import pytest
 import torch
 from ft_dist_kernels.lora.op import LoraWeights, lora_linear_group
 from ft_dist_kernels.quantised.fp8 import (
-    E4M3,
     fp8_backward,
     fp8_forward,
     fp8_linear,
@@ -16,6 +15,7 @@ from ft_dist_kernels.quantised.fp8 import (
     quantize_rows_reference,
     scaled_product,
 )
+from ft_dist_kernels.quantised.fp8_format import E4M3
 from ft_dist_kernels.quantised.nf4 import quantize_nf4
 
 from tests.kernels.parity import BACKENDS, poisoned

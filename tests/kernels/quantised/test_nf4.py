@@ -6,13 +6,12 @@ import math
 import pytest
 import torch
 from ft_dist_kernels.quantised.nf4 import (
-    BLOCK,
-    CODE,
     dequantize_nf4,
     dequantize_nf4_reference,
     nested_code,
     quantize_nf4,
 )
+from ft_dist_kernels.quantised.nf4_format import BLOCK, CODE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

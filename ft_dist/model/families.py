@@ -1,0 +1,92 @@
+"""What differs between families of decoder models: the one table that fused layers, planning and the loss head read.
+
+A model whose `model_type` is not in the table trains with transformers' own layers, and the run names it. Torch-free.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture. The defaults describe Llama."""
+
+    classes: str
+    """Prefix of transformers' class names: LlamaRMSNorm, LlamaMLP, LlamaAttention"""
+    offset_norm: bool = False
+    """RMSNorm multiplies by 1 + weight before the cast to the input's dtype; otherwise by weight, after the cast"""
+    sandwich_norms: bool = False
+    """Attention's and the MLP's outputs are normalised before the residual addition"""
+    head_norms: bool = False
+    """Queries and keys are normalised per head"""
+    joined: bool = False
+    """q, k and v come from one matrix, and so do gate and up"""
+    sliding_window: bool = False
+    """Attention reads a window from the layer or the config"""
+    softcapped_scores: bool = False
+    """Attention scores are soft-capped before the softmax"""
+    activation_key: str = "hidden_act"
+    """Config key that names the activation of the gated MLP"""
+    qkv_bias: bool | None = None
+    """q, k and v have a bias and the output projection has none; None: `attention_bias` decides for all four"""
+
+    @property
+    def block_norms(self) -> int:
+        """Norms of the residual stream in a block."""
+        return 4 if self.sandwich_norms else 2
+
+
+_GEMMA3 = Family(
+    "Gemma3",
+    offset_norm=True,
+    sandwich_norms=True,
+    head_norms=True,
+    sliding_window=True,
+    activation_key="hidden_activation",
+)
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("Llama"),  # SmolLM and SmolLM2 too
+    "mistral": Family("Mistral", sliding_window=True),
+    "qwen2": Family("Qwen2", sliding_window=True, qkv_bias=True),
+    "qwen3": Family("Qwen3", sliding_window=True, head_norms=True),
+    "gemma2": Family(
+        "Gemma2",
+        offset_norm=True,
+        sandwich_norms=True,
+        sliding_window=True,
+        softcapped_scores=True,
+        activation_key="hidden_activation",
+    ),
+    "gemma3": _GEMMA3,  # the multimodal wrapper around gemma3_text
+    "gemma3_text": _GEMMA3,
+    "phi3": Family("Phi3", joined=True, sliding_window=True),
+}
+"""By `model_type`"""
+
+EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""Config keys that give the number of experts in a layer"""
+
+
+def expert_count(config: dict[str, Any]) -> int:
+    """Experts in a layer of a config.json, 0 for a dense model."""
+    return next((int(config[key]) for key in EXPERT_KEYS if config.get(key)), 0)
+
+
+def ties_by_default(model_type: str) -> bool:
+    """Whether a config.json without `tie_word_embeddings` means a tied head: every Gemma's does."""
+    return model_type.startswith("gemma")
+
+
+class LogitForm(NamedTuple):
+    """The logits of the loss are `softcap * tanh(scale * head(x) / softcap)`, or `scale * head(x)` without softcap."""
+
+    softcap: float | None
+    scale: float
+
+
+def logit_form(config: Any) -> LogitForm:
+    """From a transformers config: Gemma 2's soft cap, Cohere's `logit_scale`, Granite's `logits_scaling`."""
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    return LogitForm(getattr(config, "final_logit_softcapping", None), scale)
