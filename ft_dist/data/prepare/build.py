@@ -28,7 +28,8 @@ from ft_dist.data.encode.workers import available_cores, ordered_map
 from ft_dist.data.prepare.digests import content_of
 from ft_dist.data.prepare.quality import NEAR_SAMPLES, source_report
 from ft_dist.data.read.formats import shape_of
-from ft_dist.data.read.sources import local_files, prepared_set, read_raw_records
+from ft_dist.data.read.paths import prepared_set
+from ft_dist.data.read.sources import local_files, read_raw_records
 from ft_dist.data.read.text_files import RawRecord, Record
 from ft_dist.data.store.cache import open_store
 from ft_dist.data.store.store import INDEX, JoinedStore, TokenStore, files_of

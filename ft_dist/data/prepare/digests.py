@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 from ft_dist.config.schema import SourceConfig
-from ft_dist.data.read.sources import MEGATRON_SUFFIX, is_mds, is_saved_dataset, local_files
+from ft_dist.data.read.paths import MEGATRON_SUFFIX, is_mds, is_saved_dataset
+from ft_dist.data.read.sources import local_files
 
 SETTLED_S = 3.0
 MEMORY = "digests.json"

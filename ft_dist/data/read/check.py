@@ -10,15 +10,8 @@ from pathlib import Path
 
 from ft_dist.config.schema import DataConfig, SourceConfig
 from ft_dist.data.read.formats import Shape, shape_of
-from ft_dist.data.read.sources import (
-    INDEX,
-    TEXT_SUFFIXES,
-    is_mds,
-    local_files,
-    prepared_set,
-    read_records,
-    suffix_of,
-)
+from ft_dist.data.read.paths import INDEX, TEXT_SUFFIXES, is_mds, prepared_set, suffix_of
+from ft_dist.data.read.sources import local_files, read_records
 from ft_dist.data.read.text_files import Record
 from ft_dist.errors import DataError, MissingFileError
 from ft_dist.storage import is_remote_folder, open_storage

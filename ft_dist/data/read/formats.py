@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ft_dist.config.schema import DataFormat, SourceConfig
-from ft_dist.data.read.sources import Record, read_records
+from ft_dist.data.read.sources import read_records
+from ft_dist.data.read.text_files import Record
 from ft_dist.errors import DataError
 
 

@@ -1,31 +1,32 @@
-"""Read the records of one source, whatever it is stored in, and always know which file and line each came from.
+"""Read the records of one source in any format, each with its file and line.
 
-JSONL, JSON, CSV, TSV and text are read with the standard library (`text_files`), so that nothing heavy is imported.
-Parquet, Arrow, saved datasets and hub datasets go through `datasets`, MDS folders and Megatron's `.bin` with `.idx`
-through readers of our own, each imported only then. A folder or URL that `ft-dist prepare` wrote is no source of
-records: `prepared_set` tells it from the others.
+JSONL, JSON, CSV, TSV and text are read with the standard library (`text_files`), which keeps imports light. `datasets`
+reads Parquet, Arrow, saved and hub datasets; our own readers read MDS folders and Megatron's `.bin` with `.idx`. Each is
+imported when needed. A folder or URL that `ft-dist prepare` wrote is not a source of records (`paths.prepared_set`).
 """
 
 import glob
-import json
 import re
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from ft_dist.config.schema import SourceConfig
+from ft_dist.data.read.paths import (
+    MEGATRON_SUFFIX,
+    SUFFIXES,
+    TABLE_SUFFIXES,
+    is_mds,
+    is_saved_dataset,
+    may_be_hub_id,
+    missing,
+    prepared_set,
+    suffix_of,
+)
 from ft_dist.data.read.text_files import RawRecord, Record, read_csv, read_json, read_jsonl, read_text
 from ft_dist.errors import DataError
-from ft_dist.storage import is_remote_folder
 
-TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
-TABLE_SUFFIXES = (".parquet", ".arrow")
-MEGATRON_SUFFIX = ".idx"
-SUFFIXES = (*TEXT_SUFFIXES, *TABLE_SUFFIXES, MEGATRON_SUFFIX)
-INDEX = "index.json"
 _SPLITS = {"train": ("train", "training"), "test": ("test",), "validation": ("validation", "valid", "val", "dev")}
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def read_records(source: SourceConfig, *, limit: int | None = None) -> Iterator[Record]:
@@ -66,29 +67,6 @@ def _folder_reader(source: SourceConfig) -> Iterator[Record]:
     return read_dataset(source)
 
 
-def prepared_set(path: str) -> dict[str, Any] | None:
-    """The index of a folder that `ft-dist prepare` wrote, {} for a URL (it can hold nothing else), else None."""
-    if is_remote_folder(path):
-        return {}
-    index = _read_index(Path(path.removeprefix("file://")).expanduser())
-    return index if index is not None and "fingerprint" in index else None
-
-
-def is_mds(folder: Path) -> bool:
-    """Whether mosaicml-streaming's MDSWriter wrote this folder."""
-    index = _read_index(folder)
-    shards = index.get("shards") if index else None
-    return isinstance(shards, list) and bool(shards) and shards[0].get("format") == "mds"
-
-
-def _read_index(folder: Path) -> dict[str, Any] | None:
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return index if isinstance(index, dict) else None
-
-
 def local_files(source: SourceConfig) -> list[Path] | None:
     """The files behind a source in reading order; None for a saved or a hub dataset.
 
@@ -110,30 +88,6 @@ def local_files(source: SourceConfig) -> list[Path] | None:
     if may_be_hub_id(source.path):
         return None
     raise missing(source.path)
-
-
-def missing(path: str, detail: str = "") -> DataError:
-    suffix = f" ({detail})" if detail else ""
-    return DataError(
-        f"{path}: neither a file, a folder, a glob that matches, nor a dataset on the hub{suffix}. "
-        "Check the spelling and the working directory."
-    )
-
-
-def is_saved_dataset(path: Path) -> bool:
-    """Whether `datasets.save_to_disk` wrote this folder."""
-    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-
-
-def may_be_hub_id(path: str) -> bool:
-    name = path.removeprefix("hf://datasets/").removeprefix("hf://")
-    parent = Path(path).parent
-    looks_local = (
-        suffix_of(Path(name)) in SUFFIXES
-        or name.startswith(".")
-        or (str(parent) != "." and parent.is_dir())  # a slip in a local path, not a hub owner
-    )
-    return bool(_HUB_ID.fullmatch(name)) and not looks_local
 
 
 def _folder_files(folder: Path, split: str) -> list[Path]:
@@ -163,11 +117,6 @@ def _hidden(file: Path, folder: Path) -> bool:
 def _split_of(file: Path, folder: Path) -> str | None:
     words = set(re.split(r"[^a-z]+", str(file.relative_to(folder)).lower()))
     return next((name for name, aliases in _SPLITS.items() if words.intersection(aliases)), None)
-
-
-def suffix_of(file: Path) -> str:
-    name = file.name.lower().removesuffix(".gz").removesuffix(".zst")
-    return name[name.rfind(".") :] if "." in name else ""
 
 
 def _reader(file: Path) -> Callable[[Path], Iterator[Record | RawRecord]]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ft_dist.config.schema import SourceConfig
-from ft_dist.data.read.sources import Record, is_saved_dataset, missing
+from ft_dist.data.read.paths import is_saved_dataset, missing
+from ft_dist.data.read.text_files import Record
 from ft_dist.errors import DataError
 
 

@@ -23,7 +23,8 @@ from ft_dist.data.encode.chunk import ChunkEncoder, EncodedChunk
 from ft_dist.data.encode.template import tokenizer_identity
 from ft_dist.data.encode.workers import available_cores, ordered_map
 from ft_dist.data.read.formats import shape_of
-from ft_dist.data.read.sources import is_saved_dataset, local_files, read_raw_records
+from ft_dist.data.read.paths import is_saved_dataset
+from ft_dist.data.read.sources import local_files, read_raw_records
 from ft_dist.data.read.tables import hub_revision, numbered_rows, open_dataset
 from ft_dist.data.read.text_files import RawRecord, Record
 from ft_dist.data.store.store import BoolArray, Int64Array, end_to_end, gather_parts

@@ -6,7 +6,7 @@ import pytest
 
 from ft_dist.config.schema import SourceConfig
 from ft_dist.data.read.formats import Sample, detect_format, read_samples, to_sample
-from ft_dist.data.read.sources import Record
+from ft_dist.data.read.text_files import Record
 from ft_dist.errors import DataError
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
