@@ -1,7 +1,7 @@
-"""Where this process stands in the world, and the few collectives that the loop needs.
+"""The rank of this process and the few collectives that the training loop needs.
 
 The world comes from the environment that torchrun, our launcher or SLURM sets (RANK, WORLD_SIZE, LOCAL_RANK,
-MASTER_ADDR, MASTER_PORT); without it the process is a world of its own.
+MASTER_ADDR, MASTER_PORT); without it the world size is 1.
 """
 
 import os
@@ -20,8 +20,8 @@ from ft_dist.errors import TrainingError
 class World:
     """Rank, size and device of this process.
 
-    `rank` and `size` count processes. `data_rank` and `data_size` count shares of the global batch; the two are equal
-    while every process takes a share of its own.
+    `rank` and `size` count processes. `data_rank` and `data_size` count shares of the global batch; they are equal to
+    `rank` and `size` as long as each process trains on a different share.
     """
 
     rank: int
@@ -44,16 +44,16 @@ class World:
 
 
 def open_store(*, timeout_s: float) -> dist.Store:
-    """The ranks' common key-value store, which is there before they form a group.
+    """The ranks' shared key-value store, available before they form a process group.
 
-    Raises TrainingError where rank 0 finds its port taken: the next start is given another.
+    Raises TrainingError if the port of rank 0 is in use: the next start gets another port.
     """
     if "MASTER_PORT" not in os.environ:
         # a world of one needs no port
         return dist.HashStore()
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     address, port = os.environ.setdefault("MASTER_ADDR", "127.0.0.1"), int(os.environ["MASTER_PORT"])
-    # torchrun's agent keeps the store itself
+    # torchrun's agent hosts the store
     opens = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     timeout = timedelta(seconds=timeout_s)
     try:
@@ -74,12 +74,12 @@ def join_world(store: dist.Store, *, timeout_s: float) -> World:
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        _same_bits_on_gpus()
+        _make_gpus_deterministic()
         backend = "cpu:gloo,cuda:nccl"
     else:
         device = torch.device("cpu")
         backend = "gloo"
-        # DeepSpeed would otherwise probe for accelerators, and pick one that torch was not built for
+        # DeepSpeed would otherwise probe for accelerators and pick one that this torch does not support
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("LOCAL_RANK", str(local_rank))
@@ -89,12 +89,11 @@ def join_world(store: dist.Store, *, timeout_s: float) -> World:
     return World(rank=rank, size=size, local_rank=local_rank, local_size=local_size, device=device)
 
 
-def _same_bits_on_gpus() -> None:
-    """Keep out what makes a resumed run differ from an uninterrupted one, or a sum depend on how it was split.
+def _make_gpus_deterministic() -> None:
+    """Disable what makes a resumed run differ from an uninterrupted one, or a sum depend on how it was split.
 
-    cuDNN's attention backward gives other bits every time, and builds a plan of about a second for every new shape;
-    models whose attention is not ours would otherwise get it. cuBLAS adds partial products up in bf16 by
-    default.
+    cuDNN's attention backward is not deterministic and builds a plan of about a second for every new shape; models that
+    do not use our attention would get it by default. cuBLAS accumulates partial products in bf16 by default.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -107,7 +106,7 @@ def leave_world() -> None:
 
 
 def sum_over_ranks(values: list[float], world: World) -> list[float]:
-    """Sum each number over all ranks, in double precision. Hosts do it among themselves; no GPU is waited for."""
+    """Sum each number over all ranks, in double precision, between hosts: no GPU is synchronised."""
     if world.size == 1:
         return values
     tensor = torch.tensor(values, dtype=torch.float64)
@@ -116,18 +115,18 @@ def sum_over_ranks(values: list[float], world: World) -> list[float]:
 
 
 def reduce_scatter(whole: torch.Tensor, share: torch.Tensor, world: World) -> None:
-    """Put the sum over ranks of what they have at `share`, one of `world.size` equal parts of `whole` (1-D), there.
+    """Sum `whole` (1-D) over ranks and store this rank's part in `share`, one of its `world.size` equal parts.
 
-    The other parts are spoilt or left as they are.
+    The other parts are undefined afterwards.
     """
     if world.size > 1:
-        # torch 2.13 renames it
+        # renamed in torch 2.13
         call = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         call(share, whole)
 
 
 def gather(row: torch.Tensor, world: World) -> torch.Tensor:
-    """The rows (N,) of all ranks, (world.size, N) in the order of ranks, on every rank."""
+    """The rows (N,) of all ranks, as (world.size, N) in rank order, on every rank."""
     if world.size == 1:
         return row[None]
     rows = row.new_empty(world.size * row.numel())
@@ -148,25 +147,25 @@ STOP_KEY = "ft_dist/stop"
 
 
 def announce_stop() -> None:
-    """Tell the ranks that wait for data, where no reduction reaches them, that this one was asked to stop."""
+    """Notify ranks that wait for data, where no reduction reaches them, that this rank was asked to stop."""
     control_store().set(STOP_KEY, "1")
 
 
 def stop_announced() -> bool:
-    """Whether any rank has called `announce_stop`."""
+    """True if any rank has called `announce_stop`."""
     return bool(control_store().check([STOP_KEY]))
 
 
 def control_store() -> dist.Store:
-    """The ranks' common key-value store, by a connection of its own: a thread may use it beside collectives."""
+    """The ranks' shared key-value store over a separate connection: a thread may use it during collectives."""
     return dist.distributed_c10d._get_default_store().clone()
 
 
 class Agreement:
-    """Whether any rank wants something, told to all ranks at the same call.
+    """Whether any rank wants something; all ranks get the answer at the same call.
 
-    Every rank calls `ask` equally often. The all-reduce of a call travels while the caller computes and is read by the
-    next one, so nobody waits for it; `settle` reads the last.
+    Every rank must call `ask` equally often. The all-reduce of a call runs while the caller computes, and the next call
+    reads its result, so no rank waits; `settle` reads the last result.
     """
 
     def __init__(self, world: World) -> None:
@@ -174,17 +173,17 @@ class Agreement:
         self._pending: tuple[Any, torch.Tensor] | None = None
 
     def ask(self, wanted: bool) -> bool:
-        """Say what this rank wants; returns whether any rank wanted it up to the call before."""
+        """Submit this rank's wish; returns whether any rank wanted it up to the previous call."""
         if self._world.size == 1:
             return wanted
         before = self.settle()
-        # on the host, through gloo: reading it makes no GPU wait
+        # on the host, through gloo: reading it does not synchronise a GPU
         flag = torch.tensor([float(wanted or before)])
         self._pending = dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True), flag
         return before
 
     def settle(self) -> bool:
-        """What the last call to `ask` came to. False where nothing is open."""
+        """The result of the last call to `ask`. False if none is pending."""
         if self._pending is None:
             return False
         work, flag = self._pending

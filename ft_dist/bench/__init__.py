@@ -1,1 +1,1 @@
-"""Throughput of this machine: the product's own training loop under a stop watch, its parts, settings and scaling."""
+"""Throughput of this machine: timings of the real training loop, of its phases, settings and scaling."""

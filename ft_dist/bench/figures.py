@@ -1,4 +1,4 @@
-"""Medians, model FLOP utilisation and shares of time, from what the ranks of a measurement saw."""
+"""Medians, model FLOP utilisation and shares of time, from what the ranks recorded."""
 
 import statistics
 from typing import Any
@@ -16,7 +16,7 @@ FORMULA = (
 
 
 def figures(spec: Spec, seen: dict[str, Any]) -> dict[str, Any]:
-    """One flat record of a measurement: rates of real and labelled tokens, never of padding."""
+    """One flat record per measurement: rates of real and labelled tokens, never of padding."""
     timed = seen["records"][spec.warmup : spec.warmup + spec.steps]
     seconds = [record["step_s"] + record["data_wait_s"] for record in timed]
     step_s = statistics.median(seconds)
@@ -56,17 +56,17 @@ def figures(spec: Spec, seen: dict[str, Any]) -> dict[str, Any]:
 
 
 def _time(spec: Spec, seen: dict[str, Any]) -> dict[str, float]:
-    """Seconds a step by phase, medians over the steps that were told apart.
+    """Seconds per step by phase, medians over the steps whose phases were timed.
 
-    A checkpoint, where one was timed, counts with the time that it holds training up.
+    A timed checkpoint counts with the time for which it stalls training.
     """
-    told = seen["phases"]
-    if not told:
+    by_step = seen["phases"]
+    if not by_step:
         return {}
     records = seen["records"][spec.warmup + spec.steps :]
 
     def median(phase: str) -> float:
-        return statistics.median(taken.get(phase, 0.0) for taken in told)
+        return statistics.median(taken.get(phase, 0.0) for taken in by_step)
 
     found = {phase: median(phase) for phase in ("forward", "backward", "optimizer", "communication")}
     whole = statistics.median(record["step_s"] for record in records)
@@ -78,6 +78,6 @@ def _time(spec: Spec, seen: dict[str, Any]) -> dict[str, float]:
 
 
 def communication_share(record: dict[str, Any]) -> float:
-    """Of a step without checkpoint."""
+    """The share of communication in a step without checkpoint."""
     time = {phase: seconds for phase, seconds in record["time"].items() if phase != "checkpoint"}
     return time.get("communication", 0.0) / max(1e-12, sum(time.values()))

@@ -1,4 +1,4 @@
-"""Measurements as processes of their own, one after the other: one, a sweep of settings, a row of world sizes."""
+"""Run measurements one after the other in separate processes: one, a sweep of settings, or several world sizes."""
 
 import contextlib
 import itertools
@@ -24,17 +24,17 @@ SWEPT: dict[str, list[Any]] = {
 }
 FAILED = "failed"
 LOG = "output.log"
-"""What all ranks of a measurement print"""
+"""Output of all ranks of a measurement"""
 Say = Callable[[str], None]
 
 
 def measure_once(spec: Spec, *, nproc: int) -> dict[str, Any]:
-    """Run it on `nproc` ranks of this machine, or as this rank of a launcher's world.
+    """Run the measurement on `nproc` ranks of this machine, or as this rank of a launcher's world.
 
-    Each record is on disk (record.json beside its log) before the next measurement begins. Raises UserError, and
+    Each record is written (record.json, next to the log) before the next measurement starts. Raises UserError, and
     Preempted if a signal ended it. Ranks of a launcher's world other than 0 get an empty record.
     """
-    refuse_what_cannot_fit(spec, nproc=nproc)
+    refuse_without_memory(spec, nproc=nproc)
     folder = Path(spec.result).parent
     folder.mkdir(parents=True, exist_ok=True)
     if launched():
@@ -43,7 +43,7 @@ def measure_once(spec: Spec, *, nproc: int) -> dict[str, Any]:
         seen = measure(spec)
         return figures(spec, seen) if seen["records"] else {}
     written = spec.write(folder / "spec.json")
-    with _told_apart(folder / LOG):
+    with _output_redirected(folder / LOG):
         code = run_here([str(written)], spec.config(), nproc=nproc, max_restarts=0, module="ft_dist.bench.rank")
     if code == EXIT_PREEMPTED:
         raise Preempted("a signal ended the measurement")
@@ -56,17 +56,17 @@ def measure_once(spec: Spec, *, nproc: int) -> dict[str, Any]:
     return record
 
 
-def refuse_what_cannot_fit(spec: Spec, *, nproc: int) -> None:
-    """Raises MemoryPlanError, unless the measurement is forced: random weights alone may fill a machine."""
+def refuse_without_memory(spec: Spec, *, nproc: int) -> None:
+    """Raises MemoryPlanError unless the measurement is forced: random weights alone may exceed the memory."""
     if not spec.force:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", nproc)) if launched() else nproc
         check_fits_here(spec.config(), ranks=nproc, ranks_per_node=here)
 
 
 def sweep(spec: Spec, swept: dict[str, list[Any]], *, nproc: int, folder: Path, say: Say) -> list[dict[str, Any]]:
-    """Every combination of the settings, fastest first; what does not fit or fails is there too, with the reason."""
+    """Every combination of the settings, fastest first; those that do not fit or fail are listed with the reason."""
     if launched():
-        raise UserError("--sweep starts ranks itself, setting by setting: run it without torchrun or srun.")
+        raise UserError("--sweep starts its own ranks for each setting. Run it without torchrun or srun.")
     found: list[dict[str, Any]] = []
     for number, values in enumerate(itertools.product(*swept.values())):
         settings = dict(zip(swept, values, strict=True))
@@ -77,22 +77,22 @@ def sweep(spec: Spec, swept: dict[str, list[Any]], *, nproc: int, folder: Path, 
         try:
             record = measure_once(one, nproc=nproc)
             rate, peak = record["real_tokens_per_s"], record["peak_bytes"] / 2**20
-            say(f"  {tell(settings)}: {rate:,.0f} tokens/s, {peak:,.0f} MiB")
+            say(f"  {settings_line(settings)}: {rate:,.0f} tokens/s, {peak:,.0f} MiB")
         except UserError as error:
             why = error.short if isinstance(error, MemoryPlanError) else str(error)
             record = {**settings, FAILED: why}
-            say(f"  {tell(settings)}: {why}")
+            say(f"  {settings_line(settings)}: {why}")
         found.append(record)
     return sorted(found, key=lambda record: -record.get("real_tokens_per_s", 0.0))
 
 
 def scale(spec: Spec, worlds: Sequence[int], *, weak: bool, folder: Path, say: Say) -> list[dict[str, Any]]:
-    """The same work on more and more ranks: `weak` keeps the rows a rank, otherwise the rows of a step stay.
+    """The same work on increasing world sizes: `weak` keeps the rows per rank, otherwise the rows per step.
 
-    `efficiency` is the rate over that of so many times the smallest world.
+    `efficiency` is the rate relative to the smallest world's rate scaled up linearly.
     """
     if launched():
-        raise UserError("--scaling starts ranks itself. Under torchrun or srun run plain bench once a world size.")
+        raise UserError("--scaling starts its own ranks. Under torchrun or srun, run plain bench once per world size.")
     found: list[dict[str, Any]] = []
     rows = spec.tree["batch"]["global_rows"]
     planned = []
@@ -104,7 +104,7 @@ def scale(spec: Spec, worlds: Sequence[int], *, weak: bool, folder: Path, say: S
             )
         settings["batch.micro_rows"] = min(spec.tree["batch"]["micro_rows"], -(-settings["batch.global_rows"] // world))
         planned.append(spec.changed(settings, folder / f"world-{world}"))
-        refuse_what_cannot_fit(planned[-1], nproc=world)
+        refuse_without_memory(planned[-1], nproc=world)
     for world, one in zip(worlds, planned, strict=True):
         record = measure_once(one, nproc=world)
         found.append(record)
@@ -120,18 +120,18 @@ def scale(spec: Spec, worlds: Sequence[int], *, weak: bool, folder: Path, say: S
 
 
 def fastest(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Of those that ran."""
+    """The record with the highest rate among those that ran."""
     ran = [record for record in records if FAILED not in record]
     return max(ran, key=lambda record: float(record["real_tokens_per_s"])) if ran else None
 
 
-def tell(settings: dict[str, Any]) -> str:
+def settings_line(settings: dict[str, Any]) -> str:
     return " ".join(f"{key}={json.dumps(value).strip(chr(34))}" for key, value in settings.items())
 
 
 @contextlib.contextmanager
-def _told_apart(log: Path) -> Iterator[None]:
-    """What the ranks print goes to `log`: the report has the terminal to itself."""
+def _output_redirected(log: Path) -> Iterator[None]:
+    """Redirect the ranks' output to `log`, so that only the report is on the terminal."""
     sys.stdout.flush()
     sys.stderr.flush()
     saved = [os.dup(1), os.dup(2)]
@@ -150,5 +150,5 @@ def _told_apart(log: Path) -> Iterator[None]:
 
 def _last_line(log: Path) -> str:
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    told = [line for line in lines if "rror" in line]
-    return (told or lines or ["no output"])[-1].strip()
+    errors = [line for line in lines if "rror" in line]
+    return (errors or lines or ["no output"])[-1].strip()

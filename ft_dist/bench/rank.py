@@ -1,8 +1,8 @@
-"""One rank of a measurement: `python -m ft_dist.bench.rank SPEC.json`, or called where a launcher has named the rank.
+"""One rank of a measurement: `python -m ft_dist.bench.rank SPEC.json`, or called inside a launcher's world.
 
-The run is the product's own: `Run`, its data path, engine, recorder and checkpoints. Warm-up, timed steps, then steps
-whose phases are timed apart, then one commit. What is known is written after each of the three: if a later one fails or
-is cut off, the earlier figures are there.
+The run is a real one: `Run`, its data path, engine, recorder and checkpoints. After the warm-up come timed steps, then
+steps with timed phases, then one commit. Results are written after each of the three, so the earlier figures survive if
+a later part fails or is interrupted.
 """
 
 import functools
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(spec: Spec) -> dict[str, Any]:
-    """What this rank saw; rank 0 also writes it to `spec.result`. Raises UserError."""
+    """This rank's results; rank 0 also writes them to `spec.result`. Raises UserError."""
     from ft_dist.model.quiet import quiet_process
 
     quiet_process()
@@ -54,7 +54,7 @@ def measure(spec: Spec) -> dict[str, Any]:
             lengths.add(batch)
             if run.step == spec.warmup + spec.steps:
                 _write(spec, run, _figures(spec, run, lengths, by_phase))
-                run.clock.lap()  # what that took is no waiting for data
+                run.clock.lap()  # writing is not waiting for data
                 phases = Phases(run.engine)
             if phases is None:
                 take_step(run, stop, batch)
@@ -75,7 +75,7 @@ def measure(spec: Spec) -> dict[str, Any]:
 
 
 def _write(spec: Spec, run: Any, result: dict[str, Any]) -> None:
-    """Rank 0 writes, all at once or not at all."""
+    """Rank 0 writes the result atomically."""
     if run.world.is_main:
         written = Path(f"{spec.result}.new")
         written.write_text(json.dumps(result), encoding="utf-8")
@@ -83,7 +83,7 @@ def _write(spec: Spec, run: Any, result: dict[str, Any]) -> None:
 
 
 def prepare(spec: Spec, config: RunConfig, stop: Any, free_memory: Callable[[], None]) -> Any:
-    """The run as `ft-dist train` would make it; with synthetic samples, without tokenizer and weights."""
+    """The run that `ft-dist train` would build; with synthetic samples it needs no tokenizer or weights."""
     from ft_dist.run.run import prepare_run
 
     if not spec.synthetic:
@@ -129,7 +129,7 @@ def prepare(spec: Spec, config: RunConfig, stop: Any, free_memory: Callable[[], 
 
 
 def _commit(run: Any) -> dict[str, float]:
-    """How long a save holds training up, and how long it takes until it is on disk."""
+    """How long a save stalls training, and how long it takes to reach the disk."""
     started = time.perf_counter()
     run.clock.lap()
     run.commit()
@@ -139,7 +139,7 @@ def _commit(run: Any) -> dict[str, float]:
 
 
 class _Lengths:
-    """Tokens, and the pairs of a token and one that it may look at, over all samples of this rank."""
+    """Tokens, and (query, key) pairs of causal attention, over all samples of this rank."""
 
     def __init__(self) -> None:
         self.tokens = 0
@@ -148,12 +148,12 @@ class _Lengths:
     def add(self, batch: Any) -> None:
         for micro in batch.micro_batches:
             self.tokens += micro.real_tokens
-            # padding stands at position 0; a sample's token at position p looks at p + 1 tokens
+            # padding has position 0; a sample's token at position p attends to p + 1 tokens
             self.pairs += int(micro.position_ids.sum()) + micro.real_tokens
 
     @property
     def context(self) -> float:
-        """Tokens that a token looks at, on average."""
+        """Mean number of tokens that a token attends to."""
         return self.pairs / max(1, self.tokens)
 
 
@@ -166,7 +166,7 @@ def _figures(spec: Spec, run: Any, lengths: _Lengths, by_phase: list[dict[str, f
     engine, world = run.engine, run.world
     model = engine.objective.causal_lm.config.get_text_config()
     head = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
-    # of all ranks the one that needs most
+    # the rank that needs most
     peak_bytes = max_over_ranks(float(peak_memory_bytes(world.device)), world)
     return {
         "records": _records(run),
@@ -195,8 +195,8 @@ def _records(run: Any) -> list[dict[str, Any]]:
 
 @functools.cache
 def _matmul_flops(dtype: str) -> float:
-    """FLOP/s of one large matrix product with this process's threads: what utilisation is measured by without a data
-    sheet."""
+    """FLOP/s of one large matrix product with this process's threads: the peak for utilisation if no data sheet
+    gives one."""
     import torch
 
     size, best = 1024, float("inf")

@@ -1,4 +1,4 @@
-"""`ft-dist bench`: one measurement, a sweep or a row of world sizes, as one report."""
+"""`ft-dist bench`: one measurement, a sweep or a series of world sizes, as one report."""
 
 import contextlib
 import datetime
@@ -39,12 +39,12 @@ def bench(
 ) -> dict[str, Any]:
     """Measure and return {kind, title, date, machine, formula, measurements}. Raises UserError.
 
-    `work` is a folder for what the ranks write, emptied first; their logs and figures stay there. Without it they stay
-    only if the measurement fails; the error says where. Inside torchrun or srun every rank calls it; `work` is then a
-    folder that all of them see, needed on several nodes, and the report of a rank other than 0 has no measurements.
+    `work` is a folder for the ranks' files; it is emptied first, and logs and figures stay there. Without it they are
+    kept only if the measurement fails; the error says where. Inside torchrun or srun every rank calls this; `work` must
+    then be a folder that all ranks see (required on several nodes), and ranks other than 0 report no measurements.
     """
     if sweep and scaling:
-        raise UserError("--sweep and --scaling are two different questions. Ask one of them at a time.")
+        raise UserError("--sweep and --scaling cannot be combined. Use one of them at a time.")
     ranks = int(os.environ["WORLD_SIZE"]) if launched() else nproc or default_nproc()
     with _folder(work) as folder:
         spec = make_spec(
@@ -65,7 +65,7 @@ def bench(
         title = f"{Path(model).name}, {method}, {config.model.dtype}, {rows} x {length} tokens a step, {ranks} ranks"
         report: dict[str, Any] = {"kind": "single", "title": title, **machine(), "formula": FORMULA}
         if sweep:
-            swept = {key: _reached(key, values, rows) for key, values in SWEPT.items()}
+            swept = {key: _usable(key, values, rows) for key, values in SWEPT.items()}
             found = measure.sweep(spec, swept, nproc=ranks, folder=folder, say=say)
             return report | {"kind": "sweep", "swept": list(swept), "measurements": found}
         if scaling:
@@ -78,10 +78,10 @@ def bench(
 
 @contextlib.contextmanager
 def _folder(work: Path | None) -> Iterator[Path]:
-    """Where the ranks write. What is large goes in the end, and all of a temporary folder unless its logs tell why a
-    measurement failed."""
+    """The folder where the ranks write. Checkpoints are deleted at the end, and so is a temporary folder unless its
+    logs explain why a measurement failed."""
     if launched():
-        # ranks of a launcher's world write into one place; without a commit nothing of an earlier run can be in the way
+        # all ranks of a launcher's world share a folder; they write no commit, so earlier files cannot interfere
         yield work or Path(tempfile.gettempdir()) / f"ft_dist-bench-{port()}"
         return
     if work:
@@ -99,13 +99,13 @@ def _folder(work: Path | None) -> Iterator[Path]:
             shutil.rmtree(saved, ignore_errors=True)
 
 
-def _reached(key: str, values: list[Any], rows: int) -> list[Any]:
-    """Micro-batches beyond the rows of a step are no settings of their own."""
+def _usable(key: str, values: list[Any], rows: int) -> list[Any]:
+    """Drop micro-batches larger than the rows of a step: they are not distinct settings."""
     return [value for value in values if key != "batch.micro_rows" or value <= rows]
 
 
 def port() -> str:
-    """What the ranks of one launch have in common and those of another have not."""
+    """A number that the ranks of one launch share and other launches do not."""
     return os.environ.get("MASTER_PORT", os.environ.get("SLURM_JOB_ID", "0"))
 
 
@@ -117,7 +117,7 @@ def machine() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """What the processor calls itself."""
+    """The processor's model name."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

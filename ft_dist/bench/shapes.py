@@ -1,4 +1,4 @@
-"""Published model shapes by name, to be run with random weights: speed does not depend on the values."""
+"""Published model shapes by name, for runs with random weights: speed does not depend on the values."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 _LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5}
 
-# from the models' own config.json; tiny is for trying the commands out
+# from the models' config.json; tiny is for trying the commands
 SHAPES: dict[str, dict[str, Any]] = {
     "llama3-8b": _LLAMA
     | {
@@ -92,7 +92,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def write_shape(name: str, folder: Path) -> Path:
-    """A folder with `name`'s config.json, and no weights."""
+    """Write `name`'s config.json, without weights, to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     config = SHAPES[name] | {"max_position_embeddings": 131072, "bos_token_id": 1, "eos_token_id": 2}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The report of a measurement as a table for the terminal and as one HTML file with its charts drawn inside."""
+"""The report of a measurement as a table for the terminal and as one HTML file with inline charts."""
 
 import json
 from collections.abc import Sequence
@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from ft_dist.bench.figures import FORMULA, PHASES
-from ft_dist.bench.measure import FAILED, fastest, tell
+from ft_dist.bench.measure import FAILED, fastest, settings_line
 
 COLOURS = ("#4e79a7", "#59a14f", "#f28e2b", "#e15759", "#b07aa1", "#9c755f", "#bab0ac")
 _WIDTH, _BAR, _LEFT = 900, 26, 300
 
 
 def text(report: dict[str, Any]) -> str:
-    """One line a measurement; a single one with its time by phase; a sweep ends with the fastest that fits."""
+    """One line per measurement, then the time by phase of the fastest; a sweep ends with the fastest that fits."""
     records = report["measurements"]
     width = 2 + max(len(name_of(record, report)) for record in records)
     lines = [f"{'':{width}}{'real/s':>10}{'labelled/s':>12}{'step s':>9}{'MFU':>7}{'peak MiB':>10}{'padding':>9}"]
@@ -39,12 +39,12 @@ def text(report: dict[str, Any]) -> str:
     lines.append(FORMULA)
     if report["kind"] == "sweep":
         settings = {key: best[key] for key in report["swept"]} if best else {}
-        lines.append(f"fastest that fits: {tell(settings)}" if best else "nothing fits")
+        lines.append(f"fastest that fits: {settings_line(settings)}" if best else "nothing fits")
     return "\n".join(lines)
 
 
 def time_lines(record: dict[str, Any]) -> list[str]:
-    """Seconds and share of a step by phase; a checkpoint stands beside the step, it is not in every one."""
+    """Seconds and share of a step by phase; a checkpoint is listed without a share, as not every step has one."""
     whole = sum(seconds for phase, seconds in record["time"].items() if phase != "checkpoint")
     lines = ["where a step's time goes:"]
     for phase, seconds in record["time"].items():
@@ -57,11 +57,11 @@ def name_of(record: dict[str, Any], report: dict[str, Any]) -> str:
     if report["kind"] == "scaling":
         return f"{record['world_size']} ranks" if "world_size" in record else FAILED
     keys = report.get("swept", [])
-    return tell({key: record[key] for key in keys}) if keys else report["title"]
+    return settings_line({key: record[key] for key in keys}) if keys else report["title"]
 
 
 def html(report: dict[str, Any]) -> str:
-    """Self-contained: no script, no file beside it."""
+    """One self-contained page, without scripts or other files."""
     ran = [record for record in report["measurements"] if FAILED not in record]
     names = [name_of(record, report) for record in ran]
     parts = [
@@ -90,7 +90,7 @@ def bars(title: str, names: Sequence[str], values: Sequence[float]) -> str:
 
 
 def stacked(title: str, names: Sequence[str], rows: Sequence[dict[str, float]], *, legend: bool = True) -> str:
-    """One bar a row, its parts side by side; checkpoints are no part of a step and stay out."""
+    """One bar per row, split into its parts; checkpoints are not part of a step and are left out."""
     kept = [{part: value for part, value in row.items() if part != "checkpoint"} for row in rows]
     longest = max((sum(row.values()) for row in kept), default=0.0) or 1.0
     scale = (_WIDTH - _LEFT - 90) / longest

@@ -1,4 +1,4 @@
-"""What is measured: a config of the product, on real or synthetic data, and for how many steps."""
+"""What a measurement runs: a training config, real or synthetic data, and the number of steps."""
 
 import json
 from collections.abc import Sequence
@@ -30,9 +30,9 @@ class Spec:
     phase_steps: int = 2
     checkpoint: bool = True
     force: bool = False
-    """Start even what is planned not to fit in memory"""
+    """Start even if the memory plan does not fit"""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Overrides by which this measurement differs from its neighbours in a sweep"""
+    """Overrides that distinguish this measurement from the others of a sweep"""
 
     def config(self) -> RunConfig:
         """Raises ConfigError."""
@@ -47,7 +47,7 @@ class Spec:
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
     def changed(self, settings: dict[str, Any], folder: Path) -> "Spec":
-        """The same measurement with other values at `key.sub`, its files in a folder of its own."""
+        """The same measurement with other values at `key.sub` and its own `folder`."""
         tree = json.loads(json.dumps(self.tree))
         for key, value in settings.items():
             apply_override(tree, f"{key}={json.dumps(value)}")
@@ -70,20 +70,20 @@ def make_spec(
     folder: Path,
     force: bool = False,
 ) -> Spec:
-    """`rows` packed rows of `length` tokens a rank and micro-batch. Raises UserError."""
+    """`rows` packed rows of `length` tokens per rank and micro-batch. Raises UserError."""
     from ft_dist.launcher.machine import gpus
 
     synthetic = data == SYNTHETIC
     if not synthetic and model in SHAPES and model != "smollm2-135m":
         raise UserError(
-            f"{model} is a shape with random weights and has no tokenizer for {data}. Leave --data away, or name a "
+            f"{model} is a shape with random weights and has no tokenizer for {data}. Omit --data, or name a "
             "model folder."
         )
     if not 0 < labelled <= 1:
-        raise UserError(f"--labelled {labelled}: a share above 0 and up to 1.")
+        raise UserError(f"--labelled {labelled}: must be above 0 and at most 1.")
     by_name = synthetic and model in SHAPES
     if synthetic and not by_name and not (Path(model) / "config.json").is_file():
-        raise UserError(f"{model}: neither a model folder nor one of the shapes {', '.join(SHAPES)}.")
+        raise UserError(f"{model}: not a model folder and not one of the shapes {', '.join(SHAPES)}.")
     tree: dict[str, Any] = {
         "model": {
             "path": str(write_shape(model, folder / "model")) if by_name else model,

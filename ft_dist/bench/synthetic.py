@@ -1,4 +1,4 @@
-"""Samples that are nowhere, of chosen lengths: the order, packing and batches made of them are the product's own."""
+"""Generated samples of chosen lengths; order, packing and batches are those of real training."""
 
 import numpy as np
 
@@ -12,9 +12,9 @@ _SHORTEST = 8
 
 
 class SyntheticStore:
-    """A `SampleStore` of random tokens: every length `max_length`, or log-normal around a median and cut there.
+    """A `SampleStore` of random tokens: every length is `max_length`, or log-normal around a median and cut there.
 
-    The last `labelled` share of a sample is learnt.
+    The last `labelled` share of each sample is labelled.
     """
 
     def __init__(self, *, max_length: int, median: int | None, labelled: float, vocabulary: int, seed: int) -> None:
@@ -52,11 +52,11 @@ class SyntheticStore:
         """Nothing to fetch."""
 
     def close(self) -> None:
-        """Nothing waits."""
+        """Nothing to interrupt."""
 
 
 class VocabularyOnly:
-    """Stands for a tokenizer where no text is read."""
+    """A stand-in for the tokenizer, as no text is read."""
 
     pad_token_id = 0
 

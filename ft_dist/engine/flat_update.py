@@ -1,9 +1,9 @@
-"""An update of all that is trained in bf16 at ZeRO stage 1: about 20 operations, however many tensors there are.
+"""The bf16 update at ZeRO stage 1, in about 20 operations for any number of tensors.
 
-DeepSpeed's BF16_Optimizer keeps each parameter group in flat tensors: bf16 weights, fp32 sums of gradients, and this
-rank's share of the fp32 master weights. Its own update visits every parameter and waits for the GPU twice. This one
-works on the flat tensors, and the host reads nothing before the update is queued: the kernel of torch's fused AdamW
-divides gradients by `grad_scale`, and changes nothing where `found_inf` says that the norm is not finite.
+DeepSpeed's BF16_Optimizer keeps each parameter group in flat tensors: bf16 weights, fp32 gradient sums, and this rank's
+share of the fp32 master weights. Its update visits every parameter and synchronises with the GPU twice. This one works
+on the flat tensors, and the host reads nothing before the update is queued: the kernel of torch's fused AdamW divides
+gradients by `grad_scale`, and changes nothing if `found_inf` says that the norm is not finite.
 
     g = sum over ranks of gradients        n = ||g||        g' = g / max(1, (n + 1e-6) / max_grad_norm)
 """
@@ -21,17 +21,17 @@ from ft_dist.engine.settings import PIECE_ELEMENTS, WHOLE_GRADIENT_ELEMENTS
 from ft_dist.optim.partition import PartitionedOptimizer
 
 CPU_NORM_ELEMENTS = 1 << 16
-"""torch's norm on CPU adds up in eight fp32 sums: over 135 million elements it was 1.4 % too small"""
+"""torch's CPU norm uses eight fp32 accumulators: over 135 million elements the result was 1.4 % too small"""
 GPU_NORM_ELEMENTS = 1 << 30
-"""torch's norm of many tensors counted in 32 bits before 2.9, and read past the end from 2^31 elements on"""
+"""torch's norm of many tensors used 32-bit indices before 2.9 and read out of bounds from 2^31 elements on"""
 CLIP_EPS = 1e-6
-"""That of torch.nn.utils.clip_grad_norm_"""
+"""As in torch.nn.utils.clip_grad_norm_"""
 
 
 class FlatUpdate:
-    """Call `add_gradients` after every backward and `step` once a step.
+    """Call `add_gradients` after every backward and `step` once per step.
 
-    Gradients are added up over ranks, not averaged: losses must be scaled by what the global batch is divided by.
+    Gradients are summed over ranks, not averaged: losses must already be divided by the weight of the global batch.
     """
 
     def __init__(self, optimizer: Any, world: World, *, max_grad_norm: float) -> None:
@@ -39,7 +39,7 @@ class FlatUpdate:
         self._optimizer = optimizer
         self._world = world
         self._max_grad_norm = max_grad_norm
-        # it then leaves gradients to hooks that it made at its start, which are none
+        # it then leaves gradients to hooks registered in its constructor, of which there are none
         optimizer.immediate_grad_update = True
         self._sums: list[Tensor] = optimizer.fp32_groups_gradients_flat
         self._shares: list[Tensor] = optimizer.fp32_groups_gradient_flat_partition
@@ -57,10 +57,10 @@ class FlatUpdate:
                 for piece in _pieces(group, total)
             ]
         else:
-            self._add_each_at_once()
+            self._add_each_immediately()
 
     def add_gradients(self) -> None:
-        """Add the parameters' gradients to the sums and drop them. A parameter without one adds nothing."""
+        """Add the parameters' gradients to the sums and free them. A parameter without a gradient adds nothing."""
         for parameters, total in self._pieces:
             gradients = [
                 torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in parameters
@@ -71,10 +71,10 @@ class FlatUpdate:
 
     @torch.no_grad()
     def step(self, loss_sum: Tensor) -> tuple[float, float]:
-        """Update the weights and forget the gradients. All ranks call it.
+        """Update the weights and reset the gradient sums. All ranks must call it.
 
-        `loss_sum` is a scalar (fp64) of this rank. Returns its sum over ranks and the norm before clipping; where the
-        norm is not finite, nothing was updated.
+        `loss_sum` is this rank's scalar (fp64). Returns its sum over ranks and the norm before clipping; if the norm is
+        not finite, nothing was updated.
         """
         for total, share in zip(self._sums, self._shares, strict=True):
             reduce_scatter(total, share, self._world)
@@ -95,13 +95,13 @@ class FlatUpdate:
         if not isinstance(base, PartitionedOptimizer):
             base.grad_scale, base.found_inf = scale, (norm - norm).ne_(0).float()
             base.step()
-        elif norm.isfinite():  # the host waits: these have no kernel that looks
+        elif norm.isfinite():  # synchronises the host: these optimizers have no kernel that checks
             if scale is not None:
                 torch._foreach_div_(self._shares, scale)
             base.step()
 
-    def _add_each_at_once(self) -> None:
-        """Add each gradient to its sum as soon as it is there: all of them at once are too many to hold."""
+    def _add_each_immediately(self) -> None:
+        """Add each gradient to its sum as soon as it is computed: there are too many to hold together."""
         for group, sums in zip(self._optimizer.bf16_groups, self._optimizer.fp32_groups_gradients, strict=True):
             for parameter, total in zip(group, sums, strict=True):
                 parameter.register_post_accumulate_grad_hook(functools.partial(_add, total))
@@ -114,7 +114,7 @@ def _add(total: Tensor, parameter: Tensor) -> None:
 
 
 def _pieces(parameters: list[Parameter], total: Tensor) -> list[tuple[list[Parameter], Tensor]]:
-    """Runs of `parameters` of at most PIECE_ELEMENTS, or of one, and where in their flat sum each run lies."""
+    """Runs of one parameter, or of several up to PIECE_ELEMENTS, each with its slice of the flat sum."""
     runs: list[list[Parameter]] = []
     room = 0
     for parameter in parameters:

@@ -65,9 +65,9 @@ class Engine:
         self.kernels = ""
         self._settled = world.device.type != "cuda"
         self.on_progress: Callable[[], None] = lambda: None
-        """Called after every forward of a micro-batch, with its backward if it has one"""
+        """Called after every forward of a micro-batch and its backward, if any"""
         self.before_update: Callable[[], float] = lambda: 0.0
-        """Called before weights and optimizer state change; returns the seconds that it held the step up"""
+        """Called before weights and optimizer state change; returns the seconds by which it delayed the step"""
         self.on_phase: Callable[[str], AbstractContextManager[object]] = lambda phase: nullcontext()
         """Entered around each `forward`, `backward` and `optimizer` phase of a step, to time it"""
         # walking all modules takes milliseconds, and every save needs this
@@ -88,14 +88,14 @@ class Engine:
         elif self.stage > 0 and config.engine.offload == "none":
             judge_by_norm(self.deepspeed.optimizer)
         if self.flat or (self.stage == 0 and world.size == 1):
-            # DeepSpeed would flatten all gradients, reduce them, even over one rank, and copy them back
+            # DeepSpeed would flatten all gradients, reduce them even over one rank, and copy them back
             self.deepspeed.enable_backward_allreduce = False
-        # the trial step that some of its optimizers take at the start would count as a step of Adam
+        # some of DeepSpeed's optimizers take a trial step at the start, which would count as a step of Adam
         self.base_optimizer.state.clear()
 
     @property
     def base_optimizer(self) -> torch.optim.Optimizer:
-        """The torch optimizer below DeepSpeed's wrappers; its state is keyed by flat fp32 partitions."""
+        """The torch optimizer inside DeepSpeed's wrappers; its state is keyed by flat fp32 partitions."""
         return self.deepspeed.basic_optimizer if self.stage == 0 else self.deepspeed.optimizer.optimizer
 
     def train_step(
@@ -176,8 +176,8 @@ class Engine:
     def _update(self, loss_sum: Tensor, learning_rate: float) -> tuple[float, float]:
         """Clip, then step unless a gradient is not finite.
 
-        Returns the loss summed over ranks and the norm before clipping, which is not finite where nothing changed. Both
-        are read from the device at once, after whatever can be queued before.
+        Returns the loss summed over ranks and the norm before clipping, which is not finite if nothing changed. Both
+        are read from the device together, after as much work as possible is queued.
         """
         for group in self.base_optimizer.param_groups:
             group["lr"] = learning_rate
@@ -192,10 +192,10 @@ class Engine:
         return _read(loss_sum, math.inf if skipped else self.deepspeed.get_global_grad_norm())
 
     def _update_replicated(self, loss_sum: Tensor) -> tuple[float, float]:
-        """Stage 0 in fp32, where DeepSpeed has no optimizer wrapper of its own to clip and to tell a bad step."""
+        """Stage 0 in fp32, where DeepSpeed has no optimizer wrapper that clips and detects a bad step."""
         parameters = [parameter for _, parameter in self.trainable()]
         for parameter in parameters:
-            if parameter.grad is None:  # of a layer that nothing went through: still decayed, as on several ranks
+            if parameter.grad is None:  # its layer was not used: it still decays, as on several ranks
                 parameter.grad = torch.zeros_like(parameter)
         limit = self.config.optim.max_grad_norm or math.inf
         loss, norm = _read(loss_sum, torch.nn.utils.clip_grad_norm_(parameters, limit))
@@ -206,11 +206,11 @@ class Engine:
         return loss, norm
 
     def trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
-        """Named as in the transformers or peft model, whatever wraps it; the same order on every rank."""
+        """Parameters by name in the transformers or peft model, without wrappers; in the same order on every rank."""
         return self._trainable
 
     def trainable_shapes(self) -> dict[str, list[int]]:
-        """Whole shapes by name, also where ZeRO-3 has the parameter in parts."""
+        """Full shapes by name, also where ZeRO-3 partitions the parameter."""
         return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in self.trainable()}
 
     @property
@@ -233,12 +233,12 @@ class Engine:
 
 
 def stage_of(model: nn.Module, config: RunConfig, world: World) -> int:
-    """The ZeRO stage that `model`, with its adapters, is trained at."""
+    """The ZeRO stage for training `model` with its adapters."""
     trainable = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
     return effective_stage(config, world.size, trainable=trainable)
 
 
 def _read(loss: Tensor, norm: Tensor | float) -> tuple[float, float]:
-    """Both at once: a GPU is waited for once."""
+    """Read both together: one GPU synchronisation."""
     read = torch.stack([loss, torch.as_tensor(norm).to(loss)]).tolist()
     return read[0], read[1]

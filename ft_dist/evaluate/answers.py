@@ -1,4 +1,4 @@
-"""Greedy answers to many prompts at once, and whether an answer is the reference."""
+"""Greedy answers to batches of prompts, and whether an answer matches the reference."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from ft_dist.model.tokenizer import stop_token_ids
 Progress = Callable[[int, int], None]
 """(prompts answered, prompts in all) on this rank"""
 CutShort = Callable[[], bool]
-"""Asked after every generated token of a batch; True ends the batch here, its answers incomplete"""
+"""Called after every generated token of a batch; True ends the batch on this rank with incomplete answers"""
 
 
 def answer_prompts(
@@ -29,10 +29,10 @@ def answer_prompts(
 ) -> list[str]:
     """The model's greedy answers, in the order of `prompts` (token ids each), without special tokens.
 
-    Prompts of like length share a batch, longest first, so that memory runs out at once or never. An answer ends at
-    any of `stop_token_ids` or after `max_new_tokens`. `synced` keeps a rank that is done generating until all are,
-    which ZeRO-3 needs because each forward gathers weights; then all ranks must bring the same number of batches.
-    The model's training mode is put back afterwards.
+    Prompts of similar length share a batch, longest first, so memory runs out in the first batch or never. An answer
+    ends at any of `stop_token_ids` or after `max_new_tokens`. `synced` keeps a finished rank generating until all ranks
+    have finished, which ZeRO-3 needs because each forward gathers weights; all ranks must then have the same number of
+    batches. The model's training mode is restored afterwards.
     """
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
@@ -60,7 +60,7 @@ def answer_prompts(
 
 
 def exact_match(answer: str, reference: str) -> bool:
-    """Equal once case, surrounding space and quotes, repeated space and trailing punctuation are left out."""
+    """Equality ignoring case, surrounding space and quotes, repeated space and trailing punctuation."""
     return _normalised(answer) == _normalised(reference)
 
 
@@ -75,7 +75,7 @@ def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Any:
     return GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        use_cache=True,  # training switches it off in the model's config
+        use_cache=True,  # training disables it in the model's config
         eos_token_id=stop_token_ids(tokenizer, own.eos_token_id if own is not None else None),
         pad_token_id=tokenizer.pad_token_id,
     )
@@ -92,7 +92,7 @@ def _stop_when(cut_short: CutShort) -> Any:
 
 
 def _left_padded(rows: list[Sequence[int]], pad_id: int, device: torch.device | str) -> dict[str, torch.Tensor]:
-    """Every prompt must end where its answer begins, so the padding goes in front."""
+    """Each prompt must end where its answer begins, so padding is on the left."""
     width = max(len(row) for row in rows)
     input_ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
@@ -103,6 +103,6 @@ def _left_padded(rows: list[Sequence[int]], pad_id: int, device: torch.device | 
 
 
 def _up_to_stop(ids: list[int], stops: list[int]) -> list[int]:
-    """A stop token need not be a special one, so it is cut off here and not left to the decoder."""
+    """Cut at the first stop token: it need not be a special token that the decoder skips."""
     end = next((position for position, token in enumerate(ids) if token in stops), len(ids))
     return ids[:end]

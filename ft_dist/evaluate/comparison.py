@@ -1,4 +1,4 @@
-"""Before and after a run, side by side, with the answers that changed: what a person looks at first."""
+"""Scores before and after a run side by side, with a few answers."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ WIDTH = 60
 
 
 def comparison(before: dict[str, Any] | None, after: dict[str, Any]) -> list[str]:
-    """Lines of a table of both scores (as `Scores.to_dict` gives them), and a few answers of the same prompts."""
+    """Lines of a table of both scores (from `Scores.to_dict`), and a few answers to the same prompts."""
     lines = [f"{'':12}{'before':>12}{'after':>12}"]
     for name, form in (("loss", "{:.4f}"), ("perplexity", "{:.2f}"), ("accuracy", "{:.1%}")):
         values = [_cell(scores, name, form) for scores in (before, after)]
@@ -38,7 +38,7 @@ def one_line(text: str, width: int) -> str:
 
 
 def summary_line(scores: dict[str, Any]) -> str:
-    """Scores in a few words."""
+    """Scores in one line."""
     parts = [f"{key} {scores[key]:.4f}" for key in ("loss", "perplexity") if scores[key] is not None]
     parts = parts or ["loss not finite"]
     if scores.get("accuracy") is not None:

@@ -1,4 +1,4 @@
-"""`data.eval` scored with the model that is being trained, on all ranks, at any ZeRO stage."""
+"""Score the model in training on `data.eval`, on all ranks, at any ZeRO stage."""
 
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
@@ -16,11 +16,11 @@ from ft_dist.evaluate.score import LabelledPrompt, Scores, held_out_loss, labell
 
 
 class EvaluationStopped(Exception):  # noqa: N818 - not an error: a rank was asked to stop
-    """Raised on all ranks in front of the same batch, or, where they generate in step, the same token."""
+    """Raised on all ranks before the same batch or, if they generate in lockstep, before the same token."""
 
 
 class HeldOut:
-    """Held-out samples, tokenised once: rows for the loss and, if asked for, prompts to answer."""
+    """The held-out set, tokenised once: rows for the loss and, on request, prompts to answer."""
 
     def __init__(self, config: RunConfig, store: SampleStore, prompts: list[LabelledPrompt]) -> None:
         self.settings = config.evaluate
@@ -30,7 +30,7 @@ class HeldOut:
 
     @classmethod
     def prepare(cls, config: RunConfig, tokenizer: Any, store: SampleStore) -> "HeldOut":
-        """`store` holds data.eval. Raises DataError where answers are asked for and a source holds only tokens."""
+        """`store` holds data.eval. Raises DataError if answers are requested and a source holds only tokens."""
         prompts: list[LabelledPrompt] = []
         if config.evaluate.generate:
             samples = chain.from_iterable(read_samples(source) for source in config.data.eval)
@@ -43,9 +43,9 @@ class HeldOut:
     def score(
         self, engine: Engine, tokenizer: Any, *, say: Callable[[str], None], stop_wanted: Callable[[], bool]
     ) -> Scores:
-        """Every rank takes its share and gets the scores of all. `say` hears how far answering is.
+        """Each rank scores its share and gets the scores of the whole set. `say` prints progress.
 
-        Raises EvaluationStopped on all ranks soon after `stop_wanted` is true on any.
+        Raises EvaluationStopped on all ranks soon after `stop_wanted` returns true on any.
         """
         world = engine.world
         stopping = _Stopping(world, stop_wanted)
@@ -66,7 +66,7 @@ class HeldOut:
         def on_forward(*_: Any) -> None:
             engine.on_progress()
             if synced:
-                # all ranks make the same forwards, those that are done for the sake of the others
+                # all ranks run the same forwards; finished ranks run them only so that others can gather weights
                 stopping.check(last=False)
 
         hook = engine.objective.causal_lm.register_forward_pre_hook(on_forward)
@@ -93,7 +93,7 @@ class HeldOut:
         )
 
     def _batches(self, world: World, pad_id: int) -> Iterator[MicroBatch]:
-        """Rows of like length together; the same number of batches on every rank, as ZeRO-3 needs."""
+        """Batches of rows of similar length; the same number on every rank, as ZeRO-3 needs."""
         by_length = np.argsort(-self.store.lengths_of(np.arange(len(self))), kind="stable").tolist()
         mine = by_length[world.data_rank :: world.data_size]
         rows = self.settings.batch_rows
@@ -105,13 +105,13 @@ class HeldOut:
 
 
 class _Stopping:
-    """Takes a rank's wish to stop to all ranks, between batches."""
+    """Passes a rank's stop request to all ranks between batches."""
 
     def __init__(self, world: World, wanted: Callable[[], bool]) -> None:
         self._agreement, self._wanted = Agreement(world), wanted
 
     def check(self, *, last: bool) -> None:
-        """`last`: no call follows, so this one waits for its own answer."""
+        """`last`: no call follows, so this one waits for its result."""
         agreed = self._agreement.ask(self._wanted())
         if last:
             agreed = self._agreement.settle() or agreed

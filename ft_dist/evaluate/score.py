@@ -1,4 +1,4 @@
-"""Held-out loss and accuracy over all ranks. Numbers and text travel as tensors; nothing is pickled."""
+"""Held-out loss and accuracy over all ranks. Numbers and text are exchanged as tensors; nothing is pickled."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +19,7 @@ _EXAMPLE_BYTES = 2048
 
 @dataclass(frozen=True, slots=True)
 class LabelledPrompt:
-    """A question with a known answer: token ids up to where the answer begins, the last user turn, the reference."""
+    """A question with a known answer: token ids of the prompt, the text of the last user turn, the reference."""
 
     tokens: list[int]
     text: str
@@ -28,7 +28,7 @@ class LabelledPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One prompt and what the model said to it."""
+    """One prompt with the model's answer."""
 
     prompt: str
     answer: str
@@ -38,7 +38,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """Exact matches over the prompts of all ranks, and the first few of them in the data's order."""
+    """Exact matches over the prompts of all ranks, and the first few examples in data order."""
 
     accuracy: float | None
     answered: int
@@ -47,8 +47,8 @@ class Answered:
 
 @dataclass(slots=True)
 class Scores:
-    """Of a model on held-out data. `loss` is the mean over `labelled_tokens` in nats; accuracy is None where nothing
-    was generated."""
+    """Scores on held-out data. `loss` is the mean over the objective's units (`labelled_tokens` of them) in nats;
+    accuracy is None if nothing was generated."""
 
     loss: float
     labelled_tokens: int
@@ -58,14 +58,14 @@ class Scores:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinite where that overflows."""
+        """exp(loss); infinite on overflow."""
         try:
             return math.exp(self.loss)
         except OverflowError:
             return math.inf
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON, which knows no infinity: a perplexity or loss that is not finite becomes None."""
+        """As JSON values: a perplexity or loss that is not finite becomes None."""
         tree = asdict(self)
         tree["perplexity"] = self.perplexity
         return {
@@ -79,10 +79,10 @@ def held_out_loss(
     *,
     device: torch.device | str = "cpu",
 ) -> tuple[float, int]:
-    """(mean loss in nats, labelled tokens) over all ranks: sums in float64, divided once.
+    """(mean loss in nats, total weight) over all ranks: sums in float64, divided once.
 
-    `objective` gives a micro-batch's summed loss and its count of labelled tokens. Under ZeRO-3 every rank must bring
-    the same number of batches; a dummy without labels adds nothing. No labels at all give NaN.
+    `objective` returns a micro-batch's summed loss and its weight (labelled tokens, for causal training). Under ZeRO-3
+    every rank must have the same number of batches; a dummy adds nothing. A total weight of 0 gives NaN.
     """
     total = torch.zeros(2, dtype=torch.float64, device=device)
     with torch.no_grad():
@@ -96,7 +96,7 @@ def held_out_loss(
 
 
 def labelled_prompts(samples: Iterable[Sample], tokenizer: Any) -> list[LabelledPrompt]:
-    """The samples that can be answered: conversations that end with the assistant's turn; others are left out."""
+    """Prompts of the samples that can be answered: conversations that end with the assistant's turn."""
     encoder = Encoder(tokenizer)
     prompts = []
     for sample in samples:
@@ -120,9 +120,9 @@ def score_answers(
     progress: Progress | None = None,
     cut_short: CutShort | None = None,
 ) -> Answered:
-    """Answer every prompt on one of the ranks and compare. Every rank calls this with the same prompts.
+    """Answer every prompt on one of the ranks and compare. Every rank must call this with the same prompts.
 
-    Rank r takes prompts r, r + world, ...; ranks that have one less answer the first prompt once more, so that all
+    Rank r answers prompts r, r + world, ...; ranks with one prompt fewer answer the first prompt again, so that all
     generate the same number of batches, as ZeRO-3 needs.
     """
     if not prompts:
@@ -146,7 +146,7 @@ def score_answers(
 
 
 def _gather(prompts: Sequence[LabelledPrompt], answers: dict[int, str], device: torch.device | str) -> Answered:
-    """Each rank fills in what it knows and leaves zeros elsewhere; a sum then gives everyone everything."""
+    """Each rank fills in its own results and leaves zeros elsewhere; a sum gives all ranks the full results."""
     correct = torch.zeros(len(prompts), dtype=torch.int64, device=device)
     shown = min(EXAMPLES, len(prompts))
     text = torch.zeros(shown, _EXAMPLE_BYTES, dtype=torch.int32, device=device)

@@ -88,7 +88,7 @@ def test_what_is_wrong_with_the_store_is_told_before_training(cli, server: Objec
     arguments = [*RUN, f"output_dir={tmp_path / 'run'}"]
     missing = cli("check", *arguments, "data.train=s3://bucket/nothing", **server.environment)
     assert missing.returncode == 2
-    assert "s3://bucket/nothing: no index.json there, so it is not a prepared set." in missing.stderr
+    assert "s3://bucket/nothing: no index.json found, so it is not a prepared set." in missing.stderr
     refused = cli(
         "check", *arguments, "data.train=s3://bucket/nothing", **server.environment | {"AWS_SECRET_ACCESS_KEY": "wrong"}
     )

@@ -131,7 +131,7 @@ def test_a_source_added_between_two_starts_is_told(cli, tmp_path):
     extra.write_text("".join(extra.read_text().splitlines(keepends=True)[1:]))
     refused = cli(*more, "optim.max_steps=9")
     assert refused.returncode == 2
-    assert f"{extra}: other samples than when the checkpoint was written" in refused.stderr
+    assert f"{extra}: its samples differ from those that the checkpoint" in refused.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -304,7 +304,7 @@ def test_closing_ends_a_wait(url: str, tmp_path: Path, proxy: Proxy) -> None:
 
 def test_what_cannot_be_a_set_is_told(url: str, tmp_path: Path, local: TokenStore, server: ObjectStore) -> None:
     options = {"cache": tmp_path / "cache", "wait_s": 30.0}
-    with pytest.raises(DataError, match=r"nothing: no index.json there"):
+    with pytest.raises(DataError, match=r"nothing: no index.json found"):
         open_store("s3://bucket/nothing", cache_bytes=ROOMY, **options)
     with pytest.raises(
         DataError, match=rf"data.cache_bytes=1000 is less than 2 .* Use at least {2 * shard_bytes(local)}"

@@ -103,7 +103,7 @@ def test_shards_of_another_set_are_named(tmp_path):
     write_set(tmp_path / "b", [([1, 2], [True] * 2), ([1] * 4, [True] * 4)] * 2, shard_tokens=6)
     shard = "tokens-00001.safetensors"
     (tmp_path / "a" / shard).write_bytes((tmp_path / "b" / shard).read_bytes())
-    with pytest.raises(DataError, match=r"a: damaged \(tokens-00001\.safetensors holds other samples"):
+    with pytest.raises(DataError, match=r"a: damaged \(tokens-00001\.safetensors does not match"):
         first.gather(np.array([3]))
 
 
