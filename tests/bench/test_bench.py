@@ -1,4 +1,4 @@
-"""The product's loop under the stop watch, for real: two gloo ranks, a sweep's bookkeeping, the arithmetic."""
+"""Real timings of the training loop on two gloo ranks, the records of a sweep, and the arithmetic."""
 
 import json
 import os
@@ -174,7 +174,7 @@ def test_a_sweep_names_the_fastest_that_fits(tmp_path: Path, monkeypatch: pytest
     assert html(report).count("<svg") == 3
 
 
-def test_a_sweep_starts_nothing_that_is_planned_not_to_fit(tmp_path: Path) -> None:
+def test_a_sweep_skips_what_the_memory_plan_rejects(tmp_path: Path) -> None:
     swept = {"engine.zero_stage": [0, 2]}
     large = spec(tmp_path, model="llama3-8b", length=131072)
     found = measure.sweep(large, swept, nproc=1, folder=tmp_path, say=lambda line: None)
@@ -183,7 +183,7 @@ def test_a_sweep_starts_nothing_that_is_planned_not_to_fit(tmp_path: Path) -> No
 
 
 def test_a_signal_ends_a_whole_sweep(tmp_path: Path) -> None:
-    """And not the measurement that it meets alone."""
+    """It ends more than the current measurement."""
     log = tmp_path / "said"
     command = [*CLI, "bench", "tiny", "--length", "64", "--steps", "100000", "--sweep"]
     with log.open("wb") as said, subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said) as sweep:
@@ -212,7 +212,7 @@ def test_efficiency_is_the_share_of_perfect_scaling(tmp_path: Path, monkeypatch:
     assert rows == [(4, 4), (8, 4), (4, 4), (4, 2)]
 
 
-def test_synthetic_samples_have_the_lengths_and_labels_asked_for() -> None:
+def test_synthetic_samples_have_the_requested_lengths_and_labels() -> None:
     store = SyntheticStore(max_length=512, median=100, labelled=0.25, vocabulary=50, seed=1)
     ids = np.arange(2000)
     assert 90 < np.median(store.lengths_of(ids)) < 110
@@ -228,11 +228,11 @@ def test_synthetic_samples_have_the_lengths_and_labels_asked_for() -> None:
     ("changed", "message"),
     [
         ({"data": "mine.jsonl"}, "has no tokenizer"),
-        ({"labelled": 0.0}, "a share above 0"),
+        ({"labelled": 0.0}, "must be above 0"),
         ({"lengths": "long"}, "neither full nor a median"),
     ],
 )
-def test_what_cannot_be_measured_is_told(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_invalid_options_are_reported(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         spec(tmp_path, **changed)
 
@@ -244,10 +244,10 @@ def test_what_cannot_fit_is_refused(cli: Any) -> None:
     assert "--force starts it anyway" in done.stderr
 
 
-def test_a_model_that_is_nowhere_is_told(cli: Any) -> None:
+def test_a_missing_model_is_reported(cli: Any) -> None:
     done = cli("bench", "no-such-model")
     assert done.returncode == 2
-    assert "neither a model folder nor one of the shapes llama3-8b" in done.stderr
+    assert "not a model folder and not one of the shapes llama3-8b" in done.stderr
 
 
 def test_a_failed_measurement_keeps_its_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,8 +266,8 @@ def test_a_failed_measurement_keeps_its_logs(tmp_path: Path, monkeypatch: pytest
     assert "illegal" in (tmp_path / "to" / "work" / "output.log").read_text()
 
 
-def test_timed_steps_are_kept_where_what_follows_fails(tmp_path: Path) -> None:
-    """As a profiler or a commit might. The ranks' logs stay beside them."""
+def test_timed_steps_are_kept_if_a_later_part_fails(tmp_path: Path) -> None:
+    """A profiler or a commit may fail. The ranks' logs are kept too."""
     one = spec(tmp_path)
     code = (
         "import sys, ft_dist.bench.phases as phases; phases.Phases = None;"
@@ -283,7 +283,7 @@ def test_timed_steps_are_kept_where_what_follows_fails(tmp_path: Path) -> None:
     assert record["time"] == {}
 
 
-def test_the_folder_named_keeps_logs_and_figures_but_no_checkpoint(cli: Any, tmp_path: Path) -> None:
+def test_a_given_folder_keeps_logs_and_figures_but_no_checkpoint(cli: Any, tmp_path: Path) -> None:
     stale = tmp_path / "to" / "work" / "run" / "checkpoints" / "step-9"
     stale.mkdir(parents=True)
     done = cli("bench", "tiny", "--length", "64", "--steps", "1", "--to", str(tmp_path / "to"))

@@ -1,6 +1,6 @@
-"""Fine-tuning in plain PyTorch, the yardstick of ft_dist's step. It shares no code with ft_dist: one sample a forward,
-no padding, no packing, gradients added up and divided once by the labelled tokens of the step. A model in bf16 computes
-in bf16, with weights and sums of gradients kept in fp32."""
+"""Fine-tuning in plain PyTorch, the yardstick of ft_dist's step. It shares no code with ft_dist: one sample per
+forward, no padding, no packing, gradients summed and divided once by the labelled tokens of the step. A bf16 model computes in
+bf16, with master weights and gradient sums in fp32."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def labelled(messages: list[dict[str, str]], tokenizer: Any) -> tuple[torch.Tens
 def plain_losses(
     model: Any, tokenizer: Any, data: Path, steps: list[list[int]], rates: list[float], max_norm: float
 ) -> list[tuple[float, float]]:
-    """(loss, gradient norm before clipping) of every step; `steps` holds the sample ids that each one takes."""
+    """(loss, gradient norm before clipping) of every step; `steps` holds the sample ids of each."""
     samples = [labelled(json.loads(line)["messages"], tokenizer) for line in data.read_text().splitlines()]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     masters = [parameter.detach().float().clone() for parameter in trained]

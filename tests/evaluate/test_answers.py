@@ -1,4 +1,4 @@
-"""Batched, padded answers are those of one prompt at a time, and matching forgives form only."""
+"""Batched, padded answers equal those of one prompt at a time, and matching ignores only form."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def model_and_tokenizer(request, tmp_path_factory) -> tuple[Any, Any]:
 
 
 def greedy_by_hand(model: Any, ids: list[int], stops: set[int], count: int) -> list[int]:
-    """One prompt, one full forward a token, no cache and no padding."""
+    """One prompt, one full forward per token, no cache and no padding."""
     made: list[int] = []
     while len(made) < count:
         with torch.no_grad():
@@ -61,7 +61,7 @@ def test_an_answer_ends_at_any_stop_token(model_and_tokenizer: tuple[Any, Any]) 
 
 
 @pytest.mark.parametrize("answer", ["spam", " Spam.", "SPAM\n", '"spam"', "**spam**", "spam!"])
-def test_form_is_forgiven(answer: str) -> None:
+def test_form_is_ignored(answer: str) -> None:
     assert exact_match(answer, "spam")
 
 

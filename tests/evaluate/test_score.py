@@ -1,4 +1,4 @@
-"""Loss is a sum over a count however it is cut, and every rank count gives the same scores."""
+"""The loss is a sum divided by a count for any batching, and any number of ranks gives the same scores."""
 
 import json
 import math
@@ -81,7 +81,7 @@ def test_scores_are_json_even_where_they_are_not_finite() -> None:
 
 
 def answered(folder: str) -> dict[str, Any]:
-    """The scores of seven prompts, half of whose references are what the model says."""
+    """The scores of seven prompts; half of the references equal the model's answers."""
     tokenizer = byte_tokenizer()
     model = AutoModelForCausalLM.from_pretrained(folder)
     settings: dict[str, Any] = {"tokenizer": tokenizer, "max_new_tokens": 5, "batch_rows": 2, "device": "cpu"}

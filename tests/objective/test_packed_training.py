@@ -1,4 +1,4 @@
-"""The same samples in one global batch, packed or a row each, give the same loss and the same gradients in fp32."""
+"""The same samples in one global batch, packed or one per row, give the same loss and gradients in fp32."""
 
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ def loss_and_gradients(objective, store, micro_batches, *, gpu_length=None):
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("kernels", ["off", "torch"])
-def test_packed_equals_a_row_each(kind, kernels):
+def test_packed_equals_one_sample_per_row(kind, kernels):
     store = random_store(60, 40)
     stream = DataStream([MixtureSource("a", store)], seed=0, global_rows=6, max_length=96, packing=True)
     batch = stream.next_batch()
@@ -63,7 +63,7 @@ def test_packed_equals_a_row_each(kind, kernels):
 
 
 def chats_with_one_system_prompt() -> ListStore:
-    """Nine samples: a system prompt of 30 tokens, of two questions one, answers of different lengths, an end."""
+    """Nine samples: a system prompt of 30 tokens, one of two questions, answers of different lengths, an end token."""
     chance = np.random.default_rng(0)
     system, questions = chance.integers(1, 200, 30).tolist(), chance.integers(1, 200, (2, 9)).tolist()
     samples = []
@@ -77,8 +77,8 @@ def chats_with_one_system_prompt() -> ListStore:
 @pytest.mark.parametrize("gpu_length", [None, 512])
 @pytest.mark.parametrize("rows", [[[0, 1, 2], [3, 4, 5, 6], [7, 8]], [[number] for number in range(9)]])
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_what_samples_share_is_computed_once_and_counts_for_all(kind, rows, gpu_length):
-    """On CPU, and with what a GPU is given."""
+def test_shared_prefixes_run_once_and_count_for_every_sample(kind, rows, gpu_length):
+    """With the inputs of a CPU and of a GPU."""
     store = chats_with_one_system_prompt()
     objective = build(kind, "torch")
     together = collate(rows, store)
@@ -91,8 +91,8 @@ def test_what_samples_share_is_computed_once_and_counts_for_all(kind, rows, gpu_
         torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-5 * float(expected[name].abs().max()))
 
 
-def test_samples_that_saw_each_other_would_be_noticed():
-    """The test above must be able to fail: without restarting positions the loss is another one."""
+def test_leaks_between_samples_would_be_detected():
+    """The test above can fail: without restarting positions the loss differs."""
     store = random_store(60, 40)
     objective = build("full", "off")
     batch = collate([[0, 1, 2]], store)

@@ -55,7 +55,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
 
 @pytest.fixture
 def url(server: ObjectStore, local: TokenStore, tmp_path: Path, proxy: Proxy) -> str:
-    """The set in the object store, under a name of this test's own."""
+    """The set in the object store, under a name that only this test uses."""
     url = f"{server.url}/{tmp_path.name}"
     remote = open_storage(url)
     assert isinstance(local.name, str)
@@ -107,7 +107,7 @@ def test_a_roomy_cache_fetches_each_file_once_over_restarts(
 
 
 @pytest.mark.parametrize("down_s", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_killed_server_is_waited_for_and_the_samples_are_the_same(
+def test_reads_survive_a_killed_server(
     url: str, server: ObjectStore, local: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, down_s: float
 ) -> None:
     monkeypatch.setattr(store_module, "OPEN_SHARDS", 1)
@@ -136,7 +136,7 @@ def test_a_killed_server_is_waited_for_and_the_samples_are_the_same(
 
 
 @pytest.mark.parametrize("answer", [500, 503, "partial", "reset", "flip"])
-def test_failing_answers_and_damage_on_the_way_are_mended(
+def test_failed_and_damaged_downloads_are_retried(
     url: str, local: TokenStore, tmp_path: Path, proxy: Proxy, answer: int | str
 ) -> None:
     lines: list[str] = []
@@ -160,7 +160,7 @@ def test_a_damaged_remote_file_is_named(url: str, server: ObjectStore, tmp_path:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
-def test_damage_in_the_cache_is_mended_on_the_next_start(
+def test_a_damaged_cache_is_repaired_on_the_next_start(
     url: str, local: TokenStore, tmp_path: Path, proxy: Proxy, damage: str
 ) -> None:
     lines: list[str] = []
@@ -236,7 +236,7 @@ def test_processes_share_one_cache(url: str, local: TokenStore, tmp_path: Path, 
         assert [fetches(proxy, entry["file"]) for entry in local.index["shards"]] == [1] * SHARDS
 
 
-def test_a_process_killed_while_fetching_blocks_nobody(
+def test_a_process_killed_while_fetching_blocks_no_other(
     url: str, local: TokenStore, tmp_path: Path, proxy: Proxy
 ) -> None:
     proxy.rules = [Rule("GET .*tokens-", "hang", times=4)]
@@ -253,7 +253,7 @@ def test_a_process_killed_while_fetching_blocks_nobody(
     assert [path.name for path in (tmp_path / "cache").glob("*/.*") if ".lock" not in path.name] == []
 
 
-def test_a_file_just_given_is_not_evicted(url: str, local: TokenStore, tmp_path: Path) -> None:
+def test_a_file_in_use_is_not_evicted(url: str, local: TokenStore, tmp_path: Path) -> None:
     files = [entry["file"] for entry in local.index["shards"]]
     limit = 2 * shard_bytes(local)
     options = {"cache_bytes": limit}
@@ -271,8 +271,8 @@ def test_a_file_just_given_is_not_evicted(url: str, local: TokenStore, tmp_path:
     assert not given.exists()
 
 
-def test_the_limit_of_waiting_counts_once(url: str, tmp_path: Path, proxy: Proxy, local: TokenStore) -> None:
-    """Fetching ahead has begun to wait before the file is asked for: the wait is not begun anew."""
+def test_the_wait_limit_applies_once(url: str, tmp_path: Path, proxy: Proxy, local: TokenStore) -> None:
+    """A prefetch is already waiting when the file is requested; the wait does not restart."""
     remote = open_store(url, cache=tmp_path / "cache", cache_bytes=ROOMY, wait_s=6)
     proxy.rules = [Rule(".", 503, times=10**6)]
     started = time.monotonic()
@@ -302,7 +302,7 @@ def test_closing_ends_a_wait(url: str, tmp_path: Path, proxy: Proxy) -> None:
     assert len(raised) == 1
 
 
-def test_what_cannot_be_a_set_is_told(url: str, tmp_path: Path, local: TokenStore, server: ObjectStore) -> None:
+def test_an_invalid_set_is_reported(url: str, tmp_path: Path, local: TokenStore, server: ObjectStore) -> None:
     options = {"cache": tmp_path / "cache", "wait_s": 30.0}
     with pytest.raises(DataError, match=r"nothing: no index.json found"):
         open_store("s3://bucket/nothing", cache_bytes=ROOMY, **options)

@@ -17,7 +17,7 @@ some = settings(max_examples=40, deadline=None)
 
 
 def write_set(folder: Path, samples, *, shard_tokens: int) -> TokenStore:
-    """A set as the format says, written without our own writer."""
+    """A set written to the format's specification, without our writer."""
     folder.mkdir()
     shards, pending = [], []
 
@@ -70,7 +70,7 @@ def sets(tmp_path_factory):
 
 @given(st.lists(st.integers(0, 396), max_size=60))
 @some
-def test_gather_gives_the_samples_asked_for_in_their_order(sets, ids):
+def test_gather_returns_the_requested_samples_in_order(sets, ids):
     stores, samples = sets
     joined, flat = JoinedStore(stores), [one for some in samples for one in some]
     tokens, mask, lengths = joined.gather(np.array(ids, np.int64))

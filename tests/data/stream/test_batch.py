@@ -1,4 +1,4 @@
-"""Rows become tensors whose labels are already shifted, and every rank gets as many micro-batches."""
+"""Rows become tensors with shifted labels, and every rank gets the same number of micro-batches."""
 
 import pytest
 import torch
@@ -18,13 +18,13 @@ def test_labels_are_shifted_and_never_cross_samples():
     assert got.labels.tolist() == [[2, 3, X, 5, X, X, X, X], [X, 8, X, X, X, X, X, X]]
     assert got.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 0, 0], [0, 1, 2, 0, 0, 0, 0, 0]]
     assert (got.real_tokens, got.labelled_tokens, got.padded_tokens) == (8, 4, 8)
-    assert got.kept.tolist() == [0, 1, 2, 3, 4, 5, 8, 9]  # those that predict, those before them, and three to fill
+    assert got.kept.tolist() == [0, 1, 2, 3, 4, 5, 8, 9]  # labelled tokens, those before them, and three spare ones
     assert got.labelled.tolist() == [0, 1, 3, 7]
     assert got.labels.view(-1)[got.kept][got.labelled].tolist() == [2, 3, 5, 8]
     assert got.input_ids.dtype == got.labels.dtype == got.position_ids.dtype == torch.int64
 
 
-def test_dummy_predicts_nothing():
+def test_a_dummy_has_no_labels():
     got = collate([], random_store(1, 4), pad_id=7)
     assert got.input_ids.tolist() == [[7]]
     assert got.labels.tolist() == [[IGNORED]]
@@ -34,7 +34,7 @@ def test_dummy_predicts_nothing():
 
 
 def test_shapes_on_a_gpu_do_not_follow_lengths():
-    """Twenty steps of packed chats: what kernels, allocator and matrix products see."""
+    """Twenty steps of packed chats give kernels, allocator and matrix products few shapes."""
     store = SyntheticStore(max_length=4096, median=300, labelled=0.5, vocabulary=1000, seed=0)
     stream = DataStream([MixtureSource("chats", store)], seed=0, global_rows=2, max_length=4096, packing=True)
     seen = set()
@@ -65,7 +65,7 @@ def test_lengths_on_a_gpu_are_sixteenths_of_the_longest(packing):
         assert labelled[got.kept].sum() == labelled.sum()
 
 
-def test_the_dummy_of_a_gpu_is_a_shortest_row():
+def test_a_dummy_on_a_gpu_has_the_shortest_row_length():
     got = collate([], random_store(1, 4), pad_id=7, gpu_length=4096)
     assert torch.equal(got.input_ids, torch.full((1, 256), 7))
     assert (got.labels == IGNORED).all()
@@ -75,7 +75,7 @@ def test_the_dummy_of_a_gpu_is_a_shortest_row():
 
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("world", [1, 2, 3, 7, 8, 64])
-def test_deal_gives_every_row_once_and_every_rank_as_many_micro_batches(world, packing):
+def test_deal_gives_every_row_once_and_every_rank_the_same_number_of_micro_batches(world, packing):
     store = random_store(100, 50)
     stream = DataStream([MixtureSource("a", store)], seed=1, global_rows=16, max_length=50, packing=packing)
     for _ in range(8):

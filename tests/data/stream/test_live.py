@@ -1,4 +1,4 @@
-"""A live source gives the same rows whoever reads it and wherever it is taken up again."""
+"""A live source gives the same rows to every reader, wherever it resumes."""
 
 import json
 import multiprocessing
@@ -37,7 +37,7 @@ def make(path: str, tokenizer, *, workers=1, **options) -> LiveStream:
 
 
 def walk(stream: LiveStream, epochs: int):
-    """(batch, its input ids, the state after it), until so many epochs are done."""
+    """(batch, its input ids, the state after it), for a number of epochs."""
     steps = []
     while not steps or steps[-1][2]["epoch"] < epochs:
         batch = stream.next_batch()
@@ -47,7 +47,7 @@ def walk(stream: LiveStream, epochs: int):
 
 
 @pytest.mark.parametrize("kind", ["lines", "saved"])
-def test_every_record_once_an_epoch_and_exactly_resumed(sources, tokenizer_of, kind):
+def test_every_record_once_per_epoch_and_exact_resume(sources, tokenizer_of, kind):
     tokenizer = tokenizer_of("chatml")
     stream = make(sources[kind], tokenizer)
     steps = walk(stream, 2)
@@ -92,7 +92,7 @@ def test_a_changed_source_is_refused(sources, tokenizer_of, tmp_path):
         make(sources["saved"], tokenizer_of("chatml")).load_state_dict(state)
 
 
-def test_a_broken_record_is_named_when_it_is_met(tmp_path, tokenizer_of):
+def test_a_broken_record_is_named_when_it_is_read(tmp_path, tokenizer_of):
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n' * 40 + '{"prompt": \n')
     stream = make(str(path), tokenizer_of("chatml"))
@@ -101,7 +101,7 @@ def test_a_broken_record_is_named_when_it_is_met(tmp_path, tokenizer_of):
     stream.close()
 
 
-def test_a_live_source_stands_alone_and_has_a_stated_end():
+def test_a_live_source_is_the_only_source_and_needs_max_steps():
     live = {"path": "a.jsonl", "live": True}
     with pytest.raises(ValueError, match="only one of"):
         DataConfig(train=[live, "b.jsonl"])

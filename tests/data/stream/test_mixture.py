@@ -1,4 +1,4 @@
-"""Sources share an epoch in exact proportion at every position, and go on where they were when the mixture changes."""
+"""Sources share an epoch in exact proportion at every position, and keep their position when the mixture changes."""
 
 import json
 from collections import Counter
@@ -36,7 +36,7 @@ def named(stream: DataStream, ids: list[int]) -> list[tuple[str, int]]:
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6))
 @some
 def test_draws_are_those_of_sorted_keys(taken):
-    """Webster's method as it is written down: all keys in order, fractions, one at a time."""
+    """Webster's method by definition: all keys in order, as fractions, one at a time."""
     keys = sorted((Fraction(2 * k + 1, 2 * n), source) for source, n in enumerate(taken) for k in range(n))
     draws = [0] * len(taken)
     for position, (_, source) in enumerate(keys):
@@ -109,8 +109,8 @@ def test_large_sources_are_read_in_few_places():
     st.booleans(),
 )
 @some
-def test_a_changed_mixture_goes_on_with_every_sources_own_draws(before, after, steps, packing):
-    """Draws of a source are counted through the change, and an epoch of the new mixture holds what its weights say."""
+def test_a_changed_mixture_continues_every_sources_draws(before, after, steps, packing):
+    """The change keeps the draws of a source, and an epoch of the new mixture follows its weights."""
     old, new = make(before, packing=packing), make(after, packing=packing)
     seen: Counter[str] = Counter()
     for _ in range(steps):
@@ -158,7 +158,7 @@ def test_a_source_added_at_an_epochs_end_changes_no_pass_over_the_others():
     assert sorted(continued) == sorted(unchanged)
 
 
-def test_a_removed_source_that_returns_goes_on():
+def test_a_removed_source_that_returns_continues():
     first = make({"a": 1.0, "b": 1.0})
     for _ in range(5):
         first.next_batch()

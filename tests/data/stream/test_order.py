@@ -49,7 +49,7 @@ def test_whole_range_at_a_million():
 
 @pytest.mark.parametrize("size", [1_000, 65_537, 1_000_000])
 def test_places_are_uniform(size):
-    """Chi-square over a 10 x 10 grid of (position, value): 81 degrees of freedom; 150 lies 5 sigma out."""
+    """Chi-square over a 10 x 10 grid of (position, value): 81 degrees of freedom; 150 is 5 sigma out."""
     for key in range(5):
         order = Permutation(size, (key,)).take(0, size)
         grid, _, _ = np.histogram2d(np.arange(size), order, bins=10)
@@ -65,7 +65,7 @@ def test_neighbours_are_not_correlated(size, lag):
 
 
 def test_small_sizes_reach_every_permutation():
-    """All 24 orders of four samples turn up, none far more often than another (2400 keys; sigma of a count is 10)."""
+    """All 24 orders of four samples occur, none far more often than another (2400 keys; sigma of a count is 10)."""
     seen: dict[tuple[int, ...], int] = {}
     for key in range(2400):
         order = tuple(Permutation(4, (key,)).take(0, 4).tolist())
@@ -96,7 +96,7 @@ def test_two_levels_are_a_bijection(size, shuffle, key):
 @given(size=st.integers(2**20, 10**11), key=st.integers(0, 2**63 - 1), data=st.data())
 @some
 def test_two_levels_at_any_size_come_from_few_blocks(size, key, data):
-    """Any position of 10^11 at once; a group's positions lie in 16 blocks, and neighbours far apart."""
+    """Any position of 10^11, without a table; a group's positions are in 16 blocks, neighbours far from each other."""
     shuffle = data.draw(st.sampled_from([2**16, 2**18]))
     order = BlockPermutation(size, (key,), shuffle)
     group = data.draw(st.integers(0, (size - 1) // shuffle - 1))

@@ -64,14 +64,14 @@ def test_log_normal_lengths_fill_rows(median):
 
 @pytest.mark.parametrize("median, sigma, shortest", [(204, 0.3, 97), (49, 0.2, 38)])
 def test_narrow_lengths_fill_rows(median, sigma, shortest):
-    """As in GSM8K and Banking77: best-fit decreasing stays below 99%, for its last rows are all of small samples."""
+    """As in GSM8K and Banking77: best-fit decreasing stays below 99%, as its last rows hold only small samples."""
     generator = np.random.default_rng(median)
     lengths = np.maximum(generator.lognormal(np.log(median), sigma, 17_000), shortest).astype(np.int64)
     assert fullness(lengths, 2048) >= 0.995
 
 
-def test_the_work_of_a_window_grows_as_its_samples():
-    """Eight times the samples, 64 times the time if the open rows were scanned."""
+def test_the_work_of_a_window_is_linear_in_its_samples():
+    """Scanning the open rows would take 64 times as long for eight times the samples."""
     lengths = np.random.default_rng(0).integers(1, 4096, 80_000)
 
     def processor_s(samples: int) -> float:

@@ -1,4 +1,4 @@
-"""What runs of a micro-batch: enough for every label, each token after its own beginning, and little else."""
+"""The tokens that run suffice for every label, each after its full prefix, with few others."""
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ sample = st.tuples(
 
 
 def laid(samples):
-    """Samples end to end, then three padding tokens; of the flags the last is of a token that nothing follows."""
+    """Samples end to end, then three padding tokens; the last flag of a sample is for a token that nothing follows."""
     tokens = [token for ids, _ in samples for token in ids] + [0] * 3
     predicts = [flag and place < len(ids) - 1 for ids, flags in samples for place, flag in enumerate(flags[: len(ids)])]
     positions = [place for ids, _ in samples for place in range(len(ids))] + [0] * 3
@@ -22,7 +22,7 @@ def laid(samples):
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(sample, min_size=1, max_size=8), st.sampled_from([1, 4, 8]))
-def test_every_label_has_its_token_behind_its_own_beginning(samples, round_to):
+def test_every_label_has_its_token_after_its_full_prefix(samples, round_to):
     tokens, predicts, positions = laid(samples)
     needed = needed_tokens(tokens, predicts, positions, round_to=round_to)
     kept, segments = needed.kept.numpy(), needed.segments
@@ -55,7 +55,7 @@ def test_every_label_has_its_token_behind_its_own_beginning(samples, round_to):
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(sample, min_size=1, max_size=8), st.sampled_from([1, 4, 8, 16]))
-def test_on_a_gpu_too_every_label_has_its_token_behind_its_own_beginning(samples, round_to):
+def test_on_a_gpu_too_every_label_has_its_token_after_its_full_prefix(samples, round_to):
     tokens, predicts, positions = laid(samples)
     needed = needed_tokens(tokens, predicts, positions, round_to=round_to, ragged=True)
     kept, segments = needed.kept.numpy(), needed.segments
@@ -75,15 +75,15 @@ def test_on_a_gpu_too_every_label_has_its_token_behind_its_own_beginning(samples
         assert found[place] == tokens[place - positions[place] : place + 1].tolist()
 
 
-def test_on_a_gpu_spare_tokens_come_in_few_stretches():
-    """Many samples end in one token that predicts nothing; the padding is one stretch that does as well."""
+def test_on_a_gpu_spare_tokens_form_few_runs():
+    """Many samples end in one unlabelled token; the padding is one long run, which is used instead."""
     tokens, positions = np.ones(120, np.int64), np.append(np.tile(np.arange(10), 8), np.zeros(40, np.int64))
     predicts = np.append(np.tile(np.arange(10) < 9, 8), np.zeros(40, np.bool_))
     needed = needed_tokens(tokens, predicts, positions, round_to=100, ragged=True)
     assert needed.segments.query_ends.tolist()[:10] == [*range(0, 73, 9), 100]
 
 
-def test_a_shared_beginning_runs_once_and_nothing_runs_behind_the_last_label():
+def test_a_shared_prefix_runs_once_and_nothing_after_the_last_label():
     F, T = False, True
     tokens = np.array([5, 6, 7, 1, 2, 9, 5, 6, 7, 3, 4, 9, 5, 6, 8, 4, 9, 9])
     predicts = np.array([F, F, F, T, F, F] * 2 + [F, F, F, T, F, F])
@@ -95,13 +95,13 @@ def test_a_shared_beginning_runs_once_and_nothing_runs_behind_the_last_label():
     assert segments.shapes == ((3, 2, 4), (1, 0, 3))
 
 
-def test_what_carries_a_label_is_never_shared():
+def test_labelled_tokens_are_never_shared():
     tokens, predicts = np.array([1, 2, 3, 4] * 2), np.array([True, True, True, False] * 2)
     needed = needed_tokens(tokens, predicts, np.tile(np.arange(4), 2), round_to=1)
     assert needed.kept.tolist() == [0, 1, 2, 4, 5, 6]
 
 
-def test_little_in_common_is_not_worth_it():
+def test_short_shared_prefixes_are_not_shared():
     tokens = np.concatenate([[1, *range(10 * n, 10 * n + 39)] for n in range(1, 4)])
     predicts = np.zeros(120, bool)
     predicts[[38, 78, 118]] = True

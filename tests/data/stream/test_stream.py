@@ -1,4 +1,4 @@
-"""The sequence of global batches: each sample as often as its weight says, anywhere in O(1), for any world size."""
+"""The sequence of global batches follows the sources' weights, seeks in O(1), and is the same for any world size."""
 
 import json
 import time
@@ -49,7 +49,7 @@ streams = st.fixed_dictionaries(
 
 @given(streams)
 @some
-def test_every_sample_exactly_once_an_epoch(options):
+def test_every_sample_exactly_once_per_epoch(options):
     stream = make(**options)
     total = sum(size for size, _ in options["sizes_and_weights"])
     for epoch in range(3):
@@ -67,8 +67,8 @@ def test_every_sample_exactly_once_an_epoch(options):
 
 @given(streams, st.lists(st.integers(1, 64), min_size=1, max_size=8), st.integers(1, 4))
 @some
-def test_union_over_ranks_is_the_batch_whatever_the_world(options, worlds, micro_rows):
-    """A run that changes its world size at every step sees the sequence of one that never does."""
+def test_union_over_ranks_is_the_batch_for_any_world(options, worlds, micro_rows):
+    """A run that changes its world size at every step gets the same sequence as one that never does."""
     still, moving = make(**options), make(**options)
     for step in range(12):
         expected = still.next_batch()
@@ -102,7 +102,7 @@ def test_seek_equals_walking_there(options, steps):
 @given(streams, st.integers(1, 20))
 @some
 def test_position_does_not_depend_on_global_rows(options, other_rows):
-    """Rows come in one sequence; batches only cut it."""
+    """Rows form one sequence; batches only cut it."""
     first, second = make(**options), make(**{**options, "global_rows": other_rows})
     rows = [[row for batch in epoch_of(stream, 0) for row in batch.rows] for stream in (first, second)]
     assert rows[0] == rows[1]
@@ -168,7 +168,7 @@ def test_state_of_other_data_is_refused():
 
 
 def test_seek_at_a_hundred_billion_samples():
-    """Any position of any epoch, with no table of the set: a few windows' work and memory."""
+    """Any position of any epoch without a table of the set, for a few windows' work and memory."""
     stream = DataStream(
         [MixtureSource("large", Virtual(10**11)), MixtureSource("small", Virtual(10**6), 0.5)],
         seed=1,
@@ -201,8 +201,8 @@ def test_sample_over_max_length_is_refused():
 
 @given(streams, st.integers(1, 64), st.integers(1, 4), st.integers(1, 5))
 @settings(max_examples=10, deadline=None)
-def test_what_ranks_train_on_is_the_sequence_whatever_reads_ahead(options, world, micro_rows, depth):
-    """Real prefetch threads of some ranks of a world, each with a stream of its own."""
+def test_ranks_train_on_the_sequence_for_any_prefetch_depth(options, world, micro_rows, depth):
+    """Real prefetch threads of some ranks of a world, each with a separate stream."""
     ranks = sorted({0, world // 2, world - 1})
     for rank in ranks:
         stream = make(**options)
