@@ -139,7 +139,7 @@ def prepare(
             cache=cache / "remote",
             cache_bytes=data.cache_bytes,
             wait_s=data.remote_wait_s,
-            tell=_note,
+            log=_note,
         )
     )
     for number, source in enumerate(sources):

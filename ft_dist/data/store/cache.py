@@ -39,15 +39,15 @@ SMALLEST_CACHE_FILES = 2
 LOCK_POLL_S = 0.05
 
 
-def open_store(place: str, *, cache: Path, cache_bytes: int, wait_s: float, tell: Log | None = None) -> TokenStore:
+def open_store(place: str, *, cache: Path, cache_bytes: int, wait_s: float, log: Log | None = None) -> TokenStore:
     """The prepared set at a local path or URL; a remote one is read through `cache`, at most `cache_bytes` of it.
 
     Raises DataError if it is missing or incomplete, StorageError if the store does not answer within `wait_s` seconds.
     """
-    storage = open_storage(place, wait_s=wait_s, log=tell)
+    storage = open_storage(place, wait_s=wait_s, log=log)
     if storage.local is not None:
         return TokenStore.open(storage.local)
-    files = ShardCache(storage, cache, cache_bytes=cache_bytes, tell=tell)
+    files = ShardCache(storage, cache, cache_bytes=cache_bytes, log=log)
     try:
         return TokenStore(files, place)
     except (OSError, ValueError, KeyError) as error:
@@ -57,7 +57,7 @@ def open_store(place: str, *, cache: Path, cache_bytes: int, wait_s: float, tell
 class ShardCache:
     """`ShardFiles` of a set in a `Storage`."""
 
-    def __init__(self, storage: Storage, root: Path, *, cache_bytes: int, tell: Log | None = None) -> None:
+    def __init__(self, storage: Storage, root: Path, *, cache_bytes: int, log: Log | None = None) -> None:
         """Reads the index. Raises DataError if there is none, or if `cache_bytes` is too small for its files."""
         self.storage = storage
         self.index = _read_index(storage)
@@ -72,7 +72,7 @@ class ShardCache:
         self.folder = root / hashlib.blake2b(json.dumps(self.index).encode(), digest_size=16).hexdigest()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._cache_bytes = cache_bytes
-        self._tell = tell or (lambda line: None)
+        self._log = log or (lambda line: None)
         self._intact: dict[str, tuple[int, int]] = {}
         """Inode and bytes of each file whose checksum this process has verified"""
         self._leases: dict[int, int] = {}
@@ -201,7 +201,7 @@ class ShardCache:
                 finally:
                     arriving.unlink(missing_ok=True)
                 if attempt < ATTEMPTS:
-                    self._tell(f"{self.storage.url_of(entry['file'])}: arrived damaged ({damage}); retrying")
+                    self._log(f"{self.storage.url_of(entry['file'])}: arrived damaged ({damage}); retrying")
         raise DataError(
             f"{self.storage.url_of(entry['file'])}: damaged in the store ({damage}, {ATTEMPTS} times). "
             "Upload it again, or prepare the set again."
@@ -223,7 +223,7 @@ class ShardCache:
         if damage is None:
             self._intact[path.name] = (found.st_ino, found.st_size)
             return True
-        self._tell(f"{path}: damaged in the cache ({damage}); fetching it again")
+        self._log(f"{path}: damaged in the cache ({damage}); fetching another copy")
         path.unlink(missing_ok=True)
         return False
 
@@ -243,7 +243,7 @@ class ShardCache:
             except Timeout:
                 if time.monotonic() - logged_at >= LOG_INTERVAL_S:
                     logged_at = time.monotonic()
-                    self._tell(f"{self.storage.url_of(path.name)}: waiting for another process to fetch it")
+                    self._log(f"{self.storage.url_of(path.name)}: waiting for another process to fetch it")
         try:
             yield
         finally:

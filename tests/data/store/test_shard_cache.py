@@ -113,7 +113,7 @@ def test_reads_survive_a_killed_server(
     monkeypatch.setattr(store_module, "OPEN_SHARDS", 1)
     lines: list[str] = []
     limit = 3 * shard_bytes(local)
-    remote = open_store(url, cache=tmp_path / "cache", cache_bytes=limit, wait_s=120, tell=lines.append)
+    remote = open_store(url, cache=tmp_path / "cache", cache_bytes=limit, wait_s=120, log=lines.append)
     streams = [
         DataStream([MixtureSource("set", store)], seed=5, global_rows=4, max_length=512, packing=True)
         for store in (remote, local)
@@ -141,7 +141,7 @@ def test_failed_and_damaged_downloads_are_retried(
 ) -> None:
     lines: list[str] = []
     proxy.rules = [Rule(r"GET .*tokens-0000[135]", answer, times=4 if answer != "flip" else 2)]  # type: ignore[arg-type]
-    remote = open_store(url, cache=tmp_path / "cache", cache_bytes=ROOMY, wait_s=30, tell=lines.append)
+    remote = open_store(url, cache=tmp_path / "cache", cache_bytes=ROOMY, wait_s=30, log=lines.append)
     assert same_samples(remote, local, np.arange(SAMPLES))
     assert proxy.rules[0].seen == proxy.rules[0].times
     if answer == "flip":
@@ -168,7 +168,7 @@ def test_a_damaged_cache_is_repaired_on_the_next_start(
     open_store(url, **options).gather(np.arange(SAMPLES))
     cached = next((tmp_path / "cache").glob("*/tokens-00002.safetensors"))
     spoil(cached, damage)
-    again = open_store(url, **options, tell=lines.append)
+    again = open_store(url, **options, log=lines.append)
     assert same_samples(again, local, np.arange(SAMPLES))
     assert fetches(proxy, "tokens-00002") == 2
     assert bool(lines) == (damage != "missing")
@@ -204,7 +204,7 @@ import sys, numpy as np
 from pathlib import Path
 from ft_dist.data.store.cache import open_store
 url, cache, limit, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-store = open_store(url, cache=cache, cache_bytes=limit, wait_s=60, tell=print)
+store = open_store(url, cache=cache, cache_bytes=limit, wait_s=60, log=print)
 order = np.random.default_rng(seed).permutation(len(store))
 store.expect(order)
 total = 0
@@ -280,7 +280,7 @@ def test_the_wait_limit_applies_once(url: str, tmp_path: Path, proxy: Proxy, loc
     time.sleep(4)
     with pytest.raises(StorageError, match=r"tokens-00000.safetensors: cannot read: .*data.remote_wait_s \(6\)"):
         remote.gather(np.arange(10))
-    assert 5 < time.monotonic() - started < 10, "ten seconds, had it begun anew"
+    assert 5 < time.monotonic() - started < 10, "it would take ten seconds if the wait restarted"
 
 
 def test_closing_ends_a_wait(url: str, tmp_path: Path, proxy: Proxy) -> None:
