@@ -1,8 +1,8 @@
 """Read the records of one source in any format, each with its file and line.
 
 JSONL, JSON, CSV, TSV and text are read with the standard library (`text_files`), which keeps imports light. `datasets`
-reads Parquet, Arrow, saved and hub datasets; our own readers read MDS folders and Megatron's `.bin` with `.idx`. Each is
-imported when needed. A folder or URL that `ft-dist prepare` wrote is not a source of records (`paths.prepared_set`).
+reads Parquet, Arrow, saved and hub datasets; our own readers read MDS folders and Megatron's `.bin` with `.idx`. Each
+is imported when needed. A folder or URL that `ft-dist prepare` wrote holds no records (`paths.prepared_set`).
 """
 
 import glob
