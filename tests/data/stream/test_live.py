@@ -88,7 +88,7 @@ def test_a_changed_source_is_refused(sources, tokenizer_of, tmp_path):
     state = make(sources["lines"], tokenizer_of("chatml")).state_dict()
     with pytest.raises(DataError, match=r"does not match .* checkpoint\.resume=never"):
         make(sources["lines"], tokenizer_of("llama3")).load_state_dict(state)
-    with pytest.raises(DataError, match="checkpoint's place"):
+    with pytest.raises(DataError, match="checkpoint's position"):
         make(sources["saved"], tokenizer_of("chatml")).load_state_dict(state)
 
 

@@ -182,7 +182,7 @@ def test_the_same_name_with_other_content_is_refused():
         window=8,
         shuffle_samples=32,
     )
-    with pytest.raises(DataError, match=r"^a: other samples"):
+    with pytest.raises(DataError, match=r"^a: its samples differ"):
         changed.load_state_dict(state)
 
 

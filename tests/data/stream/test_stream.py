@@ -157,7 +157,7 @@ def test_rows_of_a_window_are_not_sorted_by_length():
 def test_state_of_other_data_is_refused():
     state = make([(100, 1.0)]).state_dict()
     for other, why in (
-        (make([(101, 1.0)]), "s0: other samples"),
+        (make([(101, 1.0)]), "s0: its samples differ"),
         (make([(100, 1.0)], seed=1), "another order"),
         (make([(100, 1.0)], packing=False), "another order"),
         (make([(100, 1.0)], max_length=64), "another order"),
