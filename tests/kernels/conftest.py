@@ -31,7 +31,7 @@ def _import_interpreted() -> bool:
         with contextlib.suppress(ImportError):
             # The interpreter imports it at the first launch, and it asserts the variable.
             importlib.import_module("triton.experimental.gluon")
-        for module in pkgutil.iter_modules(ft_dist_kernels.__path__, "ft_dist_kernels."):
+        for module in pkgutil.walk_packages(ft_dist_kernels.__path__, "ft_dist_kernels."):
             # A module that does not import fails the tests of its own file, which import it too.
             with contextlib.suppress(ImportError):
                 importlib.import_module(module.name)
