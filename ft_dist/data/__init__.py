@@ -1,4 +1,4 @@
-"""From the user's files to the tensors of a step: sources, formats, template, store, order, packing, batch.
+"""From the user's files to the tensors of a step: read, encode, store, stream; prepare runs the first three ahead.
 
-Importing this package imports nothing heavy; `sources`, `formats` and `check` need neither torch nor numpy.
+Importing this package imports nothing heavy; `read` needs neither torch nor numpy.
 """

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ft_dist.config.schema import ModelConfig
 from ft_dist.errors import ModelError
 from ft_dist.model.builtin import check_hub
 from ft_dist.model.quiet import quietly
@@ -25,6 +26,17 @@ _EOS_CANDIDATES = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "</s>
 _MARK = "ft-dist-mark"
 # transformers' own tags around what the assistant says; without them a template is plain Jinja
 _GENERATION_MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+
+
+def configured_tokenizer(model: ModelConfig, folder: str) -> tuple[Any, list[str]]:
+    """The tokenizer of `folder` with the options of the config; see `load_tokenizer`."""
+    return load_tokenizer(
+        folder,
+        chat_template=model.chat_template,
+        new_tokens=model.new_tokens,
+        trust_remote_code=model.trust_remote_code,
+        revision=model.revision,
+    )
 
 
 def load_tokenizer(

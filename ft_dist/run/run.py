@@ -29,7 +29,7 @@ from ft_dist.errors import Preempted, TrainingError
 from ft_dist.evaluate.comparison import comparison, summary_line
 from ft_dist.evaluate.held_out import EvaluationStopped, HeldOut
 from ft_dist.model.builtin import resolve_model
-from ft_dist.model.tokenizer import load_tokenizer
+from ft_dist.model.tokenizer import configured_tokenizer
 from ft_dist.observe.console import Console
 from ft_dist.observe.recorder import Recorder, log_rank_output
 from ft_dist.observe.trackers import keep_wandb_run_id, wandb_run_id
@@ -62,13 +62,7 @@ def prepare_run(config: RunConfig, stop: StopRequest, *, free_memory: Callable[[
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     facts = check(config, world_size=size)
     folder = resolve_model(config.model.path)
-    tokenizer, notes = load_tokenizer(
-        folder,
-        chat_template=config.model.chat_template,
-        new_tokens=config.model.new_tokens,
-        trust_remote_code=config.model.trust_remote_code,
-        revision=config.model.revision,
-    )
+    tokenizer, notes = configured_tokenizer(config.model, folder)
     say = Console(enabled=rank == 0).say
     facts += listen_for_notices(config.preemption, stop, rank=rank, note=Console(enabled=True).note)
     resume_gc()

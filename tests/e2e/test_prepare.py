@@ -48,8 +48,7 @@ def test_strict_stops_on_a_warning_after_telling_all(cli, tmp_path):
     strict = cli("prepare", *settings(tmp_path, [*CHATS, CHATS[4]]), "--strict")
     assert strict.returncode == 2
     assert (
-        strict.stderr.strip()
-        == f"ft-dist: error: --strict does not accept: {warning}. Mend the data, or leave --strict out."
+        strict.stderr.strip() == f"ft-dist: error: --strict does not accept: {warning}. Fix the data, or omit --strict."
     )
 
 

@@ -342,7 +342,7 @@ class PeakBytes(TorchDispatchMode):
 def test_memory_is_a_tenth_of_whole_logits(monkeypatch, trained):
     """The proportions of T=4096, V=49152, H=576 and of the real budget at a sixteenth of the size."""
     monkeypatch.undo()
-    monkeypatch.setattr(sizes, "CPU_LOGITS_BYTES", chunks.CPU_LOGITS_BYTES // 64)
+    monkeypatch.setattr(sizes, "CPU_LOGITS_BYTES", sizes.CPU_LOGITS_BYTES // 64)
     rows, width, vocabulary = 1024, 72, 6144
     hidden, weight = torch.randn(rows, width, requires_grad=True), torch.randn(vocabulary, width) * 0.05
     weight.requires_grad_(trained)

@@ -14,7 +14,7 @@ from ft_dist.errors import CheckpointError
 from ft_dist.model.builtin import resolve_model
 from ft_dist.model.load import add_adapters, load_model
 from ft_dist.model.quiet import quiet_process, quietly
-from ft_dist.model.tokenizer import load_tokenizer
+from ft_dist.model.tokenizer import configured_tokenizer
 from ft_dist.resources import versions
 
 
@@ -57,13 +57,7 @@ def import_checkpoint(config: RunConfig, folder: Path) -> layout.Commit:
 
 def _trainable_shapes(config: RunConfig, folder: str) -> dict[str, list[int]]:
     """Names and shapes of what a run of this config trains, from the model itself."""
-    tokenizer, _ = load_tokenizer(
-        folder,
-        chat_template=config.model.chat_template,
-        new_tokens=config.model.new_tokens,
-        trust_remote_code=config.model.trust_remote_code,
-        revision=config.model.revision,
-    )
+    tokenizer, _ = configured_tokenizer(config.model, folder)
     with quietly():
         model = load_model(config.model, folder=folder, vocabulary=len(tokenizer))
         if config.method.kind == "lora":

@@ -1,6 +1,6 @@
-"""A chunk of records -> tokens, masks and what a report needs to know: the work of one worker process.
+"""A chunk of records to tokens, masks and the figures of the report: the work of one worker process.
 
-A sample over `max_length` tokens follows `too_long`; plain text and ready tokens are instead split into consecutive
+A sample over `max_length` tokens follows `too_long`; plain text and token ids are instead split into consecutive
 blocks of `max_length` that overlap by one token, so that every token but a document's first is predicted exactly once.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ft_dist.data.encode.sketch import Keys, Signatures, sketch
+from ft_dist.data.encode.minhash import Keys, Signatures, sketch
 from ft_dist.data.encode.template import Encoded, Encoder
 from ft_dist.data.read.formats import Sample, Shape
 from ft_dist.data.read.text_files import RawRecord, Record
@@ -21,7 +21,7 @@ from ft_dist.errors import DataError
 
 @dataclass(slots=True)
 class SourceCounts:
-    """What became of one source's records."""
+    """Counts of one source's records and samples."""
 
     name: str = ""
     format: str = ""
@@ -43,7 +43,7 @@ class SourceCounts:
     unanswered: int = 0
     """Records that end with a turn other than the assistant's"""
     longest: int = 0
-    """Tokens of the longest record before anything was cut"""
+    """Tokens of the longest record before truncation"""
 
     def add(self, other: "SourceCounts") -> None:
         for name in COUNTED:
@@ -52,12 +52,12 @@ class SourceCounts:
 
 
 COUNTED = tuple(f.name for f in fields(SourceCounts) if f.name not in ("name", "format", "longest"))
-"""The counts that add up over chunks and sources"""
+"""Counts that sum over chunks and sources"""
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedChunk:
-    """Samples end to end: tokens (T,) uint16 or uint32, mask (T,), lengths and labelled (S,), keys (K, KEYS)."""
+    """Concatenated samples: tokens (T,) uint16 or uint32, mask (T,), lengths and labelled (S,), keys (K, KEYS)."""
 
     tokens: npt.NDArray[Any]
     mask: npt.NDArray[np.bool_]
@@ -114,12 +114,12 @@ class ChunkEncoder:
         if max(sample.tokens) >= self.vocabulary:
             raise DataError(
                 f"{sample.where}: token {max(sample.tokens)}, but the tokenizer has {self.vocabulary}. "
-                "These tokens were made with another tokenizer: prepare from the text."
+                "Another tokenizer produced them: prepare from the text."
             )
         return Encoded(np.array(sample.tokens, np.uint32), np.ones(len(sample.tokens), np.bool_))
 
     def _fit(self, sample: Sample, encoded: Encoded, counts: SourceCounts) -> list[Encoded]:
-        """The sample as it enters the store under `max_length`: whole, cut, in blocks, or not at all."""
+        """The sample as stored under `max_length`: whole, truncated, split into blocks, or dropped."""
         length, limit = len(encoded.tokens), self.max_length
         counts.longest = max(counts.longest, length)
         if length <= limit:

@@ -1,15 +1,14 @@
-"""Byte-level BPE (Llama 3, Qwen, SmolLM, GPT-2) by looking up pre-tokens: each distinct one is merged once.
+"""Byte-level BPE (Llama 3, Qwen, SmolLM, GPT-2) with a cache of pre-tokens: each distinct one is merged once.
 
-Such a tokenizer cuts a text at its added tokens, then into pre-tokens (words, numbers, runs of spaces) by patterns, and
-merges each pre-token by itself. Words repeat, so that a dictionary answers nearly all of them; the `tokenizers` library
-spends its time on cutting and on looking up the rest. Here Python's `re` cuts, the library merges what is new, and
-numpy lays the ids of a batch end to end, id for id the same. Preparing chats, masks, report and all, went from 0.8 to
-1.4 times the rate of the library alone (benchmarks/data).
+Such a tokenizer splits a text at its added tokens, then by patterns into pre-tokens (words, numbers, runs of spaces),
+and merges each pre-token separately. Words repeat, so a dictionary holds nearly all of them. Here Python's `re` splits,
+the `tokenizers` library merges new pre-tokens, and numpy concatenates the ids of a batch; the ids are identical.
+Preparing chats, with masks and report, went from 0.8 to 1.4 times the rate of the library alone (benchmarks/data).
 
-The patterns are written for Unicode. On ASCII their classes are plain; another character is replaced, for cutting only,
-by a stand-in of its class, which the library's own engine is asked for once a character. What is not known to be equal
-is left to the library: tokenizers with other parts altogether, and texts with characters that fold into ASCII letters
-or that a normaliser would change.
+The patterns are written for Unicode. On ASCII their classes are simple. For splitting, any other character is replaced
+by a stand-in of its class; the library's own engine determines the class once per character. The library handles
+everything that is not known to be identical: tokenizers with other components, and texts with characters that fold into
+ASCII letters or that a normaliser would change.
 """
 
 import json
@@ -26,21 +25,21 @@ import numpy.typing as npt
 Ids = npt.NDArray[np.uint32]
 
 LIMIT = 2**18
-"""Pre-tokens that are kept, some 40 MB; past it the cache begins anew"""
+"""Cached pre-tokens, about 40 MB; beyond that the cache is cleared"""
 LONG = 8
-"""Ids of a pre-token, on average, past which it does so as well"""
+"""Average ids per pre-token beyond which it is cleared too"""
 LETTER, NUMBER, SPACE, OTHER = "x", "0", "\v", "~"
-"""Stand-ins of a class; no pattern may name them"""
+"""One stand-in per class; no pattern may contain them"""
 _CLASSES = {"L": "A-Za-z", "N": "0-9", "Lu": "A-Z", "Ll": "a-z", "Lt": "", "Lm": "", "Lo": "", "M": ""}
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-"""What `ByteLevel(use_regex=True)` cuts by"""
+"""The pattern of `ByteLevel(use_regex=True)`"""
 _ITEM = re.compile(
     r"\\p\{(?P<name>\w+)\}|\\[sSrnt/.\-]|\(\?(?:!|:|i:)|\[\^?|[\]()|?*+' /,]|\{\d+(?:,\d*)?\}(?!\+)", re.ASCII
 )
 
 
 class PretokenCache(dict[str, int]):
-    """Pre-token -> its number; the ids of number n lie in `_ids[_starts[n] : _starts[n + 1]]`."""
+    """Maps a pre-token to its number n; its ids are `_ids[_starts[n] : _starts[n + 1]]`."""
 
     def __init__(self, backend: Any, cuts: list["re.Pattern[str]"], *, unicode: bool, composes: bool) -> None:
         from tokenizers import pre_tokenizers
@@ -60,7 +59,7 @@ class PretokenCache(dict[str, int]):
 
     @classmethod
     def of(cls, backend: Any) -> "PretokenCache | None":
-        """For a `tokenizers.Tokenizer`; None where pre-tokens cannot be told to be the same."""
+        """For a `tokenizers.Tokenizer`; None if the pre-tokens are not known to be identical."""
         from tokenizers.models import BPE
 
         if not isinstance(backend.model, BPE) or backend.model.dropout:
@@ -83,7 +82,7 @@ class PretokenCache(dict[str, int]):
         return cls(backend, cuts, unicode=all(simple for _, simple in known), composes=bool(normalizers))
 
     def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[Ids]:
-        """Ids of each text, as `backend.encode_batch_fast` gives them."""
+        """Ids of each text, equal to those of `backend.encode_batch_fast`."""
         if len(self) > LIMIT or len(self._ids) > LIMIT * LONG:
             self._clear()
         around = self._around if add_special_tokens else ((), ())
@@ -143,12 +142,12 @@ class PretokenCache(dict[str, int]):
 
     def _clear(self) -> None:
         self.clear()
-        # numpy takes no view of an empty array
+        # numpy cannot view an empty array
         self._ids = array("I", [0])
         self._starts = array("q", [1])
 
     def _cut(self, text: str, pieces: list[str]) -> bool:
-        """Append the pre-tokens of a text; False if they are not known to be those of the library."""
+        """Append the pre-tokens of a text; False if they are not known to equal the library's."""
         if self._composes and not unicodedata.is_normalized("NFC", text):
             return False
         parts = self._split.split(text) if self._split is not None else [text]
@@ -177,12 +176,12 @@ class PretokenCache(dict[str, int]):
         found = [text]
         for cut in self._cuts:
             found = cut.findall(text) if len(found) == 1 else [piece for part in found for piece in cut.findall(part)]
-        # a pattern that leaves something out would lose it here
+        # a pattern that skips characters would lose them here
         return found if sum(map(len, found)) == len(text) else None
 
 
 class _StandIns(dict[int, str | None]):
-    """For `str.translate`: a character beyond ASCII -> the stand-in of its class; None (dropped) if unknown."""
+    """For `str.translate`: maps a non-ASCII character to the stand-in of its class; None (dropped) if unknown."""
 
     def __init__(self) -> None:
         from tokenizers import Regex, pre_tokenizers
@@ -217,7 +216,7 @@ def _parts(component: Any, several: str) -> list[dict[str, Any]]:
 
 
 def _patterns(parts: list[dict[str, Any]]) -> list[str] | None:
-    """What a pre-tokenizer cuts by, in order; it has to end with the byte alphabet."""
+    """The patterns of a pre-tokenizer, in order; it must end with the byte alphabet."""
     patterns: list[str] = []
     for index, part in enumerate(parts):
         if part["type"] == "ByteLevel" and not part["add_prefix_space"] and index == len(parts) - 1:
@@ -232,8 +231,8 @@ def _patterns(parts: list[dict[str, Any]]) -> list[str] | None:
 
 
 def _ascii(pattern: str | None) -> tuple[str, bool] | None:
-    """(the pattern with its classes written out for ASCII, whether stand-ins do for other characters); None if a part
-    of it is not known to mean the same in `re`."""
+    """(the pattern with its classes expanded for ASCII, whether stand-ins work for other characters); None if a part
+    of it may mean something else in `re`."""
     if pattern is None:
         return None
     written, at, inside, simple = "", 0, False, True

@@ -1,11 +1,11 @@
-"""Samples -> token ids and the mask of what is learnt, with the tokenizer's own chat template.
+"""Samples to token ids and label masks, with the tokenizer's chat template.
 
-The text is tokenised once as a whole, so that ids are exactly those of the whole conversation; characters map to
-tokens by the tokenizer's offsets (`spans.py` finds the characters). A token is learnt if any of its characters is.
+The text is tokenised once as a whole, so the ids are exactly those of the conversation; the tokenizer's offsets map
+characters to tokens (`label_spans.py` finds the characters). A token is labelled if any of its characters is.
 
-Without a chat template a prompt/completion sample is the plain concatenation prompt + completion + end token; any
-other conversation is an error that says so. Plain text takes the tokenizer's own special tokens, then an end token,
-and all of it is learnt.
+Without a chat template, a prompt/completion sample is the concatenation prompt + completion + end token; any other
+conversation raises an error. Plain text gets the tokenizer's special tokens and an end token, and every token is
+labelled.
 """
 
 import hashlib
@@ -22,8 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from jinja2.exceptions import TemplateError
 
-from ft_dist.data.encode.pretokens import PretokenCache
-from ft_dist.data.encode.spans import (
+from ft_dist.data.encode.label_spans import (
     Messages,
     Render,
     Skeleton,
@@ -33,29 +32,30 @@ from ft_dist.data.encode.spans import (
     find_spans,
     make_skeleton,
 )
+from ft_dist.data.encode.pretokens import PretokenCache
 from ft_dist.data.encode.token_bytes import Ids, TokenBytes, token_range
 from ft_dist.data.read.formats import Sample
 from ft_dist.errors import DataError, ModelError
 
 DATE = datetime(2024, 7, 26)
-"""Today, for templates that print the date: prepared data must be the same tomorrow. Llama 3.1's own default."""
+"""The date for templates that print today's: prepared data must not depend on the day. Llama 3.1's default."""
 
 _TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 
 
 @dataclass(slots=True)
 class Encoded:
-    """Token ids of one sample, and for each whether the model learns to write it."""
+    """Token ids of one sample, and whether each is labelled."""
 
     tokens: npt.NDArray[np.uint32]
     mask: npt.NDArray[np.bool_]
 
 
 class Encoder:
-    """Encodes samples for one tokenizer; `notes` counts what a report should tell.
+    """Encodes samples for one tokenizer; `notes` counts what the report should mention.
 
-    notes: `turns_rewritten` assistant turns that the template rewrites (not learnt), `end_token_added` samples whose
-    template ends turns with no token of its own, `system_folded` samples whose system text moved into the user turn,
+    notes: `turns_rewritten` assistant turns that the template rewrites (not labelled), `end_token_added` samples whose
+    template ends turns without a token, `system_folded` samples whose system text moved into the user turn,
     `dates_pinned` samples whose template asked for today's date and got DATE.
     """
 
@@ -74,14 +74,14 @@ class Encoder:
         return self.encode_batch([sample])[0]
 
     def encode_batch(self, samples: Sequence[Sample]) -> list[Encoded]:
-        """Encode samples together, at the tokenizer's own rate over its own threads.
+        """Encode samples in one batch, over the tokenizer's threads.
 
-        Raises DataError naming the record that the template refuses, ModelError where a template is needed and missing.
+        Raises DataError naming a record that the template rejects, ModelError if a required template is missing.
         """
         return self.tokenise([self.render(sample) for sample in samples])
 
     def render(self, sample: Sample) -> Spans:
-        """The text of a sample and the characters of it that are learnt; not for samples of token ids."""
+        """The text of a sample and its labelled characters; not for samples of token ids."""
         if sample.messages is None:
             assert sample.text is not None
             return Spans(sample.text, [(0, len(sample.text))], plain=True)
@@ -97,7 +97,7 @@ class Encoder:
             spans = find_spans(messages, text, skeleton, render=render, marks=self._marks)
         except TemplateError as error:
             raise DataError(
-                f"{sample.where}: the chat template refuses this conversation ({error}). Mend the record, "
+                f"{sample.where}: the chat template rejects this conversation ({error}). Fix the record, "
                 "or set model.chat_template."
             ) from None
         self.notes["turns_rewritten"] += spans.rewritten
@@ -106,7 +106,7 @@ class Encoder:
 
     @cached_property
     def _token_bytes(self) -> TokenBytes | None:
-        """Made when the first text is encoded for training: it walks the whole vocabulary."""
+        """Built when the first text is encoded for training, because it walks the whole vocabulary."""
         return TokenBytes.of(self._backend) if self._backend is not None else None
 
     @cached_property
@@ -120,14 +120,14 @@ class Encoder:
         return [next(plain if spans.plain else chats) for spans in rendered]
 
     def encode_prompt(self, messages: Messages, tools: list[dict[str, Any]] | None = None) -> list[int]:
-        """Token ids up to where the model's answer begins, for generation."""
+        """Token ids up to the start of the model's answer, for generation."""
         if self._template is None:
             prompt = "".join(message["content"] for message in messages)
             return list(self.tokenizer(prompt)["input_ids"])
         try:
             text = self._render(self._fold_system(messages), True, tools=tools)
         except TemplateError as error:
-            raise DataError(f"the chat template refuses this conversation ({error}). Mend its turns.") from None
+            raise DataError(f"the chat template rejects this conversation ({error}). Fix its turns.") from None
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _render(self, messages: Messages, add_generation_prompt: bool, tools: Any = None) -> str:
@@ -140,7 +140,7 @@ class Encoder:
         )
 
     def _pinned(self, template: str) -> str:
-        """The template with DATE written where it asks for today."""
+        """The template with DATE in place of today's date."""
         if template not in self._pinned_templates:
             self._pinned_templates[template] = _TODAY.sub(lambda call: repr(DATE.strftime(call[2])), template)
         pinned = self._pinned_templates[template]
@@ -148,14 +148,14 @@ class Encoder:
         return pinned
 
     def _skeleton(self, messages: Messages, tools: Any, render: Render) -> Skeleton | None:
-        """One for each sequence of roles, unless the template is also given tools or keys of their own."""
+        """One per sequence of roles, unless the template also receives tools or extra keys."""
         roles = tuple(message["role"] for message in messages)
         plain = tools is None and all(len(message) == 2 for message in messages)
         if plain and roles in self._skeletons:
             return self._skeletons[roles]
         try:
             skeleton = make_skeleton(messages, render)
-        except TemplateError:  # a template that demands a form of the content
+        except TemplateError:  # a template that requires content of a certain form
             skeleton = None
         if plain:
             self._skeletons[roles] = skeleton
@@ -172,7 +172,7 @@ class Encoder:
             ) from None
 
     def _fold_system(self, messages: Messages) -> Messages:
-        """Gemma's and Mistral's first templates refuse a system turn: its text then opens the user's turn."""
+        """Gemma's and Mistral's first templates reject a system turn; its text then starts the user's turn."""
         if messages[0]["role"] not in ("system", "developer") or len(messages) < 2:
             return messages
         if self._system_role is None:
@@ -192,13 +192,13 @@ class Encoder:
         if sample.format != "prompt_completion" or [m["role"] for m in sample.messages] != ["user", "assistant"]:
             raise ModelError(
                 "the tokenizer has no chat template, and these samples are conversations. Set model.chat_template "
-                "to a Jinja file, or take the instruct version of the model."
+                "to a Jinja file, or use the instruct version of the model."
             )
         prompt, completion = (message["content"] for message in sample.messages)
         return Spans(prompt + completion, [(len(prompt), len(prompt) + len(completion))], ends_with_token=False)
 
     def _encode_chats(self, chats: list[Spans]) -> list[Encoded]:
-        # Without a template no beginning-of-text token was written, so the tokenizer's habit decides.
+        # Without a template there is no beginning-of-text token in the text, so the tokenizer decides.
         habit = self._template is None
         texts = [spans.text for spans in chats]
         done = []
@@ -210,11 +210,11 @@ class Encoder:
         return done
 
     def _close(self, spans: Spans, ids: Ids, mask: npt.NDArray[np.bool_]) -> Encoded:
-        """A turn that ends the text with no end token of its own gets the tokenizer's, or it would never stop."""
+        """A last turn without an end token gets the tokenizer's, or the model would never learn to stop."""
         eos = self.tokenizer.eos_token_id
         at_end = bool(spans.ranges) and not spans.text[spans.ranges[-1][1] :].strip()
         if at_end and not spans.ends_with_token and eos is not None and (not len(ids) or ids[-1] != eos):
-            # what follows the content (a newline) would stand between the answer and its end
+            # what follows the content (a newline) would separate the answer from its end token
             last = int(mask.nonzero()[0][-1]) + 1 if mask.any() else len(mask)
             ids, mask = np.append(ids[:last], np.uint32(eos)), np.append(mask[:last], True)
             self.notes["end_token_added"] += self._template is not None
@@ -240,7 +240,7 @@ class Encoder:
                 self._tokenise_slowly(text, chats[index].ranges if chats else [], special)
                 for index, text in enumerate(texts)
             ]
-        # Limits left in the tokenizer's file would cut or pad silently.
+        # Limits left in the tokenizer's file would truncate or pad silently.
         if self._backend.truncation is not None:
             self._backend.no_truncation()
         if self._backend.padding is not None:
@@ -268,7 +268,7 @@ class Encoder:
     def _tokenise_slowly(
         self, text: str, ranges: list[tuple[int, int]], special: bool
     ) -> tuple[Ids, list[tuple[int, int]]]:
-        """For tokenizers without offsets: a boundary lies where the ids of the text up to it stop agreeing."""
+        """For tokenizers without offsets: a boundary is where the ids of the text up to it stop matching."""
         ids = list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
         def tokens_before(character: int) -> int:
@@ -296,7 +296,7 @@ def _token_range(encoding: Any, start: int, end: int) -> tuple[int, int]:
         while offsets is not None and last < len(offsets) and offsets[last][0] < end and offsets[last][1] <= end:
             last += 1
         return first, last
-    # a boundary character that the normaliser dropped belongs to no token
+    # a boundary character that the normaliser drops belongs to no token
     touching = [index for index, (a, b) in enumerate(encoding.offsets) if a < end and max(b, a + 1) > start]
     return (touching[0], touching[-1] + 1) if touching else (0, 0)
 
@@ -313,12 +313,12 @@ def encode(sample: Sample, tokenizer: Any) -> Encoded:
 
 
 def encode_prompt(messages: Messages, tokenizer: Any) -> list[int]:
-    """Token ids of a conversation up to where the next answer begins, for generation."""
+    """Token ids of a conversation up to the start of the next answer, for generation."""
     return Encoder(tokenizer).encode_prompt(messages)
 
 
 def tokenizer_identity(tokenizer: Any) -> dict[str, str]:
-    """Digests of everything of a tokenizer that decides the ids: equal digests, equal tokenisation."""
+    """Digests of everything in a tokenizer that affects ids: equal digests mean equal tokenisation."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         backend.no_truncation()

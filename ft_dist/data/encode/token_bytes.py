@@ -1,7 +1,7 @@
-"""Where tokens end in a text, from the tokens alone, for byte-level BPE (Llama 3, Qwen, SmolLM, GPT-2, Phi-4).
+"""Where tokens end in a text, computed from the tokens alone, for byte-level BPE (Llama 3, Qwen, SmolLM, GPT-2, Phi-4).
 
-Such a tokenizer cuts the UTF-8 bytes of a text and leaves none out, so that the lengths of the tokens add up to their
-places. That spares the tokenizer its own bookkeeping of offsets, which takes a fifth of its time.
+Such a tokenizer splits the UTF-8 bytes of a text without dropping any, so cumulative token lengths give the positions.
+This avoids the tokenizer's own offsets, which take a fifth of its time.
 """
 
 import json
@@ -24,7 +24,7 @@ class TokenBytes:
 
     @classmethod
     def of(cls, backend: Any) -> "TokenBytes | None":
-        """For a `tokenizers.Tokenizer`; None where tokens are not bytes of the text."""
+        """For a `tokenizers.Tokenizer`; None if tokens are not bytes of the text."""
         from tokenizers.models import BPE
 
         normalizer = _parts(backend.normalizer, "normalizers")
@@ -35,13 +35,13 @@ class TokenBytes:
         added = backend.get_added_tokens_decoder()
         lengths = np.zeros(1 + max([*vocabulary.values(), *added]), np.int64)
         for token, index in vocabulary.items():
-            lengths[index] = len(token)  # a character of the byte alphabet for each byte
+            lengths[index] = len(token)  # one character of the byte alphabet per byte
         for index, token in added.items():
             lengths[index] = len(token.content.encode("utf-8"))
         return cls(lengths, composes="NFC" in normalizer)
 
     def ends(self, ids: Ids, text: str) -> Ends | None:
-        """Byte at which each token ends; None if the tokens are not exactly the text."""
+        """Byte at which each token ends; None if the tokens do not spell the text exactly."""
         if self._composes and not unicodedata.is_normalized("NFC", text):
             return None
         ends = np.cumsum(self._lengths[ids])
@@ -58,7 +58,7 @@ def token_range(ends: Ends, text: str, start: int, end: int) -> tuple[int, int]:
 
 
 def _parts(component: Any, several: str) -> set[str]:
-    """Type names of a normaliser or pre-tokenizer, and of those in a sequence."""
+    """Type names of a normaliser or pre-tokenizer, including the members of a sequence."""
     if component is None:
         return set()
     state = json.loads(component.__getstate__())

@@ -1,8 +1,8 @@
-"""A function over a stream of jobs on several processes, results in the order of the jobs.
+"""Run a function over a stream of jobs in several processes; results keep the order of the jobs.
 
-Jobs go round the workers in turn, at most AHEAD a worker, so memory is bounded and no queue has to be sorted. Workers
-are spawned: a fork would copy the threads' locks of tokenizers and torch in whatever state they are. Each runs one
-thread, and ends by itself when its parent is gone.
+Jobs are assigned round-robin, at most AHEAD per worker, so memory is bounded and no queue needs sorting. Workers are
+spawned: a fork would copy locks of tokenizers' and torch's threads in an arbitrary state. Each worker runs one thread
+and exits when its parent is gone.
 """
 
 import multiprocessing
@@ -19,23 +19,23 @@ from typing import Any
 from ft_dist.errors import UserError
 
 AHEAD = 3
-"""Jobs that wait for each worker: it never idles while the parent reads or writes"""
+"""Jobs queued per worker, so that it never idles while the parent reads or writes"""
 
 MAX_WORKERS = 32
-"""One parent reads, checks and writes for about this many"""
+"""One parent can read, check and write for about this many"""
 
 
 def available_cores() -> int:
-    """Cores that this process may use, at most MAX_WORKERS."""
+    """Number of cores that this process may use, at most MAX_WORKERS."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, MAX_WORKERS)
 
 
 def ordered_map(function: Callable[..., Any], jobs: Iterator[tuple[Any, ...]], *, workers: int) -> Iterator[Any]:
-    """`function(*job)` for each job, in order; `function` is sent to every worker once.
+    """Yield `function(*job)` for each job, in order; `function` is sent to every worker once.
 
-    Raises what the function raised for the first job that failed: a UserError as it is, anything else as RuntimeError
-    with the worker's traceback. Closing the iterator ends the workers.
+    Raises the error of the first job that failed: a UserError unchanged, anything else as RuntimeError with the
+    worker's traceback. Closing the iterator stops the workers.
     """
     context = multiprocessing.get_context("spawn")
     pipes: list[Connection] = []
@@ -92,23 +92,23 @@ def _receive(pipe: Connection) -> Any:
 
 def _died() -> RuntimeError:
     return RuntimeError(
-        "a tokenising process died, most likely for want of memory. Run ft-dist prepare with fewer --workers: it goes "
-        "on where it stopped."
+        "a tokenising process died, probably out of memory. Run ft-dist prepare with fewer --workers: it resumes "
+        "where it stopped."
     )
 
 
 def _work(pipe: Connection) -> None:
-    # what stops a job reaches its whole process group: the parent decides what becomes of us
+    # a signal that stops a job reaches its whole process group; the parent decides when the workers stop
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    # read once when the tokenizer is first used: a process a core, not cores times cores
+    # read when the tokenizer is first used: one thread per process, not one per core
     os.environ.update({"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"})
     try:
         function = pipe.recv()
     except (EOFError, OSError):  # the parent is gone
         return
     jobs: queue.Queue[tuple[Any, ...] | None] = queue.Queue()
-    # the parent writes while we do: a pipe that nobody empties would block both for ever
+    # parent and worker write at the same time: an undrained pipe would block both forever
     threading.Thread(target=_listen, args=(pipe, jobs), daemon=True).start()
     while (job := jobs.get()) is not None:
         answer: tuple[Any, UserError | str | None]

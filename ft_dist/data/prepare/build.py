@@ -1,9 +1,9 @@
-"""Tokenise the sources once, keep the result under its fingerprint, and find it again.
+"""Tokenise each source once and store the result under its fingerprint, where later starts find it.
 
 The fingerprint covers a source's bytes (path, split and revision for a hub dataset), the tokenizer with its chat
-template, and the options that shape samples. One process a node tokenises under a file lock; the others wait for the
-lock, outside of any process group and its timeout, and then open what is there. Interrupted, the next start goes on
-behind the last finished shard (`shard_writer`); the bytes are the same for any number of workers and interruptions.
+template, and the options that affect samples. One process per node tokenises under a file lock; the others wait for the
+lock, outside any process group and its timeout, and then open the result. After an interruption the next start resumes
+after the last finished shard (`store/writer.py`); the bytes are the same for any number of workers and interruptions.
 """
 
 import hashlib
@@ -39,42 +39,42 @@ from ft_dist.errors import DataError, UserError
 from ft_dist.storage import Storage, open_storage
 
 ENCODING_VERSION = 2
-"""Part of every fingerprint: raised when the same input would give other tokens or masks."""
+"""Part of every fingerprint: incremented when the same input would give other tokens or masks."""
 
 CHUNK_RECORDS = 512
 CHUNK_CHARACTERS = 2**20
 CHUNKS_WITHOUT_WORKERS = 8
-"""Starting workers takes seconds; this much is done sooner without"""
+"""Starting workers takes seconds; this process alone finishes this much sooner"""
 
 
 class Progress(NamedTuple):
-    """How far preparing is, over all sources so far."""
+    """Progress of preparing, over all sources so far."""
 
     records: int
     tokens: int
     share: float | None
-    """Of the current source's bytes that is done; None where it cannot be counted"""
+    """Share of the current source's bytes that is done; None if it is unknown"""
 
 
-Tell = Callable[[Progress], None]
+OnProgress = Callable[[Progress], None]
 Raw = Record | RawRecord
 
 
 @dataclass(slots=True)
 class PreparedSet:
-    """One source's set: where it lies and what is known of it (`report.json`)."""
+    """One source's set: its place and its report (`report.json`)."""
 
     name: str
     weight: float
     place: str
     report: dict[str, Any]
     reused: bool
-    """Whether it was there already"""
+    """Whether it existed before"""
 
 
 @dataclass
 class Prepared:
-    """The sets of the sources, in their order, and how to open one."""
+    """The sets of the sources, in order, and how to open one."""
 
     open_set: Callable[[str], TokenStore] = TokenStore.open
     sets: list[PreparedSet] = field(default_factory=list)
@@ -85,12 +85,12 @@ class Prepared:
 
     @property
     def store(self) -> JoinedStore:
-        """All sources as one."""
+        """All sources as one store."""
         return JoinedStore(self.stores)
 
     @property
     def sources(self) -> list[MixtureSource]:
-        """What `DataStream` takes."""
+        """The sources as `DataStream` takes them."""
         return [MixtureSource(one.name, store, one.weight) for one, store in zip(self.sets, self.stores, strict=True)]
 
     @property
@@ -103,7 +103,7 @@ class Prepared:
 
     @property
     def report(self) -> dict[str, Any]:
-        """Totals and one entry a source, ready for JSON."""
+        """Totals and one entry per source, for JSON."""
         totals: dict[str, Any] = {name: sum(getattr(counts, name) for counts in self.counts) for name in COUNTED}
         totals["longest"] = max((counts.longest for counts in self.counts), default=0)
         return {**totals, "sources": [{"path": one.name, "place": one.place, **one.report} for one in self.sets]}
@@ -117,14 +117,14 @@ def prepare(
     model_path: str,
     to: str | None = None,
     workers: int | None = None,
-    tell: Tell | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Prepared:
-    """The token sets of all sources: tokenised now, or found where they were left.
+    """The token sets of all sources, tokenised now or found from an earlier start.
 
-    They lie in the cache folder, or at `to` followed by the source's number: a local path or a URL. A source that is a
-    prepared set already is taken as it is. `workers` processes tokenise (None: one a core, and none for little data).
-    Safe to call from every process at once. Raises DataError for what is wrong with the data (file, line and fix), for
-    a set made with another tokenizer or other options, or when no sample is left to learn from.
+    They are stored in the cache folder, or at `to` followed by the source's number: a local path or a URL. A source
+    that is already a prepared set is used unchanged. `workers` processes tokenise (None: one per core, and none for
+    little data). Every process may call it at the same time. Raises DataError for errors in the data (file, line and
+    fix), for a set made with another tokenizer or other options, or if no sample is left to train on.
     """
     made_with = {
         "encoding": ENCODING_VERSION,
@@ -148,7 +148,7 @@ def prepare(
             continue
         fingerprint = _fingerprint(source, made_with, cache)
         place = str(cache / fingerprint) if to is None else f"{to}-{number}"
-        job = _Job(source, tokenizer, data, model_path, made_with, workers, _shifted(tell, prepared))
+        job = _Job(source, tokenizer, data, model_path, made_with, workers, _shifted(on_progress, prepared))
         with FileLock(cache / f"{hashlib.blake2b(place.encode(), digest_size=16).hexdigest()}.lock"):
             reused = _find_or_build(place, fingerprint, job, rebuild=to is None)
         report = json.loads(open_storage(place).read_bytes(REPORT))
@@ -157,7 +157,7 @@ def prepare(
 
 
 def cache_folder(data: DataConfig) -> Path:
-    """Where prepared data lives: data.cache_dir, $FT_DIST_CACHE or ~/.cache/ft_dist."""
+    """The folder of prepared data: data.cache_dir, $FT_DIST_CACHE or ~/.cache/ft_dist."""
     root = data.cache_dir or os.environ.get("FT_DIST_CACHE") or "~/.cache/ft_dist"
     folder = Path(root).expanduser() / "data"
     try:
@@ -167,7 +167,7 @@ def cache_folder(data: DataConfig) -> Path:
             f"{folder}: cannot be created ({error.strerror}). Set data.cache_dir to a writable folder."
         ) from None
     if not os.access(folder, os.W_OK):
-        raise DataError(f"{folder}: not writable. Set data.cache_dir to a folder that is.")
+        raise DataError(f"{folder}: not writable. Set data.cache_dir to a writable folder.")
     return folder
 
 
@@ -178,11 +178,11 @@ class _Job(NamedTuple):
     model_path: str
     made_with: dict[str, Any]
     workers: int | None
-    tell: Tell
+    on_progress: OnProgress
 
 
 def _note(line: str) -> None:
-    """Told while training, from any thread: rank 0's console, another rank's log."""
+    """Logs during training, from any thread: to rank 0's console, or to another rank's log."""
     print(f"note: {line}", flush=True)
 
 
@@ -193,7 +193,7 @@ def _taken_as_it_is(source: SourceConfig, made_with: dict[str, Any], *, wait_s: 
         report = json.loads(storage.read_bytes(REPORT))
         theirs = index["made_with"]
     except (ValueError, KeyError) as error:
-        raise DataError(f"{source.path}: not a prepared set ({error}). Make one with ft-dist prepare.") from None
+        raise DataError(f"{source.path}: not a prepared set ({error}). Create one with ft-dist prepare.") from None
     names = {"chat_template": "chat template", "encoding": "version of ft-dist"}
     for key, ours in made_with.items():
         if theirs.get(key) != ours:
@@ -201,34 +201,34 @@ def _taken_as_it_is(source: SourceConfig, made_with: dict[str, Any], *, wait_s: 
             values = f" ({theirs.get(key)}, the config says {ours})" if name.startswith("data.") else ""
             raise DataError(
                 f"{source.path}: prepared with another {name}{values} than this config's. Prepare the data again "
-                "with ft-dist prepare, or restore what it was prepared with."
+                "with ft-dist prepare, or restore the config it was prepared with."
             )
     return PreparedSet(source.path, source.weight, source.path, report, reused=True)
 
 
 def _find_or_build(place: str, fingerprint: str, job: _Job, *, rebuild: bool) -> bool:
-    """Whether a whole set of this fingerprint is there already; if not, it is when this returns."""
+    """Build the set of this fingerprint unless it exists; return whether it existed."""
     storage = open_storage(place)
     found = _finished(storage)
     if found == fingerprint:
         return True
     if found is not None and not rebuild:
         raise DataError(
-            f"{place}: holds a set of other data, another tokenizer or other options. Delete it, or name another place."
+            f"{place}: holds a set with other data, another tokenizer or other options. Delete it, or change --to."
         )
     if storage.local is not None and (storage.local / INDEX).exists():  # damaged
         shutil.rmtree(storage.local)
     try:
         _build(storage, fingerprint, job)
     except UserError:
-        if rebuild and storage.local is not None:  # mended data have another fingerprint: nobody would go on with this
+        if rebuild and storage.local is not None:  # fixed data have another fingerprint, so nothing would resume this
             shutil.rmtree(storage.local, ignore_errors=True)
         raise
     return False
 
 
 def _finished(storage: Storage) -> str | None:
-    """The fingerprint of a whole set; "" where one is there but damaged, None where none is."""
+    """The fingerprint of a complete set; "" if it is damaged, None if there is none."""
     if not storage.exists(INDEX):
         return None
     try:
@@ -253,7 +253,7 @@ def _build(storage: Storage, fingerprint: str, job: _Job) -> None:
     with closing(_encoded(encoder, jobs, job.workers)) as chunks:
         for chunk in chunks:
             writer.add(chunk)
-            job.tell(Progress(writer.counts.records, writer.counts.tokens, reading.share_done()))
+            job.on_progress(Progress(writer.counts.records, writer.counts.tokens, reading.share_done()))
     writer.flush_rest()
     _check_usable(writer.counts, job)
     report = {"counts": asdict(writer.counts), **source_report(writer, job.tokenizer)}
@@ -261,7 +261,7 @@ def _build(storage: Storage, fingerprint: str, job: _Job) -> None:
 
 
 class _Reading:
-    """Cuts records into jobs for a `ChunkEncoder` and knows how much of the input those that are done are."""
+    """Splits records into jobs for a `ChunkEncoder` and tracks how much of the input is done."""
 
     def __init__(self, raws: Iterator[Raw], total_bytes: int | None) -> None:
         self._raws = raws
@@ -270,12 +270,12 @@ class _Reading:
         self._sizes: deque[int] = deque()
 
     def share_done(self) -> float | None:
-        """Called once a job that is done, in their order."""
+        """Called once per finished job, in order."""
         self._done += self._sizes.popleft()
         return min(1.0, self._done / self._total) if self._total else None
 
     def jobs(self, *, skip: int) -> Iterator[tuple[int, list[Raw], bool]]:
-        """(number of the first record from 1, records, whether to sign them); the same cuts wherever it starts."""
+        """(number of the first record from 1, records, whether to sketch them); the same splits wherever it starts."""
         for raw in islice(self._raws, skip):
             self._done += _size(raw)
         number, chunk, size = skip + 1, [], 0
@@ -294,9 +294,9 @@ class _Reading:
 def _encoded(
     encoder: ChunkEncoder, jobs: Iterator[tuple[int, list[Raw], bool]], workers: int | None
 ) -> Generator[EncodedChunk, None, None]:
-    """Encoded chunks in order, by this process first or only, by `workers` where there is enough to do."""
+    """Encoded chunks in order: by this process first, then by `workers` if there is enough to do."""
     count = available_cores() if workers is None else workers
-    # code of a model's own repository cannot be sent to another process
+    # code from a model's repository cannot be sent to another process
     own_code = type(encoder.tokenizer).__module__.startswith("transformers_modules")
     alone = None if count == 1 or own_code else (CHUNKS_WITHOUT_WORKERS if workers is None else 0)
     for job in islice(jobs, alone):
@@ -307,7 +307,7 @@ def _encoded(
 
 
 def _size(raw: Raw) -> int:
-    """Characters, roughly: a chunk of long records must not take the memory of hundreds of them."""
+    """Approximate characters: a chunk of long records must not hold hundreds of them in memory."""
     if isinstance(raw, RawRecord):
         return len(raw.line)
     return sum(_extent(value) for value in raw.fields.values())
@@ -338,7 +338,7 @@ def _check_usable(counts: SourceCounts, job: _Job) -> None:
     if counts.dropped_too_long:
         reasons.append(f"{counts.dropped_too_long} over data.max_length={limit} (longest: {counts.longest} tokens)")
     if counts.dropped_no_label:
-        reasons.append(f"{counts.dropped_no_label} without a token to learn")
+        reasons.append(f"{counts.dropped_no_label} without a labelled token")
     if counts.turns_rewritten:
         reasons.append(f"{counts.turns_rewritten} assistant turns rewritten by the chat template of {job.model_path}")
     raise DataError(
@@ -347,13 +347,13 @@ def _check_usable(counts: SourceCounts, job: _Job) -> None:
     )
 
 
-def _shifted(tell: Tell | None, before: Prepared) -> Tell:
-    """Counts go on from source to source."""
+def _shifted(on_progress: OnProgress | None, before: Prepared) -> OnProgress:
+    """Counts continue from source to source."""
     records, tokens = (sum(getattr(counts, name) for counts in before.counts) for name in ("records", "tokens"))
 
     def shifted(now: Progress) -> None:
-        if tell is not None:
-            tell(Progress(records + now.records, tokens + now.tokens, now.share))
+        if on_progress is not None:
+            on_progress(Progress(records + now.records, tokens + now.tokens, now.share))
 
     return shifted
 

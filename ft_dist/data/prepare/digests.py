@@ -1,8 +1,7 @@
-"""What identifies the records of a source: digests of its files, remembered so that a start need not read them again.
+"""What identifies the records of a source: digests of its files, cached so that a start need not read them again.
 
-A digest is kept by (path, size, times of modification and of change, inode): `rsync` and `cp -p` set the first of these
-times, nobody the second. A file that changed within the last seconds is not kept: it could change again within one tick
-of the file system's clock.
+A digest is cached by (path, size, mtime, ctime, inode): `rsync` and `cp -p` set mtime, but nothing sets ctime. A file
+that changed within the last seconds is not cached: it could change again within one tick of the file system's clock.
 """
 
 import hashlib
@@ -22,9 +21,9 @@ READ_BYTES = 2**22
 
 
 def content_of(source: SourceConfig, cache: Path) -> list[str]:
-    """Equal lists, equal records: the bytes of the files, or a hub dataset's name and revision.
+    """Equal lists mean equal records: digests of the files' bytes, or a hub dataset's name and revision.
 
-    Reads each file once in its life, about a gigabyte a second. `cache` is the folder that remembers.
+    Reads each file only once, at about a gigabyte per second. `cache` is the folder of cached digests.
     """
     files = local_files(source)
     if files is None:
@@ -39,7 +38,7 @@ def content_of(source: SourceConfig, cache: Path) -> list[str]:
 
 
 def _halves(file: Path) -> list[Path]:
-    """A Megatron set is two files of one name."""
+    """A Megatron set is two files of the same name."""
     if file.suffix.lower() in (MEGATRON_SUFFIX, ".bin"):
         return [file.with_suffix(MEGATRON_SUFFIX), file.with_suffix(".bin")]
     return [file]
@@ -87,7 +86,8 @@ def _remembered(cache: Path) -> dict[str, list[object]]:
 
 
 def _remember(cache: Path, fresh: dict[str, list[object]]) -> None:
-    """Others may write at once: the file is always whole, and what one of them loses is only read again."""
+    """Several processes may write at the same time: the file is always complete, and a lost entry is only
+    recomputed."""
     known = {**_remembered(cache), **fresh}
     newest = dict(list(known.items())[-MOST_REMEMBERED:])
     part = cache / f"{MEMORY}.tmp-{os.getpid()}"

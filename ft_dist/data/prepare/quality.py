@@ -1,7 +1,7 @@
-"""What is wrong with data that can be read: repetitions, contradictions, held-out samples that are trained on.
+"""Problems in readable data: duplicates, contradictions, and held-out samples in the training set.
 
-Works on the sketches that lie beside a set, in bounded memory: equality is looked for among at most MOST_KEYS records
-(of more, a sample by hash, so that equal records are kept or left out together), likeness among the first NEAR_SAMPLES.
+Works on the sketches stored with a set, in bounded memory: equality among at most MOST_KEYS records (of more, a sample
+by hash, so that equal records are kept or left out together), similarity among the first NEAR_SAMPLES.
 """
 
 import tempfile
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ft_dist.data.encode.sketch import ANSWER, BUCKETS, EMPTY, KEYS, PROMPT, RECORD, WHOLE, Keys, Signatures
+from ft_dist.data.encode.minhash import ANSWER, BUCKETS, EMPTY, KEYS, PROMPT, RECORD, WHOLE, Keys, Signatures
 from ft_dist.data.store.store import map_safetensors
 from ft_dist.data.store.writer import SKETCHES, ShardWriter
 from ft_dist.storage import open_storage
@@ -22,7 +22,7 @@ from ft_dist.storage import open_storage
 MOST_KEYS = 2**23
 NEAR_SAMPLES = 2**17
 NEAR_SHARE = 0.9
-"""Share of equal buckets from which two texts are told as near duplicates"""
+"""Share of equal buckets at which two texts are reported as near duplicates"""
 BAND_BUCKETS = 4
 BLOCK_KEYS = 2**20
 BLOCK_PAIRS = 2**16
@@ -36,7 +36,7 @@ Arrays = Iterable[npt.NDArray[Any]]
 
 
 def source_report(writer: ShardWriter, tokenizer: Any) -> dict[str, Any]:
-    """Lengths, repetitions and three samples of a set whose shards are written: what `report.json` adds to the counts.
+    """Lengths, duplicates and three samples of a written set: what `report.json` adds to the counts.
 
     Examples are pairs of record numbers, counted from 1 through the source.
     """
@@ -53,7 +53,7 @@ def source_report(writer: ShardWriter, tokenizer: Any) -> dict[str, Any]:
 
 
 def leakage(train: Sequence[str], held_out: Sequence[str]) -> dict[str, Any]:
-    """Held-out records whose prompt (or, without one, text) is trained on, and those nearly like a training record.
+    """Held-out records whose prompt (or text, without one) is in the training set, or nearly equals a training record.
 
     Takes the places of the sets. Examples are [held-out set, its record, training set, its record], records from 1.
     """
@@ -129,7 +129,7 @@ def _subjects(keys: Keys) -> npt.NDArray[np.uint64]:
 
 
 def _some_keys(parts: Arrays, records: int) -> tuple[Keys, int]:
-    """The keys of one record in `rate`, chosen by the prompt (or text): what could be compared stays together."""
+    """The keys of one record in `rate`, selected by prompt (or text), so that comparable records stay together."""
     rate = -(-max(1, records) // MOST_KEYS)
     chosen = [part[_subjects(part) % np.uint64(rate) == 0] for part in (flat.reshape(-1, KEYS) for flat in parts)]
     return np.concatenate([np.zeros((0, KEYS), np.uint64), *chosen]), rate
@@ -145,7 +145,7 @@ def _first_rows(parts: Arrays, most: int) -> npt.NDArray[Any]:
 
 
 def _duplicates(keys: Keys, rate: int) -> dict[str, Any]:
-    """Records whose text was there before, but for case and spacing."""
+    """Records that repeat an earlier text, ignoring case and spacing."""
     order = np.argsort(keys[:, WHOLE], kind="stable")
     ordered = keys[order]
     repeats = np.flatnonzero(ordered[1:, WHOLE] == ordered[:-1, WHOLE]) + 1
@@ -154,7 +154,7 @@ def _duplicates(keys: Keys, rate: int) -> dict[str, Any]:
 
 
 def _contradictions(keys: Keys, rate: int) -> dict[str, Any]:
-    """Prompts that are answered in more than one way."""
+    """Prompts with more than one answer."""
     keys = keys[keys[:, PROMPT] != 0]
     ordered = keys[np.lexsort((keys[:, RECORD], keys[:, ANSWER], keys[:, PROMPT]))]
     same_prompt = ordered[1:, PROMPT] == ordered[:-1, PROMPT]
@@ -173,7 +173,7 @@ def _near_duplicates(keys: Keys, signatures: Signatures) -> dict[str, Any]:
 
 
 def _alike(signatures: Signatures) -> Pairs:
-    """(later, first) rows with an estimated likeness of at least NEAR_SHARE, each with the first of its bucket.
+    """(later, first) rows with an estimated similarity of at least NEAR_SHARE, each with the first of its bucket.
 
     Locality-sensitive hashing: rows that agree in a band of BAND_BUCKETS buckets are compared. At the threshold two
     rows agree in a given band with probability 0.9 ** 4 = 0.66, and in none of sixteen with 4e-8.
@@ -198,7 +198,7 @@ def _alike(signatures: Signatures) -> Pairs:
 
 
 def _lengths(parts: Arrays) -> dict[str, Any]:
-    """Tokens of a sample: quantiles, and counts in bins that double."""
+    """Sample lengths in tokens: quantiles, and counts in doubling bins."""
     counts = np.zeros(1, np.int64)
     for part in parts:
         more = np.bincount(part.astype(np.int64), minlength=len(counts))
@@ -218,7 +218,7 @@ def _lengths(parts: Arrays) -> dict[str, Any]:
 
 
 def _marked(tokens: npt.NDArray[Any], mask: npt.NDArray[np.bool_], tokenizer: Any) -> list[dict[str, Any]]:
-    """The text of a sample in runs of tokens that are learnt or not."""
+    """The text of a sample as runs of labelled and unlabelled tokens."""
     tokens, mask = tokens[:SHOWN_TOKENS], mask[:SHOWN_TOKENS]
     edges = [0, *(np.flatnonzero(mask[1:] != mask[:-1]) + 1).tolist(), len(tokens)]
     return [

@@ -1,4 +1,4 @@
-"""What preparing found out, for a person before the run begins and for `report.json`."""
+"""The data report: for the console before a run, and for `report.json`."""
 
 import time
 from collections.abc import Callable
@@ -14,7 +14,7 @@ FEW_SAMPLES = 50
 FEW_GOOD_SAMPLES = 100
 PROGRESS_INTERVAL_S = 2.0
 PACKED_SHARE = 0.99
-"""Of a packed row that is filled, for the estimate of steps"""
+"""Filled share of a packed row, for the estimate of steps"""
 SHOWN_CHARACTERS = 500
 
 # OpenAI's own rule for the epochs of a fine-tuning run ("Data preparation and analysis for chat model fine-tuning",
@@ -30,7 +30,7 @@ def prepare_data(
     to: str | None = None,
     workers: int | None = None,
 ) -> tuple[Prepared, Prepared, dict[str, Any]]:
-    """Training and held-out sets of a run, made or found, and the report on both. `to` is a folder or URL for them.
+    """Training and held-out sets of a run, built or found, and the report on both. `to`: a folder or URL for them.
 
     Raises UserError as `prepare` does.
     """
@@ -42,7 +42,7 @@ def prepare_data(
             model_path=config.model.path,
             to=None if to is None else f"{to.rstrip('/')}/{kind}",
             workers=workers,
-            tell=progress_printer(say),
+            on_progress=progress_printer(say),
         )
         for kind, sources in (("train", [] if config.data.live else config.data.train), ("eval", config.data.eval))
     )
@@ -50,7 +50,7 @@ def prepare_data(
 
 
 def data_report(config: RunConfig, train: Prepared, held_out: Prepared) -> dict[str, Any]:
-    """Everything known of the data: totals, each source, leakage, recommendations, `notes` and `warnings` in words."""
+    """The whole report: totals, each source, leakage, recommendations, and `notes` and `warnings` as text."""
     report: dict[str, Any] = {"train": train.report, "eval": held_out.report}
     report["leakage"] = leakage([one.place for one in train.sets], [one.place for one in held_out.sets])
     report["recommended_epochs"] = recommended_epochs(train.report["samples"])
@@ -63,7 +63,7 @@ def data_report(config: RunConfig, train: Prepared, held_out: Prepared) -> dict[
 
 
 def report_lines(report: dict[str, Any]) -> list[str]:
-    """One line a source, one a warning; silent about what is as it should be."""
+    """One line per source and per warning."""
     lines = []
     for kind in ("train", "eval"):
         lines += [f"{kind} {source['path']}: {_totals(source)}" for source in report[kind]["sources"]]
@@ -75,12 +75,12 @@ def report_lines(report: dict[str, Any]) -> list[str]:
 
 
 def shown_lines(report: dict[str, Any]) -> list[str]:
-    """Samples as the model sees them, what it learns between [[ and ]], and the lengths of all."""
+    """Samples as the model sees them, with labelled text in [[ and ]], and the lengths of all."""
     lines = []
     for source in report["train"]["sources"]:
         lengths = source["lengths"]
         quantiles = ", ".join(f"{name} {value:,}" for name, value in lengths.items() if name != "bins")
-        lines.append(f"{source['path']}: tokens a sample: {quantiles}")
+        lines.append(f"{source['path']}: tokens per sample: {quantiles}")
         most = max(entry["samples"] for entry in lengths["bins"])
         for entry in lengths["bins"]:
             lines.append(
@@ -89,20 +89,20 @@ def shown_lines(report: dict[str, Any]) -> list[str]:
         for number, runs in enumerate(source["shown"], start=1):
             text = "".join(f"[[{run['text']}]]" if run["learnt"] else run["text"] for run in runs)
             cut = text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + " ..."
-            lines.append(f"sample {number} of {source['path']} as the model sees it, [[learnt]]:")
+            lines.append(f"sample {number} of {source['path']} as the model sees it, [[labelled]]:")
             lines += [f"  | {line}" for line in cut.splitlines()]
     return lines
 
 
 def progress_printer(say: Callable[[str], None]) -> Callable[[Progress], None]:
-    """A callback for `prepare` that speaks every two seconds, so that short jobs stay silent."""
+    """A callback for `prepare` that reports every two seconds, so that short jobs stay silent."""
     started = last = time.monotonic()
     first: Progress | None = None
 
-    def tell(now: Progress) -> None:
+    def on_progress(now: Progress) -> None:
         nonlocal last, first
         moment = time.monotonic()
-        first = first or now  # what an interrupted run had done was not done now
+        first = first or now  # excludes work done before an interruption
         if moment - last < PROGRESS_INTERVAL_S:
             return
         last = moment
@@ -113,18 +113,18 @@ def progress_printer(say: Callable[[str], None]) -> Callable[[Progress], None]:
             left = f", {now.share:.0%} done, ETA {_duration(eta_s)}"
         say(f"tokenising: {now.records:,} records, {now.tokens:,} tokens, {rate:,.0f} tokens/s{left}")
 
-    return tell
+    return on_progress
 
 
 def recommended_epochs(samples: int) -> int:
-    """How often to see each sample; raises nothing, 1 to 25."""
+    """Recommended epochs, 1 to 25."""
     if samples * _EPOCHS < _MIN_EXAMPLES:
         return min(_MOST_EPOCHS, -(-_MIN_EXAMPLES // max(1, samples)))
     return max(1, _MAX_EXAMPLES // samples) if samples * _EPOCHS > _MAX_EXAMPLES else _EPOCHS
 
 
 def estimated_steps(config: RunConfig, train: Prepared) -> int:
-    """Optimizer steps of the run, before packing is done: rows filled to PACKED_SHARE."""
+    """Estimated optimizer steps, before packing: rows filled to PACKED_SHARE."""
     rows = 0.0
     for one in train.sets:
         counts = one.report["counts"]
@@ -140,35 +140,35 @@ def _totals(source: dict[str, Any]) -> str:
     share = counts["labelled_tokens"] / max(1, counts["tokens"])
     return (
         f"{counts['samples']:,} samples, {counts['tokens']:,} tokens, {share:.0%} labelled, format {counts['format']}, "
-        f"{source['lengths']['median']:,} tokens in the middle, {source['lengths']['longest']:,} at most"
+        f"{source['lengths']['median']:,} tokens median, {source['lengths']['longest']:,} at most"
     )
 
 
 def _notes(one: PreparedSet) -> list[str]:
-    """What was done to the data as it should be."""
+    """Expected changes to the data."""
     counts = SourceCounts(**one.report["counts"])
     return _told(
         (counts.split_texts, "texts longer than data.max_length split into blocks"),
-        (counts.end_token_added, "samples given an end token that the chat template leaves out"),
+        (counts.end_token_added, "samples got an end token that the chat template omits"),
         (counts.system_folded, "system prompts moved into the user turn: the chat template has no system role"),
-        (counts.dates_pinned, f"samples whose template prints today's date: it is {DATE:%d %B %Y} in all of them"),
+        (counts.dates_pinned, f"samples whose template prints today's date use {DATE:%d %B %Y} instead"),
     )
 
 
 def _problems(one: PreparedSet) -> list[str]:
-    """What somebody should look at."""
+    """Findings that need attention."""
     counts = SourceCounts(**one.report["counts"])
     repeats, near, against = (one.report[name] for name in ("duplicates", "near_duplicates", "contradictions"))
     return _told(
         (counts.dropped_too_long, f"samples dropped: longer than data.max_length (the longest has {counts.longest})"),
-        (counts.truncated, "samples cut at data.max_length (data.too_long=truncate)"),
+        (counts.truncated, "samples truncated at data.max_length (data.too_long=truncate)"),
         (counts.dropped_no_label, "samples dropped: no labelled token was left"),
         (counts.turns_rewritten, "assistant turns left out: the chat template rewrites them in later turns"),
-        (counts.roles_repeated, "records with roles out of order: one side speaks twice in a row"),
+        (counts.roles_repeated, "records with roles out of order: one role appears twice in a row"),
         (counts.unanswered, "records end without an answer: the last turn is not the assistant's"),
         (repeats["records"], f"records are duplicates{_pairs(repeats)}"),
         (near["records"], f"records are near duplicates{_pairs(near)}"),
-        (against["prompts"], f"prompts are answered in different ways{_pairs(against)}"),
+        (against["prompts"], f"prompts have different answers{_pairs(against)}"),
     )
 
 
@@ -191,7 +191,7 @@ def _leaks(found: dict[str, Any], train: Prepared, held_out: Prepared) -> list[s
     )
     return [
         f"eval: of {found['records']:,} held-out records {found['equal']:,} are in the training data and "
-        f"{found['near']:,} nearly so ({pairs}): their scores say nothing about new data"
+        f"{found['near']:,} nearly so ({pairs}): their scores do not measure performance on new data"
     ]
 
 

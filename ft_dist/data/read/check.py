@@ -1,7 +1,7 @@
-"""Look at the data before anything heavy is imported: seconds at most, and the first mistake is told with its line.
+"""Check the data before anything heavy is imported: in seconds, and errors name their line.
 
-Imports neither torch, transformers, numpy nor `datasets`. Parquet, Arrow, saved and hub datasets are only looked for
-here; their records are checked when they are prepared.
+Imports neither torch, transformers, numpy nor `datasets`. Parquet, Arrow, saved and hub datasets are only located
+here; `prepare` checks their records.
 """
 
 import json
@@ -20,16 +20,16 @@ MAX_RECORDS = 200_000
 MAX_SECONDS = 5.0
 MAX_FAULTS = 8
 REMOTE_SECONDS = 30.0
-"""A store that does not answer for so long before training is told; while training, data.remote_wait_s counts"""
+"""How long a store may take to answer before training; during training data.remote_wait_s applies"""
 
 
 def check_sources(data: DataConfig) -> list[str]:
-    """One fact a source for the console, training sources first.
+    """One line per source for the console, training sources first.
 
-    Looks at no more than MAX_RECORDS records or MAX_SECONDS seconds of each source; the fact says so.
-    Raises DataError for a missing or empty file, broken lines, unknown or mixed formats, a sample without an assistant
-    turn, roles out of order, null or empty content: up to MAX_FAULTS records of a source in one message. A remote set
-    without an index is a DataError too, a store that does not answer a StorageError.
+    Reads at most MAX_RECORDS records or MAX_SECONDS seconds of each source; the line says so. Raises DataError for a
+    missing or empty file, broken lines, unknown or mixed formats, a sample without an assistant turn, roles out of
+    order, null or empty content: up to MAX_FAULTS records of a source in one message. Raises DataError for a remote set
+    without an index, and StorageError for a store that does not answer.
     """
     kinds = (("train", data.train), ("eval", data.eval))
     return [f"{kind} {_check(source)}" for kind, sources in kinds for source in sources]
@@ -52,7 +52,7 @@ def _check(source: SourceConfig) -> str:
 
 
 def _look_at(source: SourceConfig) -> tuple[Shape, int, bool]:
-    """(shape, records looked at, whether more are left). A record that does not fit does not hide the next one."""
+    """(shape, records read, whether more are left). An invalid record does not hide the next one."""
     started = time.monotonic()
     shape: Shape | None = None
     count, stopped = 0, False
@@ -66,7 +66,7 @@ def _look_at(source: SourceConfig) -> tuple[Shape, int, bool]:
             if count >= MAX_RECORDS or late or len(faults) == MAX_FAULTS:
                 stopped = True
                 break
-    except DataError as error:  # nothing behind a broken line can be read
+    except DataError as error:  # nothing after a broken line can be read
         faults.append(str(error))
     if faults:
         raise DataError(" ".join([*faults, "(and maybe more)" * (len(faults) == MAX_FAULTS)]).strip())

@@ -7,10 +7,10 @@
 | alpaca            | instruction, output; input, system                                                      |
 | sharegpt          | conversations: [{from, value}], from human/user, gpt/assistant, system or tool; tools   |
 | text              | text                                                                                    |
-| tokens            | tokens: ids of this model's tokenizer, all of them learnt (tokenised elsewhere)         |
+| tokens            | tokens: ids of this model's tokenizer, all of them labelled (tokenised elsewhere)       |
 
-`source.columns` maps our key to the column's own name first. The format is detected from the first record and holds
-for the whole source.
+`source.columns` maps our keys to the columns' names first. The format is detected from the first record and applies to
+the whole source.
 """
 
 import json
@@ -61,20 +61,20 @@ _SHAREGPT_ROLES = {
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How the records of one source become samples: fixed by the config, or by the first record for all."""
+    """How the records of one source become samples: set by the config, or detected from the first record."""
 
     format: DataFormat
     columns: dict[str, str]
     first: str = ""
-    """Where the record is that the format was detected from; "" if the config says it"""
+    """Place of the record that the format was detected from; "" if the config sets it"""
 
     def sample(self, record: Record) -> Sample:
-        """Raises DataError with file and line for a record that does not fit."""
+        """Raises DataError with file and line for an invalid record."""
         return _build(_rename(record, self.columns), record.where, self.format, self.first)
 
 
 def shape_of(source: SourceConfig, first: Record) -> Shape:
-    """The shape of a source whose first record this is. Raises DataError where it fits no format."""
+    """The shape of a source whose first record this is. Raises DataError if no format matches."""
     if source.format != "auto":
         return Shape(source.format, source.columns)
     return Shape(_detect(_rename(first, source.columns), first.where), source.columns, first.where)
@@ -83,7 +83,7 @@ def shape_of(source: SourceConfig, first: Record) -> Shape:
 def read_samples(source: SourceConfig, *, limit: int | None = None) -> Iterator[Sample]:
     """The checked samples of a source, its format taken from the config or the first record.
 
-    Raises DataError with file and line at the first record that does not fit.
+    Raises DataError with file and line at the first invalid record.
     """
     shape: Shape | None = None
     for record in read_records(source, limit=limit):
@@ -92,7 +92,7 @@ def read_samples(source: SourceConfig, *, limit: int | None = None) -> Iterator[
 
 
 def detect_format(fields: dict[str, Any]) -> DataFormat:
-    """The first format whose keys are all there. Raises DataError listing the keys seen and those expected."""
+    """The first format whose keys are all present. Raises DataError listing the keys seen and those expected."""
     return _detect(fields, "")
 
 
@@ -127,10 +127,10 @@ def _rename(record: Record, columns: dict[str, str]) -> dict[str, Any]:
         return record.fields
     for ours, theirs in columns.items():
         if ours not in OUR_KEYS:
-            raise DataError(f"columns: {ours!r} is none of our fields ({', '.join(OUR_KEYS)}); write ours: theirs.")
+            raise DataError(f"columns: {ours!r} is not one of {', '.join(OUR_KEYS)}. Use {{ours: theirs}}.")
         if theirs not in record.fields:
             seen = ", ".join(map(str, record.fields))
-            raise DataError(f"{record.where}: no column {theirs!r} (columns.{ours}); there are {seen}.")
+            raise DataError(f"{record.where}: no column {theirs!r} (columns.{ours}); the columns are {seen}.")
     taken = set(columns.values())
     fields = {key: value for key, value in record.fields.items() if key not in taken}
     fields.update({ours: record.fields[theirs] for ours, theirs in columns.items()})
@@ -166,7 +166,7 @@ def _raise_other_format(fields: dict[str, Any], where: str, format_: str, first:
         raise DataError(f"{where}: no {' and no '.join(lacking)} (keys are {seen}); format {format_} is {origin}.")
     raise DataError(
         f"{where}: a {other} record in a source of format {format_} ({origin}). "
-        "One source holds one format: split the file in two."
+        "A source has one format: split the file in two."
     )
 
 
@@ -189,7 +189,7 @@ def _messages(value: Any, key: str, where: str) -> list[dict[str, Any]]:
 
 def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, dict) or "role" not in message:
-        raise DataError(f"{where} is not of the form {{role, content}}.")
+        raise DataError(f"{where} must have the form {{role, content}}.")
     role = message["role"]
     if role not in ROLES:
         raise DataError(f"{where}.role={_short(role)}: should be one of {', '.join(ROLES)}.")
@@ -203,7 +203,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
 
 
 def _join_parts(content: Any, where: str) -> Any:
-    """OpenAI's list form of content; only text can be learnt from here."""
+    """OpenAI's list form of content; only text parts are supported."""
     if not isinstance(content, list):
         return content
     texts = []
@@ -223,7 +223,7 @@ def _sharegpt(value: Any, where: str) -> list[dict[str, Any]]:
     for index, turn in enumerate(value):
         place = f"{where}: conversations[{index}]"
         if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
-            raise DataError(f"{place} is not of the form {{from, value}}.")
+            raise DataError(f"{place} must have the form {{from, value}}.")
         role = _SHAREGPT_ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
         if role is None:
             raise DataError(f"{place}.from={_short(turn['from'])}: should be one of {', '.join(_SHAREGPT_ROLES)}.")
@@ -255,7 +255,7 @@ def _system(fields: dict[str, Any], where: str) -> list[dict[str, Any]]:
 
 
 def _tools(value: Any, where: str) -> list[dict[str, Any]] | None:
-    """Tool descriptions, for templates that show them; ShareGPT files often hold them as a JSON string."""
+    """Tool descriptions, for templates that use them; ShareGPT files often store them as a JSON string."""
     if not value:
         return None
     if isinstance(value, str):
@@ -269,19 +269,19 @@ def _tools(value: Any, where: str) -> list[dict[str, Any]] | None:
 
 
 def _check_order(messages: list[dict[str, Any]], where: str) -> None:
-    """The rules every chat template shares; what one template adds is found when it renders."""
+    """The rules that all chat templates share; rules of a single template show when it renders."""
     previous = ""
     for index, message in enumerate(messages):
         role = message["role"]
         if role in ("system", "developer") and index > 0:
             raise DataError(f"{where}: turn {index + 1} is {role}, but only the first may be. Move or remove it.")
         if role == "assistant" and previous in ("", "system", "developer"):
-            raise DataError(f"{where}: an assistant turn comes before any user turn. Add what it answers.")
+            raise DataError(f"{where}: an assistant turn comes before any user turn. Add a user turn first.")
         if role == "tool" and previous not in ("assistant", "tool"):
             raise DataError(f"{where}: turn {index + 1} is tool, but no assistant turn comes before it.")
         previous = role
     if not any(message["role"] == "assistant" for message in messages):
-        raise DataError(f"{where}: no assistant turn, so there is nothing to learn. Add the answer, or remove it.")
+        raise DataError(f"{where}: no assistant turn, so there is nothing to train on. Add the answer, or remove it.")
 
 
 def _string(value: Any, key: str, where: str) -> str:

@@ -1,9 +1,9 @@
-"""Records of a folder in mosaicml-streaming's MDS format, read from the published layout, without that library.
+"""Records of a folder in mosaicml-streaming's MDS format, read without that library.
 
-`index.json` lists the shards with their columns (names, encodings, fixed sizes) and files; a shard may be compressed
-whole (`zip_data`). A shard is: uint32 samples; uint32 offsets, samples + 1, from the start of the file; a JSON copy of
-its header; the samples. A sample is: uint32 sizes of its variable columns, then all columns end to end.
-Source: github.com/mosaicml/streaming, docs/source/preparing_datasets/dataset_format.md, base/format/mds/encodings.py.
+`index.json` lists the shards with their columns (names, encodings, fixed sizes) and files; a shard may be compressed as
+a whole (`zip_data`). A shard is: uint32 samples; uint32 offsets, samples + 1, from the start of the file; a JSON copy
+of its header; the samples. A sample is: uint32 sizes of its variable columns, then all columns in sequence. Source:
+github.com/mosaicml/streaming, docs/source/preparing_datasets/dataset_format.md, base/format/mds/encodings.py.
 """
 
 import gzip
@@ -22,7 +22,7 @@ _NUMBERS = {
     "int8": "i1", "int16": "<i2", "int32": "<i4", "int64": "<i8",
     "float16": "<f2", "float32": "<f4", "float64": "<f8",
 }  # fmt: skip
-# the one byte before an array whose type is not fixed: bits, plus 0 unsigned, 1 signed, 2 float
+# the byte before an array whose type is not fixed: bits, plus 0 unsigned, 1 signed, 2 float
 _ARRAY_TYPES = {
     8: "uint8", 9: "int8", 16: "uint16", 17: "int16", 18: "float16", 32: "uint32", 33: "int32", 34: "float32",
     64: "uint64", 65: "int64", 66: "float64",
@@ -31,9 +31,9 @@ _SHAPE_BYTES = {0: 1, 1: 2, 2: 4, 3: 8}
 
 
 def read_mds(folder: Path) -> Iterator[Record]:
-    """Samples in their order; `where` is `SHARD sample N`, from 1. At most one compressed shard is held in memory.
+    """Samples in stored order; `where` is `SHARD sample N`, from 1. At most one compressed shard is held in memory.
 
-    Raises DataError for a shard that is missing, damaged, or of a column encoding that holds no text or numbers.
+    Raises DataError for a shard that is missing or damaged, or a column encoding that holds neither text nor numbers.
     """
     for shard in json.loads((folder / "index.json").read_text(encoding="utf-8"))["shards"]:
         try:
@@ -54,7 +54,7 @@ def _content(folder: Path, shard: dict[str, Any]) -> Any:
     packed = shard.get("zip_data")
     path = folder / packed["basename"] if packed else raw
     if not path.is_file():
-        raise DataError(f"{path}: named in index.json, but not there. Fetch it again.")
+        raise DataError(f"{path}: named in index.json, but missing. Fetch it again.")
     content = _unpack(path, str(shard.get("compression") or ""))
     if len(content) != shard["raw_data"]["bytes"]:
         raise DataError(f"{path}: unpacks to {len(content)} bytes, not {shard['raw_data']['bytes']}. Fetch it again.")
@@ -70,9 +70,9 @@ def _unpack(path: Path, compression: str) -> bytes:
             return zstandard.ZstdDecompressor().stream_reader(path.read_bytes(), read_across_frames=True).read()
         if algorithm == "gz":
             return gzip.decompress(path.read_bytes())
-    except Exception as error:  # each library raises kinds of its own for damaged data
+    except Exception as error:  # each library raises its own exceptions for damaged data
         raise DataError(f"{path}: damaged {algorithm} data ({error}). Fetch it again.") from None
-    raise DataError(f"{path}: compression {compression!r} is not read here. Write it with zstd, gz or none.")
+    raise DataError(f"{path}: compression {compression!r} is not supported. Write it with zstd, gz or none.")
 
 
 def _samples(content: Any, shard: dict[str, Any], name: str) -> Iterator[Record]:
@@ -86,7 +86,7 @@ def _samples(content: Any, shard: dict[str, Any], name: str) -> Iterator[Record]
         where = f"{name} sample {number + 1}"
         begin, end = int(offsets[number]), int(offsets[number + 1])
         if end - begin > MAX_RECORD_BYTES:
-            raise DataError(f"{where}: {end - begin} bytes, over the {MAX_RECORD_BYTES / 2**20:g} MiB that are read.")
+            raise DataError(f"{where}: {end - begin} bytes, over the limit of {MAX_RECORD_BYTES / 2**20:g} MiB.")
         sample = content[begin:end].tobytes()
         variable = sum(size is None for _, _, size in columns)
         sizes = iter(np.frombuffer(sample, "<u4", variable).tolist())
@@ -115,13 +115,13 @@ def _decoder(encoding: str, where: str) -> Callable[[bytes], Any]:
     if kind in _NUMBERS:
         return lambda data: np.frombuffer(data, _NUMBERS[kind])[0].item()
     if kind in ("bytes", "pkl", "jpeg", "png", "pil", "jpeg_array", "jpegarray", "list[jpeg]", "list[pil]"):
-        # never unpickled, and pictures say nothing here: a column that the format does not use does no harm
+        # never unpickled, and images are not used: a column that the format does not read is skipped
         return lambda data: data
-    raise DataError(f"{where}: encoding {encoding!r} is not known. Write the column as str, json or ndarray.")
+    raise DataError(f"{where}: encoding {encoding!r} is not supported. Write the column as str, json or ndarray.")
 
 
 def _array(spec: str) -> Callable[[bytes], Any]:
-    """`ndarray`, `ndarray:dtype` or `ndarray:dtype:shape`: what is not fixed stands before the values."""
+    """`ndarray`, `ndarray:dtype` or `ndarray:dtype:shape`: what is not fixed precedes the values."""
     dtype, _, shape = spec.partition(":")
 
     def decode(data: bytes) -> Any:

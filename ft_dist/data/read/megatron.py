@@ -1,4 +1,4 @@
-"""Documents of Megatron-LM's indexed datasets (`NAME.idx` beside `NAME.bin`): token ids, already tokenised.
+"""Documents of Megatron-LM's indexed datasets (`NAME.idx` and `NAME.bin`): token ids.
 
 The index, little-endian: magic `MMIDIDX\\0\\0`; uint64 version 1; uint8 code of the dtype; uint64 sequences; uint64
 documents (document boundaries, one more than documents); int32 length of each sequence; int64 byte offset of each;
@@ -20,14 +20,14 @@ _DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8
 
 
 def read_megatron(file: Path) -> Iterator[Record]:
-    """One record `{"tokens": int64 array}` a document, from either of the two files; both are memory-mapped.
+    """One record `{"tokens": int64 array}` per document, given either file; both are memory-mapped.
 
-    Raises DataError where one is missing, the index is of another format, or points past the end of the tokens.
+    Raises DataError if a file is missing, or if the index has another format or points past the end of the tokens.
     """
     index_path, tokens_path = file.with_suffix(".idx"), file.with_suffix(".bin")
     for path in (index_path, tokens_path):
         if not path.is_file():
-            raise DataError(f"{path}: not there, but a Megatron dataset is an .idx and a .bin of one name.")
+            raise DataError(f"{path}: missing; a Megatron dataset is an .idx and a .bin file of the same name.")
     dtype, lengths, offsets, documents = _read_index(index_path)
     if not len(lengths):
         return
@@ -39,7 +39,7 @@ def read_megatron(file: Path) -> Iterator[Record]:
         where = f"{tokens_path} document {number}"
         size = int(lengths[first:last].astype(np.int64).sum()) * np.dtype(dtype).itemsize
         if size > MAX_RECORD_BYTES:
-            raise DataError(f"{where}: {size} bytes, over the {MAX_RECORD_BYTES / 2**20:g} MiB that are read.")
+            raise DataError(f"{where}: {size} bytes, over the limit of {MAX_RECORD_BYTES / 2**20:g} MiB.")
         parts = [tokens[offsets[n] : ends[n]].view(dtype) for n in range(first, last)]
         whole = np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
         if len(whole):  # preprocess_data.py writes empty documents for empty lines
@@ -50,10 +50,10 @@ def _read_index(path: Path) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
     with path.open("rb") as file:
         header = file.read(_HEADER_BYTES)
     if len(header) < _HEADER_BYTES or not header.startswith(_MAGIC):
-        raise DataError(f"{path}: no Megatron index (it should begin with MMIDIDX).")
+        raise DataError(f"{path}: not a Megatron index (it should begin with MMIDIDX).")
     version = int.from_bytes(header[9:17], "little")
     if version != 1 or header[17] not in _DTYPES or header[17] in (6, 7):
-        raise DataError(f"{path}: index of version {version} with dtype code {header[17]}; version 1 with integers is.")
+        raise DataError(f"{path}: index of version {version} with dtype code {header[17]}; use version 1, integers.")
     sequences, boundaries = (int.from_bytes(header[at : at + 8], "little") for at in (18, 26))
     content = np.memmap(path, np.uint8, mode="r")
     needed = _HEADER_BYTES + 12 * sequences + 8 * boundaries
@@ -64,5 +64,5 @@ def _read_index(path: Path) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
     offsets = content[at : at + 8 * sequences].view("<i8")
     documents = content[at + 8 * sequences : needed].view("<i8")
     if boundaries < 1 or int(documents[-1]) != sequences or (np.diff(documents) < 0).any():
-        raise DataError(f"{path}: its document boundaries do not end at its {sequences} sequences. Fetch it again.")
+        raise DataError(f"{path}: the document boundaries do not end at its {sequences} sequences. Fetch it again.")
     return _DTYPES[header[17]], lengths, offsets, documents

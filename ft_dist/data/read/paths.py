@@ -63,6 +63,6 @@ def may_be_hub_id(path: str) -> bool:
     looks_local = (
         suffix_of(Path(name)) in SUFFIXES
         or name.startswith(".")
-        or (str(parent) != "." and parent.is_dir())  # a slip in a local path, not a hub owner
+        or (str(parent) != "." and parent.is_dir())  # a typo in a local path, not a hub owner
     )
     return bool(_HUB_ID.fullmatch(name)) and not looks_local

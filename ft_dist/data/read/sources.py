@@ -32,20 +32,19 @@ _SPLITS = {"train": ("train", "training"), "test": ("test",), "validation": ("va
 def read_records(source: SourceConfig, *, limit: int | None = None) -> Iterator[Record]:
     """Records in their stored order; `limit` stops after that many.
 
-    Raises DataError for a path that leads nowhere, an empty file, a broken line or a wrong encoding.
+    Raises DataError for a path that does not exist, an empty file, a broken line or a wrong encoding.
     """
     return (raw.parse() for raw in islice(read_raw_records(source), limit))
 
 
 def read_raw_records(source: SourceConfig) -> Iterator[Record | RawRecord]:
-    """As `read_records`, JSON lines left unparsed: `parse` them on another core, or pass them by.
+    """As `read_records`, with JSON lines left unparsed: parse them in another process, or skip them.
 
-    Raises DataError as `read_records` does, for a broken line only when it is parsed.
+    Raises DataError as `read_records` does, but for a broken line only when it is parsed.
     """
     if prepared_set(source.path) is not None:
         raise DataError(
-            f"{source.path}: a prepared set holds tokens, not the text that is needed here. Name the files it was "
-            "made from."
+            f"{source.path}: a prepared set holds tokens, but text is needed here. Name the files it was made from."
         )
     files = local_files(source)
     if files is None:
@@ -56,7 +55,7 @@ def read_raw_records(source: SourceConfig) -> Iterator[Record | RawRecord]:
 
 
 def _folder_reader(source: SourceConfig) -> Iterator[Record]:
-    """Folders that are one set in a format of their own, and hub datasets."""
+    """Reads folders that are one dataset (MDS, saved), and hub datasets."""
     folder = Path(source.path).expanduser()
     if is_mds(folder):
         from ft_dist.data.read.mds import read_mds
@@ -70,7 +69,7 @@ def _folder_reader(source: SourceConfig) -> Iterator[Record]:
 def local_files(source: SourceConfig) -> list[Path] | None:
     """The files behind a source in reading order; None for a saved or a hub dataset.
 
-    Raises DataError where the path is neither a file, a folder, a glob nor possibly a hub id.
+    Raises DataError if the path is neither a file, a folder, a glob nor possibly a hub id.
     """
     path = Path(source.path).expanduser()
     if path.is_file():
@@ -91,7 +90,7 @@ def local_files(source: SourceConfig) -> list[Path] | None:
 
 
 def _folder_files(folder: Path, split: str) -> list[Path]:
-    """Every data file below a folder; where names tell splits apart, those of `split` only, so that none leaks."""
+    """Every data file below a folder; if names mark splits, only those of `split`, so that none leaks."""
     found = [file for file in sorted(folder.rglob("*")) if file.is_file() and not _hidden(file, folder)]
     found = [file for file in found if suffix_of(file) in SUFFIXES]
     if not found:
@@ -106,7 +105,7 @@ def _folder_files(folder: Path, split: str) -> list[Path]:
     chosen = [file for file in found if splits[file] == wanted]
     if not chosen:
         names = ", ".join(sorted({name for name in splits.values() if name}))
-        raise DataError(f"{folder}: no file of split {split!r}; the names say {names}. Set split to one of them.")
+        raise DataError(f"{folder}: no file of split {split!r}; file names indicate {names}. Set split to one of them.")
     return chosen
 
 
@@ -144,7 +143,7 @@ def _reader(file: Path) -> Callable[[Path], Iterator[Record | RawRecord]]:
 def _non_empty(records: Iterator[Record | RawRecord], name: str) -> Iterator[Record | RawRecord]:
     first = next(records, None)
     if first is None:
-        raise DataError(f"{name}: holds no record. Give a file with at least one, or take it out of data.")
+        raise DataError(f"{name}: has no records. Use a file with at least one, or remove it from data.")
     yield first
     yield from records
 

@@ -1,7 +1,6 @@
-"""Records of Parquet and Arrow files, saved datasets and hub datasets, through `datasets` in streaming mode.
+"""Records of Parquet and Arrow files, saved and hub datasets, through `datasets` in streaming mode.
 
-`datasets` is imported here and nowhere else, inside the functions, since it takes a second and most sources do not
-need it.
+`datasets` is imported only here, inside functions: the import takes a second, and most sources do not need it.
 """
 
 from collections.abc import Iterable, Iterator
@@ -24,7 +23,7 @@ def read_table(file: Path) -> Iterator[Record]:
         yield from numbered_rows(rows, str(file))
     except DataError:
         raise
-    except Exception as error:  # pyarrow and datasets raise a dozen kinds for one damaged file
+    except Exception as error:  # pyarrow and datasets raise a dozen exception types for a damaged file
         raise DataError(f"{file}: not a readable {kind} file ({_first_line(error)}). Write it again.") from None
 
 
@@ -34,7 +33,7 @@ def read_dataset(source: SourceConfig) -> Iterator[Record]:
 
 
 def open_dataset(source: SourceConfig) -> Any:
-    """The `datasets.IterableDataset` of a `save_to_disk` folder or of a hub dataset's split; nothing is read yet."""
+    """The `datasets.IterableDataset` of a `save_to_disk` folder or of a hub dataset's split, not read yet."""
     import datasets
 
     path = Path(source.path).expanduser()
@@ -49,23 +48,23 @@ def open_dataset(source: SourceConfig) -> Any:
     name = source.path.removeprefix("hf://datasets/").removeprefix("hf://")
     try:
         return datasets.load_dataset(name, source.name, split=source.split, streaming=True)
-    except Exception as error:  # offline, no such dataset, no such split, gated: all are one line to the user
+    except Exception as error:  # offline, no such dataset or split, gated: one line for the user
         raise missing(source.path, _first_line(error)) from None
 
 
 def hub_revision(source: SourceConfig) -> str:
-    """The commit that a hub dataset's default branch stands at; "unknown" where the hub does not answer."""
+    """The commit of a hub dataset's default branch; "unknown" if the hub does not answer."""
     from huggingface_hub import HfApi
 
     try:
         name = source.path.removeprefix("hf://datasets/").removeprefix("hf://")
         return str(HfApi().dataset_info(name, timeout=10).sha)
-    except Exception:  # offline: the cached copy is read, and its path and split identify it
+    except Exception:  # offline: the cached copy is read, identified by path and split
         return "unknown"
 
 
 def numbered_rows(rows: Iterable[Any], name: str, *, first: int = 1) -> Iterator[Record]:
-    """Records that know their number, which is counted from `first`."""
+    """Records with their number, counted from `first`."""
     for number, fields in enumerate(rows, start=first):
         yield Record(dict(fields), f"{name} row {number}")
 

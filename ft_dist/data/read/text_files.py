@@ -1,8 +1,8 @@
 """Records of JSONL, JSON, CSV, TSV and text files with the standard library, in bounded memory.
 
-Files are read a line, or for a JSON array a block, at a time; `.gz` and `.zst` are opened on the way. A record of more
-than MAX_RECORD_BYTES is refused with its line, so that one broken line cannot take the machine's memory. A text file
-holds documents separated by blank lines; each document becomes one record `{"text": ...}`.
+Files are read one line at a time, JSON arrays one block at a time; `.gz` and `.zst` are decompressed on the fly. A
+record over MAX_RECORD_BYTES is refused with its line, so that a broken line cannot exhaust memory. A text file holds
+documents separated by blank lines; each document becomes one record `{"text": ...}`.
 """
 
 import codecs
@@ -19,17 +19,17 @@ from typing import Any, BinaryIO, cast
 from ft_dist.errors import DataError
 
 MAX_RECORD_BYTES = 2**24
-"""Largest line or record. Its tokens with their offsets take some 50 times as much while it is tokenised."""
+"""Largest line or record. Tokenising it takes about 50 times as much memory, for tokens and offsets."""
 
 BLOCK_BYTES = 2**20
 FIRST_BYTES = 2**12
 ZSTD_BYTES = 2**10
-"""Packed bytes at a time: one kilobyte can hold 32 MB"""
+"""Compressed bytes read at a time: one kilobyte can expand to 32 MB"""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One entry of a source: its fields as they stand there, and where that is (`FILE line N`)."""
+    """One entry of a source: its fields, and its place (`FILE line N`)."""
 
     fields: dict[str, Any]
     where: str
@@ -40,13 +40,13 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class RawRecord:
-    """A JSON line that is still to be parsed."""
+    """A JSON line that is not parsed yet."""
 
     line: str
     where: str
 
     def parse(self) -> Record:
-        """Raises DataError where the line is no JSON object."""
+        """Raises DataError if the line is not a JSON object."""
         return Record(_object(_parse(self.line, self.where), self.where), self.where)
 
 
@@ -57,7 +57,7 @@ def read_jsonl(file: Path) -> Iterator[RawRecord]:
 
 
 def read_json(file: Path) -> Iterator[Record | RawRecord]:
-    """An array of objects, or, as many `.json` files really are, JSON lines."""
+    """An array of objects, or JSON lines, which many `.json` files contain."""
     with _open(file) as stream:
         start = stream.read(FIRST_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
     if start.startswith(b"["):
@@ -74,7 +74,7 @@ def read_csv(file: Path, delimiter: str) -> Iterator[Record]:
         nonlocal row_bytes
         for _, line in _lines(file):
             row_bytes += len(line)
-            if row_bytes > MAX_RECORD_BYTES:  # a quote that is never closed would swallow the file
+            if row_bytes > MAX_RECORD_BYTES:  # an unclosed quote would consume the rest of the file
                 raise _too_long(f"{file} line {start}", "row", "Is a quote left open?")
             yield line
 
@@ -93,7 +93,7 @@ def read_csv(file: Path, delimiter: str) -> Iterator[Record]:
         if header is None:
             header = [name.strip() for name in row]
             if len(set(header)) < len(header):
-                raise DataError(f"{where}: two columns of the header have one name ({', '.join(header)}). Rename one.")
+                raise DataError(f"{where}: two columns have the same name ({', '.join(header)}). Rename one.")
             continue
         if len(row) != len(header):
             raise DataError(f"{where}: {len(row)} values, but the header has {len(header)} ({', '.join(header)}).")
@@ -130,7 +130,7 @@ def _open(file: Path) -> BinaryIO:
 
 
 class _Zstd(io.RawIOBase):
-    """Frames of zstd (RFC 8878) one after another, as `zstd` and `pzstd` write them; a cut one is told."""
+    """zstd frames (RFC 8878) in sequence, as `zstd` and `pzstd` write them; a truncated one raises."""
 
     def __init__(self, file: Path) -> None:
         import zstandard
@@ -150,7 +150,7 @@ class _Zstd(io.RawIOBase):
             packed = self._rest or self._packed.read(ZSTD_BYTES)
             if not packed:
                 if self._begun:
-                    raise self._damaged("it ends in the middle")
+                    raise self._damaged("it is truncated")
                 return 0
             try:
                 self._ready = self._frame.decompress(packed)
@@ -173,7 +173,7 @@ class _Zstd(io.RawIOBase):
 
 
 class _Gzip(gzip.GzipFile):
-    """Damage is told as a mistake of the file, whichever way it is read."""
+    """Reports damage as an error in the file, however it is read."""
 
     def __init__(self, file: Path) -> None:
         super().__init__(file, "rb")
@@ -198,7 +198,7 @@ class _Gzip(gzip.GzipFile):
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, text with its line end), decoded a line at a time so that a bad byte has a line."""
+    """(line number from 1, text with its line end), decoded line by line, so that a bad byte has a line number."""
     number, offset = 0, 0
     with _open(file) as stream:
         while raw := stream.readline(MAX_RECORD_BYTES + 1):
@@ -210,7 +210,7 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def _too_long(where: str, kind: str, fix: str) -> DataError:
-    return DataError(f"{where}: a {kind} of more than {MAX_RECORD_BYTES / 2**20:g} MiB, the most that is read. {fix}")
+    return DataError(f"{where}: a {kind} of more than {MAX_RECORD_BYTES / 2**20:g} MiB, the limit. {fix}")
 
 
 def _decode(raw: bytes, file: Path, number: int, offset: int) -> str:
@@ -234,27 +234,27 @@ def _parse(text: str, where: str) -> Any:
     except json.JSONDecodeError as error:
         raise _not_json(where, error.msg, error.colno) from None
     except RecursionError:
-        raise DataError(f"{where}: JSON nested too deep to read. Mend or remove it.") from None
+        raise DataError(f"{where}: JSON nested too deep to read. Fix or remove it.") from None
 
 
 def _not_json(where: str, reason: str, column: int) -> DataError:
-    return DataError(f"{where}: not valid JSON ({reason} at column {column}). Mend or remove it.")
+    return DataError(f"{where}: not valid JSON ({reason} at column {column}). Fix or remove it.")
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise DataError(f"{where}: holds {type(value).__name__}, but a record is a JSON object {{...}}.")
+        raise DataError(f"{where}: is {type(value).__name__}, but a record is a JSON object {{...}}.")
     return value
 
 
 class _JsonArray:
-    """Reads `[{...}, ...]` an element at a time, whether it stands on one line or a million."""
+    """Reads `[{...}, ...]` one element at a time, whatever its line breaks."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self._scanner = json.JSONDecoder()
-        self._text = ""  # what is read and not yet done with
+        self._text = ""  # read, not yet consumed
         self._at = 0
         self._line, self._counted = 1, 0  # line of the position _counted
         self._bytes_read = 0
@@ -286,7 +286,7 @@ class _JsonArray:
                 if not cut or self._ended:
                     raise self._fault(error.msg, error.pos) from None
             except RecursionError:
-                raise DataError(f"{where}: JSON nested too deep to read. Mend or remove it.") from None
+                raise DataError(f"{where}: JSON nested too deep to read. Fix or remove it.") from None
             if len(self._text) - self._at > MAX_RECORD_BYTES:
                 raise _too_long(where, "record", "Is a quote or a bracket left open?")
             self._read_on()
@@ -297,7 +297,7 @@ class _JsonArray:
         return found
 
     def _peek(self) -> str:
-        """The next character that is no white space; "" at the end."""
+        """The next non-whitespace character; "" at the end."""
         while True:
             while self._at < len(self._text) and self._text[self._at] in " \t\r\n":
                 self._at += 1
@@ -320,7 +320,7 @@ class _JsonArray:
         self._text, self._at, self._counted = self._text[self._at :] + more, 0, 0
 
     def _line_at(self, position: int) -> int:
-        """Positions are asked for in rising order, so each character is looked at once."""
+        """Positions come in rising order, so each character is visited once."""
         self._line += self._text.count("\n", self._counted, position)
         self._counted = max(self._counted, position)
         return self._line

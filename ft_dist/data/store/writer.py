@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ft_dist.data.encode.chunk import EncodedChunk, SourceCounts
-from ft_dist.data.encode.sketch import BUCKETS, KEYS
+from ft_dist.data.encode.minhash import BUCKETS, KEYS
 from ft_dist.data.store.store import INDEX, LENGTHS, VERSION, checksum_of, map_safetensors
 from ft_dist.errors import DataError
 from ft_dist.storage import Storage

@@ -161,7 +161,7 @@ def test_template_that_hides_every_answer_says_so(tmp_path, tokenizer_of):
         prepared = run(tmp_path, path, tokenizer)  # upper case is not what was written, but the turn is still whole
         assert tokenizer.decode(prepared.store.sample(0)[0][prepared.store.sample(0)[1]]) == "ONE<|im_end|>"
         tokenizer.chat_template = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
-        with pytest.raises(DataError, match=r"2 without a token to learn, 2 assistant turns rewritten"):
+        with pytest.raises(DataError, match=r"2 without a labelled token, 2 assistant turns rewritten"):
             run(tmp_path, path, tokenizer)
     finally:
         tokenizer.chat_template = template

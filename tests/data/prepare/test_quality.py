@@ -52,7 +52,7 @@ FAULTS = {
     "contradiction": (
         [chat("What is 5 times 5?", "It is 26.")],
         {},
-        "1 prompts are answered in different ways (records 6 and 201)",
+        "1 prompts have different answers (records 6 and 201)",
     ),
     "too long": ([chat("Tell it.", "word " * 200)], {"max_length": 200}, "1 samples dropped: longer than data.max_len"),
     "truncated": (
@@ -78,7 +78,7 @@ FAULTS = {
 def test_planted_fault_is_found_and_no_other(tmp_path, tokenizer_of, name):
     rows, options, message = FAULTS[name]
     report = report_of(tmp_path, tokenizer_of("chatml"), clean(200) + rows, **options)
-    expected = [message] if name != "near duplicate" else [message, "1 prompts are answered in different ways"]
+    expected = [message] if name != "near duplicate" else [message, "1 prompts have different answers"]
     found = report["warnings"]
     assert len(found) == len(expected), found
     for part, warning in zip(expected, found, strict=True):

@@ -100,7 +100,7 @@ def test_damaged_megatron_is_named(tmp_path):
         records(tmp_path / "text.idx")
     (tmp_path / "text.bin").touch()
     (tmp_path / "text.idx").write_bytes(b"PK" + b"\x00" * 50)
-    with pytest.raises(DataError, match=r"text\.idx: no Megatron index"):
+    with pytest.raises(DataError, match=r"text\.idx: not a Megatron index"):
         records(tmp_path / "text.idx")
 
 

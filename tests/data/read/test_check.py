@@ -64,7 +64,7 @@ FAULTS = {
         [{"messages": [{"role": "user", "content": None}]}],
         r"line 1: messages\[0\] \(user\): content is nu",
     ),
-    "empty": ([], r"holds no record"),
+    "empty": ([], r"has no records"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Five formats become one kind of sample; whatever does not fit is told with its place."""
+"""Five formats become one kind of sample; errors name the record."""
 
 import json
 
@@ -80,7 +80,7 @@ FAULTS = [
     ({"messages": []}, "messages is empty"),
     ({"messages": None}, "messages is null, but should be a list"),
     ({"messages": "hi"}, "messages is text, but should be a list"),
-    ({"messages": ["hi"]}, r"messages\[0\] is not of the form \{role, content\}"),
+    ({"messages": ["hi"]}, r"messages\[0\] must have the form \{role, content\}"),
     ({"messages": [{"role": "bot", "content": "q"}, ASSISTANT]}, r'messages\[0\]\.role="bot": should be one of system'),
     ({"messages": [{"role": ["user"], "content": "q"}, ASSISTANT]}, r"messages\[0\]\.role="),
     ({"messages": [USER, {"role": "assistant", "content": None}]}, r"messages\[1\] \(assistant\): content is null"),
@@ -92,7 +92,7 @@ FAULTS = [
     ({"messages": [ASSISTANT, USER, ASSISTANT]}, "an assistant turn comes before any user turn"),
     ({"messages": [USER, {"role": "tool", "content": "x"}, ASSISTANT]}, "turn 2 is tool"),
     ({"conversations": [{"from": "dog", "value": "x"}]}, r'conversations\[0\]\.from="dog": should be one of human'),
-    ({"conversations": [{"from": "human"}]}, r"conversations\[0\] is not of the form \{from, value\}"),
+    ({"conversations": [{"from": "human"}]}, r"conversations\[0\] must have the form \{from, value\}"),
     ({"conversations": []}, "conversations is an empty list"),
     ({"prompt": "q", "completion": ""}, "completion is empty"),
     ({"prompt": None, "completion": "a"}, "prompt is null"),

@@ -1,4 +1,4 @@
-"""Every kind of source gives the same records, and every mistake is told with its file and line."""
+"""Every kind of source gives the same records, and every error names its file and line."""
 
 import gzip
 import json
@@ -110,18 +110,18 @@ FAULTS = {
     "short.csv": (b"text,label\na,b\nc\n", r"line 3: 1 values, but the header has 2 \(text, label\)"),
     "quote.csv": (b'text,label\na,"b"x\n', r"line 2: not valid CSV"),
     "twice.csv": (b"text,text\na,b\n", r"line 1: two columns of the header have one name"),
-    "header.csv": (b"text,label\n", r"holds no record"),
-    "empty.jsonl": (b"", r"holds no record"),
-    "blank.txt": (b"\n \n", r"holds no record"),
+    "header.csv": (b"text,label\n", r"has no records"),
+    "empty.jsonl": (b"", r"has no records"),
+    "blank.txt": (b"\n \n", r"has no records"),
     "open.json": (b'[{"text": "a"},\n{"text": "b"', r"line 2: not valid JSON"),
     "after.json": (b'[{"text": "a"}]\n{"text": "b"}', r"line 2: not valid JSON \(text after the end of the array"),
     "comma.json": (b'[{"text": "a"}\n{"text": "b"}]', r"line 2: not valid JSON \(Expecting ',' or '\]' at column 1"),
     "latin.json": (b'[{"text": "a"},\n{"text": "\xe9"}]', r"line 2: not UTF-8 text \(byte 0xe9 at offset 26\)"),
     "deep.json": (b'[{"a": ' + b"[" * 200_000, r"line 1 \(record 1\): JSON nested too deep"),
-    "empty.json": (b"[]", r"holds no record"),
+    "empty.json": (b"[]", r"has no records"),
     "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 1000)[:-20], r"damaged gzip data"),
     "not.jsonl.gz": (b"plain", r"damaged gzip data"),
-    "cut.jsonl.zst": (zstandard.compress(b'{"text": "a"}\n' * 1000)[:-5], r"damaged zstd data \(it ends in the middle"),
+    "cut.jsonl.zst": (zstandard.compress(b'{"text": "a"}\n' * 1000)[:-5], r"damaged zstd data \(it is truncated"),
     "flipped.jsonl.zst": (zstandard.compress(b'{"text": "a"}\n' * 1000)[:8] + bytes([255] * 24), r"damaged zstd data"),
     "not.jsonl.zst": (b"plain", r"damaged zstd data"),
     "broken.parquet": (b"PAR1nonsense", r"not a readable parquet file"),

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ft_dist.data.encode.chunk import EncodedChunk, SourceCounts
-from ft_dist.data.encode.sketch import BUCKETS, KEYS
+from ft_dist.data.encode.minhash import BUCKETS, KEYS
 from ft_dist.data.store import writer as writing
 from ft_dist.data.store.store import JoinedStore, TokenStore
 from ft_dist.data.store.writer import ShardWriter

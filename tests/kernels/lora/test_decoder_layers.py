@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ft_dist.model.fused.fuse import fuse as fused
+from ft_dist.model.fused import fuse as fused
 from ft_dist.model.tiny import tiny_names
 from tests.model.whole_models import METHODS, assert_same, build, gradients
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ft_dist.config.schema import MethodConfig
+from ft_dist.model.fused import fuse as fused
 from ft_dist.model.fused import merged
-from ft_dist.model.fused.fuse import fuse as fused
 from tests.model.whole_models import METHODS, assert_same, batch, build, gradients
 
 pytestmark = pytest.mark.interpreter

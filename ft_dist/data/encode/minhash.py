@@ -1,10 +1,10 @@
-"""What stays of a record's text for comparing it with others: keys for equality, a MinHash signature for likeness.
+"""A record's sketch, for comparison with others: keys for equality, a MinHash signature for similarity.
 
 Keys are 64-bit hashes of text without case and spacing. A signature is one-permutation MinHash over the text's 8-byte
-shingles: each shingle's hash falls into one of BUCKETS, and a bucket keeps its smallest. The share of equal buckets
-estimates the Jaccard likeness of two shingle sets with a deviation of sqrt(J (1 - J) / BUCKETS), under 0.04 above 0.9.
-Sources: Broder, "On the resemblance and containment of documents" (1997); Li, Owen, Zhang, "One Permutation Hashing"
-(2012). All records of a chunk are done together: some twenty nanoseconds a byte.
+shingles: each shingle's hash falls into one of BUCKETS, and a bucket keeps the smallest. The share of equal buckets
+estimates the Jaccard similarity of two shingle sets with a deviation of sqrt(J (1 - J) / BUCKETS), under 0.04 above
+0.9. Sources: Broder, "On the resemblance and containment of documents" (1997); Li, Owen, Zhang, "One Permutation
+Hashing" (2012). All records of a chunk are processed together, in about twenty nanoseconds per byte.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ KEYS = 4
 BUCKETS = 64
 SHINGLE_BYTES = 8
 MIN_SHINGLES = 100
-"""Shorter texts are alike by chance (one-line questions, labels): only equality is looked for in them"""
+"""Shorter texts (one-line questions, labels) are similar by chance, so they are compared for equality only"""
 EMPTY = np.uint32(2**32 - 1)
 _NO_SIGNATURE = np.full(BUCKETS, EMPTY, np.uint32)
 
@@ -33,7 +33,7 @@ Signatures = npt.NDArray[np.uint32]
 def sketch(samples: Sequence[Sample], numbers: Sequence[int], *, signatures: bool) -> tuple[Keys, Signatures]:
     """(n, KEYS) uint64: hashes of whole, prompt and answer, then the record's number; (n or 0, BUCKETS) uint32.
 
-    The answer is the last assistant turn, the prompt all before it; plain text and tokens have the prompt key 0. A
+    The answer is the last assistant turn, the prompt everything before it; plain text and tokens have prompt key 0. A
     text with fewer than MIN_SHINGLES shingles gets a signature of EMPTY buckets.
     """
     keys = np.zeros((len(samples), KEYS), np.uint64)
@@ -53,7 +53,7 @@ def sketch(samples: Sequence[Sample], numbers: Sequence[int], *, signatures: boo
 
 
 def _texts(sample: Sample) -> tuple[bytes, bytes, bytes]:
-    """(prompt, answer, what likeness is judged by): a system prompt that all share says nothing about likeness."""
+    """(prompt, answer, text compared for similarity): a system prompt that all records share is left out."""
     if sample.tokens is not None:
         ids = np.asarray(sample.tokens, np.uint32).tobytes()
         return b"", ids, ids
@@ -96,7 +96,7 @@ def _minhash(texts: list[bytes]) -> Signatures:
     buckets = owner * BUCKETS + (hashes >> np.uint64(58)).astype(np.int64)
     values = (hashes >> np.uint64(24)).astype(np.uint32)
     inside = np.ones(windows, np.bool_)
-    for end in np.cumsum(lengths)[:-1].tolist():  # shingles that reach over into the next text
+    for end in np.cumsum(lengths)[:-1].tolist():  # shingles that extend into the next text
         inside[end - SHINGLE_BYTES + 1 : end] = False
     minima = np.full(len(rows) * BUCKETS, EMPTY, np.uint32)
     np.minimum.at(minima, buckets[inside], values[inside])

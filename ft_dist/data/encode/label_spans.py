@@ -1,15 +1,15 @@
-"""Find the characters of a rendered conversation that the model itself has to write.
+"""Find the characters of a rendered conversation that the model has to write.
 
-A template is opaque Jinja, and most carry no `{% generation %}` marks, so the text is compared with renders of known
-difference. First choice: a skeleton, the render of the same roles with a sentinel for every content, made once for a
-sequence of roles. Where the text is the skeleton with the contents put in, character by character, they stand exactly
-there. Templates that look into the content (reasoning that is split off or dropped) differ, and are searched a turn at
-a time with renders of the prefixes.
+A template is opaque Jinja, and most have no `{% generation %}` marks, so the text is compared with renders whose
+difference is known. First choice: a skeleton, the render of the same roles with a sentinel for every content, built
+once per sequence of roles. If the text equals the skeleton with the contents inserted, character by character, the
+spans follow directly. Templates that inspect the content (and split off or drop reasoning) differ; they are searched
+turn by turn with renders of the prefixes.
 
-A span runs from the end of the generation prompt to the end of the turn's end token. Reasoning marks that the template
-writes for the model (`<think>\\n\\n</think>\\n\\n` of Qwen3) lie inside, for the model has to write them as well; the
-newline after the end token does not. An earlier turn that the template rewrites (its reasoning dropped) would teach an
-answer that nobody gave: it gets no span and is counted in `rewritten`.
+A span runs from the end of the generation prompt to the end of the turn's end token. It includes reasoning marks that
+the template writes for the model (`<think>\\n\\n</think>\\n\\n` of Qwen3), because the model has to write them too, but
+not the newline after the end token. An earlier turn that the template rewrites (dropping its reasoning) would teach an
+answer that is not in the data: it gets no span and is counted in `rewritten`.
 """
 
 import re
@@ -27,27 +27,27 @@ _SENTINEL_PATTERN = re.compile(r"ftdist(\d+)sentinel")
 
 @dataclass(slots=True)
 class Spans:
-    """Character ranges [start, end) to learn, in order, for a text as rendered."""
+    """Character ranges [start, end) to train on, in order, in the rendered text."""
 
     text: str
     ranges: list[tuple[int, int]]
     rewritten: int = 0
-    """Assistant turns that the template rewrites, so that nothing is learnt from them"""
+    """Assistant turns that the template rewrites; they are not trained on"""
     ends_with_token: bool = True
-    """Whether the last learnt turn closes with a special token of the template"""
+    """Whether the last labelled turn ends with a special token of the template"""
     plain: bool = False
     """Plain text, not rendered by a template"""
 
 
 @dataclass(frozen=True, slots=True)
 class TurnMarks:
-    """What is fixed for one tokenizer: the generation prompt, and what an end token looks like."""
+    """Constants of one tokenizer: the generation prompt and the tokens that can end a turn."""
 
     generation_prompt: str
     end_token: re.Pattern[str] | None
 
     def close(self, text: str, content_end: int) -> tuple[int, bool]:
-        """End of the turn whose content ends here, and whether an end token stands there."""
+        """End of the turn whose content ends here, and whether it has an end token."""
         match = self.end_token.match(text, content_end) if self.end_token else None
         return (match.end(), True) if match else (content_end, False)
 
@@ -68,14 +68,14 @@ def find_marks(render: Render, added_tokens: list[str]) -> TurnMarks:
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:
-    """A rendered conversation cut at its contents: text, then (turn, text after its content) in order of appearance."""
+    """A rendered conversation split at its contents: text, then (turn, text after its content) in order."""
 
     before: str
     contents: tuple[tuple[int, str], ...]
 
 
 def make_skeleton(messages: Messages, render: Render) -> Skeleton | None:
-    """None where a content has nothing to replace, or does not come out once for each assistant turn."""
+    """None if a content is empty, or does not appear exactly once for each assistant turn."""
     if any(not message.get("content") or message.get("tool_calls") for message in messages):
         return None
     text = render([{**message, "content": _SENTINEL.format(index)} for index, message in enumerate(messages)], False)
@@ -87,7 +87,7 @@ def make_skeleton(messages: Messages, render: Render) -> Skeleton | None:
 
 
 def find_spans(messages: Messages, text: str, skeleton: Skeleton | None, *, render: Render, marks: TurnMarks) -> Spans:
-    """Spans of a rendered conversation. Calls `render` again only where the skeleton does not settle it."""
+    """Spans of a rendered conversation. Calls `render` again only if the skeleton does not match."""
     contents = _match_skeleton(messages, text, skeleton) if skeleton is not None else None
     if contents is None:
         spans = _search_turns(messages, text, render=render, marks=marks)
@@ -98,20 +98,20 @@ def find_spans(messages: Messages, text: str, skeleton: Skeleton | None, *, rend
             end, spans.ends_with_token = marks.close(text, end)
             spans.ranges.append((start, end))
     if messages[-1]["role"] == "assistant" and spans.ranges and not spans.ends_with_token:
-        # a template that closes with words of its own ("### End"): the model has to write them to stop
+        # a template that ends turns with words ("### End"): the model has to write them to stop
         spans.ranges[-1] = (spans.ranges[-1][0], max(spans.ranges[-1][1], len(text.rstrip())))
     return spans
 
 
 def _match_skeleton(messages: Messages, text: str, skeleton: Skeleton) -> list[tuple[int, tuple[int, int]]] | None:
-    """(turn, range of its content) for each assistant turn, if the text is the skeleton with the contents put in."""
+    """(turn, range of its content) for each assistant turn, if the text is the skeleton with the contents inserted."""
     if not text.startswith(skeleton.before):
         return None
     found = []
     cursor = len(skeleton.before)
     for index, after in skeleton.contents:
         content = messages[index]["content"]
-        # templates trim contents, or the left or right side only
+        # templates trim contents on both sides, or on one
         for variant in (content, content.strip(), content.lstrip(), content.rstrip()):
             if text.startswith(variant, cursor) and text.startswith(after, cursor + len(variant)):
                 break
@@ -126,7 +126,7 @@ def _match_skeleton(messages: Messages, text: str, skeleton: Skeleton) -> list[t
 def _prompt_end(
     messages: Messages, index: int, text: str, content_start: int, *, render: Render, marks: TurnMarks
 ) -> int:
-    """Where turn `index` begins to be the model's own: the end of its generation prompt."""
+    """Where the model starts to write turn `index`: the end of its generation prompt."""
     prompt = marks.generation_prompt
     if not prompt or text.endswith(prompt, 0, content_start):
         return content_start
@@ -135,7 +135,7 @@ def _prompt_end(
 
 
 def _search_turns(messages: Messages, text: str, *, render: Render, marks: TurnMarks) -> Spans:
-    """A turn at a time: between the render up to its generation prompt and the next turn's, look for the content."""
+    """Turn by turn: find the content between the render up to its generation prompt and that up to the next turn's."""
     spans = Spans(text, [], ends_with_token=False)
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     prompts = {index: render(messages[:index], True) for index in turns}
@@ -166,7 +166,7 @@ def _turn_range(
         position = text.find(content, start, bound)
         if position >= 0:
             return (start, *marks.close(text, position + len(content)))
-    # Reasoning or tool calls in a form of the template's own: the turn as it reads when it is the last one.
+    # Reasoning or tool calls in the template's own form: the turn as rendered when it is the last one.
     turn = render(messages[: index + 1], False)
     if not turn.startswith(text[:start]):
         return None
@@ -183,7 +183,7 @@ def _turn_range(
 def _only_occurrence(
     content: str, text: str, cursor: int, bound: int, marks: TurnMarks
 ) -> tuple[int, int, bool] | None:
-    """The content's place where it stands once only; a guess between several could label the user's words."""
+    """The content's place if it occurs exactly once; guessing among several could label the user's words."""
     content = content.strip()
     if not content or text.count(content, cursor, bound) != 1:
         return None
