@@ -1,1 +1,1 @@
-"""Which model: built-in or local or from the hub; its tokenizer, its adapters, its fused layers, its export."""
+"""Models: built-in, local or from the hub; their tokenizers, families, shapes and fused layers."""

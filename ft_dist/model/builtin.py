@@ -1,9 +1,9 @@
-"""`model.path` -> a folder: built-in models are made once into a cache, folders and hub ids are passed on.
+"""`model.path` to a folder: built-in models are created once in a cache; folders and hub ids pass through.
 
-Nothing here imports torch or transformers until a model has to be made, so that mistakes in `model.path` are told at
-once. The cache is `$FT_DIST_CACHE/models` (default `~/.cache/ft_dist/models`): a model is made in a temporary sibling
-folder under a lock and renamed into place when every file is on disk. A kill at any moment leaves only a temporary
-folder, which the next call removes.
+Nothing here imports torch or transformers unless a model has to be created, so errors in `model.path` appear
+immediately. The cache is `$FT_DIST_CACHE/models` (default `~/.cache/ft_dist/models`): a model is created in a temporary
+sibling folder under a lock and renamed into place when every file is on disk. A kill at any moment leaves only a
+temporary folder, which the next call removes.
 """
 
 import difflib
@@ -17,7 +17,7 @@ from ft_dist.model.folder import whole_folder
 from ft_dist.model.tiny import tiny_names
 
 SMOLLM2 = "smollm2-135m"
-# Part of the folder's name: raise it when what is made changes.
+# Part of the folder's name: increment it when the created files change.
 _VERSIONS = {SMOLLM2: "0.1.2-1", **dict.fromkeys(tiny_names(), "1")}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
@@ -32,15 +32,15 @@ def builtin_names() -> list[str]:
 
 
 def cached_folder(name: str) -> Path | None:
-    """Where a built-in model lies if it has been made; nothing is."""
+    """The folder of a built-in model, or None if it is not in the cache. Creates nothing."""
     folder = cache_dir() / "models" / f"{name}-{_VERSIONS[name]}"
     return folder if folder.is_dir() else None
 
 
 def resolve_model(path: str, progress: Progress = print) -> str:
-    """The folder or hub id that `model.path` means; a built-in name is made first if it is not in the cache.
+    """The folder or hub id that `model.path` means; a built-in model is created if it is not in the cache.
 
-    Raises ModelError for a folder without config.json and for anything that is no folder, built-in name or hub id.
+    Raises ModelError for a folder without config.json, and for anything but a folder, built-in name or hub id.
     """
     folder = Path(path).expanduser()
     if folder.is_dir() and path not in _VERSIONS:
@@ -60,7 +60,7 @@ def resolve_model(path: str, progress: Progress = print) -> str:
 
 
 def fetch(name: str, progress: Progress = print) -> Path:
-    """Bring a built-in model or a hub id onto this machine and return its folder; a second call costs nothing.
+    """Download a built-in model or a hub id and return its folder; a second call costs nothing.
 
     Raises ModelError when it does not exist or cannot be reached.
     """
@@ -72,16 +72,16 @@ def fetch(name: str, progress: Progress = print) -> Path:
     progress(f"{name}: downloading from the hub")
     try:
         return Path(snapshot_download(resolved, allow_patterns=_HUB_FILES))
-    except (OSError, ValueError) as error:  # huggingface_hub's own errors derive from these
+    except (OSError, ValueError) as error:  # huggingface_hub's errors derive from these
         reason = (str(error).splitlines() or ["no reason given"])[0]
-        raise ModelError(f"model.path={name}: the hub did not deliver it ({type(error).__name__}: {reason}).") from None
+        raise ModelError(f"model.path={name}: the download failed ({type(error).__name__}: {reason}).") from None
 
 
 def check_hub(hub_id: str, revision: str | None = None) -> None:
-    """Ask the hub once, and wait at most a few seconds, whether it has this model; one already cached is not asked for.
+    """Ask the hub once, waiting a few seconds at most, whether it has this model; a cached model is not checked.
 
-    transformers itself retries for more than a minute before it gives up on a name that does not exist or a network
-    that is not there. Raises ModelError saying which of the two it is.
+    transformers would retry for more than a minute if the name does not exist or the network is down. Raises ModelError
+    saying which of the two it is.
     """
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
@@ -97,20 +97,20 @@ def check_hub(hub_id: str, revision: str | None = None) -> None:
         HfApi().model_info(hub_id, revision=revision, timeout=_HUB_TIMEOUT_S)
     except GatedRepoError:
         raise ModelError(
-            f"model.path={hub_id}: the hub wants its licence accepted. Do so on its page, then run hf auth login."
+            f"model.path={hub_id}: accept its licence on the model's page first, then run hf auth login."
         ) from None
     except RevisionNotFoundError:
-        raise ModelError(f"model.path={hub_id}: has no revision {revision} on the hub. Check model.revision.") from None
+        raise ModelError(f"model.path={hub_id}: no revision {revision} on the hub. Check model.revision.") from None
     except RepositoryNotFoundError:
         raise ModelError(
-            f"model.path={hub_id}: no such folder, and the hub has no model of that name that you may see. "
-            "Check the spelling; for a private one run hf auth login."
+            f"model.path={hub_id}: no such folder, and the hub has no such model that you can access. "
+            "Check the spelling; for a private model run hf auth login."
         ) from None
-    except Exception as error:  # whatever the HTTP library calls a network that is not there
+    except Exception as error:  # the HTTP library's errors for an unreachable network
         reason = (str(error).splitlines() or ["no reason given"])[0]
         raise ModelError(
-            f"model.path={hub_id}: no such folder, and the hub cannot be asked ({type(error).__name__}: {reason}). "
-            "Name a folder or a built-in model, or mend the network."
+            f"model.path={hub_id}: no such folder, and the hub cannot be reached ({type(error).__name__}: {reason}). "
+            "Name a folder or a built-in model, or fix the network."
         ) from None
 
 
@@ -122,7 +122,7 @@ def cache_dir() -> Path:
 def _make_once(name: str, progress: Progress) -> Path:
     models = cache_dir() / "models"
     final = models / f"{name}-{_VERSIONS[name]}"
-    if final.is_dir():  # only a rename makes it, so it is complete
+    if final.is_dir():  # only a rename creates it, so it is complete
         return final
     from filelock import FileLock
 
@@ -134,7 +134,7 @@ def _make_once(name: str, progress: Progress) -> Path:
     except OSError as error:
         raise ModelError(
             f"model.path={name}: cannot write its cache {final} ({error.strerror or error}). "
-            "Point FT_DIST_CACHE at a folder that can be written."
+            "Set FT_DIST_CACHE to a writable folder."
         ) from None
     return final
 

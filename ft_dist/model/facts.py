@@ -1,6 +1,6 @@
-"""What a model folder says about itself, read from config.json and the safetensors headers: no torch, no weights.
+"""Facts about a model folder from config.json and the safetensors headers, without torch or weights.
 
-Enough to check a config before any GPU is held: layer names for `method.target_modules`, sizes for memory planning.
+Enough to check a config before a GPU is allocated: layer names for `method.target_modules`, sizes for memory planning.
 """
 
 import difflib
@@ -20,7 +20,7 @@ _DTYPES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """`shapes` maps each stored tensor's name to its shape; tied output embeddings are stored, and counted, once."""
+    """`shapes` maps each stored tensor's name to its shape; tied output embeddings are stored and counted once."""
 
     shapes: dict[str, tuple[int, ...]]
     linear_modules: list[str]
@@ -41,7 +41,7 @@ def model_facts(folder: str | Path) -> ModelFacts:
     """
     folder = Path(folder)
     whole = _read_json(folder / "config.json")
-    config = whole.get("text_config", whole)  # a multimodal model keeps the language part one level down
+    config = whole.get("text_config", whole)  # a multimodal model nests the language model's config
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, int] = {}
     for file in _weight_files(folder):
@@ -68,10 +68,10 @@ def model_facts(folder: str | Path) -> ModelFacts:
 
 
 def match_target_modules(names: Iterable[str], targets: str | Sequence[str]) -> list[str]:
-    """The modules among `names` that peft would adapt: `all-linear` all of them; otherwise a target matches a module
-    of that full name or whose name ends in `.target`.
+    """The modules among `names` that peft would adapt: `all-linear` means all; otherwise a target matches a module of
+    that full name, or one whose name ends in `.target`.
 
-    Raises ModelError for a target that matches nothing; peft itself complains only when none of them matches.
+    Raises ModelError for a target that matches nothing; peft complains only if no target matches.
     """
     names = list(names)
     if targets == "all-linear":
@@ -84,7 +84,7 @@ def match_target_modules(names: Iterable[str], targets: str | Sequence[str]) -> 
             hint = f"Did you mean {near[0]}? " if near else ""
             raise ModelError(
                 f"method.target_modules={target}: matches no linear layer of this model. {hint}"
-                f"It has {', '.join(leaves)}; all-linear takes them all."
+                f"It has {', '.join(leaves)}; all-linear adapts all of them."
             )
     return [name for name in names if any(_matches(name, target) for target in targets)]
 
@@ -127,7 +127,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: not readable as JSON ({error}).") from None
     if not isinstance(tree, dict):
-        raise ModelError(f"{path}: holds {type(tree).__name__}, not a JSON object.")
+        raise ModelError(f"{path}: contains {type(tree).__name__}, not a JSON object.")
     return tree
 
 

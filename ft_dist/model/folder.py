@@ -1,4 +1,4 @@
-"""Folders that are whole or absent: written beside their place, synced to disk, renamed into it."""
+"""Folders that are complete or absent: written to a sibling folder, synced to disk, renamed into place."""
 
 import contextlib
 import glob
@@ -11,10 +11,10 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def whole_folder(final: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `final` (absent, or empty) when the block ends, and vanishes if it raises.
+    """A temporary folder that becomes `final` (absent or empty) when the block ends, and is removed if it raises.
 
-    A kill at any moment leaves only the temporary folder, which the next call removes; so two processes must not
-    write the same `final` at a time.
+    A kill at any moment leaves only the temporary folder, which the next call removes. Two processes must therefore not
+    write the same `final` at the same time.
     """
     prefix = f".{final.name}-partial-"
     for stale in final.parent.glob(f"{glob.escape(prefix)}*"):
@@ -31,7 +31,7 @@ def _commit(temporary: Path, final: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     for path in [*temporary.rglob("*"), temporary]:
-        # temporary files are made private; the result is for whom the user's umask says
+        # temporary folders are private; the result gets the permissions of the user's umask
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -1,7 +1,7 @@
-"""`model.base_dtype: fp8`: the frozen linear layers of a decoder, held in e4m3 (see `ft_dist_kernels.quantised.fp8`).
+"""`model.base_dtype: fp8`: the frozen linear layers of a decoder in e4m3 (see `ft_dist_kernels.quantised.fp8`).
 
-Layers that read the same x (q, k, v; gate, up) share one matrix. Embeddings, norms, the output head and adapters stay
-as they are. The weights are no parameters: DeepSpeed casts and flattens those, and nothing trains these.
+Layers that read the same x (q, k, v; gate, up) share one matrix. Embeddings, norms, the output head and adapters keep
+their dtype. The weights are not parameters, because DeepSpeed casts and flattens parameters and nothing trains these.
 """
 
 from collections import Counter
@@ -19,11 +19,11 @@ from ft_dist.errors import ModelError
 from ft_dist.model.families import FAMILIES
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Layers of one parent that read the same x"""
+"""Layers of one module that read the same x"""
 
 
 class FP8Linear(nn.Module):
-    """Stands where an `nn.Linear` stood, below a peft layer or alone."""
+    """Replaces an `nn.Linear`, inside a peft layer or alone."""
 
     def __init__(self, weight: FP8Weight, bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -45,37 +45,36 @@ class FP8Linear(nn.Module):
 
 @dataclass
 class FP8Report:
-    """What is held in FP8, and what was left as it is and why."""
+    """How many layers are in FP8, and which were left unchanged and why."""
 
     device_type: str
     held: int = 0
     left: Counter[str] = field(default_factory=Counter)
 
     def line(self) -> str:
-        how = "; emulated: the CPU has no FP8, learns the same and is slower" if self.device_type == "cpu" else ""
-        rest = "".join(f"; {count} left: {why}" for why, count in self.left.items())
+        how = "; emulated on CPU: same results, but slower" if self.device_type == "cpu" else ""
+        rest = "".join(f"; {count} unchanged: {why}" for why, count in self.left.items())
         return f"base weights in fp8: {self.held} linears{rest}{how}"
 
 
 def refuse_without_fp8(model: ModelConfig, device: torch.device) -> None:
-    """Raises ModelError where `device` does not multiply in FP8, or not in `model.dtype`."""
+    """Raises ModelError if `device` cannot multiply in FP8, or not with `model.dtype`."""
     reason = fp8_reason_not(device)
     if reason is None and device.type == "cuda" and model.dtype != "bf16":
-        reason = f"its products come in bf16, and model.dtype={model.dtype}"
+        reason = f"FP8 products are bf16, but model.dtype={model.dtype}"
     if reason is not None:
-        raise ModelError(f"model.base_dtype=fp8: {reason}. Leave the key out, or set model.dtype=bf16 on such a GPU.")
+        raise ModelError(f"model.base_dtype=fp8: {reason}. Remove the key, or set model.dtype=bf16 on a GPU with FP8.")
 
 
 def hold_base_in_fp8(causal_lm: Any) -> FP8Report:
-    """Swap the frozen linear layers of the decoder, one group at a time: no more than one weight is there twice.
+    """Replace the frozen linear layers of the decoder, one group at a time, so that at most one weight exists twice.
 
-    `causal_lm` lies where it will run and carries its adapters. Raises ModelError for an architecture not known.
+    `causal_lm` is on its final device and has its adapters. Raises ModelError for an unknown architecture.
     """
     family = causal_lm.config.model_type
     if family not in FAMILIES:
         raise ModelError(
-            f"model.base_dtype=fp8: architecture {family} is not among {', '.join(FAMILIES)}, for which it is known "
-            "which layers bear it. Leave the key out."
+            f"model.base_dtype=fp8: architecture {family} is not supported, only {', '.join(FAMILIES)}. Remove the key."
         )
     report = FP8Report(next(causal_lm.parameters()).device.type)
     for parent in list(causal_lm.get_decoder().modules()):
@@ -86,12 +85,12 @@ def hold_base_in_fp8(causal_lm: Any) -> FP8Report:
 
 
 def held_elements(model: nn.Module) -> int:
-    """Weights that are held in FP8, and so are no parameters."""
+    """Number of weights in FP8, which are not parameters."""
     return sum(module.held for module in model.modules() if isinstance(module, FP8Linear))
 
 
 def _groups(parent: nn.Module) -> Iterator[tuple[str, ...]]:
-    """Names of the linear layers right below, those together that read the same x."""
+    """Names of the module's linear layers, grouped where they read the same x."""
     names = [name for name, child in parent.named_children() if _linear(child) is not None]
     for group in TOGETHER:
         if all(name in names for name in group):
@@ -101,7 +100,7 @@ def _groups(parent: nn.Module) -> Iterator[tuple[str, ...]]:
 
 
 def _linear(module: nn.Module) -> nn.Linear | None:
-    """The layer itself, or the one below its adapters."""
+    """The layer itself, or the base layer of its adapters."""
     base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
     return base if type(base) is nn.Linear else None
 

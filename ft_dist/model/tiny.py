@@ -1,7 +1,7 @@
-"""Tiny random models, one for each architecture we promise: made on the spot, the same bits on every machine.
+"""Tiny random models, one per supported architecture: created on demand, with the same bits on every machine.
 
 Two layers, hidden size 64, four heads of 16 over two key-value heads, and a tokenizer of the 256 bytes plus the ChatML
-tokens. They are for tests and for the smoke recipe: real layers, nothing learned.
+tokens. They serve the tests and the smoke recipe: real layers, untrained.
 """
 
 import zlib
@@ -23,7 +23,7 @@ CHATML_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-# Sliding windows shorter than a row, so that the windowed layers of Gemma really do something.
+# Sliding windows shorter than a row, so that Gemma's windowed layers have an effect.
 _WINDOW = 64
 _GEMMA: dict[str, Any] = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": _WINDOW}
 _ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -46,7 +46,7 @@ def tiny_names() -> list[str]:
 
 
 def tiny_config(name: str) -> dict[str, Any]:
-    """What config.json says of `name`."""
+    """The config.json of `name`."""
     class_name, extra = _ARCHITECTURES[name]
     family = class_name.removesuffix("Config").lower().replace("gemma3text", "gemma3_text")
     token_ids = {token: 256 + index for index, token in enumerate(SPECIAL_TOKENS)}
@@ -82,10 +82,10 @@ def make_tiny(name: str, folder: Path, progress: Callable[[str], None] = print) 
 
 
 def _fill(model: Any) -> None:
-    """Every parameter from a generator seeded with its own name: independent of creation order and library version.
+    """Draw every parameter from a generator seeded with its name: independent of creation order and library version.
 
-    Matrices get 1/sqrt(fan_in), so that activations and logits have a scale that shows mistakes; norms and biases
-    are moved off their initial value for the same reason.
+    Matrices are scaled by 1/sqrt(fan_in), so that activations and logits are large enough to reveal errors; norms and
+    biases are moved off their initial values for the same reason.
     """
     import torch
 
@@ -125,7 +125,7 @@ def byte_tokenizer() -> Any:
 
 
 def _byte_characters() -> dict[int, str]:
-    """GPT-2's printable stand-in for each byte: printable Latin-1 stands for itself, the rest moves up to 256+."""
+    """GPT-2's printable stand-in for each byte: printable Latin-1 maps to itself, the rest to 256 and up."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     characters = {byte: chr(byte) for byte in printable}
     for offset, byte in enumerate(byte for byte in range(256) if byte not in characters):

@@ -1,4 +1,4 @@
-"""The tokenizer of a model, with padding and end tokens that are known to be right, and said aloud when mended."""
+"""The tokenizer of a model, with valid padding and end tokens; every correction is reported."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -10,7 +10,7 @@ from ft_dist.errors import ModelError
 from ft_dist.model.builtin import check_hub
 from ft_dist.model.quiet import quietly
 
-# Reserved tokens that no text produces, most fitting first. `<|endoftext|>` separates documents in pretraining and
+# Reserved tokens that no text produces, best first. `<|endoftext|>` separates documents in pretraining and
 # never occurs inside a chat.
 _PAD_CANDIDATES = (
     "<|pad|>",
@@ -24,7 +24,7 @@ _PAD_CANDIDATES = (
 )
 _EOS_CANDIDATES = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "</s>", "<|endoftext|>", "<eos>")
 _MARK = "ft-dist-mark"
-# transformers' own tags around what the assistant says; without them a template is plain Jinja
+# transformers' tags around the assistant's text; without them a template is plain Jinja
 _GENERATION_MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 
 
@@ -47,13 +47,13 @@ def load_tokenizer(
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> tuple[Any, list[str]]:
-    """The tokenizer of a folder or hub id, and notes to print: what was missing and what was chosen.
+    """The tokenizer of a folder or hub id, and notes to print: what was missing and what is used instead.
 
     `chat_template` is the path of a Jinja file that replaces the tokenizer's own. `new_tokens` become special tokens.
-    A padding token is always set; where nothing else fits it is the end token, which is safe because padding is
-    masked by position, never by token id.
+    A padding token is always set; without a better choice it is the end token, which is safe because padding is masked
+    by position, never by token id.
 
-    Raises ModelError when there is no tokenizer, the template is missing or no Jinja, or no end token can be found.
+    Raises ModelError if there is no tokenizer, the template is missing or invalid, or no end token can be found.
     """
     from transformers import AutoTokenizer
 
@@ -76,9 +76,9 @@ def load_tokenizer(
 
 
 def stop_token_ids(tokenizer: Any, generation_eos: int | Sequence[int] | None = None) -> list[int]:
-    """Every id at which a generated answer ends: the model's own, the tokenizer's, and the chat template's turn end.
+    """Every id that ends a generated answer: the model's, the tokenizer's, and the chat template's turn end.
 
-    `generation_eos` is `model.generation_config.eos_token_id`. The order is stable and without repeats.
+    `generation_eos` is `model.generation_config.eos_token_id`. The order is stable, without duplicates.
     """
     if generation_eos is None:
         own: list[int] = []
@@ -91,7 +91,7 @@ def stop_token_ids(tokenizer: Any, generation_eos: int | Sequence[int] | None = 
 def turn_end_id(tokenizer: Any) -> int | None:
     """The special token with which the chat template closes an assistant turn (`<|im_end|>`, `<|eot_id|>` ...).
 
-    None without a template, or when the template closes turns with plain text.
+    None without a template, or if the template ends turns with plain text.
     """
     if not tokenizer.chat_template:
         return None
@@ -100,7 +100,7 @@ def turn_end_id(tokenizer: Any) -> int | None:
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _MARK}]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except (TemplateError, ValueError, TypeError, KeyError):  # a template may demand tools, a system turn ...
+    except (TemplateError, ValueError, TypeError, KeyError):  # a template may require tools, a system turn ...
         return None
     tail = str(text).rpartition(_MARK)[2]
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
@@ -159,5 +159,5 @@ def _mend_pad(tokenizer: Any) -> list[str]:
     ends = {tokenizer.eos_token_id, turn_end_id(tokenizer)}
     pad = next((token for token in candidates if token in vocabulary and vocabulary[token] not in ends), None)
     tokenizer.pad_token = pad or tokenizer.eos_token
-    why = "" if pad else " (the end token; padding is masked by position, so the end is still learned)"
+    why = "" if pad else " (the end token; padding is masked by position, so the model still learns to end)"
     return [f"the tokenizer has no padding token: {tokenizer.pad_token} is used{why}"]

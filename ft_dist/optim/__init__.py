@@ -1,1 +1,1 @@
-"""Optimizers that work on flat partitions, and learning rates."""
+"""Optimizers over flat partitions, and learning-rate schedules."""

@@ -1,12 +1,12 @@
-"""AdamW whose moments are kept in 8 bits: 2 bytes an element instead of 8.
+"""AdamW with 8-bit moments: 2 bytes per element instead of 8.
 
-A moment is cut into blocks of 256 elements; a block keeps its largest magnitude and, for each element, the index of the
+A moment is split into blocks of 256 elements; a block stores its largest magnitude and, per element, the index of the
 nearest of 255 values. These are dense near zero (dynamic tree quantisation): seven decades, each with half as many
-values as the one above. Arithmetic is in fp32 on the values as they are before they are rounded again. A second moment
-that is not zero never becomes zero, which would divide by eps alone.
+values as the one above. The update is computed in fp32 before the moments are rounded again. A non-zero second moment
+never becomes zero, which would divide by eps alone.
 
-Both ends of the range are among the values, so that rounding what was read back gives the same 8 bits: a checkpoint
-holds plain fp32 moments, of which another world size, or AdamW in 32 bits, can be resumed.
+Both ends of the range are among the values, so re-quantising a stored moment gives the same 8 bits: a checkpoint holds
+plain fp32 moments, from which another world size, or AdamW in 32 bits, can resume.
 
 Source: Dettmers et al. (arXiv 2110.02861).
 """
@@ -21,11 +21,11 @@ from ft_dist.optim.partition import PartitionedOptimizer, Segment
 
 BLOCK = 256
 PIECE_ELEMENTS = 1 << 24
-"""Elements that are widened to fp32 at a time"""
+"""Elements widened to fp32 at a time"""
 
 
 class AdamW8bit(PartitionedOptimizer):
-    """AdamW (arXiv 1711.05101) over flat fp32 tensors; its state has a Moment for each (name, offset)."""
+    """AdamW (arXiv 1711.05101) over flat fp32 tensors; its state has one Moment per (name, offset)."""
 
     def __init__(self, groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float) -> None:
         super().__init__(groups, {"betas": betas, "eps": eps, "weight_decay": 0.0})
@@ -60,7 +60,7 @@ class AdamW8bit(PartitionedOptimizer):
 
 
 class Moment:
-    """`numel` fp32 values kept as 8-bit indices and one fp32 scale a block."""
+    """`numel` fp32 values stored as 8-bit indices and one fp32 scale per block."""
 
     def __init__(self, numel: int, *, signed: bool, device: torch.device) -> None:
         self.numel, self.signed = numel, signed
@@ -82,7 +82,7 @@ class Moment:
         return 4
 
     def detach(self) -> Tensor:
-        """All of it in fp32: what a snapshot copies."""
+        """All values in fp32, for snapshots."""
         return self.read()
 
     def read(self, start: int = 0, end: int | None = None) -> Tensor:
@@ -93,7 +93,7 @@ class Moment:
         return values.mul_(self.scales[blocks]).view(-1)[: end - start]
 
     def write(self, values: Tensor, start: int = 0) -> None:
-        """Values (n,) from `start`, a multiple of BLOCK, on; n fills blocks or ends with the last."""
+        """Store values (n,) from `start`, a multiple of BLOCK; n fills whole blocks or ends with the last."""
         count = -(-len(values) // BLOCK)
         padded = torch.zeros(count * BLOCK, dtype=torch.float32, device=self.codes.device)
         padded[: len(values)] = values
@@ -113,7 +113,8 @@ CPU = torch.device("cpu")
 
 @cache
 def _values(signed: bool, device: torch.device = CPU) -> Tensor:
-    """The 255 (signed) or 256 values, ascending from -1 or 0 to 1. Kept on each device: a GPU waits for a copy."""
+    """The 255 (signed) or 256 values, ascending from -1 or 0 to 1. Cached per device, because a copy would stall a
+    GPU."""
     if device != CPU:
         return _values(signed).to(device)
     bits = 7 if signed else 8

@@ -13,9 +13,9 @@ NamedParameters = Iterable[tuple[str, torch.nn.Parameter]]
 
 
 def parameter_groups(named_parameters: NamedParameters, optim: OptimConfig) -> list[dict[str, Any]]:
-    """Trainable parameters in groups that differ in weight decay (matrices only, as is usual) and in their rule.
+    """Trainable parameters in groups by weight decay (matrices only, as usual) and update rule.
 
-    Muon updates matrices inside the network; what AdamW keeps are embeddings, the output head and vectors.
+    Muon updates matrices inside the network; AdamW updates embeddings, the output head and vectors.
     """
     groups: dict[tuple[bool, float], list[torch.nn.Parameter]] = {}
     for name, parameter in named_parameters:
@@ -31,7 +31,7 @@ def parameter_groups(named_parameters: NamedParameters, optim: OptimConfig) -> l
 
 
 def _ndim(parameter: torch.nn.Parameter) -> int:
-    # a ZeRO-3 parameter is an empty vector between its uses; its real shape stays in ds_shape
+    # a ZeRO-3 parameter is an empty vector between uses; ds_shape holds its real shape
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -40,12 +40,11 @@ def _at_the_ends(name: str) -> bool:
 
 
 def build_optimizer(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.Optimizer:
-    """For parameters on GPUs and, for offloaded state, on the host.
+    """The optimizer of `optim.kind`, for parameters on GPUs or, with offload, on the host.
 
-    AdamW is torch's fused form. DeepSpeed's own Adams do the same arithmetic, but are compiled on first use: that needs
-    a compiler on every node, and a build that is interrupted leaves a lock on which every later run waits for ever. The
-    rate is 0 until the first step sets it: DeepSpeed takes a trial step to create its state, which must not decay any
-    weight.
+    AdamW is torch's fused form. DeepSpeed's Adams do the same arithmetic but are compiled on first use: that needs a
+    compiler on every node, and an interrupted build leaves a lock that blocks every later run. The rate is 0 until the
+    first step sets it: DeepSpeed takes a trial step to create its state, which must not decay any weight.
     """
     betas = (optim.beta1, optim.beta2)
     if optim.kind == "adamw_8bit":

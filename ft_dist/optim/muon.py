@@ -1,12 +1,12 @@
-"""Muon: the momentum of a matrix is made orthogonal before it is applied; everything else takes AdamW.
+"""Muon: a matrix's momentum is orthogonalised before it is applied; everything else uses AdamW.
 
     m = momentum m + (1 - momentum) g        u = momentum m + (1 - momentum) g   (Nesterov)
     W -= lr 0.2 sqrt(max(rows, columns)) U V^T,  where u = U S V^T,  by five Newton-Schulz steps
 
-The factor gives an update the root mean square that AdamW's has, so that one learning rate and weight decay fit both.
+The factor gives an update the root mean square of AdamW's, so one learning rate and weight decay fit both.
 
-ZeRO cuts matrices between ranks, and half a matrix has another orthogonal form: a matrix that lies on several ranks is
-sent whole to one of them, in turn, and its update comes back. The result is that of one rank, whatever the stage.
+ZeRO splits matrices between ranks, and half a matrix orthogonalises differently: a matrix split over several ranks is
+gathered on one of them, in turn, and its update is sent back. The result equals that of one rank at any stage.
 
 Sources: Jordan (https://kellerjordan.github.io/posts/muon/); the factor, Liu et al. (arXiv 2502.16982).
 """
@@ -40,9 +40,9 @@ class Matrix:
 
 
 class Muon(PartitionedOptimizer):
-    """Groups with `orthogonal` take Muon, the others AdamW.
+    """Groups with `orthogonal` use Muon, the others AdamW.
 
-    Every rank of a world of several must step the same tensors in the same order.
+    With several ranks, every rank must step the same tensors in the same order.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Muon(PartitionedOptimizer):
         self._matrices: dict[Tensor, dict[str, Matrix]] = {}
 
     def hold(self, segments: Segments) -> None:
-        """All ranks call it at the same time: they tell each other which part of what they hold."""
+        """Exchange which part of each parameter every rank holds. All ranks call it together."""
         super().hold(segments)
         mine = [[(segment.name, segment.shape, segment.numel) for segment in held] for held in segments.values()]
         everyone: list[Any] = [mine]
@@ -110,7 +110,7 @@ class Muon(PartitionedOptimizer):
 
 
 def _share(split: dict[str, Matrix], pieces: dict[str, Tensor], nothing: Tensor) -> None:
-    """Replace `pieces` of matrices that lie on several ranks: of every `world size` matrices each rank works on one."""
+    """Replace `pieces` of matrices split over ranks: of every `world size` matrices each rank computes one."""
     if not split:
         return
     world, rank = dist.get_world_size(), dist.get_rank()
@@ -137,9 +137,9 @@ def _exchange(sent: list[Tensor], received: list[Tensor]) -> None:
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrix, roughly: singular values come out between about 0.7 and 1.2. fp32 in and out.
+    """Approximately the nearest semi-orthogonal matrix: singular values between about 0.7 and 1.2. fp32 in and out.
 
-    On GPUs in bf16, for which the coefficients were chosen.
+    Computed in bf16 on GPUs, for which the coefficients were chosen.
     """
     a, b, c = NEWTON_SCHULZ
     tall = matrix.shape[0] > matrix.shape[1]

@@ -1,4 +1,4 @@
-"""What the flat tensors hold that ZeRO hands to an optimizer: pieces of parameters, one after another."""
+"""Contents of the flat tensors that ZeRO passes to an optimizer: pieces of parameters in sequence."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import torch
 class Segment:
     """Elements [start, start + numel) of the flattened parameter `name`, of `shape`, at `offset` of the tensor `flat`.
 
-    `owned`: this rank saves it; only where ranks keep replicas is that not so.
+    `owned`: this rank saves it, which is false only for replicas.
     """
 
     name: str
@@ -23,7 +23,7 @@ class Segment:
     owned: bool = True
 
     def of(self, state: torch.Tensor) -> torch.Tensor:
-        """The view (numel,) of a tensor that has one entry an element of `flat`."""
+        """The view (numel,) of a tensor with one entry per element of `flat`."""
         return state.view(-1).narrow(0, self.offset, self.numel)
 
 
@@ -32,7 +32,7 @@ Segments = dict[torch.Tensor, list[Segment]]
 
 
 class PartitionedOptimizer(torch.optim.Optimizer, ABC):
-    """Steps flat fp32 tensors by what is in them; `hold` tells it that before the first step that counts."""
+    """Steps flat fp32 tensors according to their contents, which `hold` sets before the first real step."""
 
     def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
         super().__init__(groups, {"lr": 0.0, **defaults})
@@ -52,7 +52,7 @@ class PartitionedOptimizer(torch.optim.Optimizer, ABC):
                 self.update(flat, state, group)
 
     def moments(self, flat: torch.Tensor, group: dict[str, Any]) -> dict[Any, Any]:
-        """The state of `flat`: `step` and what `new_moments` made."""
+        """The state of `flat`: `step` and the result of `new_moments`."""
         state: dict[Any, Any] = self.state[flat]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)  # on the host, which reads it in every step
@@ -61,8 +61,8 @@ class PartitionedOptimizer(torch.optim.Optimizer, ABC):
 
     @abstractmethod
     def new_moments(self, flat: torch.Tensor, group: dict[str, Any]) -> dict[Any, Any]:
-        """Moments of a tensor that was never stepped."""
+        """Initial moments of a tensor."""
 
     @abstractmethod
     def update(self, flat: torch.Tensor, state: dict[Any, Any], group: dict[str, Any]) -> None:
-        """One step of `flat`; `state["step"]` counts it already."""
+        """One step of `flat`; `state["step"]` already includes it."""

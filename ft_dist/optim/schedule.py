@@ -1,4 +1,4 @@
-"""Learning rates as a pure function of the step: there is no state that a resumed run would need."""
+"""Learning rates as a pure function of the step, so a resumed run needs no state."""
 
 import math
 
@@ -8,9 +8,9 @@ from ft_dist.config.schema import OptimConfig
 def learning_rate(optim: OptimConfig, *, step: int, total_steps: int) -> float:
     """The rate of optimizer step `step` (1-based) in a run of `total_steps`.
 
-    Warm-up is linear from lr / warmup_steps; cosine (Loshchilov & Hutter, arXiv 1608.03983) and linear go towards
-    lr * min_lr_ratio, which the step after the last would have, so that no step is wasted at a rate of 0; wsd (Hu et
-    al., arXiv 2404.06395) holds lr and decays linearly over the last `decay_steps`.
+    Warm-up is linear from lr / warmup_steps. Cosine (Loshchilov & Hutter, arXiv 1608.03983) and linear decay to
+    lr * min_lr_ratio, reached one step after the last, so that no step is wasted at a rate of 0. wsd (Hu et al., arXiv
+    2404.06395) holds lr and decays linearly over the last `decay_steps`.
     """
     if step <= optim.warmup_steps:
         return optim.lr * step / optim.warmup_steps

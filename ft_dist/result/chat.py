@@ -1,4 +1,4 @@
-"""Talk to a finished run or any model in the terminal; the answer streams as it is made.
+"""Chat with a finished run or any model in the terminal; answers are streamed.
 
 Ctrl-C ends an answer, Ctrl-D or `exit` the conversation. `prompt` answers once, for scripts.
 """
@@ -24,33 +24,33 @@ def chat(
     max_new_tokens: int = 512,
     temperature: float = 0.0,
 ) -> None:
-    """Hold a conversation with `path` (see `find_weights`); temperature 0 always takes the likeliest token.
+    """Chat with `path` (see `find_weights`); temperature 0 always picks the likeliest token.
 
-    `system` None takes the system prompt that the run was trained with, if its samples share one. Raises ModelError.
+    `system` None uses the run's system prompt, if its training samples share one. Raises ModelError.
     """
     from ft_dist.result.load import load_finished
 
-    finished = load_finished(path, progress=_tell)
+    finished = load_finished(path, progress=_say)
     for note in finished.notes:
-        _tell(note)
+        _say(note)
     if system is None and finished.config is not None:
         system = _trained_system_prompt(finished.config)
         if system:
-            _tell(f"system prompt, from the training data: {system}")
+            _say(f"system prompt, from the training data: {system}")
     talk = Conversation(finished, system=system, max_new_tokens=max_new_tokens, temperature=temperature)
     if prompt is not None:
         talk.answer(prompt, _print)
         _print("\n")
         return
     if sys.stdin.isatty():
-        _tell("Ctrl-C ends an answer, Ctrl-D or exit leaves.")
+        _say("Ctrl-C stops an answer, Ctrl-D or exit quits.")
     for turn in _turns():
         talk.answer(turn, _print)
         _print("\n")
 
 
 class Conversation:
-    """A model, what was said so far, and how answers are chosen."""
+    """A model, the conversation so far, and the sampling options."""
 
     def __init__(
         self, finished: Any, *, system: str | None = None, max_new_tokens: int = 512, temperature: float = 0.0
@@ -62,7 +62,7 @@ class Conversation:
         self._first = len(self.messages)
 
     def answer(self, text: str, write: Write) -> str:
-        """The answer to `text`, passed to `write` piece by piece. Ctrl-C keeps what has come so far."""
+        """The answer to `text`, passed to `write` piece by piece. After Ctrl-C the partial answer is kept."""
         import torch
         from transformers import TextIteratorStreamer
 
@@ -74,7 +74,7 @@ class Conversation:
         def generate() -> None:
             try:
                 self._generate(ids, streamer, stop)
-            except BaseException as error:  # told by the reading thread, which would wait for ever otherwise
+            except BaseException as error:  # raised in the reading thread, which would otherwise wait forever
                 errors.append(error)
                 streamer.end()
 
@@ -123,7 +123,7 @@ class Conversation:
             )
 
     def _prompt(self) -> list[int]:
-        """Token ids of the conversation; the oldest turns go when the model's positions run out."""
+        """Token ids of the conversation; the oldest turns are dropped when the model's positions run out."""
         from ft_dist.data.encode.template import encode_prompt
 
         limit = getattr(self._model.config, "max_position_embeddings", None)
@@ -144,13 +144,13 @@ def _trained_system_prompt(config: RunConfig) -> str | None:
         for sample in islice(read_samples(config.data.train[0]), 32):
             first = (sample.messages or [{}])[0]
             prompts.add(first.get("content") if first.get("role") == "system" else None)
-    except DataError:  # the training data need not lie where it lay
+    except DataError:  # the training data may have moved
         return None
     return prompts.pop() if len(prompts) == 1 else None
 
 
 def _turns() -> Iterator[str]:
-    """What the user types, a line a turn, until the end of input or `exit`."""
+    """The user's input, one line per turn, until the end of input or `exit`."""
     interactive = sys.stdin.isatty()
     while True:
         try:
@@ -169,5 +169,5 @@ def _print(text: str) -> None:
     sys.stdout.flush()
 
 
-def _tell(line: str) -> None:
+def _say(line: str) -> None:
     sys.stderr.write(f"{line}\n")

@@ -1,4 +1,4 @@
-"""A finished run -> a folder that plain transformers and peft load: one merged model, or the adapter alone."""
+"""Export a finished run to a folder that plain transformers and peft load: a merged model, or the adapter alone."""
 
 import shutil
 from pathlib import Path
@@ -15,14 +15,14 @@ from ft_dist.result.load import Weights, find_weights, load_weights, tokenizer_f
 def export_run(
     run_dir: str | Path, *, kind: Literal["merged", "adapter"], to: str | Path, progress: Progress = print
 ) -> None:
-    """Write the run's result into the new folder `to`, whole or not at all.
+    """Write the run's result into the new folder `to`, completely or not at all.
 
-    merged: adapter and base are added in fp32, then rounded once to the run's dtype. adapter: a copy of `final/`.
-    Raises ModelError when the run has not finished, `to` is taken, or a full fine-tuning is asked for its adapter.
+    merged: adapter and base are added in fp32 and rounded once to the run's dtype. adapter: a copy of `final/`.
+    Raises ModelError if the run has not finished, `to` exists, or kind is adapter after full fine-tuning.
     """
     to = Path(to).expanduser()
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise ModelError(f"--to={to}: already there and not an empty folder. Name a new folder.")
+        raise ModelError(f"--to={to}: exists and is not an empty folder. Name a new folder.")
     weights = find_weights(str(run_dir), progress)
     if kind == "adapter" and weights.base is None:
         raise ModelError(f"{run_dir}: trained every weight, so there is no adapter. Use --to merged.")
@@ -51,17 +51,17 @@ def _write_merged(weights: Weights, folder: Path) -> None:
 
 
 def merge(weights: Weights, *, vocabulary: int) -> Any:
-    """The base with the adapter added to it (LoRA, rsLoRA, DoRA, trained token rows), in the dtype of the run."""
+    """The base with the adapter merged (LoRA, rsLoRA, DoRA, trained token rows), in the run's dtype."""
     import torch
 
     adapted = load_weights(weights, dtype=torch.float32, vocabulary=vocabulary, untie=True)
     model = adapted.merge_and_unload(safe_merge=True)
-    model.config.use_cache = True  # training runs without a cache; who loads the export generates
+    model.config.use_cache = True  # training runs without a cache, but generation needs one
     return model.to(_export_dtype(weights))
 
 
 def _export_dtype(weights: Weights) -> Any:
-    """As the run computed; an adapter from elsewhere takes its base's own."""
+    """The run's dtype; for an adapter without a run, that of its base."""
     import torch
     from transformers import AutoConfig
 

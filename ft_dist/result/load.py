@@ -1,4 +1,4 @@
-"""A finished run, an adapter, or any model, loaded with plain transformers and peft: for answers, not for training."""
+"""Load a finished run, an adapter or any model with plain transformers and peft, for inference."""
 
 import json
 import warnings
@@ -17,11 +17,11 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Where weights lie: `folder` (or hub id) of a model or adapter, and the config of the run that made them."""
+    """Where weights are: `folder` (or hub id) of a model or adapter, and the config of the run that trained them."""
 
     folder: str
     base: str | None
-    """Folder or hub id below an adapter; None for a whole model"""
+    """Folder or hub id of an adapter's base; None for a complete model"""
     config: RunConfig | None
 
     @property
@@ -44,7 +44,7 @@ class Finished:
 
 
 def find_weights(path: str, progress: Progress = print) -> Weights:
-    """What `path` means: a run folder (its `final/`), an adapter folder, a model folder, a built-in name, a hub id.
+    """Resolve `path`: a run folder (its `final/`), an adapter folder, a model folder, a built-in name or a hub id.
 
     Raises ModelError naming what is missing.
     """
@@ -63,7 +63,7 @@ def find_weights(path: str, progress: Progress = print) -> Weights:
 
 
 def load_finished(path: str, *, device: Any = None, progress: Progress = print) -> Finished:
-    """Load for answering: bf16 or fp32 as the run was trained, otherwise bf16 on a GPU and fp32 on a CPU.
+    """Load for inference: in the dtype of the run, otherwise bf16 on a GPU and fp32 on a CPU.
 
     Raises ModelError.
     """
@@ -85,7 +85,7 @@ def load_finished(path: str, *, device: Any = None, progress: Progress = print) 
 
 
 def tokenizer_folder(weights: Weights) -> str:
-    """A run saves the tokenizer it trained with; an adapter from elsewhere may come without one."""
+    """A run saves its tokenizer; an adapter from elsewhere may have none."""
     if weights.base is not None and not (Path(weights.folder) / "tokenizer_config.json").is_file():
         return weights.base
     return weights.folder
@@ -94,8 +94,8 @@ def tokenizer_folder(weights: Weights) -> str:
 def load_weights(weights: Weights, *, dtype: Any, vocabulary: int, untie: bool = False) -> Any:
     """The model in `dtype` on the CPU, an adapter applied but not merged; embeddings grown to `vocabulary` rows.
 
-    `untie` separates an output head that shares the embedding's matrix where the adapter changes only one of the two.
-    Raises ModelError when files are missing, damaged or do not fit each other.
+    `untie` separates an output head tied to the embedding if the adapter changes only one of the two.
+    Raises ModelError if files are missing, damaged or inconsistent.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -105,12 +105,12 @@ def load_weights(weights: Weights, *, dtype: Any, vocabulary: int, untie: bool =
     source = weights.base or weights.folder
     try:
         with quietly(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # peft's, on tied and resized embeddings, which are dealt with below
+            warnings.simplefilter("ignore")  # from peft, about tied and resized embeddings, which are handled below
             model = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=dtype,
                 trust_remote_code=weights.trust_remote_code,
-                # the revision names a state of the hub's repository, not of what we saved
+                # the revision applies to the hub's repository, not to the saved folder
                 revision=weights.revision if weights.base else None,
             )
             if weights.base is None:
@@ -123,11 +123,11 @@ def load_weights(weights: Weights, *, dtype: Any, vocabulary: int, untie: bool =
             return peft.PeftModel.from_pretrained(model, weights.folder, autocast_adapter_dtype=False).to(dtype)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-        raise ModelError(f"{weights.folder}: does not load on {source} ({reason}).") from None
+        raise ModelError(f"{weights.folder}: cannot be loaded on {source} ({reason}).") from None
 
 
 def _untie_if_adapted(model: Any, adapter: dict[str, Any]) -> None:
-    """Merging into a matrix that embedding and head share would add the update of the one to the other."""
+    """Merging into a matrix shared by embedding and head would apply the update of one to the other."""
     import torch
 
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -142,7 +142,7 @@ def _untie_if_adapted(model: Any, adapter: dict[str, Any]) -> None:
 def _base_of(adapter: Path) -> str:
     base = _adapter_config(adapter).get("base_model_name_or_path")
     if not base:
-        raise ModelError(f"{adapter / ADAPTER_CONFIG}: names no base_model_name_or_path, so the adapter has no base.")
+        raise ModelError(f"{adapter / ADAPTER_CONFIG}: has no base_model_name_or_path, so the adapter has no base.")
     return str(base)
 
 
@@ -152,5 +152,5 @@ def _adapter_config(adapter: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ModelError(f"{adapter / ADAPTER_CONFIG}: not readable as JSON ({error}).") from None
     if not isinstance(tree, dict):
-        raise ModelError(f"{adapter / ADAPTER_CONFIG}: holds {type(tree).__name__}, not a JSON object.")
+        raise ModelError(f"{adapter / ADAPTER_CONFIG}: contains {type(tree).__name__}, not a JSON object.")
     return tree

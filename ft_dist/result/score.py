@@ -23,29 +23,29 @@ def evaluate_path(
 ) -> Scores:
     """Loss, and accuracy where samples end with an assistant turn, of `path` (see `find_weights`) on `sources`.
 
-    Without sources the run's own `data.eval` is taken. `max_samples` takes the first ones. `progress` gets a line now
-    and then. Raises ConfigError when there is nothing to score on, DataError, ModelError.
+    Without sources it uses the run's `data.eval`. `max_samples` limits it to the first ones. `progress` receives status
+    lines. Raises ConfigError if there is nothing to score on, DataError, ModelError.
     """
     from ft_dist.result.load import find_weights, load_finished
 
-    tell = progress or _quiet
-    run = find_weights(path, tell).config
+    say = progress or _quiet
+    run = find_weights(path, say).config
     data = _held_out(path, run, sources)
-    finished = load_finished(path, progress=tell)
+    finished = load_finished(path, progress=say)
     for note in finished.notes:
-        tell(note)
-    return _score(finished, data, path, max_new_tokens, max_samples, batch_rows, tell)
+        say(note)
+    return _score(finished, data, path, max_new_tokens, max_samples, batch_rows, say)
 
 
 def table(scores: Scores) -> str:
-    """The scores as text for a terminal, with a few answers."""
+    """The scores as text, with a few answers."""
     lines = [
         f"loss {scores.loss:.4f}   perplexity {scores.perplexity:.2f}   ({scores.labelled_tokens} labelled tokens)"
     ]
     if scores.accuracy is not None:
         lines.append(f"accuracy {scores.accuracy:.1%} of {scores.answered} answers")
         for example in scores.examples:
-            mark = "right" if example.correct else f"wrong, should be {one_line(example.reference, 30)}"
+            mark = "correct" if example.correct else f"wrong, expected {one_line(example.reference, 30)}"
             lines.append(f"  {one_line(example.prompt, 60)}  ->  {one_line(example.answer, 40)}  ({mark})")
     return "\n".join(lines)
 
@@ -64,7 +64,7 @@ def _held_out(path: str, run: Any, sources: Sequence[str]) -> DataConfig:
 
 
 def _score(
-    finished: Any, data: DataConfig, path: str, max_new_tokens: int, max_samples: int | None, rows: int, tell: Progress
+    finished: Any, data: DataConfig, path: str, max_new_tokens: int, max_samples: int | None, rows: int, say: Progress
 ) -> Scores:
     from itertools import chain, islice
 
@@ -77,7 +77,7 @@ def _score(
     model, tokenizer = finished.model, finished.tokenizer
     store = prepare(data.eval, tokenizer, data=data, model_path=path).store
     count = min(len(store), max_samples or len(store))
-    tell(f"scoring {count} samples")
+    say(f"scoring {count} samples")
     objective = build_objective(model)
     options = {"pad_id": tokenizer.pad_token_id, "gpu_length": data.max_length if model.device.type == "cuda" else None}
     batches = (
@@ -97,10 +97,10 @@ def _score(
         max_new_tokens=max_new_tokens,
         batch_rows=rows,
         device=model.device,
-        progress=lambda done, whole: tell(f"answered {done} of {whole}"),
+        progress=lambda done, whole: say(f"answered {done} of {whole}"),
     )
     return Scores(loss, labelled_tokens, answered.accuracy, answered.answered, answered.examples)
 
 
 def _quiet(line: str) -> None:
-    """Nobody asked for progress."""
+    """The default: no progress lines."""

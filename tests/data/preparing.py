@@ -9,13 +9,13 @@ from unittest import mock
 import ft_dist.data.prepare.build
 import ft_dist.data.store.writer
 from ft_dist.config.schema import DataConfig
-from ft_dist.data.prepare.build import Tell
+from ft_dist.data.prepare.build import OnProgress
 from tests.data.conftest import build_tokenizer
 
 SHARD_TOKENS, CHUNK_RECORDS = 20_000, 40
 
 
-def main(path: str, place: str, workers: str, where: str = "place", *, tell: Tell = print) -> None:
+def main(path: str, place: str, workers: str, where: str = "place", *, on_progress: OnProgress = print) -> None:
     data = DataConfig.model_validate({"train": [path], "cache_dir": f"{place}-cache"})
     tokenizer = build_tokenizer("chatml")
     with (
@@ -24,7 +24,7 @@ def main(path: str, place: str, workers: str, where: str = "place", *, tell: Tel
     ):
         to = None if where == "cache" else place
         ft_dist.data.prepare.build.prepare(
-            data.train, tokenizer, data=data, model_path="tiny", to=to, workers=int(workers), tell=tell
+            data.train, tokenizer, data=data, model_path="tiny", to=to, workers=int(workers), on_progress=on_progress
         )
 
 

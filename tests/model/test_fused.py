@@ -111,7 +111,7 @@ def test_the_report_names_what_runs_and_what_does_not():
     for part in ("attention (qkv, rotary)", "LoRA linears", "gated MLP", "RMSNorm", "output head with loss"):
         assert part in line
     assert "left" not in line
-    assert build("tiny-llama", "off")[1].line() == "kernels: off, Hugging Face's own layers run"
+    assert build("tiny-llama", "off")[1].line() == "kernels: off, using Hugging Face's layers"
 
 
 def test_an_unknown_architecture_keeps_its_layers_and_is_named():

@@ -1,1 +1,1 @@
-"""Replaces a model's layers with ones that call the kernels."""
+"""Replaces forward passes of a model's layers with ones that call the kernels."""

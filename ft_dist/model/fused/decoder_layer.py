@@ -1,11 +1,11 @@
 """The forward pass of a decoder layer, with the residual additions inside its norms.
 
-    y, x = norm1(x)                  x passes through, and norm1's backward adds the gradient of its other use
-    y, x = norm2(attention(y), x)    of the sum x + attention(y), which is an output too
+    y, x = norm1(x)                  x is also an output, so norm1's backward adds the gradient of its other use
+    y, x = norm2(attention(y), x)    the norm of the sum x + attention(y), and the sum itself
     x    = x + mlp(y)
 
-Gemma 2 and 3 norm what attention and MLP give before they add it. From layer to layer goes one tensor, as in
-transformers: hooks, activation checkpointing and recorded hidden states see what they always see.
+Gemma 2 and 3 normalise the outputs of attention and MLP before they add them. Layers pass one tensor on, as in
+transformers, so hooks, activation checkpointing and recorded hidden states see nothing new.
 
 Shapes: hidden states (B, S, H).
 """
@@ -25,10 +25,10 @@ SANDWICH_NORMS = (*LAYER_NORMS, "pre_feedforward_layernorm", "post_feedforward_l
 
 
 def layer_forward(layer: Any, groups: Mapping[nn.Module, Merged], *, sandwich: bool) -> Any:
-    """Takes the place of a layer's `forward`; its norms have theirs from `fused_forward.py` already.
+    """A replacement for a layer's `forward`; its norms already have theirs from `forward.py`.
 
-    `groups` names what attention and MLP read x with, where their forward is ours too: the norm leaves the room that
-    these ask for.
+    `groups` maps attention and MLP, if their forward is replaced too, to the layers that read their input: the norm's
+    output gets the spare columns that these need.
     """
     before_mlp = layer.pre_feedforward_layernorm if sandwich else layer.post_attention_layernorm
 
@@ -48,7 +48,7 @@ def layer_forward(layer: Any, groups: Mapping[nn.Module, Merged], *, sandwich: b
 
     def forward(hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         if _checkpoints_in_forward(layer) and layer.gradient_checkpointing and layer.training:
-            # the class checkpoints in its own forward, which this one stands in for
+            # the class checkpoints inside the forward that this one replaces
             kwargs |= {name: None for name in ("use_cache", "past_key_values") if name in kwargs}
             output: torch.Tensor = layer._gradient_checkpointing_func(partial(body, **kwargs), hidden_states)
             return output
@@ -58,7 +58,7 @@ def layer_forward(layer: Any, groups: Mapping[nn.Module, Merged], *, sandwich: b
 
 
 def is_decoder_layer(module: nn.Module, family: Family) -> bool:
-    """Whether the module has the parts, and only those, that `layer_forward` runs."""
+    """Whether the module has exactly the parts that `layer_forward` runs."""
     children = {name for name, _ in module.named_children()}
     dropouts = {"resid_attn_dropout", "resid_mlp_dropout"}
     norms = SANDWICH_NORMS if family.sandwich_norms else LAYER_NORMS
@@ -71,7 +71,7 @@ def _room(group: Merged | None, hidden_states: torch.Tensor) -> dict[str, int]:
 
 
 def _dropped(layer: Any, name: str, output: torch.Tensor) -> torch.Tensor:
-    """Phi-3's dropout of what a half of the layer adds."""
+    """Phi-3's dropout of the outputs of attention and MLP."""
     dropout = getattr(layer, name, None)
     return dropout(output) if dropout is not None and dropout.p else output
 

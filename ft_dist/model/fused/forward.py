@@ -1,7 +1,7 @@
 """Forward passes of decoder parts on our kernels: norms, LoRA linears, gated MLPs, attention with rotary embedding.
 
-Each function takes the place of one module instance's `forward`; parameters, names and the module itself stay as they
-are, so that saving, merging and DeepSpeed's hooks see nothing new. H: hidden, B: batch, S: sequence.
+Each function replaces the `forward` of one module instance. Parameters, names and the module itself do not change, so
+saving, merging and DeepSpeed's hooks work as before. H: hidden, B: batch, S: sequence.
 """
 
 import sys
@@ -28,8 +28,8 @@ from ft_dist.model.fused.recompute import recomputed
 def norm_forward(module: Any, *, offset: bool, backend: Backend) -> Any:
     """RMSNorm. With `offset` it multiplies by 1 + weight and casts to the input's dtype, otherwise it casts first.
 
-    A decoder layer of ours (`decoder_layer.py`) asks for more: the norm of hidden_states + residual, that sum, and room
-    behind the rows for what reads them.
+    Our decoder layer (`decoder_layer.py`) also uses the norm of hidden_states + residual, that sum, and `spare` columns
+    after each row for the layers that read it.
     """
     eps = float(getattr(module, "variance_epsilon", getattr(module, "eps", 1e-6)))
 
@@ -75,7 +75,7 @@ def linear_forward(layer: Any) -> Any:
 
 
 def linears(group: Merged, x: torch.Tensor, *, together: bool) -> list[torch.Tensor]:
-    """Outputs of layers that read the same x: in one group where all or none carry adapters, one by one otherwise.
+    """Outputs of layers that read the same x: as one group if all or none have adapters, one by one otherwise.
 
     `together` is off under ZeRO-3, where each layer's weights are gathered at its own boundary.
     """
@@ -98,10 +98,10 @@ def mlp_forward(
     backend: Backend,
     recompute: Callable[[], bool],
 ) -> Any:
-    """Gated MLP: down(act(gate(x)) * up(x)), with gate and up apart or as halves of one layer (Phi-3).
+    """Gated MLP: down(act(gate(x)) * up(x)), with gate and up as two layers or as halves of one (Phi-3).
 
-    `inputs` are gate and up; `spare` is what they need behind x to run as one. While `recompute()` is true, backward
-    makes the product of gate and up once more instead of keeping it.
+    `inputs` are gate and up; `spare` is the number of columns that they need after each row of x to run as one product.
+    While `recompute()` is true, the backward pass recomputes the product of gate and up instead of keeping it.
     """
     down = Merged([module.down_proj], together=together, backend=backend)
 
@@ -112,7 +112,7 @@ def mlp_forward(
         return geglu(gate, up, approximate=approximate, spare=spare, backend=backend)
 
     def forward(x: torch.Tensor, *, spare: int = 0) -> torch.Tensor:
-        # of two halves `up` is None
+        # `up` is None if `gate` holds both halves
         parts = [inputs(x, spare)] if spare else linears(inputs, x, together=together)
         gate, up = parts if len(parts) == 2 else (parts[0], None)
         down_spare = down.spare(x)
@@ -130,11 +130,11 @@ def mlp_forward(
 def attention_forward(module: Any, inputs: Merged, family: Family, *, together: bool, backend: Backend) -> Any:
     """Self-attention of the Llama family: q, k, v in one group, optional norms of q and k, rotary embedding fused.
 
-    `inputs` are q, k and v, or the one layer that makes all (Phi-3); `spare` is what they need behind hidden_states to
-    run as one.
+    `inputs` are q, k and v, or the one layer that computes all three (Phi-3); `spare` is the number of columns that
+    they need after each row of hidden_states to run as one product.
 
-    The attention product itself stays with the backend that the model's config names, unless the caller gives the
-    `segments` of packed rows (which `takes_segments` must allow).
+    The backend in the model's config computes attention itself, unless the caller passes the `segments` of packed rows
+    (which `takes_segments` must allow).
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -185,7 +185,7 @@ def attention_forward(module: Any, inputs: Merged, family: Family, *, together: 
 
 
 def takes_segments(causal_lm: Any) -> bool:
-    """Whether attention that was swapped in can go sample by sample: PyTorch's own, and without soft-capped scores."""
+    """Whether replaced attention can run sample by sample: with PyTorch's SDPA, and without soft-capped scores."""
     config = causal_lm.config.get_text_config()
     odd = ("attn_logit_softcapping", "use_bidirectional_attention")
     return config._attn_implementation == "sdpa" and not any(getattr(config, name, None) for name in odd)

@@ -1,8 +1,8 @@
-"""The one place that swaps layers: module instances of known architectures get the forward passes of our kernels.
+"""The one place that replaces forward passes: instances of known modules get those that call our kernels.
 
-Classes of transformers and peft are never patched, and what is not known stays as it is and is named: nothing falls
-back in silence. Under ZeRO-3 a LoRA layer reads the weights of its inner layers itself, past their gathering hooks, so
-each of these parameters is registered with the layer that reads it.
+Classes of transformers and peft are never patched. Unknown modules keep their forward and are named in the report, so
+nothing falls back silently. Under ZeRO-3 a LoRA layer reads the weights of its inner layers directly, bypassing their
+gathering hooks, so each of these parameters is registered with the layer that reads it.
 """
 
 from collections import Counter
@@ -37,15 +37,15 @@ ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
 
 @dataclass
 class FusedReport:
-    """What runs on our kernels, by kind, and what was left to Hugging Face and why."""
+    """Which modules use our kernels, by kind, and which keep Hugging Face's forward and why."""
 
     backend: Backend | Literal["off"]
     fused: Counter[str] = field(default_factory=Counter)
     left: Counter[str] = field(default_factory=Counter)
     segments: bool = False
-    """Whether every layer can be told the samples of packed rows, instead of a mask over whole rows"""
+    """Whether every layer accepts the segments of packed rows instead of a mask over whole rows"""
     attention: str = ""
-    """The kernel that then attends on a GPU"""
+    """The attention kernel used then on a GPU"""
 
     @property
     def head_backend(self) -> Backend | None:
@@ -60,25 +60,25 @@ class FusedReport:
 
     def line(self) -> str:
         if self.backend == "off":
-            return "kernels: off, Hugging Face's own layers run"
+            return "kernels: off, using Hugging Face's layers"
         done = ", ".join(f"{count} {kind}" for kind, count in self.fused.items() if count) or "nothing"
         rest = "; ".join(f"{count} x {why}" if count > 1 else why for why, count in self.left.items())
         attention = f"; {self.attention}" if self.attention else ""
-        return f"kernels ({self.backend}): {done} fused{attention}" + (f"; left as they are: {rest}" if rest else "")
+        return f"kernels ({self.backend}): {done} fused{attention}" + (f"; not fused: {rest}" if rest else "")
 
 
 def chosen_backend(kernels: str, *, device_type: str) -> Backend:
-    """`auto` is Triton on a GPU and PyTorch elsewhere. Raises ModelError where Triton was asked for and cannot run."""
+    """`auto` is Triton on a GPU and PyTorch elsewhere. Raises ModelError if Triton is requested but cannot run."""
     if kernels == "triton" and (device_type != "cuda" or not HAS_TRITON):
         missing = "a GPU" if device_type != "cuda" else "the triton package"
-        raise ModelError(f"model.kernels=triton needs {missing}. Use auto, which takes PyTorch kernels here.")
+        raise ModelError(f"model.kernels=triton needs {missing}. Use auto, which selects PyTorch kernels here.")
     if kernels == "auto":
         return "triton" if device_type == "cuda" and HAS_TRITON else "torch"
     return "triton" if kernels == "triton" else "torch"
 
 
 def fuse(causal_lm: Any, *, kernels: str, device_type: str, zero3: bool) -> FusedReport:
-    """Swap the forward of every module instance that is known; `causal_lm` may carry peft adapters already."""
+    """Replace the forward of every known module instance; `causal_lm` may already have peft adapters."""
     if kernels == "off":
         return FusedReport("off")
     backend = chosen_backend(kernels, device_type=device_type)
@@ -132,7 +132,7 @@ def _fuse_part(
     layer: Any,
     groups: dict[nn.Module, Merged],
 ) -> None:
-    """`layer` is the decoder layer of an MLP, where that is known. Into `groups` goes what the module reads x with."""
+    """`layer` is the decoder layer of an MLP, if known. Adds to `groups` the layers that read the module's input."""
     name = type(module).__name__
     if type(module) is nn.Linear and backend == "torch":
         _swap(module, linear_forward(module))
@@ -146,7 +146,7 @@ def _fuse_part(
             return
 
         def recompute() -> bool:
-            # on CPU it would cost time; under activation checkpointing it spares nothing, and would keep gate and up
+            # on CPU it would cost time; under activation checkpointing it saves nothing, and would keep gate and up
             return backend == "triton" and layer is not None and not layer.gradient_checkpointing
 
         group = groups[module] = Merged(_present(module, MLP_INPUTS), together=together, backend=backend)
@@ -174,5 +174,5 @@ def register_parameters(module: nn.Module, parameters: list[nn.Parameter]) -> No
 
 
 def _swap(module: nn.Module, forward: Any) -> None:
-    # on the instance: the class, and every other model of it, keeps its own
+    # on the instance only: the class and other models are unaffected
     module.forward = forward

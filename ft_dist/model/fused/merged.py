@@ -1,9 +1,9 @@
-"""Layers with adapters that read the same x, as one product over one weight where that gains (`lora_extended.py`).
+"""Layers with adapters that read the same x, as one product over one weight where that is faster (`lora/extended.py`).
 
-The frozen weights of such a group move into one buffer and the parameters become views of it, so that nothing exists
-twice: saving, merging an adapter and running with adapters switched off read and write the views. They move when the
-group first runs, which is after DeepSpeed has broadcast the parameters (collectives want them contiguous), and again
-if something has moved them away since, as `model.to` does.
+The frozen weights of such a group move into one buffer and the parameters become views of it, so nothing exists twice:
+saving, merging an adapter and running with adapters disabled use the views. The weights move when the group first runs,
+after DeepSpeed has broadcast the parameters (collectives need them contiguous), and again if something like `model.to`
+has moved them since.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from torch import nn
 
 
 def lora_weights(layer: Any) -> LoraWeights | None:
-    """What the kernel needs of a peft LoRA layer, or None while it must run peft's own way: adapters switched off,
+    """The kernel's arguments for a peft LoRA layer, or None while peft's own forward must run: adapters disabled,
     merged, or several active."""
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return None
@@ -37,7 +37,7 @@ def lora_weights(layer: Any) -> LoraWeights | None:
 
 
 class Merged:
-    """A group of peft layers, or of other ones, which then run apart. `together`: whether they may merge at all."""
+    """A group of layers that read the same x; they run as one product if all have adapters and `together` is set."""
 
     def __init__(self, layers: Sequence[Any], *, together: bool, backend: Backend) -> None:
         self.layers, self.backend = list(layers), backend
@@ -45,13 +45,13 @@ class Merged:
         self._extended: ExtendedWeight | None = None
 
     def members(self) -> list[LoraWeights] | None:
-        """None while a layer has to run its own way."""
+        """None while peft's own forward must run for one of the layers."""
         found = [lora_weights(layer) for layer in self.layers]
         return None if None in found else [member for member in found if member is not None]
 
     def spare(self, like: torch.Tensor) -> int:
-        """Columns that an x of the dtype and on the device of `like` needs behind its rows for the group to run as one,
-        now; 0 while it runs apart."""
+        """Columns that x, of the dtype and device of `like`, needs after each row for the group to run as one product;
+        0 while the layers run separately."""
         if not self._may or torch.is_autocast_enabled(like.device.type):
             return 0
         members = self.members()
@@ -60,7 +60,7 @@ class Merged:
         return extended_spare([member.lora_a.shape[0] for member in members])
 
     def __call__(self, x: torch.Tensor, spare: int) -> torch.Tensor:
-        """Outputs (..., sum of out) side by side on x (..., in), made with the columns that `spare` has asked for."""
+        """Concatenated outputs (..., sum of out) for x (..., in), which was allocated with `spare` columns."""
         members = self.members()
         assert members is not None
         extended = self._extended

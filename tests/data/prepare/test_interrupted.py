@@ -131,7 +131,7 @@ def test_other_data_never_continue_or_replace_a_set(whole, source, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        main(str(source), str(tmp_path / "part"), "1", tell=interrupt)
+        main(str(source), str(tmp_path / "part"), "1", on_progress=interrupt)
     with pytest.raises(DataError, match=r"part-0: holds an unfinished set of other data"):
         main(str(changed), str(tmp_path / "part"), "1")
 

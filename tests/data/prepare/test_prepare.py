@@ -172,7 +172,7 @@ def test_progress_counts_over_all_sources(tmp_path, tokenizer_of):
     write_chats(paths[1], ["two"] * 600)
     data = DataConfig(train=[str(path) for path in paths], cache_dir=str(tmp_path / "cache"))
     seen: list[Progress] = []
-    prepare(data.train, tokenizer_of("chatml"), data=data, model_path="tiny", tell=seen.append)
+    prepare(data.train, tokenizer_of("chatml"), data=data, model_path="tiny", on_progress=seen.append)
     assert [now.records for now in seen] == [512, 600, 1112, 1200]
     assert [now.tokens for now in seen] == sorted(now.tokens for now in seen)
     assert [now.share for now in seen] == pytest.approx([512 / 600, 1, 512 / 600, 1], abs=0.01)
