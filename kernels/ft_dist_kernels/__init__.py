@@ -1,1 +1,2 @@
-"""Fused operations of the training step. One op a file; imports torch and triton only."""
+"""Fused operations of the training step. One folder per large op, one file per small one; imports torch and triton
+only."""

@@ -1,6 +1,6 @@
 """What `python -m benchmarks.kernels.resources` compiles ahead of time, with no GPU, for every chip.
 
-Every op file with kernels exposes `aot_cases(chip)`: the kernels and configurations that it would launch on that chip.
+Every module with kernels exposes `aot_cases(chip)`: the kernels and configurations that it would launch on that chip.
 """
 
 from collections.abc import Callable

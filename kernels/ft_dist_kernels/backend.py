@@ -1,7 +1,7 @@
 """Which form of an op runs: the Triton kernels or the chunked PyTorch form.
 
-`auto` takes Triton for CUDA/HIP tensors and PyTorch for everything else. `triton` on CPU tensors is only possible under
-Triton's interpreter (`TRITON_INTERPRET=1`, set before triton is imported): that is how parity is tested without a GPU.
+`auto` selects Triton for CUDA/HIP tensors and PyTorch otherwise. `triton` on CPU tensors is only possible under
+Triton's interpreter (`TRITON_INTERPRET=1`, set before triton is imported), which tests parity without a GPU.
 """
 
 import os
@@ -17,9 +17,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def use_triton(tensor: torch.Tensor, backend: Backend) -> bool:
-    """True if `tensor` should go through the Triton kernels.
+    """True if the Triton kernels should process `tensor`.
 
-    Raises ValueError for an unknown backend, or for `triton` where it cannot run.
+    Raises ValueError for an unknown backend, or for `triton` if it cannot run.
     """
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"backend={backend!r} is not one of auto, triton, torch")

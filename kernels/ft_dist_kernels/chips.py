@@ -1,4 +1,4 @@
-"""Which chip's row of a tuned table a tensor's kernels take."""
+"""The chip whose tuned settings a tensor's kernels use."""
 
 from functools import lru_cache
 
@@ -22,6 +22,6 @@ def _gpu(device: torch.device) -> tuple[Chip, int]:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
         return "gfx942", properties.multi_processor_count
-    # consumer Blackwell (12) has the shared memory of consumer Ampere, less than half of the data centre's
+    # consumer Blackwell (12) has as much shared memory as consumer Ampere, less than half of the data centre chips'
     nearest: dict[int, Chip] = {9: "sm_90", 10: "sm_100", 11: "sm_100"}
     return nearest.get(properties.major, "sm_80"), properties.multi_processor_count

@@ -1,8 +1,8 @@
-"""Linear layers that read the same x, for fp32 on CPU: products by oneDNN (products.py says how much faster).
+"""Linear layers that read the same x, for fp32 on CPU, with oneDNN's products (products.py has the speed-ups).
 
     y_i = x W_i^T + b_i,  dx = sum of dy_i W_i,  dW_i = dy_i^T x,  db_i = sum over rows of dy_i
 
-The gradient over x adds up inside the products. Elsewhere torch's own layer is as fast.
+The products accumulate the gradient of x. Elsewhere torch's layer is as fast.
 
 Shapes: T tokens (any leading shape), I in, O out.
 """
@@ -20,7 +20,7 @@ from ft_dist_kernels.products import matmul, sum_products, takes_onednn, transpo
 def linear_group(x: Tensor, members: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
     """Outputs (..., O) of every (weight (O, I), bias (O,) or None) on x (..., I); all of one dtype.
 
-    Raises ValueError for shapes that do not fit.
+    Raises ValueError for mismatched shapes.
     """
     for weight, _ in members:
         if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
@@ -39,7 +39,7 @@ def linear_group_reference(x: Tensor, members: Sequence[tuple[Tensor, Tensor | N
 
 
 def gains_from_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether a layer with this weight is faster here than torch's own."""
+    """Whether this is faster than torch's layer for a layer with this weight."""
     return weight.dim() == 2 and takes_onednn(x.detach().reshape(-1, x.shape[-1]), weight.detach().t())
 
 

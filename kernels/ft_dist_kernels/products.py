@@ -1,4 +1,4 @@
-"""Sums of matrix products, out = L1 R1 + L2 R2 + ... (+ bias), rounded once where that is also the faster way.
+"""Sums of matrix products, out = L1 R1 + L2 R2 + ... (+ bias), rounded once where that is also faster.
 
 Shapes: M rows, K contracted, N columns. On a GPU, and on CPUs with bf16 or fp16 matrix instructions, these are the
 vendor's GEMMs. An x86 CPU without them runs a 16-bit GEMM 3 to 10 times slower than fp32 (measured: 2048x576x1536 on
@@ -17,7 +17,7 @@ from torch import Tensor
 # Bounds the widened copies: 16 MiB of a right operand, 256 rows of a left one. Larger blocks were not faster.
 _BLOCK_ELEMENTS = 4 << 20
 _BLOCK_ROWS = 256
-# Fewer columns are an adapter's ranks, and fewer contracted ones added to a sum: MKL is as fast at both
+# Fewer columns (an adapter's ranks) or fewer contracted ones: MKL is as fast
 _ONEDNN_SIDE = 64
 
 
@@ -37,7 +37,7 @@ def widens(tensor: Tensor) -> bool:
 
 
 def matmul(left: Tensor, right: Tensor, plus: Tensor | None = None) -> Tensor:
-    """left (M, K) @ right (K, N), plus `plus` (M, N), in the dtype of all. Not differentiable."""
+    """left (M, K) @ right (K, N), plus `plus` (M, N), in their common dtype. Not differentiable."""
     if not takes_onednn(left, right):
         return torch.mm(left, right) if plus is None else torch.addmm(plus, left, right)
     linear = torch.ops.mkldnn._linear_pointwise
@@ -47,7 +47,7 @@ def matmul(left: Tensor, right: Tensor, plus: Tensor | None = None) -> Tensor:
 
 
 def matmul_into(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """Writes left @ right into `out`; on CPU best a tile that stays in cache."""
+    """Writes left @ right into `out`; on CPU `out` should be a tile that stays in cache."""
     if takes_onednn(left, right):
         out.copy_(matmul(left, right))
     else:
@@ -69,7 +69,7 @@ def takes_onednn(left: Tensor, right: Tensor) -> bool:
 
 @cache
 def _has_onednn() -> bool:
-    """With AVX-512, for which it was measured; torch's own operator, that Inductor calls."""
+    """Requires AVX-512, for which it was measured, and torch's operator, which Inductor calls."""
     known = hasattr(torch.ops, "mkldnn") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return known and torch.backends.mkldnn.is_available() and torch.cpu.get_capabilities().get("avx512_f", False)
 
@@ -81,9 +81,9 @@ def sum_products(
     out: Tensor | None = None,
     alpha: float = 1.0,
 ) -> Tensor:
-    """alpha * sum of left (M, K) @ right (K, N), plus `bias_N`, plus `out` where given (which may be written over).
+    """alpha * sum of left (M, K) @ right (K, N), plus `bias_N`, plus `out` if given (which may be overwritten).
 
-    All operands share one dtype, which is the result's.
+    All operands and the result share one dtype.
     """
     left, right = products[0]
     if alpha == 1.0 and any(takes_onednn(*product) for product in products):

@@ -1,4 +1,4 @@
-"""Rows: a pass in blocks that stay in a CPU's cache through all the steps of the pass, and rows with room behind."""
+"""Blocks of rows that stay in a CPU's cache through all steps of a pass, and buffers with spare columns per row."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,8 +9,8 @@ from ft_dist_kernels.sizes import TILE_ELEMENTS
 
 
 def tiles(row_elements: int, *tensors: Tensor, dim: int = 0) -> Iterator[tuple[Tensor, ...]]:
-    """Blocks along `dim` of tensors that are equally long there; a row of the largest has `row_elements`. Where one
-    block holds all, the tensors as they are: views have a price where passes are short."""
+    """Blocks along `dim` of tensors that are equally long there; a row of the largest has `row_elements`. If one block
+    holds everything, the tensors themselves: views cost time in short passes."""
     step = max(1, TILE_ELEMENTS // max(row_elements, 1))
     if tensors[0].shape[dim] <= step:
         return iter([tensors])

@@ -1,10 +1,9 @@
-"""Causal attention inside segments (the samples of packed rows), with neither a mask nor work across their borders.
+"""Causal attention within segments (the samples of packed rows), without a mask or work across their boundaries.
 
-On a GPU one variable-length call serves all segments (`ragged_attention.py`). On CPU `segments.py` lays the tokens out
-so that every batch is plain causal attention: short segments in fp32 take a form of their own (`short_attention.py`),
-all else PyTorch's attention.
+On a GPU one variable-length call serves all segments (`ragged.py`). On CPU `segments.py` lays the tokens out so that
+every batch is plain causal attention: short segments in fp32 use `short.py`, the rest PyTorch's attention.
 
-Shapes: B rows, S positions, T = B S tokens, P places of all batches together, N heads, M of keys, D head width.
+Shapes: B rows, S positions, T = B S tokens, P places over all batches, N heads, M key heads, D head width.
 """
 
 from typing import Any
@@ -32,15 +31,15 @@ def segment_attention(
 ) -> Tensor:
     """q (B, N, S, D), k and v (B, M, S, D), N a multiple of M; returns (B, S, N, D).
 
-    A token sees the tokens before it in its segment and itself, with a `window` only that many of them. Raises
-    ValueError for segments that are laid for CPU and tensors that are not there.
+    A token attends to itself and the earlier tokens of its segment, with a `window` to at most that many. Raises
+    ValueError if the segments are for CPU but the tensors are not.
     """
     q_TND, k_TMD, v_TMD = (_tokens_first(x) for x in (q, k, v))
     options: dict[str, Any] = {"scale": scale, "window": window}
     if isinstance(segments, RaggedSegments):
         y_TND = ragged_attention(q_TND, k_TMD, v_TMD, segments, **options, dropout_p=dropout_p)
     elif q.device.type != "cpu":
-        raise ValueError(f"segments laid for cpu cannot serve attention on {q.device}: take those of segments_for")
+        raise ValueError(f"segments for cpu cannot be used on {q.device}. Get them from segments_for.")
     elif suits(q_TND, segments) and not dropout_p:
         y_TND = short_attention(q_TND, k_TMD, v_TMD, segments, **options)
     else:
@@ -58,7 +57,7 @@ def _by_batches(
     window: int | None,
     dropout_p: float,
 ) -> Tensor:
-    """PyTorch's attention, a call for each batch."""
+    """PyTorch's attention, one call per batch."""
     _, heads, width = q_TND.shape
     shapes = segments.shapes
     per_key = [shape.rows * shape.longest for shape in shapes]
@@ -102,12 +101,12 @@ def segment_attention_reference(
 
 
 def _tokens_first(x: Tensor) -> Tensor:
-    """(B, N, S, D) -> (T, N, D), without a copy where memory already holds heads beside each other."""
+    """(B, N, S, D) -> (T, N, D), without a copy if the heads of a token are adjacent in memory."""
     return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
 
 
 def _spread_queries(x_TND: Tensor, segments: Segments) -> Tensor:
-    """Tokens (T, N, D) -> places (P, N, D). A token is queried once, so that one gradient comes back to it."""
+    """Tokens (T, N, D) -> places (P, N, D). Each token is a query once, so it receives one gradient."""
     if segments.in_order:
         return x_TND
     return _Rearrange.apply(x_TND, segments.queries, segments.query_of, None, None)
@@ -128,9 +127,9 @@ def _collect(y_PND: Tensor, segments: Segments) -> Tensor:
 
 
 class _Rearrange(torch.autograd.Function):
-    """Rows of x in the order of `index`. `inverse` names the first place of each row; the segments of `copies` the
-    further ones; `unread`, the rows of x that the result leaves out: such a query would still pass gradients on to keys
-    of its segment."""
+    """Rows of x in the order of `index`. `inverse`: the first place of each row; the segments of `copies`: the further
+    ones; `unread`: the rows of x that the result omits, since such a query would still send gradients to its segment's
+    keys."""
 
     @staticmethod
     def forward(
@@ -151,7 +150,7 @@ class _Rearrange(torch.autograd.Function):
 
 
 def _add_copies(gathered: Tensor, grad: Tensor, segments: Segments) -> None:
-    """Add the gradients of copies to those of their tokens: in fp32, in the same order every time."""
+    """Add the gradients of copies to those of their tokens: in fp32, in a fixed order."""
     sums = gathered.index_select(0, segments.shared).float()
     values = grad.index_select(0, segments.copies).float()
     sums.index_add_(0, segments.copied, values)

@@ -1,20 +1,20 @@
-"""Causal attention over ragged segments, on a GPU: one variable-length call a layer, whatever the samples' lengths.
+"""Causal attention over ragged segments on a GPU: one variable-length call per layer, for any sample lengths.
 
-Three kernels can do it, all of them compiled ahead, so that no new shape costs anything. Each backward pass gives the
-same bits every time, which bit-equal resume rests on (cuDNN's does not, and builds a plan for every shape):
+There are three kernels, all compiled ahead of time, so new shapes cost nothing. Each backward pass gives the same bits
+every time, which bit-exact resume requires (cuDNN's does not, and builds a plan for every shape):
 
-- `flash3`: the FlashAttention 3 package, on Hopper, for bf16 and fp16 up to 128 wide. Builds exist that take
-  `deterministic=True` and ignore it, so that it has to show its bits first (`_repeats_its_bits`).
-- `flash`: FlashAttention 2 as PyTorch ships it, for bf16 and fp16 up to 256 wide from Ampere on. The backward pass is
-  ours up to 128 wide (`ragged_backward_kernels.py`): FlashAttention 2 is slow at it on Hopper (166 TFLOP/s on an H100,
-  say its authors in github.com/Dao-AILab/flash-attention/pull/1893), and slower, with large partial sums, where it has
-  to be deterministic. For wider heads PyTorch's flag for determinism is set around that one call.
-- `efficient`: PyTorch's memory-efficient kernel, for fp32 and whatever else. It has no groups of heads, so that keys
-  and values are repeated for it.
+- `flash3`: the FlashAttention 3 package, on Hopper, for bf16 and fp16 up to 128 wide. Some builds accept
+  `deterministic=True` and ignore it, so its determinism is tested first (`_repeats_its_bits`).
+- `flash`: FlashAttention 2 as shipped with PyTorch, for bf16 and fp16 up to 256 wide, from Ampere on. The backward pass
+  is ours up to 128 wide (`ragged_backward_kernels.py`): FlashAttention 2's is slow on Hopper (166 TFLOP/s on an H100
+  according to its authors, github.com/Dao-AILab/flash-attention/pull/1893), and slower, with large partial sums, in its
+  deterministic form. For wider heads PyTorch's determinism flag is set around that one call.
+- `efficient`: PyTorch's memory-efficient kernel, for fp32 and everything else. It does not support grouped heads, so
+  keys and values are repeated.
 
-On CPU the reference runs, so that everything around the kernel is tested without a GPU.
+On CPU the reference runs, which tests everything around the kernel without a GPU.
 
-Shapes: T tokens, K places of keys, N heads, M of keys, D head width.
+Shapes: T tokens, K places of keys, N heads, M key heads, D head width.
 """
 
 import inspect
@@ -41,7 +41,7 @@ KERNEL_NAMES: dict[Kernel, str] = {
 }
 
 TRITON_WIDEST = 128
-"""Heads whose backward pass fits the registers of our kernels"""
+"""Widest head whose backward pass fits the registers of our kernels"""
 
 CAUSAL_FROM_BOTTOM_RIGHT = 2
 """`custom_mask_type` of PyTorch's memory-efficient kernel"""
@@ -80,13 +80,14 @@ def ragged_attention(
 def _efficient_from_the_first_key(
     q_TND: Tensor, k_KND: Tensor, v_KND: Tensor, segments: RaggedSegments, scale: float, window: int, dropout_p: float
 ) -> Tensor:
-    """A query for every key, of which one a token is read. In a segment with fewer queries than keys the backward pass
-    of PyTorch's kernel (up to 2.13 at least) counts the window from the first key, its forward pass from the last."""
+    """A query for every key, one of which is read per token. In a segment with fewer queries than keys, the backward
+    pass of PyTorch's kernel (up to 2.13 at least) counts the window from the first key, the forward pass from the
+    last."""
     assert segments.places is not None
     assert segments.place_ends is not None
     whole = replace(segments, query_ends=segments.key_ends, longest_queries=segments.longest_keys)
     y_KND = _Efficient.apply(_GatherKeys.apply(q_TND, segments), k_KND, v_KND, whole, scale, window, dropout_p)
-    # the first place of a token is where it is queried
+    # a token is a query at its first place
     return y_KND.index_select(0, segments.places.index_select(0, segments.place_ends[:-1]))
 
 
@@ -99,7 +100,7 @@ def ragged_attention_reference(
     window: int | None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """What the kernels compute, segment by segment in plain PyTorch: keys are gathered already."""
+    """The kernels' result, segment by segment in plain PyTorch, for gathered keys."""
     repeats = q_TND.shape[1] // k_KMD.shape[1]
     query_ends, key_ends = segments.query_ends.tolist(), segments.key_ends.tolist()
     outputs = []
@@ -116,7 +117,7 @@ def ragged_attention_reference(
 
 @cache
 def attention_kernel(device: torch.device, dtype: torch.dtype, width: int, *, dropout: bool = False) -> Kernel:
-    """Which kernel attends for heads of this dtype and width there: asked once, as installed packages do not change."""
+    """The kernel for heads of this dtype and width on a device; cached, because installed packages do not change."""
     if device.type == "cpu":
         return "reference"
     capability = torch.cuda.get_device_capability(device)
@@ -130,8 +131,8 @@ def attention_kernel(device: torch.device, dtype: torch.dtype, width: int, *, dr
 
 
 class _Flash(torch.autograd.Function):
-    """The operators that torch.nn.attention.varlen wraps: what the wrapper takes changes from version to version
-    (windows come with 2.11, groups of heads with 2.12), what these take is the same from 2.11 to 2.13 at least."""
+    """The operators behind torch.nn.attention.varlen. The wrapper's arguments change between versions (2.11 added
+    windows, 2.12 grouped heads); those of the operators are the same from 2.11 to 2.13 at least."""
 
     @staticmethod
     def forward(
@@ -159,7 +160,7 @@ class _Flash(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, y, lse, seed, offset = ctx.saved_tensors
         drop, causal, options = ctx.options
-        # AMD's kernels lay lse out in another way
+        # AMD's kernels use another layout for lse
         if not drop and dy.shape[2] <= TRITON_WIDEST and use_triton(dy, "auto") and torch.version.hip is None:
             from ft_dist_kernels.attention.ragged_backward_kernels import launch_backward
 
@@ -173,7 +174,7 @@ class _Flash(torch.autograd.Function):
 
 
 class _Efficient(torch.autograd.Function):
-    """As many heads of keys as of queries. Deterministic where keys are not split between blocks."""
+    """Needs as many key heads as query heads. Deterministic if keys are not split between blocks."""
 
     @staticmethod
     def forward(
@@ -208,9 +209,9 @@ class _Efficient(torch.autograd.Function):
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """PyTorch's flag for deterministic algorithms, for one call on this thread. `warn_only` would leave the flash
-    backward as it is, and memory is not filled first. Not `torch.use_deterministic_algorithms`: that loads torch's
-    compiler, and would have every product of matrices ask for a cuBLAS setting if it stayed on."""
+    """Sets PyTorch's determinism flag for one call on this thread. `warn_only` would not affect the flash backward;
+    memory is not filled first. `torch.use_deterministic_algorithms` would load torch's compiler, and left on it would
+    make every matrix product require a cuBLAS setting."""
     before = torch._C._get_deterministic_algorithms(), torch._C._get_deterministic_algorithms_warn_only()
     filled = torch._C._get_deterministic_fill_uninitialized_memory()
     torch._C._set_deterministic_algorithms(True, warn_only=False)
@@ -281,8 +282,8 @@ class _GatherKeys(torch.autograd.Function):
 
 
 def sum_places(x_KMD: Tensor, segments: RaggedSegments, *, backend: Any = "auto") -> Tensor:
-    """(K, M, D) -> (T, M, D): the sum over the places of each token, in fp32 and in their order. What lies at places
-    of no token is not read: kernels leave it as it was in memory."""
+    """(K, M, D) -> (T, M, D): the sum over the places of each token, in fp32 and in their order. Places
+    without a token are not read: kernels leave them uninitialised."""
     assert segments.places is not None
     assert segments.place_ends is not None
     if use_triton(x_KMD, backend):
@@ -299,6 +300,6 @@ def sum_places_reference(x_KMD: Tensor, places: Tensor, place_ends: Tensor) -> T
     values = x_KMD.index_select(0, places[: len(token_of)].long()).to(sums.dtype)
     if x_KMD.device.type == "cpu":
         sums.index_add_(0, token_of, values)
-    else:  # where index_add_ would be atomic
+    else:  # index_add_ would be atomic here
         sums.index_put_((token_of,), values, accumulate=True)
     return sums.to(x_KMD.dtype)

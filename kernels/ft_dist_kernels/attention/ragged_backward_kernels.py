@@ -1,13 +1,13 @@
-"""The backward pass of attention over ragged segments in Triton: ragged_attention.py.
+"""The backward pass of attention over ragged segments in Triton (see `ragged.py`).
 
     P = exp(scale Q K^T - lse)    dV = P^T dY    dS = P * (dY V^T - delta)    dQ = scale dS K    dK = scale dS^T Q
 
-with delta = sum(dY * Y) of each query and head, after FlashAttention 2 (arXiv 2307.08691). Two passes: one gives dK and
-dV, a block of keys a program, the other dQ, a block of queries a program. So one program adds each number up, in one
-order: the bits are the same every time without atomics, without partial sums of dQ in memory, and without copies of
-keys for the heads that share them. That takes seven products where FlashAttention takes five.
+with delta = sum(dY * Y) per query and head, after FlashAttention 2 (arXiv 2307.08691). Two passes: one computes dK and
+dV with one block of keys per program, the other dQ with one block of queries per program. A single program accumulates
+each element in a fixed order, so the result is deterministic without atomics, partial sums of dQ in memory, or copies
+of keys for the heads that share them. This takes seven products where FlashAttention takes five.
 
-Shapes: T tokens, K places of keys, N heads, M of keys, D head width.
+Shapes: T tokens, K places of keys, N heads, M key heads, D head width.
 """
 
 # mypy: disallow-incomplete-defs=False
@@ -25,9 +25,9 @@ from ft_dist_kernels.chips import chip_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 ROWS = 32
-"""Of a program that computes delta"""
+"""Rows per program that computes delta"""
 
-# of each pass: rows of the block that a program keeps, rows of the blocks that pass by it, warps, stages
+# per pass: rows of the block that a program keeps, rows of the blocks that it loops over, warps, stages
 TILES: dict[Chip, tuple[tuple[int, int, int, int], tuple[int, int, int, int]]] = {
     "sm_80": ((64, 32, 8, 2), (64, 32, 4, 2)),
     "sm_90": ((128, 32, 8, 2), (128, 64, 8, 2)),
@@ -38,7 +38,7 @@ TILES: dict[Chip, tuple[tuple[int, int, int, int], tuple[int, int, int, int]]] =
 
 @triton.jit
 def _tile(pointer, first, stride, rows, count, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(ROWS, BLOCK_D) from row `first` on, of which `rows` are numbered in their segment; zero from `count` on."""
+    """(ROWS, BLOCK_D) from row `first`; `rows` are row numbers within the segment; zero from `count` on."""
     columns = tl.arange(0, BLOCK_D)[None, :]
     inside = (rows < count)[:, None]
     if D < BLOCK_D:
@@ -65,7 +65,7 @@ def _queries_past(
     shift, keys, scale, window, MASKED: tl.constexpr, WINDOW: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """Add blocks of queries from `first` to before `last`, of one head after the other: nested loops take registers.
+    """Accumulate blocks of queries from `first` up to `last`, head by head: nested loops would use more registers.
     Queries from `count` on are zero and add nothing."""
     blocks = tl.cdiv(tl.maximum(last - first, 0), QUERIES)
     for number in range(GROUP * blocks):
@@ -97,7 +97,7 @@ def keys_backward_kernel(
     GROUP: tl.constexpr, WINDOW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (heads of keys, segments, blocks of keys): the first block, which most queries see, starts first."""
+    """Grid (key heads, segments, blocks of keys): the first block, which most queries attend to, starts first."""
     key_head, segment, begin = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2) * KEYS
     key_start, query_start = tl.load(key_ends_ptr + segment), tl.load(query_ends_ptr + segment)
     key_count = tl.load(key_ends_ptr + segment + 1) - key_start
@@ -112,7 +112,7 @@ def keys_backward_kernel(
         first = tl.maximum(begin - shift, 0) // QUERIES * QUERIES
         if WINDOW:
             last = tl.minimum(count, begin + KEYS - 1 + window - shift)
-        else:  # from there on queries see the whole block
+        else:  # from here on queries attend to the whole block
             last = tl.minimum(count, tl.cdiv(tl.maximum(begin + KEYS - 1 - shift, 0), QUERIES) * QUERIES)
         query_row, head = query_start.to(tl.int64), key_head * GROUP
         q_at, dy_at = q_ptr + query_row * q_t + head * q_n, dy_ptr + query_row * dy_t + head * dy_n
@@ -138,7 +138,7 @@ def _keys_past(
     dq, q, dy, lse, delta, k_ptr, v_ptr, k_t, v_t, first, last, count, positions, scale, window,
     MASKED: tl.constexpr, WINDOW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Add blocks of keys from `first` to before `last`."""
+    """Accumulate blocks of keys from `first` up to `last`."""
     for start in range(first, last, KEYS):
         keys = start + tl.arange(0, KEYS)
         k = _tile(k_ptr, start, k_t, keys, count, D, KEYS, BLOCK_D)
@@ -162,7 +162,7 @@ def queries_backward_kernel(
     GROUP: tl.constexpr, WINDOW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (heads, segments, blocks of queries): the last block, which sees most keys, starts first."""
+    """Grid (heads, segments, blocks of queries): the last block, which attends to most keys, starts first."""
     head, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
     begin = (tl.num_programs(2) - 1 - tl.program_id(2)) * QUERIES
     key_start, query_start = tl.load(key_ends_ptr + segment), tl.load(query_ends_ptr + segment)
@@ -183,7 +183,7 @@ def queries_backward_kernel(
         v_at = v_ptr + key_start.to(tl.int64) * v_t + head // GROUP * v_n
         if WINDOW:
             first = tl.maximum(begin + shift - window + 1, 0) // KEYS * KEYS
-        else:  # up to there the first query sees whole blocks
+        else:  # up to here the first query attends to whole blocks
             first = (begin + shift + 1) // KEYS * KEYS
             dq = _keys_past(
                 dq, q, dy, lse, delta, k_at, v_at, k_t, v_t, 0, first, key_count, positions, scale, window,
@@ -211,7 +211,7 @@ def launch_backward(
     scale: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients (T, N, D), (K, M, D) and (K, M, D); those of places in no segment are left as they are in memory."""
+    """Gradients (T, N, D), (K, M, D) and (K, M, D); those of places outside segments are uninitialised."""
     tokens, heads, width = q_TND.shape
     key_heads, count = k_KMD.shape[1], len(segments.query_ends) - 1
     q, k, v, y, dy = (x if x.stride(2) == 1 else x.contiguous() for x in (q_TND, k_KMD, v_KMD, y_TND, dy_TND))

@@ -1,7 +1,7 @@
-"""Sums over the places of shared tokens in Triton: ragged_attention.py.
+"""Sums over the places of shared tokens in Triton (see `ragged.py`).
 
-One token and a block of its columns a program. A token's places are read in their order, so that sums are the same
-every time; every byte is read once and written once.
+Each program handles one token and a block of its columns. It reads the token's places in order, so the sums are
+deterministic; every byte is read once and written once.
 """
 
 # mypy: disallow-incomplete-defs=False

@@ -1,11 +1,11 @@
-"""Where the tokens of packed rows lie for attention on a GPU: segments end to end, separated by where each one ends.
+"""The layout of packed rows for attention on a GPU: concatenated segments and their end positions.
 
-Variable-length kernels read the ends from the device, so that one call serves all segments of all rows, and neither
-padding nor a shape that depends on the samples' lengths is left: everything that the host passes (the numbers of
-segments and of keys, the longest segment) is rounded up coarsely, and the segments that this adds are empty.
+Variable-length kernels read the ends from the device, so one call serves all segments of all rows without padding or
+shapes that depend on sample lengths: the values that the host passes (the numbers of segments and of keys, the longest
+segment) are rounded up coarsely, which adds empty segments.
 
-Queries are the tokens themselves, in their order. So are keys, unless segments share a beginning and its tokens (see
-segments.py): then the keys of each segment are gathered, and the gradient of a token is the sum over its places.
+Queries are the tokens, in order. So are keys, unless segments share a prefix and its tokens (see segments.py): then the
+keys of each segment are gathered, and the gradient of a token is the sum over its places.
 
 Shapes: T tokens, K places of keys (K = T unless tokens are shared), N segments.
 """
@@ -21,14 +21,14 @@ from ft_dist_kernels.attention.segments import Segments, find_segments, segment_
 
 @dataclass(frozen=True, eq=False)
 class RaggedSegments:
-    """query_ends and key_ends (N + 1,) int32: where segments start and end among queries and keys. A segment with
-    fewer queries than keys asks from its last tokens: query i of n sees key j of m where j <= i + m - n.
+    """query_ends and key_ends (N + 1,) int32: where segments start and end among queries and keys. In a segment with
+    fewer queries than keys the queries are its last tokens: query i of n attends to key j of m if j <= i + m - n.
 
     longest_queries and longest_keys: at least the longest segment's, for the size of a kernel's grid.
 
-    keys (K,) int64: the token at each place of keys; None where places and tokens are the same. Then places (K,) int32
-    holds the places of each token, token by token, and place_ends (T + 1,) int32 where those of a token start and end.
-    Places from key_ends[-1] on belong to no segment and to no token.
+    keys (K,) int64: the token at each place of keys; None if places and tokens are the same. If set, places (K,) int32
+    lists the places of each token, token by token, and place_ends (T + 1,) int32 where those of a token start and end.
+    Places from key_ends[-1] on belong to no segment or token.
     """
 
     query_ends: Tensor
@@ -56,21 +56,21 @@ class RaggedSegments:
 AnySegments = Segments | RaggedSegments
 
 MAX_GRID = 65535
-"""Segments that kernels take: one each along the second side of their grid"""
+"""Most segments that kernels accept: their grid's second dimension"""
 
 
 def segments_for(device_type: str, position_ids: Tensor) -> AnySegments:
-    """position_ids (B, S) int64 on CPU, 0 where a segment begins; every row begins one. The form that attention on
-    such a device takes, itself on CPU."""
+    """The segments, on CPU, in the form that attention on the device needs. position_ids (B, S) int64 on CPU: 0 where a
+    segment starts, and every row starts one."""
     if device_type == "cpu":
         return find_segments(position_ids)
     return lay_ragged(torch.arange(position_ids.numel()), segment_lengths(position_ids))
 
 
 def lay_ragged(tokens: Tensor, lengths: Tensor) -> RaggedSegments:
-    """tokens (sum of lengths,) int64 on CPU: the token at each position of the segments, end to end; every token from 0
-    to the largest comes at least once, and for the first time in ascending order; what two segments share are their
-    beginnings. lengths: all above 0. Raises ValueError for tokens in another order."""
+    """tokens (sum of lengths,) int64 on CPU: the token at each position of the concatenated segments. Every token from
+    0 to the largest occurs, first occurrences ascend, and segments share only prefixes. lengths: all above 0. Raises
+    ValueError for tokens in another order."""
     count = int(tokens.max()) + 1
     at = torch.arange(len(tokens))
     first = at.new_empty(count).scatter_reduce_(0, tokens, at, "amin", include_self=False)
@@ -99,12 +99,12 @@ def lay_ragged(tokens: Tensor, lengths: Tensor) -> RaggedSegments:
 
 
 def coarse(count: int) -> int:
-    """The next power of two: what only sizes a kernel's grid may be twice as large as need be."""
+    """The next power of two: a value that only sizes a kernel's grid may be up to twice as large as necessary."""
     return int(1 << (count - 1).bit_length())
 
 
 def fine(count: int) -> int:
-    """A multiple of 16, and at most an eighth more from 128 on: what costs memory and time."""
+    """A multiple of 16, at most an eighth larger from 128 on: for values that cost memory and time."""
     unit = max(16, 1 << max(0, (count - 1).bit_length() - 4))
     return -(-count // unit) * unit
 

@@ -1,14 +1,15 @@
-"""Where the tokens of packed rows lie for attention: segments (the samples) of like length side by side as a batch.
+"""The layout of packed rows for attention on CPU: segments (the samples) of similar length form a batch.
 
-A mask that keeps the samples of a row apart costs the whole row's square: 25 samples of 40 tokens in a row of 1,000
-would take 25 times the arithmetic that they need, and mask every fast path of PyTorch's attention away. Each batch here
-is plain causal attention, which padding after a segment's end cannot touch.
+A mask that separates the samples of a row costs the square of the row's length: 25 samples of 40 tokens in a row of
+1,000 would take 25 times the arithmetic that they need, and rule out PyTorch's fast attention paths. Each batch here is
+plain causal attention, which padding after a segment's end does not affect.
 
-Segments that begin alike (a system prompt) can share tokens: what a token's layers compute depends on the tokens before
-it alone, so that one computation serves all of them, and its gradient is the sum of theirs. A shared token is a key of
-every segment that it belongs to and a query once: a segment whose beginning is queried elsewhere asks from there on.
+Segments with a common prefix (a system prompt) can share its tokens: a token's activations depend only on the tokens
+before it, so one computation serves all segments, and its gradient is the sum of theirs. A shared token is a key in
+every segment that contains it, but a query only once: a segment whose prefix is queried elsewhere starts its queries
+after it.
 
-Shapes: T tokens, Q places of queries and K of keys of all batches together, C copies.
+Shapes: T tokens, Q places of queries and K of keys over all batches, C copies.
 """
 
 from collections.abc import Callable
@@ -19,11 +20,11 @@ import torch
 from torch import Tensor
 
 SMALL = 128
-"""Places of padding that cost less than another batch's calls"""
+"""Padding that costs less than the calls of another batch"""
 
 
 class Shape(NamedTuple):
-    """A batch: `rows` segments of up to `longest` tokens, each queried from its token number `begin` on."""
+    """A batch: `rows` segments of up to `longest` tokens; queries start at token `begin` of each."""
 
     rows: int
     begin: int
@@ -34,19 +35,19 @@ class Shape(NamedTuple):
         return self.longest - self.begin
 
     def seen(self, window: int | None = None) -> Tensor:
-        """(queries, longest) bool: which keys a query sees, at most `window` of them."""
+        """(queries, longest) bool: the keys that a query attends to, at most `window` of them."""
         distance = torch.arange(self.begin, self.longest)[:, None] - torch.arange(self.longest)
         return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """Which token lies where among the batches.
+    """The place of every token in the batches.
 
-    queries (Q,) and keys (K,): the token at each place, some token of the same rows where no segment reaches;
-    query_of and key_of (T,): the first place of each token; unread: the places of queries that no token's output is
-    taken from. shared: the tokens with more keys than one; copies (C,): those further places, and copied (C,): of which
-    of the shared tokens. shapes: of the batches, in order. `in_order`: places and tokens are the same.
+    queries (Q,) and keys (K,): the token at each place, and any token of the same rows at padding places; query_of and
+    key_of (T,): the first place of each token; unread: query places whose output is not used. shared: the tokens with
+    several keys; copies (C,): their further places, and copied (C,): the shared token of each. shapes: of the batches,
+    in order. `in_order`: places and tokens are the same.
     """
 
     queries: Tensor
@@ -60,7 +61,7 @@ class Segments:
     shapes: tuple[Shape, ...]
     in_order: bool
     laid: dict[Any, Any] = field(default_factory=dict, repr=False)
-    """What a form of attention derives from this once for all layers, by its own key"""
+    """Cache of what an attention form derives from this once for all layers, by form"""
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Segments":
         return self._changed(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -74,7 +75,7 @@ class Segments:
 
 
 def find_segments(position_ids: Tensor) -> Segments:
-    """position_ids (B, S) int64 on CPU, 0 where a segment begins; every row begins one."""
+    """position_ids (B, S) int64 on CPU: 0 where a segment starts; every row starts one."""
     return lay_segments(torch.arange(position_ids.numel()), segment_lengths(position_ids))
 
 
@@ -85,8 +86,8 @@ def segment_lengths(position_ids: Tensor) -> Tensor:
 
 
 def lay_segments(tokens: Tensor, lengths: Tensor) -> Segments:
-    """tokens (sum of lengths,) int64 on CPU: the token at each position of the segments, end to end; every token from 0
-    to the largest comes at least once, and what two segments share are their beginnings. lengths: all above 0."""
+    """tokens (sum of lengths,) int64 on CPU: the token at each position of the concatenated segments. Every token from
+    0 to the largest occurs, and segments share only prefixes. lengths: all above 0."""
     runs = _runs(tokens, lengths)
     runs = runs[torch.argsort(runs[:, 2], descending=True, stable=True)]
     shapes, query_at, key_at, query_used, key_used = [], [], [], [], []
@@ -123,8 +124,8 @@ def lay_segments(tokens: Tensor, lengths: Tensor) -> Segments:
 
 
 def _runs(tokens: Tensor, lengths: Tensor) -> Tensor:
-    """(R, 3): where a segment starts in `tokens`, and from which to before which of its tokens it is queried. What
-    others begin with too is a run of its own, so that the rest of the segment begins with it as theirs do."""
+    """(R, 3): a segment's start in `tokens`, and the range of its tokens that are queries. A shared prefix is a
+    separate run, so that the rest of the segment starts after it, as in the other segments."""
     starts = torch.cumsum(lengths, 0) - lengths
     used = torch.bincount(tokens)
     if int(used.max()) == 1:
@@ -139,15 +140,15 @@ def _runs(tokens: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _next_batch(runs: Tensor) -> tuple[Tensor, Tensor]:
-    """The longest run with those that are laid beside it, and the rest. Up to half of a batch's keys may be padding,
-    or a few; runs from a first token on and those from a later one are apart."""
+    """The longest run with those that join its batch, and the rest. Up to half of a batch's keys may be padding, or a
+    few; runs that start at a first token and those that start later are in different batches."""
     _, begin, end = runs.unbind(1)
     longest = int(end.max())
-    alike = (begin > 0) == bool(begin[end.argmax()] > 0)
-    of_like_length = end > longest // 2
-    few = torch.cumsum((longest - end) * (alike & ~of_like_length), 0) <= SMALL
-    beside = alike & (of_like_length | few)
-    return runs[beside], runs[~beside]
+    same_kind = (begin > 0) == bool(begin[end.argmax()] > 0)
+    similar = end > longest // 2
+    few = torch.cumsum((longest - end) * (same_kind & ~similar), 0) <= SMALL
+    joined = same_kind & (similar | few)
+    return runs[joined], runs[~joined]
 
 
 def _first_places(tokens: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:

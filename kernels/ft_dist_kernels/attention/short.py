@@ -1,11 +1,11 @@
-"""Attention inside short segments, fp32 on CPU: softmax(scale Q K^T) V by plain products.
+"""Attention within short segments, fp32 on CPU: softmax(scale Q K^T) V by plain products.
 
-PyTorch's own attention is made for long rows; up to 128 keys this takes 0.6 to 0.9 of its time. The queries of the
-N / M heads that share a key lie below each other as rows of one product, and one gather takes tokens to that layout,
-one brings them back. The gradients of a token that is a key at several places add up on the way. The weights are kept
-for the backward pass where they are no more than the queries, and computed again where they are more.
+PyTorch's attention is built for long rows; up to 128 keys this takes 0.6 to 0.9 of its time. The queries of the N / M
+heads that share a key are rows of one product; one gather brings tokens into that layout, another back. The gradients
+of a token that is a key at several places are summed on the way. Attention weights are kept for the backward pass if
+they are no more than the queries, and recomputed otherwise.
 
-Shapes: T tokens, N heads, M of keys, D head width; of a batch c = rows * M products, G = queries * N / M rows, L keys.
+Shapes: T tokens, N heads, M key heads, D head width; per batch c = rows * M products, G = queries * N / M rows, L keys.
 """
 
 from typing import Any, NamedTuple
@@ -16,12 +16,12 @@ from torch import Tensor
 from ft_dist_kernels.attention.segments import Segments
 
 LONGEST = 128
-"""Keys of a segment"""
+"""Most keys of a short segment"""
 
 
 class Layout(NamedTuple):
     """Rows are (token, head) pairs. queries and keys: the row at each place of all batches; query_of: the place of each
-    row; unread: places without a reader; of each batch masks (1, G, L), 0 or -inf, and sizes of q (c, G), of k (c, L).
+    row; unread: unused places; per batch masks (1, G, L), 0 or -inf, and the sizes of q (c, G) and k (c, L).
     """
 
     queries: Tensor
@@ -97,8 +97,8 @@ def _weights(mask_1GL: Tensor, q_cGD: Tensor, k_cLD: Tensor, scale: float) -> Te
 
 
 def _sum_to_rows(x: Tensor, rows: Tensor, count: int) -> Tensor:
-    """(count, D): the sum of those x that belong to each row, in the order in which they lie. The gradient of looking
-    rows up: index_add_ has a call a row on CPU."""
+    """(count, D): the sum of the x that belong to each row, in stored order: the gradient of a row lookup. On CPU
+    index_add_ makes one call per row."""
     return torch.ops.aten.embedding_dense_backward(x, rows, count, -1, False)
 
 
@@ -110,7 +110,7 @@ def _batches(x: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:
 
 
 def _layout(segments: Segments, heads: int, kv_heads: int, window: int | None) -> Layout:
-    """Made once for all layers."""
+    """Computed once for all layers."""
     key = (_layout, heads, kv_heads, window)
     if key not in segments.laid:
         segments.laid[key] = _lay(segments, heads, kv_heads, window)
@@ -126,7 +126,7 @@ def _lay(segments: Segments, heads: int, kv_heads: int, window: int | None) -> L
     for shape, queried, keyed, used in zip(
         shapes, segments.queries.split(per_query), segments.keys.split(per_key), is_read.split(per_query), strict=True
     ):
-        # (b, N, l) = (b M, N / M l): heads that share a key come together
+        # (b, N, l) = (b M, N / M l): heads that share a key become adjacent
         query_rows.append((queried.view(shape.rows, 1, -1) * heads + torch.arange(heads)[:, None]).flatten())
         key_rows.append((keyed.view(shape.rows, 1, -1) * kv_heads + torch.arange(kv_heads)[:, None]).flatten())
         read.append(used.view(shape.rows, 1, -1).expand(-1, heads, -1).flatten())

@@ -1,14 +1,15 @@
-"""The walk over chunks of rows behind `linear_cross_entropy`: matrix products around one softmax step.
+"""The loop over chunks of rows in `linear_cross_entropy`: matrix products around one softmax step.
 
-Chunk size: the GPU needs >= 1024 rows a chunk to stay bound by the matrix product rather than by reading the weight
+Chunk size: a GPU needs >= 1024 rows per chunk to be bound by the matrix product rather than by reading the weight
 (at H=4096 on an H200: 735 rows with an fp32 weight gradient), a CPU about 256 (measured at H=576, V=49152, T=2048 on
 one AVX512 core: 2.8 s forward and backward at 128 rows, 2.4 from 256 to 683, 2.2 at 1024; whole logits 3.1).
-Above that only memory speaks, and the budgets below keep it small.
+Beyond that only memory matters, and the budgets in `sizes.py` keep it small.
 
 The matrix products of the CPU form run in fp32, with weights in half precision widened tile by tile into one buffer
-that stays in cache: without AVX512-BF16 or AMX a bf16 product is five times slower (measured), with it torch has none
-that leaves the logits in fp32, and rounding those moved the gradient norm of a small model by over 2%. Their gradient
-may be rounded, as it is in the eager form, on its way to the hidden states' own: there such a CPU takes bf16.
+that stays in cache. Without AVX512-BF16 or AMX a bf16 product is five times slower (measured); with them torch has no
+bf16 product with fp32 logits, and rounding the logits changed the gradient norm of a small model by over 2%. The
+gradient of the logits may be rounded before the product that gives the hidden states' gradient, as in the eager form:
+there such a CPU uses bf16.
 
 Shapes: T tokens, N labelled tokens, n rows of a chunk, H hidden, V vocabulary, v a tile of it, R LoRA rank.
 """

@@ -63,11 +63,11 @@ def linear_cross_entropy(
     floating dtype; token_weights carry no gradient. lora_hidden (..., H) is the input of the LoRA branch where it is
     not `hidden` itself (dropout). Under no_grad, or if no input requires a gradient, no gradient is computed.
 
-    rows (N,) int64 names the labelled tokens, counted over all leading dimensions, where the caller knows them; the
-    loss is over these. Without it a GPU is waited for until they are found.
+    rows (N,) int64 are the flat indices of the labelled tokens, if the caller knows them; the loss covers these.
+    Without it the host waits for the GPU to find them.
 
-    With no labelled token at all loss is 0 and every gradient is zeros. A label that is neither `ignore_index` nor in
-    [0, V) raises ValueError on CPU; on a GPU, where looking would stall the queue, it makes the loss and the gradients
+    Without a labelled token the loss is 0 and every gradient is zero. A label that is neither `ignore_index` nor in
+    [0, V) raises ValueError on CPU; on a GPU, where a check would stall the queue, it makes the loss and the gradients
     of its row NaN.
     """
     _validate(hidden, weight, labels, bias, lora_a, lora_b, lora_hidden, lora_scale, softcap, logit_scale)
@@ -75,7 +75,7 @@ def linear_cross_entropy(
         if token_weights.shape != labels.shape:
             raise ValueError(
                 f"token_weights has shape {tuple(token_weights.shape)} and labels {tuple(labels.shape)}; pass one "
-                "weight a label."
+                "weight per label."
             )
         if token_weights.requires_grad:
             raise ValueError("token_weights.requires_grad=True, but weights carry no gradient. Pass .detach() of them.")
@@ -130,7 +130,7 @@ def linear_cross_entropy_reference(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
 ) -> LinearCrossEntropyOutput:
-    """The same in plain PyTorch with whole logits: what a model does without this file."""
+    """The same in plain PyTorch with full logits: what a model does without this op."""
     z = _reference_logits(hidden, weight, bias, lora_a, lora_b, lora_scale, lora_hidden, softcap, logit_scale)
     labelled = labels != ignore_index
     target = labels.masked_fill(~labelled, 0).long()
@@ -145,7 +145,7 @@ def linear_cross_entropy_reference(
 
 
 def linear_log_probs_reference(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> Tensor:
-    """`linear_log_probs` in plain PyTorch with whole logits."""
+    """`linear_log_probs` in plain PyTorch with full logits."""
     ignore_index = options.pop("ignore_index", -100)
     scalars = {"lora_scale": 1.0, "logit_scale": 1.0}
     names = ("bias", "lora_a", "lora_b", "lora_scale", "lora_hidden", "softcap", "logit_scale")
@@ -263,7 +263,7 @@ def _run(
 def _labelled_rows(
     labels: Tensor, ignore_index: int, vocabulary: int, rows_N: Tensor | None
 ) -> tuple[Tensor | None, Tensor]:
-    """(row numbers of the labelled tokens, or None if that is all of them; their labels)."""
+    """(indices of the labelled tokens, or None if all are labelled; their labels)."""
     labels_T = labels.reshape(-1)
     if rows_N is None:  # the one wait for the GPU
         rows_N = (labels_T != ignore_index).nonzero().squeeze(1)
@@ -319,9 +319,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        """Gives the gradients of the forward pass away, so that a trained head never holds two of its weight's size;
-        a second backward through a retained graph makes them anew. Only then are the saved tensors asked for: under
-        activation checkpointing asking costs another forward pass."""
+        """Hands over the gradients of the forward pass, so that a trained head never holds two of its weight's size; a
+        second backward through a retained graph recomputes them. Only that reads the saved tensors, because under
+        activation checkpointing reading them costs another forward pass."""
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             hidden, weight, bias, lora_a, lora_b, lora_hidden, labels_N, weights_N = ctx.saved_tensors
@@ -361,7 +361,7 @@ class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_log_probs: Tensor) -> tuple[Tensor | None, ...]:
-        """The loss whose token weights are minus the upstream gradient has the gradient that is asked for."""
+        """The result is the gradient of the loss whose token weights are minus the upstream gradient."""
         hidden, weight, bias, lora_a, lora_b, lora_hidden, rows_N, labels_N = ctx.saved_tensors
         weights_N = grad_log_probs.reshape(-1).float()
         weights_N = (weights_N if rows_N is None else weights_N[rows_N]).neg()

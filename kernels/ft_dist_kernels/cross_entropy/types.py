@@ -1,4 +1,4 @@
-"""What the parts of the loss pass to each other.
+"""Data that the parts of the loss exchange.
 
 Shapes: N labelled tokens, H hidden, V vocabulary, R LoRA rank.
 """

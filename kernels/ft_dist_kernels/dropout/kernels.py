@@ -1,6 +1,6 @@
-"""The Triton form of `dropout`'s hash, for kernels that mask a tile while they hold it: the PyTorch form's bits.
+"""The dropout hash in Triton, for kernels that mask a tile on chip: the same bits as the PyTorch form.
 
-Shapes: T rows of the tile, C columns of it (contiguous, beginning at an even column).
+Shapes: T rows of the tile, C columns (contiguous, starting at an even column).
 """
 
 # mypy: disable-error-code="no-untyped-def"

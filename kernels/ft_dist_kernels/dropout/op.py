@@ -8,9 +8,9 @@
     u(row, col)   = the low 15 bits of h's lower (even column) or upper (odd column) half
     kept          = u >= round(p * 2^15)
 
-All arithmetic is modulo 2^32 (2^64 for the key) and exact, so the Triton form (`dropout_kernels.py`) and this one agree
-bit for bit on any device and for any launch shape. One 32-bit hash serves two columns; p is a multiple of 2^-15
-(`effective_p` gives the one in force), and survivors are scaled by the exact 1 / (1 - effective_p).
+All arithmetic is modulo 2^32 (2^64 for the key) and exact, so the Triton form (`kernels.py`) and this one agree bit
+for bit on any device and for any launch shape. One 32-bit hash serves two columns; p is a multiple of 2^-15
+(`effective_p` gives it), and survivors are scaled by the exact 1 / (1 - effective_p).
 
 Sources: splitmix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014); the 32-bit
 mixing constants are Chris Wellons's "lowbias32".
@@ -27,7 +27,7 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _signed(value: int, bits: int) -> int:
-    """The two's complement reading of an unsigned word: torch has no full set of unsigned operations."""
+    """An unsigned word as two's complement: torch lacks a full set of unsigned operations."""
     return value - (1 << bits) if value >> (bits - 1) else value
 
 
@@ -39,7 +39,7 @@ def threshold(p: float) -> int:
 
 
 def effective_p(p: float) -> float:
-    """The drop probability in force: p rounded to a multiple of 2^-15."""
+    """The actual drop probability: p rounded to a multiple of 2^-15."""
     return threshold(p) / LEVELS
 
 
@@ -67,10 +67,10 @@ def _row_keys(seed: int, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class BlockMask:
-    """The mask of a matrix a block of rows at a time, in scratch memory that the next block reuses.
+    """The mask of a matrix in blocks of rows, in scratch memory that the next block reuses.
 
-    Fresh temporaries of a megabyte each would be mapped and faulted in anew for every block, which took longer than the
-    hash itself.
+    Fresh temporaries of a megabyte each would be mapped and faulted in for every block, which took longer than the
+    hash.
     """
 
     def __init__(
@@ -84,7 +84,8 @@ class BlockMask:
         block_rows: int,
         share: "BlockMask | None" = None,
     ) -> None:
-        """`rows` int64 (T,) are indices in the whole matrix. `share`: a mask of the same sizes whose scratch to use."""
+        """`rows` int64 (T,) are indices in the whole matrix. `share`: a mask of the same sizes whose scratch is
+        reused."""
         self.columns, self.limit, self.kind = columns, threshold(p), _BITS[dtype.itemsize]
         self.k0_T1, self.k1_T1 = (key[:, None].contiguous() for key in _row_keys(seed, rows))
         pairs, device = (columns + 1) // 2, rows.device
@@ -118,7 +119,7 @@ class BlockMask:
 def keep_bits(rows: Tensor, columns: int, p: float, seed: int, dtype: torch.dtype) -> Tensor:
     """All ones in the bits of an element of `dtype` where kept, zeros where dropped: an integer (T, columns).
 
-    `rows` is int64 (T,): the row indices in the whole matrix, which lets a caller work on selected rows.
+    `rows` is int64 (T,): row indices in the whole matrix, so a caller can work on selected rows.
     """
     mask = BlockMask(rows, columns, p=p, seed=seed, dtype=dtype, block_rows=rows.numel())
     return mask.bits(slice(0, rows.numel()))

@@ -1,6 +1,6 @@
-"""SwiGLU and GEGLU in Triton. Shapes and formulas: glu.py.
+"""SwiGLU and GEGLU in Triton. Shapes and formulas: op.py.
 
-One tile a program; every byte is read once and written once (forward 3 T I itemsize, backward 5 T I).
+One tile per program; every byte is read once and written once (forward 3 T I itemsize, backward 5 T I).
 """
 
 # mypy: disallow-incomplete-defs=False
@@ -12,7 +12,7 @@ from torch import Tensor
 from ft_dist_kernels.aot import AotCase, Chip
 from ft_dist_kernels.chips import chip_of
 
-# (elements of a tile, warps): two 16-byte loads of bf16 a thread and tensor.
+# (elements of a tile, warps): two 16-byte loads of bf16 per thread and tensor.
 TILES: dict[Chip, tuple[int, int]] = {
     "sm_80": (2048, 4),
     "sm_90": (2048, 4),
@@ -23,7 +23,7 @@ TILES: dict[Chip, tuple[int, int]] = {
 
 @triton.jit
 def _sigmoids(x):
-    """sigmoid(x) and 1 - sigmoid(x), neither by a difference that cancels nor by an exponential that overflows."""
+    """sigmoid(x) and 1 - sigmoid(x), without cancellation or overflow."""
     e = tl.exp(-tl.abs(x))
     near, far = 1.0 / (1.0 + e), e / (1.0 + e)
     return tl.where(x < 0, far, near), tl.where(x < 0, near, far)

@@ -1,4 +1,4 @@
-"""Gated linear units: the activation of one half times the other, in one pass.
+"""Gated linear units: the activation of one half times the other half, in one pass.
 
     swiglu: silu(gate) up,   silu(g) = g sigmoid(g)
     geglu:  gelu(gate) up,   gelu(g) = g Phi(g), or its tanh approximation
@@ -7,12 +7,12 @@ Backward, from gate and up alone (nothing else is saved):
 
     dup = dy act(gate),   dgate = dy up act'(gate)
 
-`up=None` takes gate and up as the two halves of one tensor (..., 2I), as Phi-3's gate_up_proj makes them; their
-gradient is then written as one tensor too, without the concatenation that splitting outside would cost. Nothing is
-written over an upstream gradient or an input: autograd may need either again.
+With `up=None` gate and up are the two halves of one tensor (..., 2I), as Phi-3's gate_up_proj computes them; their
+gradient is then one tensor too, without the concatenation that splitting outside would cost. Inputs and upstream
+gradients are never overwritten: autograd may need them again.
 
-The Triton kernels compute in fp32 and round once. The CPU form rounds where PyTorch's own operators do, so its forward
-pass has the bits of `act(gate) * up`; widening bf16 by hand took twice the time (measured).
+The Triton kernels compute in fp32 and round once. The CPU form rounds where PyTorch's operators do, so its forward
+pass has the bits of `act(gate) * up`; widening bf16 explicitly took twice the time (measured).
 
 Shapes: T rows (any leading shape), I width of a half.
 Source: Shazeer (arXiv 2002.05202).
@@ -34,9 +34,9 @@ _APPROXIMATE = {"gelu_tanh": "tanh", "gelu": "none"}
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None, *, spare: int = 0, backend: Backend = "auto") -> Tensor:
-    """silu(gate) * up for gate and up (..., I), or for their halves of one gate (..., 2I); strides are free.
+    """silu(gate) * up for gate and up (..., I), or for the halves of one gate (..., 2I), with any strides.
 
-    With `spare` the result is the first I columns of a buffer whose rows have so many more, not written.
+    With `spare` the result is the first I columns of a buffer whose rows are longer by `spare` columns, not written.
     """
     return _glu(gate, up, "silu", spare, backend)
 

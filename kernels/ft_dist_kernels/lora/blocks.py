@@ -1,6 +1,6 @@
-"""Block sizes and splits of the LoRA kernels, chosen for the group, its shapes and the platform; cases for aot.py.
+"""Block sizes and splits of the LoRA kernels, chosen by group, shapes and chip; cases for aot.py.
 
-Shapes: T tokens, I in, O out, R rank, S ranks of a group side by side.
+Shapes: T tokens, I in, O out, R rank, S concatenated ranks of a group.
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ from ft_dist_kernels.lora.torch_form import Member
 # Programs a launch aims for when it splits tokens: about two for each multiprocessor of the largest chip. A constant,
 # because the split decides the order of the sums, and so the bits.
 _PROGRAMS = 256
-# (elements of a program, partial sums that it loads at once)
+# (elements per program, partial sums loaded together)
 SUM = (1024, 8)
-# Between these tokens `down` fills a part of the chip only and is no longer bound by its launch: its products are split
+# Between these token counts `down` fills only part of the chip and is not launch-bound, so its products are split
 _SPLIT_TOKENS = (512, 4096)
 _SPLIT_COLUMNS = 1024  # at least, of X
 _MAX_SPLITS = 8
-# Above this rank dB no longer fits beside its tile, and the partial sums of dS would cost more than reading dY again.
+# Above this rank dB does not fit next to its tile, and the partial sums of dS would cost more than reading dY again.
 ONE_READ_RANK = 64
 
 

@@ -4,8 +4,8 @@
     Y = c * (X W^T + S B^T) + b                                          without dropout
     Y = X W^T + b + (c - 1) * (Xd W^T) + c * (S B^T),  Xd = X * M / (1 - p)   with dropout, as PEFT 0.21 computes it
 
-Saved for backward: the parameters, X and S; the products that the magnitude's gradient needs are made again, a block of
-rows at a time. Shapes: T tokens, t a block of them, I in, O out, R rank. Source: DoRA (arXiv 2402.09353, section 4.3).
+Saved for backward: the parameters, X and S. The products for the magnitude's gradient are recomputed in blocks of
+rows. Shapes: T tokens, t a block of them, I in, O out, R rank. Source: DoRA (arXiv 2402.09353, section 4.3).
 """
 
 from typing import Any, NamedTuple
@@ -59,7 +59,7 @@ def _mask(plan: _Plan, x_TI: Tensor) -> BlockMask | None:
 
 
 def _scaled_part(base_tO: Tensor | None, x_tI: Tensor, w_OI: Tensor, s_tR: Tensor, b_OR: Tensor) -> Tensor:
-    """What c multiplies: the base product (made here where it is not given) + S B^T."""
+    """The factor of c: the base product (computed here unless given) + S B^T."""
     if base_tO is None:
         return sum_products([(s_tR, b_OR.t()), (x_tI, w_OI.t())])
     return sum_products([(s_tR, b_OR.t())], out=base_tO.clone())

@@ -1,19 +1,19 @@
-"""Linear layers with adapters that read one x, as one product over an extended weight.
+"""Linear layers with adapters that read the same x, as one product over an extended weight.
 
     Y = [X | S] [W | B]^T + b,   S = alpha (X * M) A^T
 
-The frozen weights of the members lie below each other in one buffer, which has spare columns for every B: a member's B
-stands in the rows of its own outputs and the columns of its own ranks, zero elsewhere. X comes in a buffer with as many
-spare columns, for S. A forward is then two launches: one writes S and copies the B's, so that the copies are never
-stale, the other multiplies. Where X has no spare columns, S stands alone: S B^T is written and X W^T added onto it.
+The frozen weights of the members are stacked in one buffer with spare columns for every B: a member's B occupies the
+rows of its outputs and the columns of its ranks, with zeros elsewhere. X comes in a buffer with as many spare columns,
+for S. A forward pass is then two launches: one writes S and copies the B's, so that the copies are never stale, the
+other multiplies. If X has no spare columns, S is separate: S B^T is written and X W^T is added to it.
 
-Backward reads dY of all members as one matrix, so that the gradient over X needs one product as well:
+The backward pass reads dY of all members as one matrix, so the gradient of X also needs only one product:
 
     dS = alpha dY B    dB = dY^T S    dA = dS^T (X * M)    dX = dY W + M * (dS A)
 
 Saved for backward: x with S in its spare columns (or x and S), and the adapters. Numbers as in `lora_linear`.
 
-Shapes: T tokens, I in, O the outputs of all members, S their ranks side by side, K = I + spare columns.
+Shapes: T tokens, I in, O the outputs of all members, S their concatenated ranks, K = I + spare columns.
 """
 
 from collections.abc import Sequence
@@ -36,12 +36,12 @@ from ft_dist_kernels.lora.op import (
 from ft_dist_kernels.lora.torch_form import Wanted, down_torch, rows_dense
 from ft_dist_kernels.products import sum_products
 
-MAX_EXTENDED_RANK = 64  # of a member: the dB of more does not fit on chip beside its tile
-_ALIGNMENT = 16  # elements: rows begin where tensor cores and vector loads want them
+MAX_EXTENDED_RANK = 64  # per member: the dB of a higher rank does not fit on chip next to its tile
+_ALIGNMENT = 16  # elements: rows start at addresses that suit tensor cores and vector loads
 
 
 def extended_spare(ranks: Sequence[int]) -> int:
-    """Spare columns that a group with these ranks needs next to x and next to its weights."""
+    """Spare columns that a group with these ranks needs after each row of x and of its weights."""
     return -(-sum(ranks) // _ALIGNMENT) * _ALIGNMENT
 
 
@@ -49,8 +49,8 @@ def extended_spare(ranks: Sequence[int]) -> int:
 class ExtendedWeight:
     """The frozen weights of a group in one buffer (O, I + spare), and its biases in one vector.
 
-    `views` (one (O_i, I) each) and `bias_views` (one (O_i,) each, None for a member without) take the place of the
-    parameters' own storage: `weight.data = extended.views[i]`. Without that the weights exist twice.
+    `views` (one (O_i, I) per member) and `bias_views` (one (O_i,) per member, None without a bias) replace the
+    parameters' storage: `weight.data = extended.views[i]`. Otherwise the weights exist twice.
     """
 
     buffer: Tensor
@@ -63,13 +63,15 @@ class ExtendedWeight:
     def extend(
         cls, weights: Sequence[Tensor], biases: Sequence[Tensor | None], ranks: Sequence[int], dtype: torch.dtype
     ) -> "ExtendedWeight":
-        """Copies weights (O_i, I) and biases (O_i,) or None into a new buffer of `dtype`, with room for `ranks`.
+        """Copies weights (O_i, I) and biases (O_i,) or None into a new buffer of `dtype` with columns for `ranks`.
 
-        Raises ValueError for shapes that do not fit.
+        Raises ValueError for mismatched shapes.
         """
         if not weights or any(w.dim() != 2 or w.shape[1] != weights[0].shape[1] for w in weights):
             shapes = [tuple(w.shape) for w in weights]
-            raise ValueError(f"weights have shapes {shapes}; a group needs (out, in) of one `in`, whole on this rank.")
+            raise ValueError(
+                f"weights have shapes {shapes}; a group needs (out, in) with the same `in`, unpartitioned."
+            )
         heights, spare = [w.shape[0] for w in weights], extended_spare(ranks)
         with torch.no_grad():
             buffer = weights[0].new_zeros(sum(heights), weights[0].shape[1] + spare, dtype=dtype)
@@ -79,7 +81,7 @@ class ExtendedWeight:
             for source, target in zip((*weights, *biases), (*rows, *parts), strict=True):
                 if source is not None and target is not None:
                     target.copy_(source)
-        # `.data`: with a version counter of its own, so that a write to the spare columns does not count as one to W
+        # `.data` has a separate version counter, so a write to the spare columns does not count as one to W
         views = tuple(row.data for row in rows)
         kept = (None if b is None or part is None else part.data for b, part in zip(biases, parts, strict=True))
         return cls(buffer, bias, views, tuple(kept), spare)
@@ -109,16 +111,16 @@ def _same(tensor: Any, view: Tensor | None) -> bool:
 
 
 def suits_extended(members: Sequence[LoraWeights], *, dtype: torch.dtype, device: torch.device | str) -> bool:
-    """Whether `lora_linear_extended` takes this group and gains: 16-bit on a GPU, frozen dense weights and biases, no
-    DoRA, ranks and sizes that the kernels hold. The rest belongs to `lora_linear_group`."""
+    """Whether `lora_linear_extended` supports this group and is faster: 16-bit on a GPU, frozen dense weights and
+    biases, no DoRA, and ranks and sizes that fit the kernels. `lora_linear_group` handles the rest."""
     if dtype not in (torch.bfloat16, torch.float16) or torch.device(device).type != "cuda":
         return False
-    # A GEMM wants rows that begin at multiples of 16 bytes
+    # a GEMM needs rows that start at multiples of 16 bytes
     return _misfit(members, dtype) is None and all(member.weight.shape[1] % 8 == 0 for member in members)
 
 
 def _misfit(members: Sequence[LoraWeights], dtype: torch.dtype) -> str | None:
-    """What keeps a group from being extended."""
+    """Why a group cannot be extended, or None."""
     if not 0 < len(members) <= MAX_GROUP:
         return f"a group has 1 to {MAX_GROUP} members, not {len(members)}"
     for index, member in enumerate(members):
@@ -145,7 +147,7 @@ class _Extended(torch.autograd.Function):
         ctx.plan, ctx.extended, ctx.device = plan, extended, x_TI.device.type
         (tokens, inner), width = x_TI.shape, extended.buffer.shape[1]
         if spare:
-            # Saved with x's version counter, so that a later change of x in place is found; written without it
+            # saved with x's version counter, which detects a later in-place change of x; written without it
             x_TK = x_TI.detach().as_strided((tokens, width), (width, 1))
             _fill(plan, extended, x_TI, x_TK.data[:, inner:], lora_a, lora_b)
             ctx.save_for_backward(x_TK, None, *flat)
@@ -171,7 +173,7 @@ def _fill(
     lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
 ) -> None:
-    """Writes S, and every B into the spare columns of the weight; zeros into the columns of no rank."""
+    """Writes S, and every B into the spare columns of the weight; unused columns get zeros."""
     spare_OS = extended.buffer.data[:, extended.in_features :]
     if plan.triton:
         from ft_dist_kernels.lora.extended_kernels import down_extended
@@ -187,7 +189,7 @@ def _fill(
 
 
 def _backward(ctx: Any, dy_TO: Tensor) -> list[Tensor | None]:
-    """The gradients over x and over each adapter."""
+    """The gradients of x and of each adapter."""
     x_TI, s_TS, *flat = ctx.saved_tensors
     plan, extended = ctx.plan, ctx.extended
     inner = extended.in_features
@@ -211,7 +213,7 @@ def _checked(x: Tensor, extended: ExtendedWeight, members: Sequence[LoraWeights]
     inner, ranks = extended.in_features, [member.lora_a.shape[0] for member in members]
     problem = _misfit(members, x.dtype)
     if torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) != x.dtype:
-        problem = f"autocast asks for {torch.get_autocast_dtype(x.device.type)} and x is {x.dtype}"
+        problem = f"autocast uses {torch.get_autocast_dtype(x.device.type)} and x is {x.dtype}"
     if problem is not None:
         raise ValueError(f"{problem}. Use lora_linear_group.")
     for member in members:
@@ -255,14 +257,14 @@ def lora_linear_extended(
     spare: int,
     backend: Backend = "auto",
 ) -> Tensor:
-    """The outputs (..., O) of all members side by side on x (..., I); their gradient comes in the same form.
+    """The concatenated outputs (..., O) of all members for x (..., I); their gradient has the same form.
 
-    With `spare` > 0 x must be the first I columns of a buffer (..., I + spare), spare = `extended.spare`, made for this
-    call: its last columns are overwritten and belong to this call until its backward is done. `spare` = 0: any x.
+    With `spare` > 0 x must be the first I columns of a buffer (..., I + spare), spare = `extended.spare`, allocated for
+    this call: its last columns are overwritten and reserved until the backward pass is done. `spare` = 0: any x.
     The members' weights and biases are `extended.views` and `.bias_views`, frozen; their dtype is x's. Adapters,
     dropout and gradients as in `lora_linear_group`.
 
-    Raises ValueError for shapes, dtypes, strides or members that do not fit.
+    Raises ValueError for unsupported shapes, dtypes, strides or members.
     """
     x_TI = _checked(x, extended, members, spare)
     flat = [factor for member in members for factor in (member.lora_a, member.lora_b)]

@@ -1,7 +1,7 @@
-"""The Triton form of `lora_extended`'s own step: S and, in further programs of the same launch, every B into the spare
-columns of the weight. The other steps are those of `lora_linear_kernels.py`.
+"""The Triton kernel of `extended.py`: writes S and, in further programs of the same launch, copies every B into the
+spare columns of the weight. `kernels.py` has the other steps.
 
-Shapes: T tokens, I in, O out, R rank, S ranks of a group side by side, K = I + spare columns.
+Shapes: T tokens, I in, O out, R rank, S concatenated ranks of a group, K = I + spare columns.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -28,7 +28,7 @@ from ft_dist_kernels.lora.kernels import down_tile, pick
 from ft_dist_kernels.lora.torch_form import Member, rows_dense
 from ft_dist_kernels.lora.triton_form import down_arguments, sum_ranks
 
-_COPY_ELEMENTS = 8192  # of the weight's spare columns, a program
+_COPY_ELEMENTS = 8192  # of the weight's spare columns, per program
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def down_extended_kernel(
     N: tl.constexpr, RP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr,
     DROPOUT: tl.constexpr, P: tl.constexpr, BLOCK_O: tl.constexpr, SPARE: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
-    """The first `blocks` programs make S, the rest copy B; PAD: S has columns of no rank, which get zeros."""
+    """The first `blocks` programs compute S, the rest copy B; PAD: S has unused columns, which get zeros."""
     block = tl.program_id(0)
     if block < blocks:
         down_tile(
@@ -88,7 +88,7 @@ def down_extended(
 ) -> None:
     """Writes S into `s_TS`, and every B into `spare_OS`: rows of its outputs, columns of its ranks. Zeros elsewhere.
 
-    Where `down` is split, its partial sums are added in a second launch.
+    If `down` is split, a second launch adds its partial sums.
     """
     x_TI = rows_dense(x_TI)
     (tokens, in_features), spare, ranks = x_TI.shape, s_TS.shape[1], members[-1].columns.stop
@@ -119,7 +119,7 @@ def down_extended(
 
 
 def aot_cases(chip: Chip) -> list[AotCase]:
-    """The groups of `lora_linear` whose ranks this form takes, with spare columns that no rank uses at rank 8."""
+    """The groups of `lora_linear` with supported ranks; rank 8 leaves spare columns unused."""
     cases = []
     for rank, members, dropout in AOT_GROUPS:
         if rank > ONE_READ_RANK:

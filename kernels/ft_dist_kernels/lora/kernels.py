@@ -1,6 +1,6 @@
-"""The Triton form of `lora_linear`'s small products; the large frozen ones stay with the vendor's GEMM.
+"""The small products of `lora_linear` in Triton; the vendor's GEMM computes the large frozen ones.
 
-    down_kernel           S = alpha (X * M) A^T of up to three members from one read of X, masks made on the fly
+    down_kernel           S = alpha (X * M) A^T of up to three members from one read of X, masks computed on the fly
     up_backward_kernel    dY B and dB = dY^T S of all members from one read of each dY
     down_backward_kernel  sum over members of M * (dS A), every dA = dS^T (X * M): one read of X, one hash for both
 
@@ -8,7 +8,7 @@ Long sums are split over programs, each of which writes its own partial sum; `su
 `sum_gradients_kernel` (dA, dB) add them in a fixed order, for all members at once. Traffic in bf16, T x I input and
 T x O output: down reads 2TI bytes, up_backward 2TO plus partial sums, down_backward reads and writes 2TI.
 
-Shapes: T tokens, I in, O out, R rank (padded to a power of two >= 16 on chip), S ranks of a group side by side.
+Shapes: T tokens, I in, O out, R rank (padded to a power of two >= 16 on chip), S concatenated ranks of a group.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -261,7 +261,7 @@ def sum_ranks_kernel(
     parts, out, T, width, out_width, stride_out, R0, R1, R2, C0, C1, C2, count0, count1, count2, alpha0, alpha1, alpha2,
     WP: tl.constexpr, BLOCK_T: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """out[t, c] = alpha times the sum of parts[:count, t, c], first to last; zero in columns of no member."""
+    """out[t, c] = alpha times the sum of parts[:count, t, c], first to last; zero in unused columns."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.arange(0, WP)
     first, second, third = _owns(column, C0, R0), _owns(column, C1, R1), _owns(column, C2, R2)

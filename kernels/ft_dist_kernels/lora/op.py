@@ -2,20 +2,20 @@
 
     Y = X W^T + b + S B^T,   S = alpha (X * M) A^T,   alpha = scale / (1 - p)
 
-M is the adapter's dropout mask (`dropout.py`): regenerated in backward, never stored. Saved for backward are the
+M is the adapter's dropout mask (`dropout/op.py`): regenerated in backward, never stored. Saved for backward: the
 parameters, X and S; nothing else of size T. Backward:
 
     dS = alpha dY B    dB = dY^T S    dA = dS^T (X * M)    dX = dY W + M * (dS A)    dW = dY^T X    db = sum_t dY
 
-The low-rank term is written first and the large product is added onto it, so that its traffic hides behind a GEMM bound
-by compute and the sum is rounded once. Members of a group share X: one S, one dX. Reductions over tokens have a fixed
-order (no atomics): the same inputs give the same bits.
+The low-rank term is written first and the large product is added to it, so its memory traffic overlaps with a
+compute-bound GEMM and the sum is rounded once. Members of a group share X: one S, one dX. Reductions over tokens have a
+fixed order (no atomics): the same inputs give the same bits.
 
-Parameters are saved as the objects that came in, so a parameter whose storage is released after forward and gathered
-again before backward (ZeRO-3) is read where it then lives.
+The parameter objects themselves are saved, so a parameter whose storage is released after forward and gathered again
+before backward (ZeRO-3) is read from its new storage.
 
 Shapes: T tokens, I in, O out, R rank. Sources: LoRA (arXiv 2106.09685), rsLoRA (arXiv 2312.03732, only the scale
-differs), DoRA (arXiv 2402.09353, in `lora_dora.py`), the split at S from LoRAFusion (arXiv 2510.00206).
+differs), DoRA (arXiv 2402.09353, in `dora.py`), the split at S from LoRAFusion (arXiv 2510.00206).
 """
 
 from collections.abc import Sequence
@@ -44,13 +44,13 @@ from ft_dist_kernels.quantised.fp8_format import FP8Weight
 from ft_dist_kernels.quantised.nf4_format import NF4Weight
 
 MAX_GROUP = 3  # members that one kernel launch handles (q, k, v); larger groups run in slices
-MAX_TRITON_RANKS = 192  # of a group, each member padded to a power of two; more do not fit on chip beside a tile
+MAX_TRITON_RANKS = 192  # per group, each member padded to a power of two; more do not fit on chip next to a tile
 
 __all__ = ["LoraWeights", "lora_linear", "lora_linear_group", "lora_linear_reference"]
 
 
 class Pieces(NamedTuple):
-    """The two steps that have a form for each backend."""
+    """The two steps that each backend implements."""
 
     down: Any
     backward: Any
@@ -127,7 +127,7 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def _backward(ctx: Any, upstream: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The gradients over x and over each tensor of the members."""
+    """The gradients of x and of each tensor of the members."""
     x_TI, s_TS, *saved = ctx.saved_tensors
     packs = [saved[i : i + 3] for i in range(0, len(saved), 3)]
     need_x, needs = ctx.needs_input_grad[1], [ctx.needs_input_grad[i : i + 4] for i in range(2, 2 + 4 * len(packs), 4)]
@@ -209,7 +209,7 @@ def _member(weights: LoraWeights, column: int) -> Member:
 
 
 def plan_of(x_TI: Tensor, group: Sequence[LoraWeights], backend: Backend) -> Plan:
-    """The members' numbers, and whether the Triton form runs them."""
+    """The members' scalars, and whether the Triton form runs them."""
     members: list[Member] = []
     for weights in group:
         members.append(_member(weights, sum(member.rank for member in members)))
@@ -236,14 +236,14 @@ def _autocast_to(dtype: torch.dtype, group: Sequence[LoraWeights]) -> list[LoraW
 
 @torch._disable_dynamo
 def lora_linear_group(x: Tensor, members: Sequence[LoraWeights], *, backend: Backend = "auto") -> list[Tensor]:
-    """The outputs (..., out) of linear layers with adapters that read the same x (..., in), in order.
+    """The outputs (..., out), in order, of linear layers with adapters that read the same x (..., in).
 
     x: fp32, bf16 or fp16; weights in x's dtype, NF4 or FP8; adapters and biases in any float dtype (used in x's, their
     gradients accumulated in fp32 and returned in their own). Frozen and trained parameters may be mixed. Dropout is a
     pure function of (seed, row, column); a member without a seed draws one from torch's CPU generator. With
     `dora_magnitude` a member is DoRA, as PEFT computes it. Under torch.autocast, x and the weights are cast first.
 
-    Raises ValueError for shapes, dtypes or probabilities that do not fit.
+    Raises ValueError for invalid shapes, dtypes or probabilities.
     """
     if not members:
         return []

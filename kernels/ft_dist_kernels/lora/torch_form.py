@@ -1,7 +1,6 @@
-"""The pieces of `lora_linear` in PyTorch: what runs on CPU, and what takes over where ranks are too large for the
-Triton form.
+"""The steps of `lora_linear` in PyTorch: for CPU, and for ranks that are too large for the Triton form.
 
-Shapes: T tokens, t a block of them, I in, O out, R rank, S the ranks of a group side by side.
+Shapes: T tokens, t a block of them, I in, O out, R rank, S concatenated ranks of a group.
 """
 
 from collections.abc import Sequence
@@ -33,7 +32,7 @@ class LoraWeights(NamedTuple):
 
 
 class Member(NamedTuple):
-    """The numbers of one adapter that kernels need; `column` is where its ranks begin in S."""
+    """The scalars of one adapter for the kernels; `column` is where its ranks start in S."""
 
     column: int
     rank: int
@@ -47,7 +46,7 @@ class Member(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Which gradients of a group backward has to make; a dtype of None: not that one."""
+    """The dtypes of the gradients that backward has to compute; None for those it need not."""
 
     dx: bool
     a_dtypes: Sequence[torch.dtype | None]
@@ -98,7 +97,7 @@ def mask_of(
 
 
 def down_torch(x_TI: Tensor, lora_a: Sequence[Tensor], members: Sequence[Member]) -> Tensor:
-    """S (T, sum of ranks) = alpha (X * M) A^T of every member, side by side. Every A is of x's dtype."""
+    """S (T, sum of ranks): alpha (X * M) A^T of every member, concatenated. Every A has x's dtype."""
     if all(member.dropout_p == 0 and member.alpha == members[0].alpha for member in members):
         stacked = lora_a[0] if len(lora_a) == 1 else torch.cat(list(lora_a))
         return sum_products([(x_TI, stacked.t())], alpha=members[0].alpha)
@@ -123,7 +122,7 @@ def backward_torch(
     members: Sequence[Member],
     wanted: Wanted,
 ) -> Gradients:
-    """The gradients of the adapters. Every A and B is of x's dtype; a member without dY contributes nothing."""
+    """The gradients of the adapters. Every A and B has x's dtype; a member without dY contributes nothing."""
     ds_TS = None
     if wanted.ds:
         ds_TS = torch.zeros_like(s_TS) if any(dy is None for dy in dys) else torch.empty_like(s_TS)
@@ -203,10 +202,10 @@ def _down_backward_unmasked(
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums over tokens run in."""
+    """The dtype of sums over tokens."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def rows_dense(dy_TO: Tensor) -> Tensor:
-    """GEMMs and kernels read rows with unit stride; an expanded gradient (of `sum`) has stride 0."""
+    """GEMMs and kernels need rows with unit stride; an expanded gradient (from `sum`) has stride 0."""
     return dy_TO if dy_TO.stride(1) == 1 and dy_TO.stride(0) >= dy_TO.shape[1] else dy_TO.contiguous()

@@ -1,6 +1,6 @@
-"""Launches the kernels of `lora_linear_kernels.py` with block sizes chosen for the group and the chip.
+"""Launches the kernels of `kernels.py` with block sizes chosen by group and chip.
 
-Shapes: T tokens, I in, O out, R rank, S ranks of a group side by side.
+Shapes: T tokens, I in, O out, R rank, S concatenated ranks of a group.
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ from ft_dist_kernels.lora.torch_form import Gradients, Member, Wanted, rows_dens
 def down_arguments(
     x_TI: Tensor, lora_a: Sequence[Tensor], members: Sequence[Member], s: Tensor, columns: int
 ) -> tuple[list[Any], dict[str, Any]]:
-    """What every kernel with a `down_tile` takes; S, or its partial sums, go to `s` (..., T, ranks)."""
+    """Arguments of every kernel with a `down_tile`; S, or its partial sums, are written to `s` (..., T, ranks)."""
     blocks, rank = group_blocks(DOWN, x_TI, members)
     values = [
         x_TI,
@@ -112,7 +112,7 @@ def sum_ranks(parts: Tensor, out_TS: Tensor, members: Sequence[Member], counts: 
 def _up_backward(
     s_TS: Tensor, dys: Sequence[Tensor | None], lora_b: Sequence[Tensor], members: Sequence[Member], wanted: Wanted
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dS, and dB of the members with an upstream gradient, one after the other and not yet summed: (splits, elements).
+    """dS, and dB of the members with an upstream gradient, concatenated and not yet summed: (splits, elements).
 
     At least one of `dys` is given.
     """
@@ -162,7 +162,7 @@ def _up_backward(
 def _down_backward(
     x_TI: Tensor, ds_TS: Tensor, lora_a: Sequence[Tensor], members: Sequence[Member], wanted: Wanted
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dX, and every dA below the others, not yet summed: (splits, ranks, I)."""
+    """dX, and all dA stacked, not yet summed: (splits, ranks, I)."""
     tokens, in_features = x_TI.shape
     blocks, rank = group_blocks(DOWN_BACKWARD, x_TI, members)
     columns = triton.cdiv(in_features, blocks.features)
@@ -199,7 +199,7 @@ def _down_backward(
 
 
 def _common(dtypes: Sequence[torch.dtype | None]) -> torch.dtype:
-    """The one dtype that is wanted; fp32 where there are several."""
+    """The requested dtype; fp32 if there are several."""
     distinct = {dtype for dtype in dtypes if dtype is not None}
     return distinct.pop() if len(distinct) == 1 else torch.float32
 
@@ -245,7 +245,7 @@ def backward(
     if not wanted.ds and all(dtype is None for dtype in wanted.b_dtypes):
         return Gradients(None, da, db)
     ds_TS, b_parts = None, None
-    if members[0].rank > ONE_READ_RANK:  # alone, or the group would not be here
+    if members[0].rank > ONE_READ_RANK:  # a single member, because groups of such ranks use another form
         ds_TS = torch.empty_like(s_TS) if wanted.ds else None
         if dys[0] is not None:
             db[0] = up_backward_torch(dys[0], s_TS, lora_b[0], members[0], ds_TS, wanted.b_dtypes[0])
@@ -269,7 +269,7 @@ def backward(
 
 
 def aot_cases(chip: Chip) -> list[AotCase]:
-    """Ranks 8 to 64, alone and in groups, and 128 alone."""
+    """Ranks 8 to 64, single and in groups, and a single 128."""
     elements, depth = SUM
     cases = [
         aot_case("sum of gradients", sum_gradients_kernel, {"BLOCK": elements, "DEPTH": depth}, 4, 3),

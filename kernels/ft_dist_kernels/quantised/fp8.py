@@ -1,21 +1,21 @@
-"""Linear layers whose frozen weight is held in FP8 both ways round, so that forward and backward multiply in 8 bits.
+"""Linear layers whose frozen weight is stored in FP8 in both orientations, for 8-bit products in forward and backward.
 
-    Y  = (Xq  Wq^T) * s_x s_w^T      Wq: W, a scale for every output        Xq:  X, a scale for every token
-    dX = (dYq Vq^T) * s_dy s_v^T     Vq: W^T, a scale for every input       dYq: dY, a scale for every token
+    Y  = (Xq  Wq^T) * s_x s_w^T      Wq: W, one scale per output            Xq:  X, one scale per token
+    dX = (dYq Vq^T) * s_dy s_v^T     Vq: W^T, one scale per input           dYq: dY, one scale per token
 
-A row r is held as codes q = e4m3(r / s) with s = max|r| / 448, e4m3's largest number. The largest element, which weighs
-most in every product, is then held exactly: with powers of two as scales, SmolLM2's q and k were off by 15 to 28% more,
-its other layers by 3 to 7%. A code is off by at most 2^-4 of its element, and by 2^-10 s below 2^-6 s. A row with an
-infinity or NaN gets the scale NaN, so all that is made of it is NaN; one below 2^-64 gets the scale of 2^-64.
+A row r is stored as codes q = e4m3(r / s) with s = max|r| / 448, where 448 is e4m3's largest number. The largest
+element, which weighs most in every product, is then exact: with powers of two as scales, the error of SmolLM2's q and k
+was 15 to 28% larger, that of its other layers 3 to 7%. The error of a code is at most 2^-4 of its element, and 2^-10 s
+below 2^-6 s. A row with an infinity or NaN gets the scale NaN, so every result is NaN; one below 2^-64 gets the scale
+of 2^-64.
 
-Weights that read the same x lie in one matrix: one quantised X for all of them, and one product for their dX.
-A weight takes 2 bytes an element, as bf16 does. On CPU it takes 4: the codes lie in bf16, which holds them exactly.
+Weights that read the same x share one matrix: X is quantised once, and one product gives their dX. A weight takes 2
+bytes per element, like bf16, and 4 on CPU, where bf16 stores the codes exactly.
 
-On NVIDIA GPUs from compute capability 8.9 on, `torch._scaled_mm` multiplies. It sums in the tensor cores' own
-accumulators, which keep 13 bits after the point (`use_fast_accum`): 2^9 times finer than the codes, and promoting the
-sums to fp32 is slower (pytorch/pytorch#147971). A CPU multiplies the same codes in bf16 or fp32 with sums in fp32,
-slower than without FP8: for tests, and to try what it learns. In bf16 it rounds before and after the scales, where a
-GPU rounds once.
+On NVIDIA GPUs from compute capability 8.9 on, `torch._scaled_mm` multiplies. It accumulates in the tensor cores'
+accumulators, which keep 13 fractional bits (`use_fast_accum`): 2^9 times finer than the codes, while promotion to fp32
+is slower (pytorch/pytorch#147971). A CPU multiplies the same codes in bf16 or fp32 with fp32 sums, slower than without
+FP8: for tests and to try FP8 training. In bf16 it rounds before and after the scales, where a GPU rounds once.
 
 Shapes: T tokens, I in, O out; M rows, K contracted, N columns. Sources: FP8 formats (arXiv 2209.05433); row-wise scales
 as in FBGEMM; both passes of training in e4m3 as in DeepSeek-V3 (arXiv 2412.19437).
@@ -35,7 +35,7 @@ from ft_dist_kernels.quantised.fp8_format import E4M3, LARGEST, LEAST_MAXIMUM, M
 
 
 def fp8_reason_not(device: torch.device) -> str | None:
-    """Why a device cannot multiply in FP8; None where it can, or where the CPU emulates it."""
+    """Why a device cannot multiply in FP8; None if it can, or if the CPU emulates it."""
     if device.type == "cpu":
         return None
     if device.type != "cuda" or torch.version.hip is not None:
@@ -43,13 +43,13 @@ def fp8_reason_not(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) < (8, 9):
         name = torch.cuda.get_device_name(device)
-        return f"{name} has compute capability {major}.{minor} and no FP8, which begins at 8.9 (L40S, RTX 4090, H100)"
+        return f"{name} has compute capability {major}.{minor}; FP8 needs 8.9 (L40S, RTX 4090, H100)"
     return _refusal_of_product(device)
 
 
 @cache
 def _refusal_of_product(device: torch.device) -> str | None:
-    """What PyTorch says of a small product: some versions have none with row-wise scales for some chips."""
+    """PyTorch's error for a small product: some versions lack row-wise scales on some chips."""
     try:
         codes = torch.zeros(SIDE, SIDE, dtype=torch.float32, device=device).to(E4M3)
         scale = torch.ones(SIDE, dtype=torch.float32, device=device)
@@ -61,20 +61,20 @@ def _refusal_of_product(device: torch.device) -> str | None:
 
 
 def takes_fp8(out_features: int, in_features: int) -> bool:
-    """Whether a weight of this shape can be held."""
+    """Whether a weight of this shape can be stored in FP8."""
     return out_features % SIDE == 0 and in_features % SIDE == 0 and min(out_features, in_features) > 0
 
 
 def hold_fp8(weights: Sequence[Tensor]) -> list[FP8Weight]:
-    """Quantises weights (O_i, I) in float dtypes, which read the same x, into one matrix.
+    """Quantises float weights (O_i, I) that read the same x into one matrix.
 
-    Raises ValueError for shapes that do not fit and for weights that are not finite.
+    Raises ValueError for unsupported shapes and for weights that are not finite.
     """
     for weight in weights:
         if weight.dim() != 2 or weight.shape[1] != weights[0].shape[1] or not takes_fp8(*weight.shape):
             raise ValueError(
-                f"weight has shape {tuple(weight.shape)}; FP8 needs (out, in) in multiples of {SIDE}, and one width "
-                "for all of a group. Leave the weight in bf16."
+                f"weight has shape {tuple(weight.shape)}; FP8 needs (out, in) in multiples of {SIDE}, and the same "
+                "width in a group. Leave the weight in bf16."
             )
     w_OI = weights[0].detach() if len(weights) == 1 else torch.cat([weight.detach() for weight in weights])
     by_output, output_scale = quantize_rows([w_OI])
@@ -91,9 +91,9 @@ def hold_fp8(weights: Sequence[Tensor]) -> list[FP8Weight]:
 
 
 def quantize_rows(parts: Sequence[Tensor], *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
-    """Codes e4m3 (T, sum of K) and scales fp32 (T,) of up to three tensors (T, K), fp32, bf16 or fp16, side by side.
+    """Codes e4m3 (T, sum of K) and scales fp32 (T,) of up to three concatenated tensors (T, K), fp32, bf16 or fp16.
 
-    A row has one scale over all parts.
+    A row has one scale for all parts.
     """
     if parts[0].shape[0] and use_triton(parts[0], backend):
         from ft_dist_kernels.quantised import fp8_kernels as kernels
@@ -130,7 +130,7 @@ def scaled_product(
 
 
 def _whole_matrix(weights: Sequence[FP8Weight]) -> bool:
-    """Whether these are all the weights of one matrix, in its order."""
+    """Whether these are all the weights of one matrix, in order."""
     begins = [0, *(weight.end for weight in weights)]
     matrix = weights[0].matrix
     return (
@@ -142,7 +142,7 @@ def _whole_matrix(weights: Sequence[FP8Weight]) -> bool:
 def fp8_forward(x_TI: Tensor, weights: Sequence[FP8Weight], *, backend: Backend = "auto") -> list[Tensor]:
     """x W^T of every weight, (T, O_i) in x's dtype; x is quantised once.
 
-    A product for every weight: as columns of one product, the output that is kept for backward would keep the others.
+    One product per weight: as columns of one product, an output kept for backward would keep the others alive.
     """
     codes_TI, scale_T = quantize_rows([x_TI], backend=backend)
     outputs = []
@@ -167,9 +167,9 @@ def fp8_backward(dys: Sequence[Tensor], weights: Sequence[FP8Weight], *, backend
 
 
 def check_fp8_input(x: Tensor, dtype: torch.dtype) -> None:
-    """Raises ValueError where the product would not come in `dtype`."""
+    """Raises ValueError if the product would not have `dtype`."""
     if x.is_cuda and dtype != torch.bfloat16:
-        raise ValueError(f"x is {dtype} and the weight FP8; on a GPU their product comes in bf16. Cast x to bf16.")
+        raise ValueError(f"x is {dtype} and the weight FP8; on a GPU their product is bf16. Cast x to bf16.")
 
 
 class _Fp8Linear(torch.autograd.Function):
@@ -191,7 +191,7 @@ class _Fp8Linear(torch.autograd.Function):
 def fp8_linear(x: Tensor, weight: FP8Weight, bias: Tensor | None = None) -> Tensor:
     """x W^T + b of a frozen weight: x (..., I), bf16 on a GPU and any float dtype on CPU, to (..., O) in x's dtype.
 
-    Raises ValueError for shapes and dtypes that do not fit.
+    Raises ValueError for unsupported shapes and dtypes.
     """
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x has {x.shape[-1]} features; a weight of shape {weight.shape} reads {weight.shape[1]}.")

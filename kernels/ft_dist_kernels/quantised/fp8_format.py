@@ -10,16 +10,16 @@ from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn
 SIDE = 16
-"""Both sides of a weight are multiples of this: what FP8 matrix instructions take"""
+"""Both sides of a weight are multiples of this, as FP8 matrix instructions require"""
 MAX_ROW = 1 << 15
-"""Elements of a row that the quantiser holds on chip; rows of several weights beyond that are quantised one by one"""
+"""Most elements of a row that the quantiser holds on chip; longer rows of several weights are quantised one by one"""
 LARGEST = 448.0
 LEAST_MAXIMUM = 2.0**-64
-"""Of a row: below it the inverse of a scale, and the product of two, would leave fp32"""
+"""Smallest maximum of a row: below it the inverse of a scale, or the product of two, would exceed fp32"""
 
 
 class FP8Matrix(NamedTuple):
-    """W in e4m3, once a row for every output (O, I) and once a row for every input (I, O); scales fp32 (O,), (I,).
+    """W in e4m3, once with one row per output (O, I) and once with one row per input (I, O); scales fp32 (O,), (I,).
 
     On CPU the codes are widened to bf16.
     """
@@ -31,7 +31,7 @@ class FP8Matrix(NamedTuple):
 
 
 class FP8Weight(NamedTuple):
-    """A weight (end - begin, I): these outputs of a matrix, which other weights may share."""
+    """A weight (end - begin, I): outputs of a matrix that other weights may share."""
 
     matrix: FP8Matrix
     begin: int

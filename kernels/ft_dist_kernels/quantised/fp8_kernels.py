@@ -1,7 +1,7 @@
-"""The Triton quantiser of `fp8`: one program takes one token, whose row stays in registers between its two uses.
+"""The Triton quantiser of `fp8`: one program per token, whose row stays in registers between its two uses.
 
 Traffic for T rows of K in bf16: 2 T K read, T K codes and 4 T of scales written; bound by memory. Up to three tensors
-lie side by side in the codes, and share the row's scale.
+are concatenated in the codes and share the row's scale.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -18,13 +18,13 @@ from ft_dist_kernels.aot import AotCase, Chip
 from ft_dist_kernels.quantised.fp8_format import LARGEST, LEAST_MAXIMUM
 
 _ELEMENTS_A_THREAD = 32
-# PyTorch's own row-wise kernel (CUDA before 12.9) may read scales up to a tile's end: pytorch/pytorch#133334
+# PyTorch's row-wise kernel (CUDA before 12.9) may read scales up to a tile's end: pytorch/pytorch#133334
 _SCALE_TILE = 256
 
 
 @triton.jit
 def _largest_bits(x_K):
-    # of non-negative floats the order of the bits is that of the values, and NaN comes after infinity
+    # the bits of non-negative floats have the same order as their values, and NaN follows infinity
     return tl.max(x_K.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
 
 

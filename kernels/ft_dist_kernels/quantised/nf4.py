@@ -4,7 +4,7 @@
     absmax[j] = NESTED_CODE[absmax_q[j]] * nested_absmax[j // 256] + nested_offset        (double quantisation)
 
 Two elements share a byte of `packed`: the first in the high half. The weight is read row by row, so a block may span
-two rows. Products are made in fp32 and rounded once to the wanted dtype, as bitsandbytes does.
+two rows. Products are computed in fp32 and rounded once to the requested dtype, as bitsandbytes does.
 
 Shapes: N elements, O out, I in. Sources: QLoRA (arXiv 2305.14314) for NF4 and double quantisation; the 8-bit dynamic
 code is "8-bit Optimizers via Block-wise Quantization" (arXiv 2110.02861); layout as bitsandbytes 0.43 and later stores
@@ -44,7 +44,7 @@ def _blocks_of(flat_N: Tensor, size: int) -> Tensor:
 
 
 def _nearest(blocks: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
-    """(index of the nearest code value of every element over its block's largest magnitude, those magnitudes)."""
+    """(index of the nearest code value of every element, scaled by its block's largest magnitude; those magnitudes)."""
     absmax = blocks.abs().amax(1)
     scaled = blocks / absmax.masked_fill(absmax == 0, 1.0)[:, None]
     return torch.bucketize(scaled, (code[1:] + code[:-1]) / 2).to(torch.uint8), absmax
@@ -82,7 +82,7 @@ def dequantize_nf4_reference(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
 
 
 def _dequantize_torch(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
-    """A byte at a time: one lookup in a table of pairs gives two elements."""
+    """Byte by byte: one lookup in a table of pairs gives two elements."""
     count = weight.shape[0] * weight.shape[1]
     code = _code(weight.packed.device)
     byte = torch.arange(256, device=code.device)
@@ -104,7 +104,7 @@ def _dequantize_torch(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
 def dequantize_nf4(weight: NF4Weight, dtype: torch.dtype, *, backend: Backend = "auto") -> Tensor:
     """The dense (O, I) weight in `dtype` (fp32, bf16 or fp16).
 
-    Raises ValueError where the tensors' sizes do not fit `shape`.
+    Raises ValueError if the tensors' sizes do not match `shape`.
     """
     count = weight.shape[0] * weight.shape[1]
     for name, tensor, size in (("packed", weight.packed, 2), ("absmax", weight.absmax, BLOCK)):

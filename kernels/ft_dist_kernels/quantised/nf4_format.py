@@ -35,7 +35,7 @@ class NF4Weight(NamedTuple):
     """A quantised (O, I) matrix.
 
     packed uint8 (ceil(N / 2),); absmax uint8 (ceil(N / 64),) with nested_absmax fp32 (ceil(len(absmax) / 256),) and
-    nested_offset fp32 (), or absmax fp32 with no nested tensors where double quantisation is off.
+    nested_offset fp32 (), or absmax fp32 without nested tensors if double quantisation is off.
     """
 
     packed: Tensor

@@ -18,7 +18,7 @@ from ft_dist_kernels.aot import AotCase, Chip
 if TYPE_CHECKING:
     from ft_dist_kernels.quantised.nf4_format import NF4Weight
 
-_BLOCKS = 64  # blocks of 64 elements a program: 4096 elements
+_BLOCKS = 64  # blocks of 64 elements per program: 4096 elements
 
 
 @triton.jit

@@ -1,8 +1,8 @@
-"""RMSNorm in Triton. Shapes and formulas: rms_norm.py.
+"""RMSNorm in Triton. Shapes and formulas: op.py.
 
-Up to `WHOLE_WIDTH` columns a program holds whole rows in registers: every byte is read once and written once
-(forward 2 T H itemsize, backward 3 T H). Wider rows would spill, so they are walked in column blocks twice, the second
-time out of L2, and dweight gets a kernel of its own that walks down a column block.
+Up to `WHOLE_WIDTH` columns a program holds whole rows in registers: every byte is read once and written once (forward 2
+T H itemsize, backward 3 T H). Wider rows would spill, so they are processed in column blocks twice, the second time
+from L2, and a separate kernel computes dweight down each column block.
 """
 
 # mypy: disallow-incomplete-defs=False
@@ -19,7 +19,7 @@ WHOLE_WIDTH = 8192
 TILE_ELEMENTS = 2048
 LOOPED_BLOCK = 4096
 COLUMN_TILE = (16, 256)
-# (fp32 values a thread holds of one tile, threads of a warp)
+# (fp32 values of one tile per thread, threads per warp)
 THREADS: dict[Chip, tuple[int, int]] = {
     "sm_80": (16, 32),
     "sm_90": (16, 32),
@@ -151,7 +151,7 @@ def backward_looped_kernel(
     HAS_DSUM: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """One wide row a program: mean(g n) over column blocks, then dx."""
+    """One wide row per program: mean(g n) over column blocks, then dx."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_H)
     rstd = tl.load(rstd_ptr + row)

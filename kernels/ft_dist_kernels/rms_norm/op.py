@@ -11,11 +11,11 @@ Backward, with g = dy (weight + offset) in fp32 and r = 1 / sqrt(mean(s^2) + eps
 
     ds = r (g - n mean(g n)) + gradient of s itself,  dx = dresidual = ds,  dweight = sum over rows of dy n
 
-With `with_sum` s is an output too, with or without a residual: whoever uses it further (the residual stream of a
-decoder layer) sends its gradient through this backward pass, which adds it on the way and spares autograd the sum.
+With `with_sum` s is an output too, with or without a residual: the gradient of its further use (the residual stream of
+a decoder layer) goes through this backward pass, which adds it, so autograd need not.
 
 dweight is summed in two stages in a fixed order (partial sums of blocks of rows, then their sum): no atomics. A frozen
-weight skips it. Nothing is written over an upstream gradient: autograd may hand the same tensor to another branch.
+weight skips it. Upstream gradients are never overwritten: autograd may pass the same tensor to another branch.
 
 Shapes: T rows (any leading shape), H width.
 Source: Zhang and Sennrich (arXiv 1910.07467).
@@ -106,8 +106,9 @@ def rms_norm(
     """RMSNorm over the last dimension of x (..., H), by weight (H,); y has x's dtype.
 
     With a residual (shape and dtype of x) returns (y, x + residual), both differentiable; `with_sum` without a residual
-    returns (y, x). With `spare` y is the first H columns of a buffer whose rows have so many more, not written. x is
-    fp32, bf16 or fp16; weight may have another floating dtype. Raises ValueError for shapes and dtypes that do not fit.
+    returns (y, x). With `spare` y is the first H columns of a buffer whose rows are longer by `spare` columns, which
+    are not written. x is fp32, bf16 or fp16; weight may have another floating dtype. Raises ValueError for unsupported
+    shapes and dtypes.
     """
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"x has dtype {x.dtype}; it must be fp32, bf16 or fp16. Use x.float().")
@@ -121,7 +122,7 @@ def rms_norm(
             f"residual is {residual.dtype} {tuple(residual.shape)} and x {x.dtype} {tuple(x.shape)}; they must agree."
         )
     if not eps >= 0:
-        raise ValueError(f"eps={eps} must be >= 0. Use the model's own, such as 1e-6.")
+        raise ValueError(f"eps={eps} must be >= 0. Use the model's value, such as 1e-6.")
     with_sum = with_sum or residual is not None
     scalars = float(eps), float(offset), cast_before_weight, with_sum, spare
     y, total = _run(x, residual, weight, *scalars, use_triton(x, backend))
@@ -137,7 +138,7 @@ def rms_norm_reference(
     cast_before_weight: bool = True,
     residual: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The same in plain PyTorch, as transformers' modules write it."""
+    """The same in plain PyTorch, as in transformers' modules."""
     total = x if residual is None else x + residual
     wide = total.to(torch.promote_types(x.dtype, torch.float32))
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)

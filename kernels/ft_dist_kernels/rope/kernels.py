@@ -1,7 +1,7 @@
-"""RoPE in Triton. Shapes and formulas: rope.py.
+"""RoPE in Triton. Shapes and formulas: op.py.
 
-One position a program, all its query and key heads: the tables are read once for all of them, every other byte is read
-once and written once (2 B S (N + N_kv) D itemsize in each direction).
+Each program handles one position with all its query and key heads: the tables are read once for all of them, every
+other byte is read once and written once (2 B S (N + N_kv) D itemsize in each direction).
 """
 
 # mypy: disallow-incomplete-defs=False
@@ -15,7 +15,7 @@ from torch import Tensor
 from ft_dist_kernels.aot import AotCase, Chip
 from ft_dist_kernels.chips import chip_of
 
-# (heads times columns of a half in registers at once, warps)
+# (heads times columns of a half in registers, warps)
 TILES: dict[Chip, tuple[int, int]] = {
     "sm_80": (2048, 4),
     "sm_90": (2048, 4),
@@ -205,7 +205,7 @@ def _dense_columns(tensor: Tensor) -> Tensor:
 
 
 def rotate_triton(parts: Sequence[Tensor], cos: Tensor, sin: Tensor, outputs: Sequence[Tensor], inverse: bool) -> None:
-    """Fills `outputs` with q and k of `parts` turned by the tables, or back; and with v, where that is the third."""
+    """Fills `outputs` with q and k of `parts` rotated by the tables, or back, and with v if that is the third."""
     q, k, *rest = (_dense_columns(part) for part in parts)
     q_out, k_out, *rest_out = outputs
     batch, q_heads, positions, width = q.shape

@@ -5,12 +5,12 @@ With x1, x2 the two halves of the rotated part of a head, and c, s the tables (e
     y1 = x1 c1 - x2 s1        y2 = x2 c2 + x1 s2
 
 Columns past the rotated part (partial rotary: Phi, StableLM) pass through. Backward is the transpose, a rotation by
-minus the angle: dx1 = dy1 c1 + dy2 s2, dx2 = dy2 c2 - dy1 s1. Nothing is saved but the tables, and nothing is written
-over q, k or an upstream gradient: they may be views of a projection, or shared.
+minus the angle: dx1 = dy1 c1 + dy2 s2, dx2 = dy2 c2 - dy1 s1. Only the tables are saved, and q, k and
+upstream gradients are never overwritten: they may be views of a projection, or shared.
 
 The Triton kernel computes in fp32 and rounds once; the CPU form rounds each of its two steps. Results keep the memory
-order of q and k: heads next to each other for every position where they came as transposed views, so that the
-projection's backward needs no copy.
+order of q and k: if they are transposed views, the heads of a position stay adjacent, so the projection's backward
+needs no copy.
 
 Shapes: B batch, N heads, S positions, D head width, R rotated columns (even, <= D).
 Source: Su et al. (arXiv 2104.09864).
@@ -31,10 +31,10 @@ __all__ = ["rope", "rope_inv_freq", "rope_merged", "rope_reference", "rope_table
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
-    """q (B, N, S, D) and k (B, N_kv, S, D), of any strides, rotated by tables cos and sin (B or 1, S, R).
+    """q (B, N, S, D) and k (B, N_kv, S, D), with any strides, rotated by tables cos and sin (B or 1, S, R).
 
-    The same numbers as transformers' apply_rotary_pos_emb(q, k, cos, sin). The tables carry no gradient. In another
-    floating dtype than q and k they are rounded to it on CPU, as transformers does, and used as they are by Triton.
+    The same numbers as transformers' apply_rotary_pos_emb(q, k, cos, sin). The tables have no gradient. If their
+    dtype differs from that of q and k, the CPU form rounds them, as transformers does, and Triton uses them unchanged.
     """
     _check(q, k, cos, sin)
     return _run(q, k, cos.detach(), sin.detach(), use_triton(q, backend))
@@ -45,8 +45,8 @@ def rope_merged(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q (B, N, S, D), k and v (B, N_kv, S, D) of qkv (B, S, (N + 2 N_kv) D), q and k rotated as by `rope`.
 
-    They are views of one new tensor, so that qkv need not be kept; the gradient over qkv is one tensor too, for a
-    projection that made all three. Raises ValueError as `rope`, and for a width that the heads do not divide.
+    They are views of one new tensor, so qkv need not be kept; the gradient of qkv is one tensor too, for a projection
+    that computes all three. Raises ValueError as `rope`, and for a width that the heads do not divide.
     """
     whole = heads + 2 * kv_heads
     if qkv.dim() != 3 or heads < 1 or kv_heads < 1 or qkv.shape[2] % whole:
@@ -63,7 +63,7 @@ def rope_tables(
     attention_scaling: float = 1.0,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin (..., S, R) of position_ids (..., S) and inv_freq (R / 2,); angles in fp32 whatever the autocast."""
+    """cos and sin (..., S, R) of position_ids (..., S) and inv_freq (R / 2,); angles are fp32 even under autocast."""
     angles = position_ids[..., None].float() * inv_freq.to(device=position_ids.device, dtype=torch.float32)
     angles = torch.cat((angles, angles), dim=-1)
     return (angles.cos() * attention_scaling).to(dtype), (angles.sin() * attention_scaling).to(dtype)
@@ -119,7 +119,7 @@ def _run(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _positions_first(x: Tensor) -> bool:
-    """Whether memory holds (B, S, N, D)."""
+    """Whether the memory layout is (B, S, N, D)."""
     return x.stride(1) < x.stride(2)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 RopeType = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"]
-# What each type cannot do without.
+# The parameters that each type requires.
 NEEDED: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -53,8 +53,8 @@ def rope_inv_freq(
 ) -> tuple[Tensor, float]:
     """(inv_freq (D / 2,) fp32, attention scaling for cos and sin). Names as in a config's `rope_parameters`.
 
-    seq_len counts for `dynamic` and `longrope` only: the length to come, the model's own where it is None.
-    Raises ValueError for an unknown type, or where a number that the type needs is missing.
+    seq_len matters for `dynamic` and `longrope` only: the sequence length, or the model's maximum if None.
+    Raises ValueError for an unknown type, or if a number that the type requires is missing.
     """
     if rope_type not in NEEDED:
         raise ValueError(f"rope_type={rope_type!r} is not one of {', '.join(NEEDED)}.")

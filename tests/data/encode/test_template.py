@@ -139,7 +139,7 @@ def test_template_without_end_token_gets_the_tokenizers(tokenizer_of):
 
 
 def test_conversation_that_the_template_refuses_names_the_record(tokenizer_of):
-    with pytest.raises(DataError, match=r"FILE line 1: the chat template refuses .*alternate"):
+    with pytest.raises(DataError, match=r"FILE line 1: the chat template rejects .*alternate"):
         encode(conversation((USER, "a"), (USER, "b"), (ASSISTANT, "c")), tokenizer_of("gemma"))
 
 

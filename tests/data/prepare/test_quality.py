@@ -58,7 +58,7 @@ FAULTS = {
     "truncated": (
         [chat("Tell it.", "word " * 200)],
         {"max_length": 200, "too_long": "truncate"},
-        "1 samples cut at data.max_length",
+        "1 samples truncated at data.max_length",
     ),
     "answer cut off": (
         [chat("word " * 200, "Yes.")],
@@ -122,8 +122,7 @@ def test_a_template_that_prints_the_date_prints_the_same_one_for_ever(tmp_path, 
         tokenizer.chat_template = template
     assert report["train"]["sources"][0]["shown"][0][0]["text"].startswith("Today is 26 Jul 2024.")
     assert report["notes"] == [
-        f"train {tmp_path / 'train.jsonl'}: 100 samples whose template prints today's date: "
-        "it is 26 July 2024 in all of them"
+        f"train {tmp_path / 'train.jsonl'}: 100 samples whose template prints today's date use 26 July 2024 instead"
     ]
 
 

@@ -42,7 +42,7 @@ def test_mds_of_tokens_and_of_messages(name):
     "damage, message",
     [
         ("cut", r"shard\.00001\.mds: \d+ bytes instead of 655"),
-        ("gone", r"shard\.00001\.mds: named in index\.json, but not there"),
+        ("gone", r"shard\.00001\.mds: named in index\.json, but missing"),
         ("size", r"shard\.00001\.mds sample 1: its columns take \d+ bytes of \d+"),
         ("packed", r"shard\.00001\.mds\.gz: damaged gz data"),
     ],
@@ -96,7 +96,7 @@ def test_damaged_megatron_is_named(tmp_path):
     with pytest.raises(DataError, match=r"text\.bin: 7 bytes, but its index needs 8"):
         records(tokens)
     tokens.unlink()
-    with pytest.raises(DataError, match=r"text\.bin: not there"):
+    with pytest.raises(DataError, match=r"text\.bin: missing"):
         records(tmp_path / "text.idx")
     (tmp_path / "text.bin").touch()
     (tmp_path / "text.idx").write_bytes(b"PK" + b"\x00" * 50)

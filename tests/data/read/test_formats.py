@@ -64,7 +64,7 @@ def test_text_and_tools():
 def test_columns_map_our_names_to_theirs():
     got = sample({"prompt": "text", "completion": "category"}, text="q", category="a")
     assert (got.format, got.messages) == ("prompt_completion", [USER, ASSISTANT])
-    with pytest.raises(DataError, match=r"FILE line 7: no column 'question' \(columns\.prompt\); there are text"):
+    with pytest.raises(DataError, match=r"FILE line 7: no column 'question' \(columns\.prompt\); the columns are text"):
         sample({"prompt": "question"}, text="q")
     with pytest.raises(DataError, match=r"columns: 'promt' is none of our fields \(messages"):
         sample({"promt": "text"}, text="q")

@@ -88,7 +88,7 @@ def test_folder_with_splits_in_its_names_never_mixes_them(tmp_path):
     assert fields(tmp_path) == ROWS[:1]
     assert fields(tmp_path, split="validation") == ROWS[2:3]
     (tmp_path / "val-00000.jsonl").unlink()
-    with pytest.raises(DataError, match=r"no file of split 'validation'; the names say test, train"):
+    with pytest.raises(DataError, match=r"no file of split 'validation'; file names indicate test, train"):
         fields(tmp_path, split="validation")
 
 
@@ -101,15 +101,15 @@ def test_where_names_file_and_first_line_of_a_record(tmp_path):
 
 FAULTS = {
     "broken.jsonl": (b'{"text": "a"}\n{"text": \n', r"line 2: not valid JSON \(Expecting value at column"),
-    "number.jsonl": (b'{"text": "a"}\n7\n', r"line 2: holds int, but a record is a JSON object"),
+    "number.jsonl": (b'{"text": "a"}\n7\n', r"line 2: is int, but a record is a JSON object"),
     "deep.jsonl": (b"[" * 200_000, r"line 1: JSON nested too deep"),
     "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', r"line 2: not UTF-8 text \(byte 0xe9 at offset 24\)"),
     "utf16.jsonl": ('{"text": "a"}'.encode("utf-16"), r"line 1: UTF-16 text. Save the file as UTF-8"),
     "broken.json": (b'[{"text": "a"},\n{"text" "b"}]', r"line 2: not valid JSON"),
-    "list.json": (b'[{"text": "a"}, ["b"]]', r"line 1 \(record 2\): holds list"),
+    "list.json": (b'[{"text": "a"}, ["b"]]', r"line 1 \(record 2\): is list"),
     "short.csv": (b"text,label\na,b\nc\n", r"line 3: 1 values, but the header has 2 \(text, label\)"),
     "quote.csv": (b'text,label\na,"b"x\n', r"line 2: not valid CSV"),
-    "twice.csv": (b"text,text\na,b\n", r"line 1: two columns of the header have one name"),
+    "twice.csv": (b"text,text\na,b\n", r"line 1: two columns have the same name"),
     "header.csv": (b"text,label\n", r"has no records"),
     "empty.jsonl": (b"", r"has no records"),
     "blank.txt": (b"\n \n", r"has no records"),
