@@ -1,24 +1,28 @@
 """A run from its config to its final weights. `python -m ft_dist.train CONFIG [key=value ...]` is one rank of it.
 
-torchrun, srun and `ft-dist train` all start this module; it reads top to bottom: check, prepare data, join the world,
-build the engine, resume, step until done, evaluate, write the result.
+torchrun, srun and `ft-dist train` all start this module. In order: check, prepare data, join the world, build the
+engine, resume, step until done, evaluate, write the result.
 """
 
 import gc
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ft_dist.config import RunConfig, load_config
 from ft_dist.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USER, Preempted, TrainingError, UserError
 from ft_dist.preemption.signals import listen
 from ft_dist.preemption.stop import StopRequest
 
+if TYPE_CHECKING:
+    from ft_dist.data.stream.batch import Prefetched
+    from ft_dist.run.run import Run
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one rank; returns its exit code."""
     arguments = sys.argv[1:] if argv is None else argv
-    # Imports make a million objects that stay; to look for garbage among them again and again took a sixth of a start.
+    # Imports create a million objects that stay; collecting garbage among them took a sixth of the start-up time.
     # `prepare_run` enables it again.
     gc.disable()
     stop = StopRequest()
@@ -28,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError("no config given. Usage: python -m ft_dist.train CONFIG [key=value ...]")
         train(load_config(arguments[0], arguments[1:]), stop)
     except (UserError, TrainingError) as error:
-        tell(error)
+        report_error(error)
         return EXIT_USER if isinstance(error, UserError) else EXIT_FAILED
     except Preempted:
         return EXIT_PREEMPTED
@@ -36,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(config: RunConfig, stop: StopRequest) -> None:
-    """Train on this rank, with whatever others the environment names.
+    """Train on this rank, together with the other ranks that the environment names.
 
     Raises UserError, Preempted or TrainingError.
     """
@@ -45,13 +49,13 @@ def train(config: RunConfig, stop: StopRequest) -> None:
     quiet_process()
     from ft_dist.run.warm_memory import touch_planned
 
-    free_memory = touch_planned(config)  # by a thread, while this one imports
-    from ft_dist.run.out_of_memory import telling_shortage
-    from ft_dist.run.run import prepare_run
+    free_memory = touch_planned(config)  # on a thread, during the imports
+    from ft_dist.run.out_of_memory import explain_out_of_memory
+    from ft_dist.run.start import prepare_run
 
     run = prepare_run(config, stop, free_memory=free_memory)
     try:
-        with telling_shortage(run.config, run.world, flash=run.engine.flash):
+        with explain_out_of_memory(run.config, run.world, flash=run.engine.flash):
             before = run.evaluate("before") if config.evaluate.before else None
             stop.training_started()
             step_until_done(run, stop)
@@ -65,18 +69,18 @@ def train(config: RunConfig, stop: StopRequest) -> None:
         gc.unfreeze()
 
 
-def tell(error: Exception) -> None:
-    """One line on the console. Before the world is joined every rank of a node meets the same mistake: one tells it."""
+def report_error(error: Exception) -> None:
+    """Print one line. Before the world is joined, all ranks of a node fail with the same error, so one prints it."""
     import torch.distributed as dist
 
-    from ft_dist.observe.console import tell_error
+    from ft_dist.observe.console import print_error
 
     if dist.is_initialized() or int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        tell_error(str(error))
+        print_error(str(error))
 
 
-def step_until_done(run: Any, stop: StopRequest) -> None:
-    """The training loop: from the step resumed at to the last one."""
+def step_until_done(run: "Run", stop: StopRequest) -> None:
+    """The training loop: from the first or the resumed step to the last."""
     for index, batch in enumerate(run.batches()):
         if index == 1:
             _collect_from_start_up()
@@ -88,14 +92,14 @@ def step_until_done(run: Any, stop: StopRequest) -> None:
 
 
 def _collect_from_start_up() -> None:
-    """Once, and after the first step, which does not wait for it: a pass over all that was imported takes 0.4 s."""
+    """Once, after the first step, so that it does not delay that step: a pass over all imported objects takes 0.4 s."""
     gc.unfreeze()
     gc.collect()
     gc.freeze()
 
 
-def take_step(run: Any, stop: StopRequest, batch: Any) -> None:
-    """One optimizer step on this rank's share of a global batch, recorded. Raises Preempted, TrainingError."""
+def take_step(run: "Run", stop: StopRequest, batch: "Prefetched") -> None:
+    """Run and record one optimizer step on this rank's share of a global batch. Raises Preempted, TrainingError."""
     from ft_dist.engine.step import StepSums
     from ft_dist.optim.schedule import learning_rate
 

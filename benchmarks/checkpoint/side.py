@@ -32,9 +32,9 @@ def main() -> None:
     parser.add_argument("config", nargs="+")
     options = parser.parse_args()
     quiet_process()
-    from ft_dist.run.run import prepare_run
+    from ft_dist.run.start import prepare_run
 
-    run = prepare_run(load_config(options.config[0], options.config[1:]), StopRequest())
+    run = prepare_run(load_config(options.config[0], options.config[1:]), StopRequest(), free_memory=lambda: None)
     batch = next(run.batches())
 
     def step() -> StepResult:

@@ -19,13 +19,13 @@ from ft_dist.errors import EXIT_FINISHED, EXIT_USER, UserError
 
 
 def main(argv: list[str] | None = None) -> int:
-    from ft_dist.train import tell
+    from ft_dist.train import report_error
 
     arguments = sys.argv[1:] if argv is None else argv
     try:
         measure(Spec.read(Path(arguments[0])))
     except UserError as error:
-        tell(error)
+        report_error(error)
         return EXIT_USER
     return EXIT_FINISHED
 
@@ -84,7 +84,7 @@ def _write(spec: Spec, run: Any, result: dict[str, Any]) -> None:
 
 def prepare(spec: Spec, config: RunConfig, stop: Any, free_memory: Callable[[], None]) -> Any:
     """The run that `ft-dist train` would build; with synthetic samples it needs no tokenizer or weights."""
-    from ft_dist.run.run import prepare_run
+    from ft_dist.run.start import prepare_run
 
     if not spec.synthetic:
         return prepare_run(config, stop, free_memory=free_memory)

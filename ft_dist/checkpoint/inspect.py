@@ -1,4 +1,4 @@
-"""What the command line says about checkpoints: list, show, verify, compare. No torch, no engine."""
+"""List, show, verify and compare checkpoints, for the command line. No torch, no engine."""
 
 import json
 from collections import Counter, defaultdict
@@ -8,15 +8,17 @@ from typing import Any
 
 from ft_dist.checkpoint.commit.format import Commit, commits, split_key, verify
 from ft_dist.checkpoint.identity import differences
+from ft_dist.checkpoint.state import RunState
 from ft_dist.errors import CheckpointError
+from ft_dist.run_folder import RunFolder
 
 
 def find_commits(place: Path) -> list[Commit]:
     """The commits in a run folder, its `checkpoints/`, or one commit's own folder; oldest first.
 
-    Raises CheckpointError where there is none.
+    Raises CheckpointError if there is none.
     """
-    for root in (place, place / "checkpoints"):
+    for root in (place, RunFolder(place).checkpoints):
         if found := commits(root):
             return found
     found = [commit for commit in commits(place.parent) if commit.folder.name == place.resolve().name]
@@ -26,7 +28,7 @@ def find_commits(place: Path) -> list[Commit]:
 
 
 def listing(place: Path) -> list[dict[str, Any]]:
-    """One entry a commit: step, bytes, ranks and stage it was saved by, loss."""
+    """One entry per commit: step, bytes, ranks and ZeRO stage that saved it, loss."""
     return [_summary(commit) for commit in find_commits(place)]
 
 
@@ -49,7 +51,7 @@ def details(place: Path) -> dict[str, Any]:
 
 
 def verified(place: Path) -> list[dict[str, Any]]:
-    """Every commit at `place` with its every byte read: `problem` is None or what is wrong."""
+    """Every commit at `place`, each byte read: `problem` is None or the first fault."""
     found = []
     for commit in find_commits(place):
         try:
@@ -62,18 +64,18 @@ def verified(place: Path) -> list[dict[str, Any]]:
 
 
 def compared(first: Path, second: Path) -> dict[str, Any]:
-    """How two commits differ: config keys, parameters, and for each kind of tensor the largest absolute difference."""
+    """How two commits differ: config keys, parameters, and the largest absolute difference per kind of tensor."""
     one, two = find_commits(first)[-1], find_commits(second)[-1]
-    before, after = one.state(), two.state()
-    names = before["parameters"], after["parameters"]
+    before, after = (RunState.from_dict(commit.state()) for commit in (one, two))
+    names = before.parameters, after.parameters
     common = {name for name in names[0] if names[0][name] == names[1].get(name)}
-    changes = differences(before.get("config") or {}, after.get("config") or {})
+    changes = differences(before.config or {}, after.config or {})
     largest = {kind: _largest_difference(one, two, kind, common) for kind in sorted(_kinds(one) & _kinds(two))}
     return {
         "first": str(one.folder),
         "second": str(two.folder),
         "config": {key: list(pair) for key, pair in changes.items()},
-        "position": {key: [before.get(key), after.get(key)] for key in ("step", "tokens", "loss")},
+        "position": {key: [getattr(before, key), getattr(after, key)] for key in ("step", "tokens", "loss")},
         "parameters": sorted(name for name in {**names[0], **names[1]} if name not in common),
         "tensors": largest,
     }
@@ -81,12 +83,12 @@ def compared(first: Path, second: Path) -> dict[str, Any]:
 
 def _summary(commit: Commit) -> dict[str, Any]:
     try:
-        state, size = commit.state(), commit.size_bytes()
+        state, size = RunState.from_dict(commit.state()), commit.size_bytes()
     except CheckpointError as error:
         return {"folder": str(commit.folder), "step": commit.step, "problem": str(error)}
     keys = ("world_size", "zero_stage", "loss", "tokens")
     summary = {"folder": str(commit.folder), "step": commit.step, "bytes": size}
-    return summary | {key: state.get(key) for key in keys} | {"problem": None}
+    return summary | {key: getattr(state, key) for key in keys} | {"problem": None}
 
 
 def _tensors(commit: Commit) -> Iterator[tuple[Any, str]]:
@@ -103,7 +105,7 @@ def _kinds(commit: Commit) -> set[str]:
 
 
 def _largest_difference(one: Commit, two: Commit, kind: str, names: set[str]) -> dict[str, Any]:
-    """One kind of tensor at a time bounds the memory to a copy of the weights for each side."""
+    """Of one kind of tensor at a time, which bounds the memory to one copy of the weights per side."""
     import numpy as np
 
     left, right = _whole(one, kind, names), _whole(two, kind, names)
@@ -132,7 +134,7 @@ def _whole(commit: Commit, kind: str, names: set[str]) -> dict[str, Any]:
 
 
 def table(entries: list[dict[str, Any]]) -> str:
-    """`listing` for people."""
+    """`listing` as a table."""
     lines = [f"{'step':>10}  {'size':>10}  {'ranks':>5}  {'ZeRO':>4}  {'loss':>8}  folder"]
     for entry in entries:
         if entry["problem"]:
@@ -145,8 +147,8 @@ def table(entries: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def tell(entry: dict[str, Any]) -> str:
-    """`details` or `compared` for people: nested JSON without its punctuation."""
+def as_text(entry: dict[str, Any]) -> str:
+    """`details` or `compared` as indented lines: JSON without its punctuation."""
     return "\n".join(_lines(entry))
 
 

@@ -1,4 +1,4 @@
-"""Read a commit into an engine of any world size and ZeRO stage: each rank picks the slices that it owns now."""
+"""Load a commit into an engine of any world size and ZeRO stage: each rank reads the slices that it owns."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -8,17 +8,18 @@ import torch
 from safetensors import safe_open
 
 from ft_dist.checkpoint.commit.format import Commit, split_key
+from ft_dist.checkpoint.state import RunState
 from ft_dist.engine.fragments import fragments, refresh_compute_weights, set_adam_step
 from ft_dist.engine.step import Engine
 from ft_dist.errors import CheckpointError
 
 
-def load(engine: Engine, commit: Commit) -> dict[str, Any]:
-    """Fill master weights and optimizer state from `commit`; returns the loop's state. All ranks call it.
+def load(engine: Engine, commit: Commit) -> RunState:
+    """Load master weights and optimizer state from `commit`; returns its state. All ranks call it.
 
-    Raises CheckpointError if the commit was made for other trainable parameters or another optimizer.
+    Raises CheckpointError if the commit has other trainable parameters or another optimizer's state.
     """
-    state = commit.state()
+    state = RunState.from_dict(commit.state())
     _check_parameters(engine, commit, state)
     pieces = Pieces(commit.fragment_files())
     for fragment in fragments(engine):
@@ -33,27 +34,27 @@ def load(engine: Engine, commit: Commit) -> dict[str, Any]:
                 )
             if not isinstance(place, torch.Tensor):
                 place.write(tensor)
-    set_adam_step(engine, state["adam_step"])
+    set_adam_step(engine, state.adam_step)
     refresh_compute_weights(engine)
     return state
 
 
-def _check_parameters(engine: Engine, commit: Commit, state: dict[str, Any]) -> None:
-    saved = {name: tuple(shape) for name, shape in state["parameters"].items()}
+def _check_parameters(engine: Engine, commit: Commit, state: RunState) -> None:
+    saved = {name: tuple(shape) for name, shape in state.parameters.items()}
     wanted = {name: tuple(shape) for name, shape in engine.trainable_shapes().items()}
     if saved == wanted:
         return
     differing = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
     name = differing[0]
     raise CheckpointError(
-        f"{commit.folder}: holds other trainable parameters than this config trains; {name} is "
-        f"{saved.get(name, 'absent')} there and {wanted.get(name, 'absent')} here ({len(differing)} differ). Resume "
-        "with the model and method that the run began with, or use another output_dir."
+        f"{commit.folder}: its trainable parameters differ from this config's: {name} is {saved.get(name, 'absent')} "
+        f"there and {wanted.get(name, 'absent')} here ({len(differing)} differ). Resume with the model and method that "
+        "the run started with, or use another output_dir."
     )
 
 
 class Pieces:
-    """Index of fragments: parameter and kind -> ranges, each in a memory-mapped file."""
+    """Index of fragments: parameter and kind to ranges, each in a memory-mapped file."""
 
     def __init__(self, files: list[Path]) -> None:
         self._ranges: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = defaultdict(list)
@@ -66,7 +67,7 @@ class Pieces:
 
     @torch.no_grad()
     def copy_into(self, tensor: torch.Tensor, kind: str, name: str, *, start: int) -> int:
-        """Fill the flat `tensor` with entries [start, start + numel) and return how many of them were found."""
+        """Fill the flat `tensor` with elements [start, start + numel); returns the number found."""
         filled, end = 0, start + tensor.numel()
         for saved_start, numel, handle, key in self._ranges[kind, name]:
             low, high = max(saved_start, start), min(saved_start + numel, end)

@@ -26,10 +26,10 @@ def ls(place: Folder, as_json: AsJson = False) -> None:
 @checkpoint.command()
 def show(place: Folder, as_json: AsJson = False) -> None:
     """Show the contents of the newest checkpoint in DIR."""
-    from ft_dist.checkpoint.inspect import details, tell
+    from ft_dist.checkpoint.inspect import as_text, details
 
     entry = details(place)
-    typer.echo(json.dumps(entry, indent=2) if as_json else tell(entry))
+    typer.echo(json.dumps(entry, indent=2) if as_json else as_text(entry))
 
 
 @checkpoint.command()
@@ -46,10 +46,10 @@ def verify(place: Folder, as_json: AsJson = False) -> None:
 @checkpoint.command()
 def diff(first: Folder, second: Folder, as_json: AsJson = False) -> None:
     """Compare two checkpoints: config, position, and the largest difference per kind of tensor."""
-    from ft_dist.checkpoint.inspect import compared, tell
+    from ft_dist.checkpoint.inspect import as_text, compared
 
     entry = compared(first, second)
-    typer.echo(json.dumps(entry, indent=2) if as_json else tell(entry))
+    typer.echo(json.dumps(entry, indent=2) if as_json else as_text(entry))
 
 
 @checkpoint.command(name="import")

@@ -49,5 +49,5 @@ def duration(seconds: float) -> str:
     return f"{minutes}m{secs:02d}s" if minutes else f"{secs}s"
 
 
-def tell_error(message: str) -> None:
+def print_error(message: str) -> None:
     print(f"ft-dist: error: {message}", file=sys.stderr, flush=True)

@@ -10,7 +10,8 @@ from ft_dist.config import RunConfig, dump_config
 from ft_dist.distributed import World
 from ft_dist.observe.console import Console
 from ft_dist.observe.files import EventLog, JsonLines, write_json
-from ft_dist.observe.trackers import Tracker, open_trackers, rank_log
+from ft_dist.observe.trackers import Tracker, open_trackers
+from ft_dist.run_folder import RunFolder
 
 
 class Recorder:
@@ -19,19 +20,19 @@ class Recorder:
     def __init__(self, config: RunConfig, world: World, *, resumed_step: int) -> None:
         self.config = config
         self.world = world
+        self._folder = RunFolder(config.run_dir)
         self.console = Console(enabled=world.is_main)
         self._metrics: JsonLines | None = None
         self._samples: JsonLines | None = None
         self._events: EventLog | None = None
         self._trackers: list[Tracker] = []
         if world.is_main:
-            run_dir = config.run_dir
-            run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-            self._metrics = JsonLines(run_dir / "metrics.jsonl", keep_until=resumed_step)
-            self._events = EventLog(run_dir / "events.jsonl")
+            self._folder.root.mkdir(parents=True, exist_ok=True)
+            self._folder.config.write_text(dump_config(config), encoding="utf-8")
+            self._metrics = JsonLines(self._folder.metrics, keep_until=resumed_step)
+            self._events = EventLog(self._folder.events)
             if config.data.log_samples:
-                self._samples = JsonLines(run_dir / "samples.jsonl", keep_until=resumed_step)
+                self._samples = JsonLines(self._folder.samples, keep_until=resumed_step)
             self._trackers = open_trackers(config, resumed_step=resumed_step)
 
     def event(self, name: str, **fields: Any) -> None:
@@ -54,7 +55,7 @@ class Recorder:
 
     def earlier_scores(self, when: str) -> dict[str, Any] | None:
         """Scores that a run before this resume has already measured."""
-        path = self.config.run_dir / "events.jsonl"
+        path = self._folder.events
         found = None
         if path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
@@ -64,11 +65,11 @@ class Recorder:
 
     def data_report(self, content: dict[str, Any]) -> None:
         if self.world.is_main:
-            write_json(self.config.run_dir / "report.json", content)
+            write_json(self._folder.data_report, content)
 
     def summary(self, content: dict[str, Any]) -> None:
         if self.world.is_main:
-            write_json(self.config.run_dir / "summary.json", content)
+            write_json(self._folder.summary, content)
 
     def close(self) -> None:
         for file in (self._metrics, self._samples, self._events):
@@ -83,7 +84,7 @@ def log_rank_output(config: RunConfig, *, rank: int) -> IO[str]:
 
     A crash in native code leaves the Python stack in the file too. Returns the open file, to be kept alive.
     """
-    path = rank_log(config.run_dir, rank)
+    path = RunFolder(config.run_dir).rank_log(rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a", encoding="utf-8", buffering=1)
     faulthandler.enable(file)

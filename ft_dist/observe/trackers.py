@@ -1,10 +1,10 @@
 """Metrics to wandb and TensorBoard, where the config asks for them. Rank 0 only."""
 
 import secrets
-from pathlib import Path
 from typing import Any, Protocol
 
 from ft_dist.config.schema import RunConfig
+from ft_dist.run_folder import RunFolder
 
 
 class Tracker(Protocol):
@@ -43,7 +43,7 @@ class TensorBoardTracker:
     def __init__(self, config: RunConfig, *, resumed_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(config.run_dir / "tensorboard"), purge_step=resumed_step + 1)
+        self.writer = SummaryWriter(str(RunFolder(config.run_dir).tensorboard), purge_step=resumed_step + 1)
 
     def log(self, record: dict[str, Any], step: int) -> None:
         for key, value in record.items():
@@ -65,14 +65,10 @@ def open_trackers(config: RunConfig, *, resumed_step: int) -> list[Tracker]:
 
 def wandb_run_id(config: RunConfig) -> str | None:
     """The id that this run has at wandb, if it has been there."""
-    path = config.run_dir / "wandb_run_id"
+    path = RunFolder(config.run_dir).wandb_run_id
     return path.read_text().strip() if path.exists() else None
 
 
 def keep_wandb_run_id(config: RunConfig, run_id: str) -> None:
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    (config.run_dir / "wandb_run_id").write_text(run_id)
-
-
-def rank_log(output_dir: Path, rank: int) -> Path:
-    return output_dir / "logs" / f"rank-{rank}.log"
+    RunFolder(config.run_dir).wandb_run_id.write_text(run_id)

@@ -24,7 +24,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.reason = ""
         self.time_limit: TimeLimit | None = None
-        self.tell_others: Callable[[], None] | None = None
+        self.notify_others: Callable[[], None] | None = None
         """Called once, on a thread of its own, when this rank is the one that was asked"""
         self._asked_at: float | None = None
         self._signalled_at: float | None = None
@@ -61,8 +61,8 @@ class StopRequest:
             self._asked_at = time.monotonic()
         if not self._training:
             leave(reason)
-        if self.tell_others:
-            threading.Thread(target=self.tell_others, name="tell-others", daemon=True).start()
+        if self.notify_others:
+            threading.Thread(target=self.notify_others, name="notify-others", daemon=True).start()
 
     def signalled(self, number: int) -> None:
         """A signal asks; a second one, `SAME_NOTICE_S` or more after the first, leaves without waiting for anything."""

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ft_dist.errors import EXIT_HUNG, EXIT_PREEMPTED
 from ft_dist.preemption.stop import StopRequest
+from ft_dist.run_folder import RunFolder
 
 NOTICE_S = 20.0
 REPORT_S = 5.0
@@ -35,13 +36,13 @@ class Watchdog:
     def __init__(self, *, timeout_s: float, run_dir: Path, rank: int, stop: StopRequest) -> None:
         self.timeout_s = timeout_s
         self.step = 0
-        self._run_dir, self._rank, self._stop = run_dir, rank, stop
+        self._folder, self._rank, self._stop = RunFolder(run_dir), rank, stop
         self._beats = 0
         self._doing, self._limit_s, self._short = "training", timeout_s, True
         self._longest_s = 0.0
         self._tick_s = min(1.0, timeout_s / 10)
         self._closed = threading.Event()
-        path = run_dir / "logs" / f"rank-{rank}-stacks.log"
+        path = self._folder.rank_stacks(rank)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._stacks = path.open("a", encoding="utf-8")
         # the launcher asks for the stacks with SIGQUIT, which is answered without the interpreter's lock
@@ -110,5 +111,5 @@ class Watchdog:
         if self._rank == 0:
             event = {"time": round(time.time(), 3), "event": "hung", "step": self.step, "doing": self._doing}
             # by a descriptor of its own: the main thread may hold the lock of the open file
-            with (self._run_dir / "events.jsonl").open("a", encoding="utf-8") as events:
+            with self._folder.events.open("a", encoding="utf-8") as events:
                 events.write(json.dumps(event) + "\n")

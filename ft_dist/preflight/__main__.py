@@ -7,7 +7,7 @@ import sys
 from ft_dist.config import load_config
 from ft_dist.distributed import join_world, leave_world, open_store
 from ft_dist.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_USER, PreflightError, TrainingError, UserError
-from ft_dist.observe.console import Console, tell_error
+from ft_dist.observe.console import Console, print_error
 from ft_dist.preflight.interface import choose_interface
 from ft_dist.preflight.node import node_name, several_nodes
 from ft_dist.preflight.ranks import Preflight
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
             console.say(f"problem: {problem.line}")
         return EXIT_USER if preflight.found else EXIT_FINISHED
     except (UserError, TrainingError) as error:
-        tell_error(str(error))
+        print_error(str(error))
         return EXIT_USER if isinstance(error, UserError) else EXIT_FAILED
     finally:
         leave_world()

@@ -1,7 +1,7 @@
-"""A run that runs out of memory: what was planned beside what the allocator says, and what to change.
+"""Explains running out of memory: planned against measured memory, and what to change.
 
-With batch.halve_when_out_of_memory the run goes on with half the rows a micro-batch: the number is left in the run
-folder, and the next start, which the agent makes at once, takes it. Global batch and samples stay the same.
+With batch.halve_when_out_of_memory the next start uses half the rows per micro-batch: the number is stored in the run
+folder, and the agent restarts the run immediately. Global batch and samples stay the same.
 """
 
 import json
@@ -19,12 +19,11 @@ from ft_dist.plan.gpu import free_host_memory, gpu_like
 from ft_dist.plan.guard import changes
 from ft_dist.plan.job import job_of
 from ft_dist.plan.memory.total import memory_plan
-
-SMALLER = "micro_rows.json"
+from ft_dist.run_folder import RunFolder
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """torch's own error on GPUs; on CPU its allocator raises a plain RuntimeError, and Python MemoryError."""
+    """torch has its own error on GPUs; on CPU its allocator raises a plain RuntimeError, and Python a MemoryError."""
     if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
         return True
     text = str(error)
@@ -32,19 +31,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def rows_after_shortage(config: RunConfig, world: World) -> RunConfig:
-    """The config with the micro-batch that an earlier start of this run was left with. All ranks call it."""
-    path = config.run_dir / SMALLER
+    """The config with the micro-batch that an earlier start of this run halved. All ranks call it."""
+    path = RunFolder(config.run_dir).micro_rows
     rows = config.batch.micro_rows
     if config.batch.halve_when_out_of_memory and path.exists():
         rows = min(rows, int(json.loads(path.read_text())["micro_rows"]))
-    # a node that does not see rank 0's disk goes by the others
+    # the minimum over ranks: a node may not see rank 0's disk
     rows = int(-max_over_ranks(-float(rows), world)) if config.batch.halve_when_out_of_memory else rows
     return config.model_copy(update={"batch": config.batch.model_copy(update={"micro_rows": rows})})
 
 
 @contextmanager
-def telling_shortage(config: RunConfig, world: World, *, flash: bool) -> Iterator[None]:
-    """Ends a run that runs out of memory inside with what `shortage` says."""
+def explain_out_of_memory(config: RunConfig, world: World, *, flash: bool) -> Iterator[None]:
+    """Turns an out-of-memory error inside into the error of `shortage`."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -54,25 +53,27 @@ def telling_shortage(config: RunConfig, world: World, *, flash: bool) -> Iterato
 
 
 def shortage(config: RunConfig, world: World, error: BaseException, *, flash: bool) -> ConfigError | TrainingError:
-    """The error to end the run with. TrainingError where another start goes on with smaller micro-batches."""
+    """The error that ends the run. TrainingError if the next start uses smaller micro-batches, else ConfigError."""
     rows = config.batch.micro_rows
-    told = (
+    problem = (
         f"out of memory at batch.micro_rows={rows}, data.max_length={config.data.max_length}. {_numbers(world, error)}"
     )
     if config.batch.halve_when_out_of_memory and rows > 1:
-        write_json(config.run_dir / SMALLER, {"micro_rows": rows // 2})
+        write_json(RunFolder(config.run_dir).micro_rows, {"micro_rows": rows // 2})
         return TrainingError(
-            f"{told} batch.halve_when_out_of_memory: the next start goes on from the last commit with "
+            f"{problem} batch.halve_when_out_of_memory: the next start resumes from the last commit with "
             f"batch.micro_rows={rows // 2}, the same global batch and the same samples."
         )
-    return ConfigError(f"{told} {_advice(config, world, flash)} (ft-dist plan shows the parts)")
+    return ConfigError(f"{problem} {_advice(config, world, flash)} (ft-dist plan shows the parts)")
 
 
 def _numbers(world: World, error: BaseException) -> str:
     first = (str(error).strip().splitlines() or ["no reason given"])[0]
     if world.device.type != "cuda":
         free = free_host_memory()
-        return f"The allocator says: {first[:200]}" + (f" ({free / 2**30:.1f} GiB are free here)" if free else "") + "."
+        return (
+            f"The allocator reports: {first[:200]}" + (f" ({free / 2**30:.1f} GiB are free here)" if free else "") + "."
+        )
     free, total = torch.cuda.mem_get_info(world.device)
     held, reserved = torch.cuda.memory_allocated(world.device), torch.cuda.memory_reserved(world.device)
     peak = torch.cuda.max_memory_allocated(world.device)
@@ -94,11 +95,11 @@ def _advice(config: RunConfig, world: World, flash: bool) -> str:
     chip = gpu_like(torch.cuda.get_device_name(world.device)) if gpu else None
     host = (free_host_memory() or memory.peak) // world.local_size
     total = torch.cuda.mem_get_info(world.device)[1] if gpu else host
-    # what was planned has just been seen to be too little, or the machine to have less than it says
+    # the plan was too low, or the machine has less memory than it reports: aim for 80% of the plan
     found = fit(job, Place(min(total, int(memory.peak * 0.8)), chip))
     if found is None:
         return f"{planned} Take more GPUs, a shorter data.max_length or a smaller model."
-    return f"{planned} This takes less: {changes(config, found)}."
+    return f"{planned} These settings take less: {changes(config, found)}."
 
 
 def _gib(nbytes: float) -> str:

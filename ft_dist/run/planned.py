@@ -1,4 +1,4 @@
-"""What was planned for a run beside what it took, for summary.json."""
+"""Planned against measured memory and step time, for summary.json."""
 
 import statistics
 from collections import deque
@@ -15,11 +15,11 @@ from ft_dist.plan.memory.total import memory_plan
 from ft_dist.plan.speed import step_plan
 
 STEPS = 1000
-"""The last steps, of which the median time is told"""
+"""The median step time is that of the last steps"""
 
 
 class Planned:
-    """Planned at the start of a run, on rank 0; None where plan does not know the model or the GPU."""
+    """Planned on rank 0 when the run starts; None if the planner does not know the model or the GPU."""
 
     def __init__(self, config: RunConfig, world: World, *, flash: bool) -> None:
         self.peak_bytes: int | None = None
@@ -33,7 +33,7 @@ class Planned:
         except UserError:
             return
         memory = memory_plan(job)
-        # as peak_memory_bytes counts: what the allocator gave out on a GPU, the whole process on CPU
+        # matches peak_memory_bytes: the allocator's tensors on a GPU, the whole process on CPU
         self.peak_bytes = memory.tensors if gpu else memory.peak
         chip = gpu_like(torch.cuda.get_device_name(world.device)) if gpu else None
         self.step_s = step_plan(job, chip).seconds if chip else None
@@ -41,7 +41,7 @@ class Planned:
     def step_took(self, seconds: float) -> None:
         self._took_s.append(seconds)
 
-    def beside_reality(self) -> dict[str, Any]:
+    def comparison(self) -> dict[str, Any]:
         return {
             "planned_peak_bytes": self.peak_bytes,
             "planned_step_s": None if self.step_s is None else round(self.step_s, 6),

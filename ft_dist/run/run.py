@@ -1,52 +1,39 @@
-"""One rank's run: its parts (data, engine, recorder) and where it stands.
-
-`prepare_run` builds the parts in the order in which mistakes are cheapest: checks and tokenising before the process
-group exists, weights after.
-"""
+"""One rank's run: its position, its commits, its evaluations. `ft_dist.run.start` builds the parts."""
 
 import hashlib
-import math
-import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import torch
 
-from ft_dist.check import check
 from ft_dist.checkpoint.keeper import CheckpointKeeper
+from ft_dist.checkpoint.state import RunState
 from ft_dist.config import RunConfig
-from ft_dist.data.open import open_stream
-from ft_dist.data.prepare.report import prepare_data, report_lines
 from ft_dist.data.stream.batch import BatchStream, Prefetched, Prefetcher
 from ft_dist.data.stream.stream import DataStream
 from ft_dist.distributed import World, announce_stop, leave_world, stop_announced
-from ft_dist.engine.build import build_engine
 from ft_dist.engine.final import write_final
 from ft_dist.engine.step import Engine, StepResult
 from ft_dist.errors import Preempted, TrainingError
 from ft_dist.evaluate.comparison import comparison, summary_line
 from ft_dist.evaluate.held_out import EvaluationStopped, HeldOut
-from ft_dist.model.builtin import resolve_model
-from ft_dist.model.tokenizer import configured_tokenizer
-from ft_dist.observe.console import Console
-from ft_dist.observe.recorder import Recorder, log_rank_output
+from ft_dist.observe.recorder import Recorder
 from ft_dist.observe.trackers import keep_wandb_run_id, wandb_run_id
-from ft_dist.preemption.listen import listen_for_notices
 from ft_dist.preemption.stop import StopRequest
 from ft_dist.preemption.watchdog import Watchdog
-from ft_dist.preflight.ranks import form_world
-from ft_dist.resources import flops_per_token, peak_flops, peak_memory_bytes, resume_gc, versions
-from ft_dist.run.out_of_memory import rows_after_shortage, telling_shortage
+from ft_dist.resources import peak_memory_bytes, versions
 from ft_dist.run.planned import Planned
+from ft_dist.run.step_record import print_step, step_record
+from ft_dist.run_folder import RunFolder
 
 WAIT_FOR_DATA_S = 5.0
-"""How long a rank that was asked to stop still waits for the data of its last step"""
+"""How long a rank that was asked to stop waits for the data of its last step"""
 
 
 class Clock:
-    """Splits wall time into laps without gaps."""
+    """Splits wall time into consecutive laps."""
 
     def __init__(self) -> None:
         self._last = time.perf_counter()
@@ -57,33 +44,8 @@ class Clock:
         return elapsed
 
 
-def prepare_run(config: RunConfig, stop: StopRequest, *, free_memory: Callable[[], None]) -> "Run":
-    """Everything up to the first step. `free_memory` is called before weights are loaded. Raises UserError."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    facts = check(config, world_size=size)
-    folder = resolve_model(config.model.path)
-    tokenizer, notes = configured_tokenizer(config.model, folder)
-    say = Console(enabled=rank == 0).say
-    facts += listen_for_notices(config.preemption, stop, rank=rank, note=Console(enabled=True).note)
-    resume_gc()
-    train_set, eval_set, report = prepare_data(config, tokenizer, say=say)
-    held_out = HeldOut.prepare(config, tokenizer, eval_set.store) if config.data.eval else None
-    # nothing is written below output_dir before all that one process can find wrong has been told
-    log_file = log_rank_output(config, rank=rank)
-    world, agreed = form_world(config, rank=rank, size=size)
-    config = rows_after_shortage(config, world)
-    free_memory()
-    with telling_shortage(config, world, flash=False):
-        engine = build_engine(config, world, folder=folder, tokenizer=tokenizer)
-    stream = open_stream(config, tokenizer, train_set)
-    run = Run(config, world, engine, stream, stop, tokenizer=tokenizer, held_out=held_out, folder=folder)
-    run.log_file = log_file
-    run.start(facts=[*facts, *notes, *report_lines(report), *agreed], data_report=report)
-    return run
-
-
 class Run:
-    """The parts of a run and its position: `step` optimizer steps are done."""
+    """The parts of a run and its position after `step` optimizer steps."""
 
     def __init__(
         self,
@@ -119,7 +81,7 @@ class Run:
         self.checkpoints = CheckpointKeeper(config, world, engine, folder=folder)
         if self.checkpoints.resumed:
             self._resume(self.checkpoints.resumed)
-        # what rates and estimates of time go by; the run itself ends with its data, or at optim.max_steps
+        # for the learning rate and the ETA; the run itself ends with its data, or at optim.max_steps
         self.total_steps = stream.total_steps(config.optim.epochs, at_most=config.optim.max_steps)
         self._committed_step = self.step
         self._store_asked_at = 0.0
@@ -129,22 +91,23 @@ class Run:
         self.watchdog.step = self.step
         engine.on_progress = self.watchdog.beat
         engine.before_update = self.checkpoints.wait_until_copied
-        stop.tell_others = announce_stop
+        stop.notify_others = announce_stop
 
     @property
     def finished(self) -> bool:
-        """Whether optim.max_steps is reached, or optim.epochs epochs of the data are done."""
+        """True once optim.max_steps or the end of optim.epochs is reached."""
         limit = self.config.optim.max_steps
         return self._state_after["epoch"] >= self.config.optim.epochs or (limit is not None and self.step >= limit)
 
     def start(self, *, facts: list[str], data_report: dict[str, Any]) -> None:
+        """Report what starts or resumes, and start the watchdog."""
         self.recorder.data_report(data_report)
         console = self.recorder.console
         for fact in facts:
             console.say(fact)
         console.say(self.engine.kernels)
-        for line in self.checkpoints.passed_over:
-            console.note(f"checkpoint passed over: {line}")
+        for line in self.checkpoints.skipped:
+            console.note(f"checkpoint skipped: {line}")
         trainable = sum(getattr(p, "ds_numel", p.numel()) for _, p in self.engine.trainable())
         exact = self.total_steps == self.config.optim.max_steps or self.stream.counts_exactly(self.config.optim.epochs)
         steps = f"{'' if exact else 'about '}{self.total_steps} steps"
@@ -167,7 +130,7 @@ class Run:
         self.watchdog.start()
 
     def batches(self) -> Iterator[Prefetched]:
-        """This rank's share of every step that is left."""
+        """This rank's share of each remaining step."""
         if self.finished:
             return
         self.clock.lap()
@@ -187,11 +150,12 @@ class Run:
                     return
 
     def _is_late(self) -> bool:
-        """Asked while data is awaited: whether the run must end before it comes."""
-        return self._told_to_stop() and self.stop.wanted_for_s > WAIT_FOR_DATA_S
+        """True if the run must stop without the data it waits for."""
+        return self._stop_requested() and self.stop.wanted_for_s > WAIT_FOR_DATA_S
 
-    def _told_to_stop(self) -> bool:
-        """Whether any rank was told, for where no reduction says so for long: asks the store, once a second."""
+    def _stop_requested(self) -> bool:
+        """True if any rank was asked to stop. For work that runs long without a reduction: polls the store once a
+        second."""
         now = time.monotonic()
         if not self.stop.wanted and now - self._store_asked_at >= 1.0:
             self._store_asked_at = now
@@ -200,7 +164,7 @@ class Run:
         return self.stop.wanted
 
     def seed_step(self) -> None:
-        """Random numbers (dropout) are a function of seed, step and rank: a resumed run needs no saved generators."""
+        """Random numbers (dropout) are a function of seed, step and rank, so a commit stores no generator states."""
         place = f"{self.config.seed} {self.step} {self.world.rank}".encode()
         seed = int.from_bytes(hashlib.blake2b(place, digest_size=8).digest(), "little") >> 1
         torch.manual_seed(seed)
@@ -215,37 +179,36 @@ class Run:
         self._tokens_done += batch.batch.real_tokens
         self._last_loss = result.loss
         self._count_skipped(result)
-        record = {
-            "step": self.step,
-            "loss": result.loss if math.isfinite(result.loss) else None,
-            "lr": learning_rate,
-            "grad_norm": None if result.skipped else result.grad_norm,
-            "labelled_tokens": batch.batch.labelled_tokens,
-            "real_tokens": batch.batch.real_tokens,
-            "padded_tokens": int(result.sums.padded_tokens),
-            "computed_tokens": int(result.sums.computed_tokens),
-            "tokens_per_s": round(batch.batch.real_tokens / (step_s + waited_s), 3),
-            "step_s": round(step_s, 6),
-            "data_wait_s": round(waited_s, 6),
-            "checkpoint_stall_s": round(self._checkpoint_stall_s + result.held_up_s, 6),
-            "peak_memory_bytes": peak_memory_bytes(self.world.device),
-            "epoch": round(batch.batch.progress, 6),
-            "samples_seen": batch.state_after["samples_seen"],
-            **result.metrics,
-        }
+        record = step_record(
+            batch,
+            result,
+            step=self.step,
+            learning_rate=learning_rate,
+            waited_s=waited_s,
+            step_s=step_s,
+            checkpoint_stall_s=self._checkpoint_stall_s + result.held_up_s,
+            peak_bytes=peak_memory_bytes(self.world.device),
+        )
         self._checkpoint_stall_s = 0.0
         self.planned.step_took(step_s)
         self.recorder.step(record, sample_ids=batch.batch.rows)
-        self._tell(record, step_s + waited_s)
-        self._tell_saves()
+        print_step(
+            self.recorder.console,
+            record,
+            self.engine,
+            seconds=step_s + waited_s,
+            total_steps=self.step if self.finished else max(self.total_steps, self.step + 1),
+            last=self.finished or self.step == self.first_step + 1,
+        )
+        self._record_saves()
         self.watchdog.step = self.step
         if self.stop.time_limit:
             self.stop.time_limit.step_s = step_s + waited_s
         if self.skipped_in_a_row >= self.config.optim.max_skipped_steps:
             raise TrainingError(
                 f"loss or gradient was not finite in {self.skipped_in_a_row} steps in a row, up to step {self.step}. "
-                f"Lower optim.lr ({self.config.optim.lr}), look at the samples of these steps (data.log_samples=true), "
-                "and run again: it goes on from the last commit."
+                f"Lower optim.lr ({self.config.optim.lr}), inspect the samples of these steps (data.log_samples=true), "
+                "and run again: it resumes from the last commit."
             )
 
     def _count_skipped(self, result: StepResult) -> None:
@@ -253,20 +216,6 @@ class Run:
         if result.skipped:
             self.skipped_steps += 1
             self.recorder.event("skipped", step=self.step, reason="loss or gradient not finite")
-
-    def _tell(self, record: dict[str, Any], seconds: float) -> None:
-        peak = peak_flops(self.world.device)
-        mfu = None
-        if peak:
-            per_token = flops_per_token(
-                total_parameters=self.engine.total_parameters, trainable_share=self.engine.trainable_share
-            )
-            needed = min(record["real_tokens"], record["computed_tokens"])
-            mfu = needed * per_token / seconds / (peak * self.world.size)
-        total_steps = self.step if self.finished else max(self.total_steps, self.step + 1)
-        last = self.finished or self.step == self.first_step + 1
-        eta_s = (total_steps - self.step) * seconds
-        self.recorder.console.step(record, total_steps=total_steps, eta_s=eta_s, mfu=mfu, last=last)
 
     def commit_is_due(self) -> bool:
         return self.finished or self.checkpoints.is_due(self.step)
@@ -277,36 +226,37 @@ class Run:
 
     def commit(self) -> None:
         """Save the state after the current step, in the background; see `finish_commits`."""
-        state = {
-            "step": self.step,
-            "data": self._state_after,
-            "skipped_steps": self.skipped_steps,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "tokens": self._tokens_done,
-            "loss": self._last_loss,
-            "wandb_run_id": wandb_run_id(self.config),
-            "versions": versions(),
-        }
+        state = RunState(
+            step=self.step,
+            data=self._state_after,
+            skipped_steps=self.skipped_steps,
+            skipped_in_a_row=self.skipped_in_a_row,
+            tokens=self._tokens_done,
+            loss=self._last_loss,
+            wandb_run_id=wandb_run_id(self.config),
+            versions=versions(),
+            held_out_losses=dict(self._held_out_losses),
+        )
         with self.watchdog.during("a commit", timeout_s=self.config.engine.timeout_s):
-            self.checkpoints.save(state, held_out_losses=self._held_out_losses)
+            self.checkpoints.save(state)
         self._committed_step = self.step
         self._checkpoint_stall_s += self.clock.lap()
 
     def finish_commits(self) -> None:
-        """Return when the last commit is on disk, or its failure told. All ranks call it at the same step."""
+        """Return when the last commit is on disk or its failure is reported. All ranks call it at the same step."""
         with self.watchdog.during("a commit", timeout_s=self.config.engine.timeout_s):
             self.checkpoints.finish()
-        self._tell_saves()
+        self._record_saves()
 
-    def _tell_saves(self) -> None:
-        self.checkpoints.tell(self.recorder)
+    def _record_saves(self) -> None:
+        self.checkpoints.record_saves(self.recorder)
         if self.stop.time_limit:
             self.stop.time_limit.save_s = self.checkpoints.saved_s
 
     def leave_preempted(self) -> NoReturn:
-        """Commit, unless this step is committed already, and end the run. All ranks call it after the same step."""
+        """Commit this step unless that is done, and end the run. All ranks call it after the same step."""
         if self.step > self._committed_step:
-            # an evaluation or a step may have been broken off
+            # drop the time of an interrupted evaluation or step
             self.clock.lap()
             self.commit()
         self.finish_commits()
@@ -317,9 +267,9 @@ class Run:
         raise Preempted
 
     def evaluate(self, when: str) -> dict[str, Any] | None:
-        """Scores on data.eval, or None without held-out data. `before` is measured once in the life of a run.
+        """Scores on data.eval, or None without held-out data. A resumed run reuses the scores of `before`.
 
-        Raises Preempted, with the state committed, when a rank is asked to stop meanwhile.
+        Raises Preempted, with the state committed, if a rank is asked to stop during it.
         """
         if not self.held_out:
             return None
@@ -329,7 +279,7 @@ class Run:
         self.recorder.console.say(f"evaluating {when} training on {len(self.held_out)} held-out samples")
         try:
             scores = self.held_out.score(
-                self.engine, self.tokenizer, say=self.recorder.console.say, stop_wanted=self._told_to_stop
+                self.engine, self.tokenizer, say=self.recorder.console.say, stop_wanted=self._stop_requested
             ).to_dict()
         except EvaluationStopped:
             self.leave_preempted()
@@ -340,9 +290,9 @@ class Run:
         return scores
 
     def write_final(self) -> None:
-        """final/: an adapter or a model that plain peft and transformers load."""
+        """Write final/: an adapter or a model that plain peft and transformers load."""
         with self.watchdog.during("the final write", timeout_s=self.config.engine.timeout_s):
-            write_final(self.engine, self.tokenizer, self.config.run_dir / "final")
+            write_final(self.engine, self.tokenizer, RunFolder(self.config.run_dir).final)
 
     def summarise(self, *, before: dict[str, Any] | None, after: dict[str, Any] | None) -> None:
         self.recorder.summary(
@@ -354,7 +304,7 @@ class Run:
                 "skipped_steps": self.skipped_steps,
                 "world_size": self.world.size,
                 "peak_memory_bytes": peak_memory_bytes(self.world.device),
-                **self.planned.beside_reality(),
+                **self.planned.comparison(),
                 "before": before,
                 "after": after,
                 "versions": versions(),
@@ -369,12 +319,12 @@ class Run:
     def close(self) -> None:
         self.watchdog.close()
         self.checkpoints.close()
-        self._tell_saves()
+        self._record_saves()
         self.recorder.close()
         leave_world()
 
     def _sources(self) -> list[dict[str, Any]]:
-        """Which sample ids are whose."""
+        """The range of sample ids of each source."""
         assert isinstance(self.stream, DataStream), "only a mixture changes"
         starts = self.stream.store.starts.tolist()
         return [
@@ -382,13 +332,13 @@ class Run:
             for source, first in zip(self.stream.mixture.sources, starts[:-1], strict=True)
         ]
 
-    def _resume(self, state: dict[str, Any]) -> None:
-        self.step = self.first_step = state["step"]
-        self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
-        self._tokens_done, self._last_loss = state["tokens"], state["loss"]
-        self._held_out_losses = {int(step): loss for step, loss in state.get("held_out_losses", {}).items()}
-        if state["data"] is not None:
-            self._state_after = state["data"]
-            self._data_changes = self.stream.load_state_dict(state["data"])
-        if self.world.is_main and state.get("wandb_run_id") and not wandb_run_id(self.config):
-            keep_wandb_run_id(self.config, state["wandb_run_id"])
+    def _resume(self, state: RunState) -> None:
+        self.step = self.first_step = state.step
+        self.skipped_steps, self.skipped_in_a_row = state.skipped_steps, state.skipped_in_a_row
+        self._tokens_done, self._last_loss = state.tokens, state.loss
+        self._held_out_losses = dict(state.held_out_losses)
+        if state.data is not None:
+            self._state_after = state.data
+            self._data_changes = self.stream.load_state_dict(state.data)
+        if self.world.is_main and state.wandb_run_id and not wandb_run_id(self.config):
+            keep_wandb_run_id(self.config, state.wandb_run_id)

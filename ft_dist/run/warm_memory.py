@@ -1,4 +1,4 @@
-"""What a rank's steps will take on CPU, used once before the libraries that train are imported, which takes as long."""
+"""Touches the memory that a rank's steps will need on CPU, while the training libraries are imported."""
 
 import os
 from collections.abc import Callable
@@ -14,13 +14,13 @@ from ft_dist.plan.memory.states import States
 from ft_dist.plan.memory.total import memory_plan
 
 ACTIVATIONS_SHARE = 8
-"""An eighth of what full rows of data.max_length would take: a run whose rows are short takes no more than without"""
+"""Touch an eighth of what full rows of data.max_length need, so that a run with short rows takes no extra memory"""
 
 
 def touch_planned(config: RunConfig) -> Callable[[], None]:
-    """Begin; the result, called before weights are loaded, lets the run have it. Nothing happens on GPUs.
+    """Start touching; call the result before weights are loaded to hand the memory to the run. Does nothing on GPUs.
 
-    Where there may be one, AMD's integrated ones too, torch is asked once it is there, and nothing is touched.
+    If a GPU may exist (AMD's integrated ones included), nothing is touched, and torch is asked once it is loaded.
     """
     free = free_host_memory()
     if gpus_here() or Path("/dev/kfd").exists() or not free:
@@ -31,7 +31,7 @@ def touch_planned(config: RunConfig) -> Callable[[], None]:
         ranks = int(os.environ.get("WORLD_SIZE", 1))
         job = job_of(config, ranks=ranks, ranks_per_node=local_ranks, gpu=False, flash=False)
     except UserError:
-        return lambda: None  # the checks of the model itself say it better
+        return lambda: None  # the model's own checks give a better error
     return touch_ahead(min(sure_bytes(job), free // (2 * local_ranks)))
 
 
@@ -43,7 +43,7 @@ def _keep_on_cpu() -> None:
 
 
 def sure_bytes(job: Job) -> int:
-    """What a step takes whatever its rows are. Frozen weights stay mapped from their files."""
+    """What a step needs with any rows. Frozen weights stay mapped from their files."""
     ledger = Ledger()
     States(job, ledger)
     _, frozen = ledger.live["frozen"]

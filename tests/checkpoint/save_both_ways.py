@@ -14,9 +14,9 @@ from ft_dist.preemption.stop import StopRequest
 def main() -> None:
     folder, recipe, *overrides = sys.argv[1:]
     quiet_process()
-    from ft_dist.run.run import prepare_run
+    from ft_dist.run.start import prepare_run
 
-    run = prepare_run(load_config(recipe, overrides), StopRequest())
+    run = prepare_run(load_config(recipe, overrides), StopRequest(), free_memory=lambda: None)
     for batch in run.batches():
         run.seed_step()
         rate = learning_rate(run.config.optim, step=run.step + 1, total_steps=run.total_steps)

@@ -15,7 +15,7 @@ from torch import nn
 
 def main() -> None:
     out, config_name, *overrides = sys.argv[1:]
-    import ft_dist.run.run
+    import ft_dist.run.start
     from ft_dist.config import load_config
     from ft_dist.engine.step import Engine
     from ft_dist.model.load import load_model
@@ -37,7 +37,7 @@ def main() -> None:
         return result
 
     Engine.train_step = noted  # type: ignore[method-assign]
-    ft_dist.run.run.build_engine = functools.partial(ft_dist.run.run.build_engine, load=load)
+    ft_dist.run.start.build_engine = functools.partial(ft_dist.run.start.build_engine, load=load)
     train(load_config(config_name, overrides), StopRequest())
     Path(out).write_text(json.dumps(seen))
 

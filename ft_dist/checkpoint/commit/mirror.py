@@ -13,8 +13,8 @@ from pathlib import Path
 import xxhash
 
 from ft_dist.checkpoint.commit import format as layout
-from ft_dist.checkpoint.commit.report import Report
 from ft_dist.checkpoint.commit.retention import Retention
+from ft_dist.checkpoint.commit.save_event import SaveEvent
 from ft_dist.errors import CheckpointError, StorageError
 from ft_dist.storage import Storage
 
@@ -30,7 +30,7 @@ class Mirror:
         self._retention = retention
         self._pending: list[tuple[layout.Commit, dict[int, float]]] = []
         self._current: int | None = None
-        self._reports: list[Report] = []
+        self._events: list[SaveEvent] = []
         self._changed = threading.Condition()
         self._closing = False
         self._thread: threading.Thread | None = None
@@ -51,9 +51,9 @@ class Mirror:
             waiting = {commit.step for commit, _ in self._pending}
             return waiting | ({self._current} if self._current is not None else set())
 
-    def reports(self) -> list[Report]:
+    def new_events(self) -> list[SaveEvent]:
         with self._changed:
-            found, self._reports = self._reports, []
+            found, self._events = self._events, []
         return found
 
     def close(self) -> None:
@@ -73,11 +73,11 @@ class Mirror:
                     return
                 commit, losses = self._pending.pop(0)
                 self._current = commit.step
-            report = self._copy(commit, losses)
+            event = self._copy(commit, losses)
             with self._changed:
-                self._reports.append(report)
+                self._events.append(event)
 
-    def _copy(self, commit: layout.Commit, losses: Mapping[int, float]) -> Report:
+    def _copy(self, commit: layout.Commit, losses: Mapping[int, float]) -> SaveEvent:
         started = time.monotonic()
         try:
             upload(commit, self.storage)
@@ -85,9 +85,9 @@ class Mirror:
                 remove_remote(self.storage, step)
         except (OSError, StorageError, CheckpointError) as error:
             note = f"step {commit.step} is not copied to {self.storage.url}: {error} It is in {commit.folder}."
-            return Report("mirror_failed", commit.step, {"reason": str(error)}, note)
+            return SaveEvent("mirror_failed", commit.step, {"reason": str(error)}, note)
         fields = {"url": self.storage.url, "seconds": round(time.monotonic() - started, 3)}
-        return Report("mirrored", commit.step, fields)
+        return SaveEvent("mirrored", commit.step, fields)
 
 
 def upload(commit: layout.Commit, storage: Storage) -> None:

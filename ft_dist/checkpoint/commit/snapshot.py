@@ -32,7 +32,7 @@ _CODES = {
 _BLOCK_BYTES = 1 << 24
 
 
-class Source(Protocol):
+class TensorSource(Protocol):
     """What a snapshot asks of a tensor, or of what is kept in another form and widened only when it is copied."""
 
     dtype: torch.dtype
@@ -81,7 +81,7 @@ class HostBuffer:
         self._stream = torch.cuda.Stream(device) if self._pinned else None
 
     @torch.no_grad()
-    def snapshot(self, tensors: Mapping[str, Source]) -> Snapshot:
+    def snapshot(self, tensors: Mapping[str, TensorSource]) -> Snapshot:
         """Copy `tensors` by name, of any dtype and device. What an earlier snapshot held is overwritten.
 
         On a GPU the copies run on a stream of their own, behind what was queued when this was called: beside training.
@@ -92,7 +92,7 @@ class HostBuffer:
         with torch.cuda.stream(self._stream):
             return self._copy(tensors)
 
-    def _copy(self, tensors: Mapping[str, Source]) -> Snapshot:
+    def _copy(self, tensors: Mapping[str, TensorSource]) -> Snapshot:
         # wide types first: every tensor then begins at a multiple of its item size
         named = sorted(tensors.items(), key=lambda item: -item[1].element_size())
         total = sum(tensor.nbytes for _, tensor in named)

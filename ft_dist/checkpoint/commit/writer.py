@@ -24,9 +24,9 @@ import torch
 
 from ft_dist.checkpoint.commit import format as layout
 from ft_dist.checkpoint.commit.mirror import Mirror
-from ft_dist.checkpoint.commit.report import Report, gigabytes
 from ft_dist.checkpoint.commit.retention import Retention
-from ft_dist.checkpoint.commit.snapshot import HostBuffer, Source
+from ft_dist.checkpoint.commit.save_event import SaveEvent
+from ft_dist.checkpoint.commit.snapshot import HostBuffer, TensorSource
 from ft_dist.distributed import World, control_store
 from ft_dist.errors import CheckpointError
 
@@ -56,16 +56,16 @@ class CheckpointWriter:
         self._copied.set()
         self._last_step = -1
         self._saves = 0
-        self._reports: list[Report] = []
+        self._events: list[SaveEvent] = []
         self._lock = threading.Lock()
         self._closing_at: float | None = None
-        self._told_full = False
+        self._reported_full = False
         self._attempt = ""
         self._agree_on_attempt()
 
     def save(
         self,
-        tensors: Mapping[str, Source],
+        tensors: Mapping[str, TensorSource],
         *,
         step: int,
         state: dict[str, Any],
@@ -81,12 +81,12 @@ class CheckpointWriter:
         waited_s = self._wait_for_former()
         if waited_s > 0.05:
             note = f"the save of step {step} waited {waited_s:.1f} s for that of step {self._last_step}"
-            self._report(Report("save_waited", step, {"seconds": round(waited_s, 3)}, note))
+            self._add_event(SaveEvent("save_waited", step, {"seconds": round(waited_s, 3)}, note))
         self._last_step = step
         self._saves += 1
-        job = _Job(self._saves, step, state, dict(held_out_losses or {}), time.monotonic())
+        request = _Save(self._saves, step, state, dict(held_out_losses or {}), time.monotonic())
         self._copied.clear()
-        self._thread = threading.Thread(target=self._run, args=(job, tensors), name="checkpoint", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(request, tensors), name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait_until_copied(self) -> float:
@@ -95,11 +95,11 @@ class CheckpointWriter:
         self._copied.wait()
         return time.monotonic() - started
 
-    def reports(self) -> list[Report]:
+    def new_events(self) -> list[SaveEvent]:
         """What happened since the last call."""
         with self._lock:
-            found, self._reports = self._reports, []
-        return found + (self._mirror.reports() if self._mirror else [])
+            found, self._events = self._events, []
+        return found + (self._mirror.new_events() if self._mirror else [])
 
     def wait(self) -> None:
         """Return when no save is in flight: the last is a commit, or its failure is in `reports`."""
@@ -125,28 +125,28 @@ class CheckpointWriter:
         self._thread = None
         return time.monotonic() - started
 
-    def _run(self, job: "_Job", tensors: Mapping[str, Source]) -> None:
-        staging = self.root / f"{layout.step_name(job.step)}{STAGING}{self._attempt}"
-        self._post(job.number, self._save(tensors, staging))
+    def _run(self, request: "_Save", tensors: Mapping[str, TensorSource]) -> None:
+        staging = self.root / f"{layout.step_name(request.step)}{STAGING}{self._attempt}"
+        self._post(request.number, self._save(tensors, staging))
         if not self._world.is_main:
             return
         try:
-            folder, size = self._seal(job, staging)
+            folder, size = self._seal(request, staging)
         except (OSError, CheckpointError) as error:
             shutil.rmtree(staging, ignore_errors=True)
             note = (
-                f"step {job.step} is not saved: {error} Training goes on; the next save tries again, "
+                f"step {request.step} is not saved: {error} Training goes on; the next save tries again, "
                 f"and a restart would go on from {self._newest()}."
             )
-            self._report(Report("save_failed", job.step, {"reason": str(error)}, note))
+            self._add_event(SaveEvent("save_failed", request.step, {"reason": str(error)}, note))
             return
-        seconds = time.monotonic() - job.started
-        self._report(Report("saved", job.step, {"seconds": round(seconds, 3), "bytes": size}))
+        seconds = time.monotonic() - request.started
+        self._add_event(SaveEvent("saved", request.step, {"seconds": round(seconds, 3), "bytes": size}))
         if self._mirror:
-            self._mirror.offer(layout.Commit(folder, job.step), losses=job.losses)
-        self._tidy(job, size)
+            self._mirror.offer(layout.Commit(folder, request.step), losses=request.losses)
+        self._tidy(request, size)
 
-    def _save(self, tensors: Mapping[str, Source], staging: Path) -> dict[str, Any]:
+    def _save(self, tensors: Mapping[str, TensorSource], staging: Path) -> dict[str, Any]:
         """Copy, then write; returns what to post: the fingerprint of this rank's file, or why there is none."""
         try:
             snapshot = self._buffer.snapshot(tensors)
@@ -160,22 +160,22 @@ class CheckpointWriter:
             staging.mkdir(parents=True, exist_ok=True)
             needed, free = snapshot.size_bytes * self._world.local_size, shutil.disk_usage(self.root).free
             if free < needed:
-                return {"error": f"{self.root}: {gigabytes(needed)} needed, {gigabytes(free)} free on its disk."}
+                return {"error": f"{self.root}: {_gigabytes(needed)} needed, {_gigabytes(free)} free on its disk."}
             return {"name": path.name, **snapshot.write(path)}
         except OSError as error:
             return {"error": f"{path}: cannot be written ({error.strerror})."}
 
-    def _seal(self, job: "_Job", staging: Path) -> tuple[Path, int]:
+    def _seal(self, request: "_Save", staging: Path) -> tuple[Path, int]:
         files = {}
-        for posted in self._collect(job.number):
+        for posted in self._collect(request.number):
             if "error" in posted:
                 raise CheckpointError(posted["error"])
             files[posted.pop("name")] = posted
         for name, expected in files.items():
             _await_visible(staging / name, expected["bytes"])
-        files[layout.STATE] = layout.write_synced(staging / layout.STATE, json.dumps(job.state, indent=1))
-        layout.write_manifest(staging, job.step, files)
-        folder = layout.step_folder(self.root, job.step)
+        files[layout.STATE] = layout.write_synced(staging / layout.STATE, json.dumps(request.state, indent=1))
+        layout.write_manifest(staging, request.step, files)
+        folder = layout.step_folder(self.root, request.step)
         layout.publish(staging, folder)
         return folder, sum(file["bytes"] for file in files.values())
 
@@ -194,22 +194,24 @@ class CheckpointWriter:
             self._store.delete_key(key)
         return posts
 
-    def _tidy(self, job: "_Job", size: int) -> None:
+    def _tidy(self, request: "_Save", size: int) -> None:
         """Delete what retention gives up and what failed saves left; say when the disk gets short."""
         protected = self._mirror.unfinished() if self._mirror else set()
         steps = [commit.step for commit in layout.commits(self.root)]
-        for step in self._retention.surplus(steps, newest=job.step, losses=job.losses):
+        for step in self._retention.surplus(steps, newest=request.step, losses=request.losses):
             if step not in protected:
                 layout.remove(layout.step_folder(self.root, step))
         for leftover in self.root.glob(f"step-*{STAGING}*"):
             # another rank may already be writing the next step
-            if (layout.step_of(leftover.name.partition(STAGING)[0]) or 0) < job.step:
+            if (layout.step_of(leftover.name.partition(STAGING)[0]) or 0) < request.step:
                 shutil.rmtree(leftover, ignore_errors=True)
         free = shutil.disk_usage(self.root).free
-        if free < 2 * size and not self._told_full:
-            self._told_full = True
-            note = f"{self.root}: disk nearly full; {gigabytes(free)} free, a checkpoint takes {gigabytes(size)}"
-            self._report(Report("disk_nearly_full", job.step, {"free_bytes": free, "needed_bytes": size}, note))
+        if free < 2 * size and not self._reported_full:
+            self._reported_full = True
+            note = f"{self.root}: disk nearly full; {_gigabytes(free)} free, a checkpoint takes {_gigabytes(size)}"
+            self._add_event(
+                SaveEvent("disk_nearly_full", request.step, {"free_bytes": free, "needed_bytes": size}, note)
+            )
 
     def _agree_on_attempt(self) -> None:
         """A name for this life of the run, from rank 0: what an earlier, killed life still writes stays apart.
@@ -250,13 +252,13 @@ class CheckpointWriter:
         with contextlib.suppress(torch.distributed.DistError, RuntimeError):
             self._store.set(self._key(number, self._world.rank), json.dumps(content))
 
-    def _report(self, report: Report) -> None:
+    def _add_event(self, event: SaveEvent) -> None:
         with self._lock:
-            self._reports.append(report)
+            self._events.append(event)
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Save:
     number: int
     step: int
     state: dict[str, Any]
@@ -280,3 +282,7 @@ def _appears(path: Path, whole: Callable[[], bool] = lambda: True) -> bool:
         if time.monotonic() > deadline:
             return False
         time.sleep(0.05)
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:,.3g} GB"

@@ -9,6 +9,7 @@ from ft_dist.checkpoint.commit import format as layout
 from ft_dist.checkpoint.commit.snapshot import HostBuffer
 from ft_dist.checkpoint.foreign.read import read_foreign
 from ft_dist.checkpoint.identity import identity
+from ft_dist.checkpoint.state import RunState
 from ft_dist.config import RunConfig
 from ft_dist.errors import CheckpointError
 from ft_dist.model.builtin import resolve_model
@@ -16,6 +17,7 @@ from ft_dist.model.load import add_adapters, load_model
 from ft_dist.model.quiet import quiet_process, quietly
 from ft_dist.model.tokenizer import configured_tokenizer
 from ft_dist.resources import versions
+from ft_dist.run_folder import RunFolder
 
 
 def import_checkpoint(config: RunConfig, folder: Path) -> layout.Commit:
@@ -24,32 +26,27 @@ def import_checkpoint(config: RunConfig, folder: Path) -> layout.Commit:
     Where the other trainer stood in its data is not known here: the run starts with the first sample of its own order.
     Raises CheckpointError where the folder does not fit the config, or the run has commits already.
     """
-    root = config.run_dir / "checkpoints"
+    root = RunFolder(config.run_dir).checkpoints
     if layout.commits(root):
         raise CheckpointError(f"{root}: has checkpoints already. Import into another output_dir.")
     quiet_process()
     model_folder = resolve_model(config.model.path)
     shapes = _trainable_shapes(config, model_folder)
     found = read_foreign(folder, shapes, no_decay=config.optim.weight_decay > 0)
-    state = {
-        "step": found.step,
-        "adam_step": found.adam_step,
-        "parameters": shapes,
-        "data": None,
-        "skipped_steps": 0,
-        "skipped_in_a_row": 0,
-        "tokens": 0,
-        "loss": None,
-        "imported_from": str(folder),
-        "versions": versions(),
+    state = RunState(
+        step=found.step,
+        adam_step=found.adam_step,
+        parameters=shapes,
+        imported_from=str(folder),
+        versions=versions(),
         **identity(config, folder=model_folder),
-    }
+    )
     staging = root / f"{layout.step_name(found.step)}.importing"
     staging.mkdir(parents=True, exist_ok=True)
     tensors = {f"{kind}/{name}@0": tensor for name, kinds in found.tensors.items() for kind, tensor in kinds.items()}
     name = layout.rank_name(0)
     files = {name: HostBuffer(torch.device("cpu")).snapshot(tensors).write(staging / name)}
-    files[layout.STATE] = layout.write_synced(staging / layout.STATE, json.dumps(state, indent=1))
+    files[layout.STATE] = layout.write_synced(staging / layout.STATE, json.dumps(state.to_dict(), indent=1))
     layout.write_manifest(staging, found.step, files)
     layout.publish(staging, layout.step_folder(root, found.step))
     return layout.Commit(layout.step_folder(root, found.step), found.step)
