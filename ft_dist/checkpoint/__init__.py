@@ -1,1 +1,1 @@
-"""Commits: what a run needs to go on from a step, readable on any number of ranks and any ZeRO stage."""
+"""Commits: everything a run needs to resume from a step, loadable on any number of ranks and any ZeRO stage."""

@@ -1,4 +1,4 @@
-"""Which commit a run goes on from: found and verified once, by rank 0, for all ranks."""
+"""Finds the commit that a run resumes from: rank 0 verifies it once for all ranks."""
 
 import json
 from datetime import timedelta
@@ -14,30 +14,30 @@ from ft_dist.storage import Storage
 def agreed_commit(
     world: World, *, resume: str, root: Path, storage: Storage | None, timeout_s: float
 ) -> tuple[Commit | None, list[str]]:
-    """The commit that `checkpoint.resume` means, the same on every rank, and a line for each that was passed over.
+    """The commit that `checkpoint.resume` selects, the same on every rank, and one line per skipped commit.
 
-    Rank 0 reads and verifies; the others wait for its word. Raises CheckpointError, on every rank alike.
+    Rank 0 reads and verifies; the others wait for its answer. Raises CheckpointError on every rank.
     """
     key, store = "checkpoint/resume", control_store()
     if world.is_main:
         try:
-            commit, passed_over = find(resume=resume, root=root, storage=storage)
+            commit, skipped = find(resume=resume, root=root, storage=storage)
         except (CheckpointError, StorageError) as error:
             store.set(key, json.dumps({"error": str(error)}))
             raise
         place = {"folder": str(commit.folder), "step": commit.step} if commit else None
-        store.set(key, json.dumps({"commit": place, "passed_over": passed_over}))
-        return commit, passed_over
+        store.set(key, json.dumps({"commit": place, "skipped": skipped}))
+        return commit, skipped
     store.wait([key], timedelta(seconds=timeout_s))
     answer = json.loads(store.get(key))
     if "error" in answer:
         raise CheckpointError(answer["error"])
     place = answer["commit"]
-    return Commit(Path(place["folder"]), place["step"]) if place else None, answer["passed_over"]
+    return Commit(Path(place["folder"]), place["step"]) if place else None, answer["skipped"]
 
 
 def find(*, resume: str, root: Path, storage: Storage | None = None) -> tuple[Commit | None, list[str]]:
-    """As `agreed_commit`, for one process."""
+    """Like `agreed_commit`, for one process."""
     if resume == "never":
         return None, []
     if resume == "auto":
@@ -48,20 +48,20 @@ def find(*, resume: str, root: Path, storage: Storage | None = None) -> tuple[Co
 
 
 def named_commit(folder: Path) -> Commit:
-    """The commit in a folder that the user names. Raises CheckpointError."""
+    """The commit in a folder that the user named. Raises CheckpointError."""
     step = step_of(folder.name)
     if step is None:
-        raise CheckpointError(f"{folder}: a checkpoint's folder is called step-N, for example step-00000100.")
+        raise CheckpointError(f"{folder}: a checkpoint folder is named step-N. Name one, for example step-00000100.")
     return Commit(folder, step)
 
 
 def newest_intact(root: Path, storage: Storage | None = None) -> tuple[Commit | None, list[str]]:
-    """The newest commit, here or in `storage`, whose checksums hold, and a line for each newer one passed over.
+    """The newest commit, local or in `storage`, whose checksums match, and one line per newer commit skipped.
 
-    One that is only in the store, or intact only there, is fetched. A damaged local one is set aside as
-    `step-N.damaged`: it can be looked at, and is neither found again nor counted when old ones are deleted.
+    A commit that is missing or damaged locally is downloaded from the store. A damaged local commit is renamed to
+    `step-N.damaged`: it can be inspected, but is neither found again nor counted by retention.
     """
-    passed_over = []
+    skipped = []
     local = {commit.step: commit for commit in commits(root)}
     remote: set[int] = set()
     if storage:
@@ -70,21 +70,21 @@ def newest_intact(root: Path, storage: Storage | None = None) -> tuple[Commit | 
         except StorageError as error:
             if not local:
                 raise
-            passed_over.append(f"{error} The newest local checkpoint is taken.")
+            skipped.append(f"{error} The newest local checkpoint is used.")
     for step in sorted(local.keys() | remote, reverse=True):
         if step in local:
             try:
                 verify(local[step])
-                return local[step], passed_over
+                return local[step], skipped
             except CheckpointError as error:
-                passed_over.append(str(error))
+                skipped.append(str(error))
                 _set_aside(local[step])
         if storage and step in remote:
             try:
-                return fetch(storage, step, root), passed_over
+                return fetch(storage, step, root), skipped
             except (CheckpointError, StorageError) as error:
-                passed_over.append(str(error))
-    return None, passed_over
+                skipped.append(str(error))
+    return None, skipped
 
 
 def _set_aside(commit: Commit) -> None:

@@ -1,1 +1,1 @@
-"""What a run tells: metrics and events as JSON lines, the console, wandb and TensorBoard."""
+"""A run's output: metrics and events as JSON lines, the console, wandb and TensorBoard."""

@@ -1,4 +1,4 @@
-"""What a person watching sees: one line a step, at most every two seconds, on rank 0."""
+"""Console output on rank 0: one line per step, at most every two seconds."""
 
 import sys
 import time
@@ -8,7 +8,7 @@ INTERVAL_S = 2.0
 
 
 class Console:
-    """Plain lines, so that a batch job's log reads like the terminal. Silent on other ranks."""
+    """Prints plain lines, so that a batch job's log reads like the terminal. Silent on other ranks."""
 
     def __init__(self, *, enabled: bool) -> None:
         self.enabled = enabled
@@ -19,7 +19,7 @@ class Console:
             print(line, flush=True)
 
     def note(self, line: str) -> None:
-        """Something that the user may want to act on."""
+        """Print something that the user may want to act on."""
         self.say(f"note: {line}")
 
     def step(self, record: dict[str, Any], *, total_steps: int, eta_s: float, mfu: float | None, last: bool) -> None:

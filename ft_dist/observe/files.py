@@ -1,6 +1,6 @@
-"""The run folder's JSON lines: one writer (rank 0), appended and flushed line by line.
+"""The run folder's JSON lines: rank 0 appends and flushes line by line.
 
-A resumed run first drops the lines of steps that were not committed, so that every step stands there once.
+A resumed run first drops the lines of steps that were not committed, so that every step appears once.
 """
 
 import json
@@ -13,7 +13,7 @@ TAIL_BYTES = 64 * 1024
 
 
 class JsonLines:
-    """Append-only `path`; `keep_until` truncates it to steps <= that number when a run resumes."""
+    """Append-only file; `keep_until` first drops the lines of later steps."""
 
     def __init__(self, path: Path, *, keep_until: int | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ class EventLog(JsonLines):
 
 
 def tail(path: Path) -> list[str]:
-    """The lines in the last TAIL_BYTES of a file, the first of them perhaps cut; empty where there is no file."""
+    """The lines in the last TAIL_BYTES of a file, the first perhaps truncated; empty if there is no file."""
     with suppress(OSError), path.open("rb") as file:
         file.seek(0, 2)
         file.seek(max(0, file.tell() - TAIL_BYTES))
@@ -46,7 +46,7 @@ def tail(path: Path) -> list[str]:
 
 
 def last_record(path: Path) -> dict[str, Any] | None:
-    """The last whole line of a file of JSON lines: a process may have been killed in the middle of the very last."""
+    """The last complete line of a JSON lines file: a killed process may have left a partial line."""
     for line in reversed(tail(path)):
         with suppress(ValueError):
             record = json.loads(line)
@@ -61,7 +61,7 @@ def _drop_after(path: Path, step: int) -> None:
         try:
             record = json.loads(line)
         except ValueError:
-            # the process was killed in the middle of this line
+            # a killed process left a partial line
             continue
         if record.get("step", 0) <= step:
             kept.append(line)

@@ -1,4 +1,4 @@
-"""Everything that rank 0 writes about a run: files of the run folder, console, trackers. Other ranks stay silent."""
+"""Records a run on rank 0: files of the run folder, console, trackers. Other ranks record nothing."""
 
 import faulthandler
 import json
@@ -15,7 +15,7 @@ from ft_dist.run_folder import RunFolder
 
 
 class Recorder:
-    """Open from the start of training; `close` at its end. Methods do nothing on ranks other than 0."""
+    """Open for the whole of training. Methods do nothing on ranks other than 0."""
 
     def __init__(self, config: RunConfig, world: World, *, resumed_step: int) -> None:
         self.config = config
@@ -40,7 +40,7 @@ class Recorder:
             self._events.event(name, **fields)
 
     def step(self, record: dict[str, Any], *, sample_ids: list[list[int]]) -> None:
-        """One optimizer step; `sample_ids` are its rows."""
+        """Record one optimizer step; `sample_ids` has one list per row."""
         if self._metrics:
             self._metrics.write(record)
         if self._samples:
@@ -54,7 +54,7 @@ class Recorder:
             tracker.log({f"eval/{key}": value for key, value in scores.items() if isinstance(value, int | float)}, step)
 
     def earlier_scores(self, when: str) -> dict[str, Any] | None:
-        """Scores that a run before this resume has already measured."""
+        """Scores that the run measured before it was resumed."""
         path = self._folder.events
         found = None
         if path.exists():
@@ -80,9 +80,9 @@ class Recorder:
 
 
 def log_rank_output(config: RunConfig, *, rank: int) -> IO[str]:
-    """Rank 0 keeps the console; every other rank's output goes to its own file only.
+    """Copy rank 0's output to its log file; redirect every other rank's output to its log file.
 
-    A crash in native code leaves the Python stack in the file too. Returns the open file, to be kept alive.
+    A crash in native code writes the Python stack to the file too. Returns the open file, which must stay open.
     """
     path = RunFolder(config.run_dir).rank_log(rank)
     path.parent.mkdir(parents=True, exist_ok=True)

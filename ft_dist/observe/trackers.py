@@ -1,4 +1,4 @@
-"""Metrics to wandb and TensorBoard, where the config asks for them. Rank 0 only."""
+"""Sends metrics to wandb and TensorBoard if the config asks for it. Rank 0 only."""
 
 import secrets
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ class Tracker(Protocol):
 
 
 class WandbTracker:
-    """One wandb run for the whole life of an output_dir: its id is kept there, so that a resumed run goes on in it."""
+    """One wandb run per output_dir: its id is stored there, so that a resumed run continues it."""
 
     def __init__(self, config: RunConfig) -> None:
         import wandb
@@ -64,7 +64,7 @@ def open_trackers(config: RunConfig, *, resumed_step: int) -> list[Tracker]:
 
 
 def wandb_run_id(config: RunConfig) -> str | None:
-    """The id that this run has at wandb, if it has been there."""
+    """The id of this run at wandb, if it has one."""
     path = RunFolder(config.run_dir).wandb_run_id
     return path.read_text().strip() if path.exists() else None
 

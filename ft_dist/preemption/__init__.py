@@ -1,1 +1,1 @@
-"""Notices that the machine is about to go away, turned into one flag that the training loop reads."""
+"""Preemption notices, turned into one flag that the training loop reads."""

@@ -1,4 +1,4 @@
-"""Notices that a cloud is about to take the machine away, read from its metadata service by a thread.
+"""Preemption notices of a cloud, polled from its metadata service by a thread.
 
 - AWS, two minutes ahead: IMDSv2 `spot/instance-action`, and the earlier `events/recommendations/rebalance`
   https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/spot-instance-termination-notices.html
@@ -7,7 +7,7 @@
 - Azure, 30 seconds ahead: Scheduled Events
   https://learn.microsoft.com/azure/virtual-machines/linux/scheduled-events
 
-Nothing is asked unless `preemption.cloud` names the cloud. Proxies are passed by: the addresses are link-local.
+No service is polled unless `preemption.cloud` names the cloud. Proxies are bypassed: the addresses are link-local.
 """
 
 import json
@@ -20,7 +20,7 @@ from datetime import datetime, timezone
 from typing import Protocol
 
 REQUEST_TIMEOUT_S = 2.0
-FAILURES_UNTIL_TOLD = 3
+FAILURES_UNTIL_REPORTED = 3
 AWS_TOKEN_LIFE_S = 21600
 AZURE_EVENTS = "/metadata/scheduledevents?api-version=2020-07-01"
 AZURE_NAME = "/metadata/instance/compute/name?api-version=2021-02-01&format=text"
@@ -34,7 +34,7 @@ class Service(Protocol):
     interval_s: float
 
     def notice(self) -> str | None:
-        """What is announced for this machine, or None. Raises OSError where the service does not answer."""
+        """The notice for this machine, or None. Raises OSError if the service does not answer."""
 
 
 class Aws:
@@ -50,7 +50,7 @@ class Aws:
         if action:
             return f"AWS spot notice ({json.loads(action).get('action')})"
         advice = self._metadata("events/recommendations/rebalance")
-        # one from before this process has been acted on already: obeying it again would stop every restart
+        # an older notice already stopped a previous start: acting on it again would stop every restart
         if advice and datetime.fromisoformat(json.loads(advice)["noticeTime"].replace("Z", "+00:00")) > self._started:
             return "AWS rebalance recommendation"
         return None
@@ -77,7 +77,7 @@ class Gcp:
     def notice(self) -> str | None:
         if self._metadata("preempted") == "TRUE":
             return "GCP preemption"
-        # a machine that is migrated live goes on
+        # a live migration does not end the machine
         if self._metadata("maintenance-event") == "TERMINATE_ON_HOST_MAINTENANCE":
             return "GCP host maintenance"
         return None
@@ -96,7 +96,7 @@ class Azure:
     def notice(self) -> str | None:
         events = json.loads(self._http.get(AZURE_EVENTS, {"Metadata": "true"}) or "{}").get("Events", [])
         for event in events:
-            # the list is that of the whole scale set
+            # the list covers the whole scale set
             if event["EventType"] in AZURE_ENDING and self._own_name() in event["Resources"]:
                 return f"Azure scheduled event ({event['EventType']})"
         return None
@@ -111,9 +111,9 @@ SERVICES: dict[str, Callable[[str | None], Service]] = {"aws": Aws, "gcp": Gcp, 
 
 
 class CloudPoller:
-    """Asks the service of `cloud` until there is a notice, then calls `ask` once with its name.
+    """Polls the service of `cloud` until there is a notice, then calls `ask` once with its name.
 
-    `say` hears, once, that the service does not answer. The thread ends with the process.
+    Calls `say` once if the service does not answer. The thread ends with the process.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class CloudPoller:
             except (OSError, ValueError, KeyError, TypeError) as error:
                 notice = None
                 failures += 1
-                if failures == FAILURES_UNTIL_TOLD:
+                if failures == FAILURES_UNTIL_REPORTED:
                     self._say(f"preemption.cloud={self._cloud}: the metadata service does not answer ({error})")
             if notice:
                 self._ask(notice)
@@ -146,7 +146,7 @@ class _Http:
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def get(self, path: str, headers: dict[str, str], *, method: str = "GET") -> str | None:
-        """The body, or None for 404, which says that nothing is announced."""
+        """The body, or None for 404, which means no notice."""
         request = urllib.request.Request(self._endpoint + path, headers=headers, method=method)
         try:
             with self._opener.open(request, timeout=REQUEST_TIMEOUT_S) as response:

@@ -1,4 +1,4 @@
-"""Where a request to stop comes from beside signals."""
+"""Sources of stop requests other than signals."""
 
 import os
 import time
@@ -13,9 +13,9 @@ from ft_dist.preemption.stop import StopRequest
 def listen_for_notices(
     settings: PreemptionConfig, stop: StopRequest, *, rank: int, note: Callable[[str], None]
 ) -> list[str]:
-    """What is to end the run beside signals: one rank a node asks the cloud, rank 0 knows the time limit.
+    """Listen to the cloud on one rank per node, and to the job's time limit on rank 0.
 
-    Returns a line for each.
+    Returns one line for each.
     """
     lines = []
     if settings.cloud != "none":
@@ -27,6 +27,6 @@ def listen_for_notices(
         stop.time_limit = TimeLimit(ends_at, settings.margin_s)
         at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(ends_at))
         lines.append(
-            f"preemption: the job's time limit is {at}; stops {settings.margin_s} s, a step and a commit before"
+            f"preemption: the job's time limit is {at}; stops {settings.margin_s} s, a step and a commit earlier"
         )
     return lines

@@ -1,7 +1,7 @@
-"""SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 ask the run to stop, whatever its main thread does.
+"""SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 ask the run to stop, even while its main thread is blocked.
 
-A Python handler runs only between two bytecodes of the main thread, and that thread may sit in a collective or a read
-for minutes. The interpreter's C handler writes the number into a pipe at once (`signal.set_wakeup_fd`), where a thread
+A Python handler runs only between two bytecodes of the main thread, and that thread may block in a collective or a read
+for minutes. The interpreter's C handler writes the number into a pipe (`signal.set_wakeup_fd`), where a thread
 reads it.
 """
 
@@ -17,7 +17,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def listen(stop: StopRequest) -> None:
-    """Hand every one of `SIGNALS` to `stop` from now on. Main thread only."""
+    """Pass `SIGNALS` to `stop` from now on. Main thread only."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     for number in SIGNALS:
@@ -35,11 +35,11 @@ def _pass_on(reader: int, stop: StopRequest) -> None:
 
 
 def _read_elsewhere(number: int, frame: FrameType | None) -> None:
-    """The thread has the number already; this only keeps the default action from happening."""
+    """The thread reads the number; this handler only prevents the default action."""
 
 
 def _forget() -> None:
-    """A forked child (a pool of tokenising processes) shares the pipe: ending it must not end the run."""
+    """A forked child (a pool of tokenising processes) shares the pipe: stopping the child must not stop the run."""
     with contextlib.suppress(ValueError):
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:

@@ -1,7 +1,7 @@
-"""When the job's time limit ends it, and when to stop so that a commit fits in before.
+"""The job's time limit, and when to stop so that a commit still fits.
 
-SLURM sets SLURM_JOB_END_TIME (Unix seconds) in the job's environment; where an older or wrapped one does not, `scontrol
-show job` says EndTime in local time: https://slurm.schedmd.com/sbatch.html and scontrol.html.
+SLURM sets SLURM_JOB_END_TIME (Unix seconds) in the job's environment; where an older or wrapped SLURM does not,
+`scontrol show job` prints EndTime in local time: https://slurm.schedmd.com/sbatch.html and scontrol.html.
 """
 
 import os
@@ -17,7 +17,7 @@ SCONTROL_TIMEOUT_S = 10
 
 @dataclass
 class TimeLimit:
-    """`ends_at` in Unix seconds. `step_s` and `save_s` are what a step and a commit took last, kept up by the loop."""
+    """`ends_at` in Unix seconds. The loop updates `step_s` and `save_s`, the durations of the last step and commit."""
 
     ends_at: float
     margin_s: float
@@ -25,12 +25,12 @@ class TimeLimit:
     save_s: float = 0.0
 
     def is_near(self) -> bool:
-        """True once another step and a commit no longer fit in front of the margin."""
+        """True once another step and a commit no longer fit before the margin."""
         return time.time() + self.step_s + self.save_s + self.margin_s >= self.ends_at
 
 
 def job_ends_at(environment: Mapping[str, str] = os.environ) -> float | None:
-    """Unix seconds at which SLURM ends this job; None outside a job and where nobody can tell."""
+    """Unix seconds at which SLURM ends this job; None outside a job or if it is unknown."""
     stated = environment.get("SLURM_JOB_END_TIME", "")
     if stated.isdigit() and int(stated) > 0:
         return float(stated)

@@ -1,8 +1,8 @@
-"""The one flag that all notices end in: finish the step, commit, exit 75.
+"""The flag that every notice sets: finish the step, commit, exit 75.
 
-Signals, cloud notices and the time limit ask from threads of their own; the training loop reads `wanted` and the ranks
-agree on the step through the loss's own reduction. While nothing has to be saved (before the first step, and once the
-last one is committed) a request ends the process at once, also with 75: a restart repeats what is missing.
+Signals, cloud notices and the time limit set it from their threads; the training loop reads `wanted`, and the ranks
+agree on the step through the reduction of the loss. While there is nothing to save (before the first step, and once the
+last step is committed) a request ends the process immediately, also with 75: a restart repeats the missing work.
 """
 
 import os
@@ -15,17 +15,17 @@ from ft_dist.errors import EXIT_PREEMPTED
 from ft_dist.preemption.slurm import TimeLimit
 
 SAME_NOTICE_S = 1.0
-"""A scheduler that signals every process of a job and a launcher that passes signals on give one notice, not two"""
+"""Signals closer together are one notice: a scheduler signals every process, and the launcher forwards its signal"""
 
 
 class StopRequest:
-    """`wanted` becomes True with the first request and stays so; `reason` names it."""
+    """`wanted` becomes True with the first request and stays True; `reason` names that request."""
 
     def __init__(self) -> None:
         self.reason = ""
         self.time_limit: TimeLimit | None = None
         self.notify_others: Callable[[], None] | None = None
-        """Called once, on a thread of its own, when this rank is the one that was asked"""
+        """Called once, on its own thread, on the rank that was asked to stop"""
         self._asked_at: float | None = None
         self._signalled_at: float | None = None
         self._training = False
@@ -43,11 +43,11 @@ class StopRequest:
         return 0.0 if self._asked_at is None else time.monotonic() - self._asked_at
 
     def training_started(self) -> None:
-        """From here on a request waits for a commit."""
+        """From now on, a request waits for a commit."""
         self._training = True
 
     def training_ended(self) -> None:
-        """Every step is committed: a request need not wait for what follows."""
+        """Every step is committed, so a request no longer waits for anything."""
         self._training = False
         if self._asked_at is not None:
             leave(self.reason)
@@ -65,7 +65,7 @@ class StopRequest:
             threading.Thread(target=self.notify_others, name="notify-others", daemon=True).start()
 
     def signalled(self, number: int) -> None:
-        """A signal asks; a second one, `SAME_NOTICE_S` or more after the first, leaves without waiting for anything."""
+        """The first signal asks to stop; another one `SAME_NOTICE_S` or more later ends the process immediately."""
         name = signal.Signals(number).name
         now = time.monotonic()
         if self._signalled_at is not None and now - self._signalled_at >= SAME_NOTICE_S:
@@ -76,9 +76,9 @@ class StopRequest:
 
 
 def leave(reason: str) -> None:
-    """End the process with 75 and no clean-up, which might wait for a rank that is gone; the last commit is on disk."""
+    """Exit with 75 without clean-up, which might wait for a rank that is gone; the last commit is on disk."""
     try:
         if int(os.environ.get("RANK", 0)) == 0:
-            os.write(2, f"ft-dist: {reason}: leaving at once\n".encode())
+            os.write(2, f"ft-dist: {reason}: exiting immediately\n".encode())
     finally:
         os._exit(EXIT_PREEMPTED)

@@ -1,11 +1,11 @@
-"""Notices that a rank no longer gets anywhere, writes down where it stands, and ends it.
+"""Detects a rank that makes no progress, writes its stacks and ends it.
 
 The loop beats after every micro-batch, evaluated batch, generated token and commit. A rank without a beat for
-`timeout_s` hangs itself or waits for one that does: its threads' stacks go to logs/rank-N-stacks.log and it exits 76.
-The launcher then has the ranks that are left write theirs, one that is stopped or keeps the interpreter's lock, too.
+`timeout_s` hangs or waits for a rank that hangs: its threads' stacks go to logs/rank-N-stacks.log and it exits 76. The
+launcher then makes the remaining ranks write theirs, even one that is stopped or holds the interpreter's lock.
 
-After a request to stop the patience is shorter, since the machine goes away soon: `NOTICE_S` without a beat, or twice
-the longest silence so far if that is more, and the exit code is 75, with the last commit intact.
+After a stop request the limit is shorter, since the machine goes away soon: `NOTICE_S` without a beat, or twice the
+longest silence so far if that is more. The exit code is then 75, with the last commit intact.
 """
 
 import contextlib
@@ -24,13 +24,13 @@ from ft_dist.run_folder import RunFolder
 
 NOTICE_S = 20.0
 REPORT_S = 5.0
-"""The report may take this long: the disk it goes to may be what hangs"""
+"""Longest time for the report: its disk may be what hangs"""
 
 
 class Watchdog:
-    """Watches from `start` to `close`, on a thread of its own.
+    """Watches from `start` to `close`, on its own thread.
 
-    Time in which the whole process was stopped does not count, so a suspended job goes on when it is resumed.
+    Time in which the whole process was stopped does not count, so a suspended job survives its suspension.
     """
 
     def __init__(self, *, timeout_s: float, run_dir: Path, rank: int, stop: StopRequest) -> None:
@@ -45,19 +45,19 @@ class Watchdog:
         path = self._folder.rank_stacks(rank)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._stacks = path.open("a", encoding="utf-8")
-        # the launcher asks for the stacks with SIGQUIT, which is answered without the interpreter's lock
+        # the launcher requests stacks with SIGQUIT; faulthandler writes them without the interpreter's lock
         faulthandler.register(signal.SIGQUIT, file=self._stacks, all_threads=True)
 
     def start(self) -> None:
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def beat(self) -> None:
-        """Progress was made."""
+        """Report progress."""
         self._beats += 1
 
     @contextlib.contextmanager
     def during(self, doing: str, *, timeout_s: float) -> Iterator[None]:
-        """Inside, work that cannot beat (a commit, the final write) has up to `timeout_s`, a notice or not."""
+        """Inside, work that cannot beat (a commit, the final write) may take `timeout_s`, even after a notice."""
         before = self._doing, self._limit_s, self._short
         self._doing, self._limit_s, self._short = doing, timeout_s, False
         self.beat()
@@ -101,7 +101,7 @@ class Watchdog:
         why = f"asked to stop ({self._stop.reason}), but " if code == EXIT_PREEMPTED else ""
         line = (
             f"rank {self._rank}: {why}no progress for {silent_s:.0f} s in {self._doing} after step {self.step}; "
-            f"stacks in {self._stacks.name}. The last commit is intact. A step that is slow and not stuck needs a "
+            f"stacks in {self._stacks.name}. The last commit is intact. A step that is slow but not stuck needs a "
             f"higher engine.hang_timeout_s ({self.timeout_s:g})."
         )
         self._stacks.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
@@ -110,6 +110,6 @@ class Watchdog:
         os.write(2, f"ft-dist: {line}\n".encode())
         if self._rank == 0:
             event = {"time": round(time.time(), 3), "event": "hung", "step": self.step, "doing": self._doing}
-            # by a descriptor of its own: the main thread may hold the lock of the open file
+            # a separate descriptor: the main thread may hold the lock of the open file
             with self._folder.events.open("a", encoding="utf-8") as events:
                 events.write(json.dumps(event) + "\n")

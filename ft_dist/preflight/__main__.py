@@ -1,4 +1,4 @@
-"""One rank of `ft-dist check --env`: all checks, everything told, exit 2 if anything is to be mended."""
+"""One rank of `ft-dist check --env`: runs all checks, reports every problem, exits 2 if there is one."""
 
 import contextlib
 import os
@@ -27,9 +27,9 @@ def main(arguments: list[str]) -> int:
         try:
             preflight.compare()
             world = join_world(store, timeout_s=TIMEOUT_S)
-            console.say(preflight.measure(world, speed=True) if size > 1 else "preflight: one rank, on its own")
+            console.say(preflight.measure(world, speed=True) if size > 1 else "preflight: one rank only")
         except PreflightError:
-            # rank 0 has told all of them
+            # every problem is printed below
             if not preflight.found:
                 raise
         finally:

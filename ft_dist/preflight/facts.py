@@ -1,4 +1,4 @@
-"""What one rank knows of its node: the same names on every rank, JSON throughout, so that rank 0 can compare them."""
+"""One rank's facts about its node, as JSON with the same keys on every rank, so that rank 0 can compare them."""
 
 import os
 import resource
@@ -19,7 +19,7 @@ from ft_dist.resources import versions
 
 
 def facts(config: RunConfig, *, rank: int, size: int) -> dict[str, Any]:
-    """This rank's. Sizes in bytes."""
+    """The facts of this rank. Sizes in bytes."""
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     return {
         "node": node_name(),
@@ -45,8 +45,8 @@ def free_disk(folder: Path) -> int:
 
 
 def gpu_facts(local_rank: int) -> dict[str, Any] | None:
-    """Of the GPU that this rank takes; None without any. `fault` tells that it cannot compute; `driver` and `errors`
-    are what its driver knows."""
+    """Facts about this rank's GPU; None without GPUs. `fault` is set if the GPU cannot compute; `driver` and `errors`
+    come from its driver."""
     if not torch.cuda.is_available():
         return None
     count = torch.cuda.device_count()
@@ -56,8 +56,10 @@ def gpu_facts(local_rank: int) -> dict[str, Any] | None:
         free, total = torch.cuda.mem_get_info(local_rank)
         name = torch.cuda.get_device_name(local_rank)
         uuid = getattr(torch.cuda.get_device_properties(local_rank), "uuid", None)
-        told = ask_driver(f"GPU-{uuid}") if uuid else {}
-        return _gpu(count) | {"fault": _miscalculation(local_rank), "name": name, "free": free, "total": total} | told
+        reported = ask_driver(f"GPU-{uuid}") if uuid else {}
+        return (
+            _gpu(count) | {"fault": _miscalculation(local_rank), "name": name, "free": free, "total": total} | reported
+        )
     except RuntimeError as error:
         return _gpu(count) | {"fault": str(error).splitlines()[0]}
 
@@ -67,9 +69,9 @@ def _gpu(count: int) -> dict[str, Any]:
 
 
 def _miscalculation(local_rank: int) -> str | None:
-    """A product of small whole numbers, which bf16 with fp32 sums gives exactly."""
+    """Multiply small whole numbers, which bf16 with fp32 sums computes exactly; returns the fault, if any."""
     whole = partial(torch.randint, -2, 3, generator=torch.Generator().manual_seed(0))
     left, right = whole((256, 256)).double(), whole((256, 256)).double()
     device = torch.device("cuda", local_rank)
     found = (left.to(device, torch.float32) @ right.to(device, torch.float32)).double().cpu()
-    return None if torch.equal(found, left @ right) else "a product of whole numbers came out wrong"
+    return None if torch.equal(found, left @ right) else "a product of whole numbers is wrong"

@@ -1,7 +1,7 @@
-"""Which network interface the ranks speak over, and whether the one that was named is there.
+"""Chooses the network interface of the ranks, and checks that a configured one exists.
 
-gloo takes the address of the host's name, which is 127.0.1.1 on many machines: over several nodes the interface that
-leads to rank 0 is named to it. NCCL chooses well by itself and is only checked.
+gloo uses the address of the host's name, which is 127.0.1.1 on many machines. So on several nodes gloo gets the
+interface that leads to rank 0. NCCL chooses well on its own and is only checked.
 """
 
 import fcntl
@@ -15,7 +15,7 @@ SIOCGIFADDR = 0x8915
 
 
 def choose_interface(*, node: str, several_nodes: bool) -> None:
-    """Set GLOO_SOCKET_IFNAME where nobody has. Raises PreflightError where a named interface is not there."""
+    """Set GLOO_SOCKET_IFNAME unless it is set. Raises PreflightError if a configured interface does not exist."""
     names = [name for _, name in socket.if_nameindex()]
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         wanted = os.environ.get(variable, "")
@@ -31,7 +31,7 @@ def choose_interface(*, node: str, several_nodes: bool) -> None:
 
 
 def own_address() -> dict[str, str]:
-    """`interface` and `address` that gloo takes."""
+    """`interface` and `address` that gloo uses."""
     name = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
     if name:
         return {"interface": name, "address": _address_of(name) or ""}
@@ -43,7 +43,7 @@ def own_address() -> dict[str, str]:
 
 
 def address_towards(host: str) -> str:
-    """This machine's address on the way to `host`; nothing is sent."""
+    """The address from which this machine reaches `host`; sends nothing."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
@@ -68,7 +68,7 @@ def _address_of(name: str) -> str | None:
 
 
 def _found(wanted: str, names: list[str], *, exact: bool) -> bool:
-    """NCCL reads `^` as "not", `=` as "exactly", and anything else as the beginning of a name."""
+    """NCCL reads `^` as "not", `=` as "exactly", and anything else as a prefix of a name."""
     if wanted.startswith("^"):
         return True
     exact = exact or wanted.startswith("=")

@@ -1,4 +1,4 @@
-"""What the environment says of this node; without torch, for agents ask too."""
+"""This node's name and role, from the environment; without torch, since agents use it too."""
 
 import os
 import socket
@@ -10,5 +10,5 @@ def node_name() -> str:
 
 
 def several_nodes() -> bool:
-    """As the launcher says; torchrun and ours name the same variable."""
+    """True if the launcher started several nodes; torchrun and our launcher set the same variable."""
     return int(os.environ.get("GROUP_WORLD_SIZE", os.environ.get("SLURM_NNODES", "1"))) > 1

@@ -1,7 +1,7 @@
-"""What NVIDIA's driver knows of one GPU: its own version, memory errors, and faults that the kernel logged.
+"""NVIDIA's driver version, and one GPU's memory errors and faults in the kernel log.
 
-`nvidia-smi -q -x`, whose names are https://docs.nvidia.com/deploy/nvidia-smi, and the Xid lines of the kernel log,
-where it may be read: https://docs.nvidia.com/deploy/xid-errors. Without torch.
+Sources: `nvidia-smi -q -x` (https://docs.nvidia.com/deploy/nvidia-smi) and, if readable, the kernel log's Xid lines
+(https://docs.nvidia.com/deploy/xid-errors). Without torch.
 """
 
 import re
@@ -21,19 +21,19 @@ HARDWARE_XIDS = {
     120: "GSP error",
     140: "unrecovered memory error",
 }
-"""Those after which NVIDIA's catalogue resets or replaces the GPU; others come from programs, too"""
+"""Errors for which NVIDIA's catalogue advises to reset or replace the GPU; programs can cause others, too"""
 
 _XID = re.compile(r"NVRM: Xid \(PCI:([0-9a-fA-F:]+)(?:\.\d)?\): (\d+),")
 
 
 def ask_driver(uuid: str) -> dict[str, Any]:
-    """`driver` (its version) and `errors` (a line each) of the GPU `uuid`; empty where nvidia-smi has no answer."""
+    """`driver` (its version) and `errors` (one line each) of the GPU `uuid`; empty if nvidia-smi does not answer."""
     answer = _output("nvidia-smi", "-q", "-x", "-i", uuid)
     return parse_query(answer, _output("dmesg")) if answer else {}
 
 
 def parse_query(query: str, kernel_log: str = "") -> dict[str, Any]:
-    """As `ask_driver`, from what `nvidia-smi -q -x -i ONE` and `dmesg` printed."""
+    """Like `ask_driver`, from the output of `nvidia-smi -q -x -i ONE` and `dmesg`."""
     try:
         root = ElementTree.fromstring(query)
     except ElementTree.ParseError:
@@ -65,7 +65,7 @@ def _uncorrected(gpu: ElementTree.Element) -> int:
 
 
 def _logged_faults(kernel_log: str, bus_id: str) -> Sequence[str]:
-    """Of the GPU at a PCI address such as 00000000:65:00.0, since the machine was started."""
+    """Faults of the GPU at a PCI address such as 00000000:65:00.0 since the machine was booted."""
     # the kernel writes four digits of the domain, and no function
     wanted = bus_id.lower()[-12:].rpartition(".")[0]
     codes = {int(code) for place, code in _XID.findall(kernel_log) if wanted and place.lower() == wanted}
@@ -73,7 +73,7 @@ def _logged_faults(kernel_log: str, bus_id: str) -> Sequence[str]:
 
 
 def _output(*command: str) -> str:
-    """Empty where the program is not here, may not be run, or is not done in time."""
+    """Its output; empty if the program is missing, forbidden, failing or too slow."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S)
     except (OSError, subprocess.SubprocessError):

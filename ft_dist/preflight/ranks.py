@@ -1,6 +1,7 @@
-"""The ranks compare themselves: through their key-value store before they form a group, by a collective after.
+"""The ranks compare their facts: through their key-value store before they form a group, by a collective after.
 
-Rank 0 judges and publishes what it found, so that all leave or go on together. On one node it takes some 0.1 s.
+Rank 0 finds the problems and publishes them, so that all ranks stop or continue together. On one node this takes about
+0.1 s.
 """
 
 import contextlib
@@ -28,15 +29,15 @@ from ft_dist.preflight.verdict import Facts, Problem, clock_problems, problems, 
 LONGEST_READ_S = 30.0
 VISIBLE_S = 10.0
 """How long a shared file system may take to show another node's file"""
-TELL_INTERVAL_S = 30.0
+REPORT_INTERVAL_S = 30.0
 ALL_REDUCE_ELEMENTS = {"cpu": 2**20, "cuda": 2**24}
 REPEATS = 3
 WORK_REPEATS = {"cpu": 200, "cuda": 20}
-"""A tenth of a second: a container's limit on processor time lets bursts of milliseconds through at full speed"""
+"""A tenth of a second, because a container's CPU limit does not slow bursts of milliseconds"""
 
 
 def form_world(config: RunConfig, *, rank: int, size: int) -> tuple[World, list[str]]:
-    """Join the others once all have been found fit, and what was found. Raises PreflightError."""
+    """Join the world after all ranks pass; returns it with a line for the console. Raises PreflightError."""
     timeout_s = config.collective_timeout_s
     console = Console(enabled=rank == 0)
     choose_interface(node=node_name(), several_nodes=several_nodes())
@@ -53,7 +54,7 @@ def form_world(config: RunConfig, *, rank: int, size: int) -> tuple[World, list[
 
 
 class Preflight:
-    """One a rank. `compare` before the process group exists, `measure` after; both by all ranks alike."""
+    """One per rank. All ranks call `compare` before the process group exists and `measure` after."""
 
     def __init__(
         self,
@@ -71,10 +72,10 @@ class Preflight:
         self._say = say
         self._ranks: list[Facts] = []
         self.found: list[Problem] = []
-        """What rank 0 has told so far"""
+        """Problems that rank 0 has published so far"""
 
     def compare(self) -> None:
-        """Whether the ranks run and see the same. Raises PreflightError where not, or where some are missing."""
+        """Compare code, config and environment. Raises PreflightError if they differ too much or ranks are missing."""
         own = facts(self._config, rank=self._rank, size=self._size)
         with self._token() as seen:
             self._put(f"facts/{self._rank}", own | {"sees_output": seen, "output_dir": str(self._config.run_dir)})
@@ -86,10 +87,10 @@ class Preflight:
             self._agree("compared", found)
 
     def measure(self, world: World, *, speed: bool) -> str:
-        """Whether an all-reduce gives the right sum, how fast, and with `speed` which rank is slow; returns a line."""
+        """Check and time an all-reduce, and with `speed` find slow ranks; returns a line for the console."""
         elements = ALL_REDUCE_ELEMENTS[world.device.type]
         pattern = torch.arange(elements, device=world.device, dtype=torch.float32) % 7
-        # whole numbers far below 2**24: any order of sums gives the same
+        # whole numbers far below 2**24: exact in any order of summation
         expected = pattern * (self._size * (self._size + 1) // 2)
         seconds = []
         right = True
@@ -106,7 +107,7 @@ class Preflight:
             measured = [self._get(f"measured/{rank}") for rank in range(self._size)]
             found = [
                 Problem(
-                    f"{own['node']}: the sum of an all-reduce is wrong on rank {own['rank']}. Leave the node out, or "
+                    f"{own['node']}: the sum of an all-reduce is wrong on rank {own['rank']}. Exclude the node, or "
                     "change the network library's settings (NCCL_*).",
                     fatal=True,
                 )
@@ -116,14 +117,14 @@ class Preflight:
             if speed:
                 found += speed_problems(self._ranks, [result["work_s"] for result in measured])
         self._agree("measured", found)
-        # bytes that cross a link, as in NVIDIA's nccl-tests
+        # bytes that cross a link, as defined by NVIDIA's nccl-tests
         rate = 4 * elements * 2 * (self._size - 1) / self._size / min(seconds[1:])
         over = f" over {os.environ['GLOO_SOCKET_IFNAME']}" if "GLOO_SOCKET_IFNAME" in os.environ else ""
         return f"preflight: {self._size} ranks agree; all-reduce {rate / 1e9:.2f} GB/s{over}"
 
     @contextlib.contextmanager
     def _token(self) -> Any:
-        """A file that rank 0 writes in output_dir: gives whether this rank sees it."""
+        """Rank 0 writes a file in output_dir; yields True if this rank sees it."""
         folder = self._config.run_dir
         if self._rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
@@ -139,23 +140,23 @@ class Preflight:
 
     def _await_facts(self, rank: int) -> Facts:
         key, started = f"facts/{rank}", time.monotonic()
-        told_at = started
+        reported_at = started
         while not self._store.check([key]):
             now = time.monotonic()
             if now - started > self._timeout.total_seconds():
                 missing = [other for other in range(self._size) if not self._store.check([f"facts/{other}"])]
                 raise PreflightError(
-                    f"{node_name()}: WORLD_SIZE={self._size}, but ranks {missing} did not come within "
-                    f"{now - started:.0f} s. Start as many processes as WORLD_SIZE says, and see their own logs."
+                    f"{node_name()}: WORLD_SIZE={self._size}, but ranks {missing} did not join within "
+                    f"{now - started:.0f} s. Start WORLD_SIZE processes, and see the logs of the missing ones."
                 )
-            if now - told_at > TELL_INTERVAL_S:
-                told_at = now
+            if now - reported_at > REPORT_INTERVAL_S:
+                reported_at = now
                 self._say(f"waiting for rank {rank} of {self._size}")
             time.sleep(0.005)
         return self._get(key)
 
     def _compare_clocks(self) -> list[Problem]:
-        """All look at their clocks between two looks of rank 0 at its own."""
+        """Every rank reads its clock between two readings of rank 0's clock."""
         if self._rank > 0:
             self._get("clock")
             self._put(f"clock/{self._rank}", {"time": time.time()})
@@ -170,16 +171,16 @@ class Preflight:
     def _agree(self, key: str, found: list[Problem]) -> None:
         if self._rank == 0:
             self._put(key, [[problem.line, problem.fatal] for problem in found])
-        told = [Problem(line, fatal) for line, fatal in self._get(key)]
-        self.found += told
-        # rank 0 keeps the store until the others, however slow, have read
+        published = [Problem(line, fatal) for line, fatal in self._get(key)]
+        self.found += published
+        # rank 0 hosts the store, so it waits until all other ranks have read
         self._store.add(f"{key}/read", 1)
         if self._rank == 0:
             deadline = time.monotonic() + LONGEST_READ_S
             while self._store.add(f"{key}/read", 0) < self._size and time.monotonic() < deadline:
                 time.sleep(0.005)
-        if any(problem.fatal for problem in told):
-            raise PreflightError(" ".join(problem.line for problem in told if problem.fatal))
+        if any(problem.fatal for problem in published):
+            raise PreflightError(" ".join(problem.line for problem in published if problem.fatal))
 
     def _put(self, key: str, content: Any) -> None:
         self._store.set(key, json.dumps(content))
@@ -190,10 +191,10 @@ class Preflight:
 
 
 def _work(device: torch.device) -> float:
-    """Seconds for the same products on any rank."""
+    """Seconds for a fixed number of matrix products, the same on every rank."""
     width = 384 if device.type == "cpu" else 4096
     matrix = torch.ones(width, width, device=device)
-    (matrix @ matrix)[0, 0].item()  # the first also loads the library
+    (matrix @ matrix)[0, 0].item()  # the first one also loads the library
     started = time.perf_counter()
     for _ in range(WORK_REPEATS[device.type]):
         (matrix @ matrix)[0, 0].item()

@@ -1,4 +1,4 @@
-"""What has to be the same on every node of a run, as short hashes; without torch, for agents compare them too."""
+"""Short hashes of what must be equal on every node of a run; without torch, since agents compare them too."""
 
 import hashlib
 import importlib.util
@@ -12,7 +12,7 @@ def config_hash(config: RunConfig) -> str:
 
 
 def code_hash() -> str:
-    """Of the source of ft_dist and its kernels."""
+    """Hash of the source of ft_dist and its kernels."""
     digest = hashlib.sha256()
     for package in ("ft_dist", "ft_dist_kernels"):
         found = importlib.util.find_spec(package)

@@ -1,4 +1,4 @@
-"""What is wrong with a world, from the facts of all its ranks. Each line names the node, the value and the fix."""
+"""Finds the problems of a world in the facts of its ranks. Each line has the node, the value and the fix."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -10,21 +10,21 @@ Facts = dict[str, Any]
 
 LEAST_DISK_BYTES = 2**30
 LEAST_FREE_GPU = 0.9
-"""Share of a GPU's memory: what is missing belongs to another program"""
+"""Share of a GPU's memory; with less, another program is using it"""
 LARGEST_SKEW_S = 5.0
 SLOW_FACTOR = 3.0
 
 
 @dataclass(frozen=True)
 class Problem:
-    """`fatal`: training would fail or go wrong. Others are told, and fail `ft-dist check --env` only."""
+    """`fatal`: training would fail or be wrong. Other problems are reported, and fail only `ft-dist check --env`."""
 
     line: str
     fatal: bool
 
 
 def problems(ranks: Sequence[Facts]) -> list[Problem]:
-    """`ranks` in the order of their ranks; the first is rank 0."""
+    """`ranks` are in rank order, rank 0 first."""
     found = [
         *_differing(ranks, "world_size", lambda f: f["world_size"], "Start all ranks with the same WORLD_SIZE."),
         *_differing(ranks, "ft_dist's source", lambda f: f["code"], "Install the same ft_dist on every node."),
@@ -33,7 +33,7 @@ def problems(ranks: Sequence[Facts]) -> list[Problem]:
     packages = sorted({package for facts in ranks for package in facts["versions"]})
     for package in packages:
         fix = "Install the same version on every node." if package != "cuda" else "Install the same build of torch."
-        # another Python changes nothing that we compute
+        # the Python version does not change any result
         found += _differing(ranks, package, partial(_version, package), fix, fatal=package != "python")
     found += _differing(
         ranks, "GPU", lambda f: (f["gpu"] or {}).get("name"), "The slowest sets the pace; use equal ones.", fatal=False
@@ -43,36 +43,36 @@ def problems(ranks: Sequence[Facts]) -> list[Problem]:
         asked, "GPU driver", lambda f: f["gpu"]["driver"], "Install the same version on every node.", fatal=False
     )
     machines = len({facts["machine"] for facts in ranks})
-    for facts in _one_a_node(ranks):
-        found += _of_node(facts, len(ranks), machines)
+    for facts in _one_per_node(ranks):
+        found += _node_problems(facts, len(ranks), machines)
     for facts in ranks:
-        found += _of_gpu(facts)
+        found += _gpu_problems(facts)
     return found
 
 
 def clock_problems(ranks: Sequence[Facts], skews_s: Sequence[float], uncertain_s: float) -> list[Problem]:
-    """`skews_s`: each rank's clock before or behind rank 0's, known to within `uncertain_s`."""
+    """`skews_s`: each rank's clock minus rank 0's, accurate to `uncertain_s`."""
     found = []
     skew_of = {facts["node"]: skew for facts, skew in zip(ranks, skews_s, strict=True)}
     for node, skew in skew_of.items():
         if abs(skew) > LARGEST_SKEW_S + uncertain_s:
             line = (
-                f"{node}: its clock is {abs(skew):.0f} s {'before' if skew > 0 else 'behind'} {ranks[0]['node']}'s, "
-                f"more than {LARGEST_SKEW_S:.0f} s. Time limits and object stores go by it: let it follow a "
-                "time server."
+                f"{node}: its clock is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} {ranks[0]['node']}'s, "
+                f"more than {LARGEST_SKEW_S:.0f} s. Time limits and object stores depend on it: synchronise it "
+                "with a time server."
             )
             found.append(Problem(line, fatal=False))
     return found
 
 
 def speed_problems(ranks: Sequence[Facts], seconds: Sequence[float]) -> list[Problem]:
-    """`seconds`: what the same work took each rank."""
+    """`seconds`: each rank's time for the same work."""
     typical = sorted(seconds)[(len(seconds) - 1) // 2]
     return [
         Problem(
-            f"{facts['node']}: rank {facts['rank']} took {taken * 1e3:.1f} ms for what takes others "
+            f"{facts['node']}: rank {facts['rank']} took {taken * 1e3:.1f} ms for work that takes others "
             f"{typical * 1e3:.1f} ms ({taken / typical:.0f} times; {SLOW_FACTOR:.0f} are tolerated). Every step waits "
-            "for it: see what else runs there, or leave the node out.",
+            "for it: check what else runs there, or exclude the node.",
             fatal=False,
         )
         for facts, taken in zip(ranks, seconds, strict=True)
@@ -80,7 +80,7 @@ def speed_problems(ranks: Sequence[Facts], seconds: Sequence[float]) -> list[Pro
     ]
 
 
-def _of_node(facts: Facts, world_size: int, machines: int) -> list[Problem]:
+def _node_problems(facts: Facts, world_size: int, machines: int) -> list[Problem]:
     node, found = facts["node"], []
     if not facts.get("sees_output", True):
         line = (
@@ -97,14 +97,14 @@ def _of_node(facts: Facts, world_size: int, machines: int) -> list[Problem]:
     needed = 256 + 4 * world_size
     if facts["open_files"] < needed:
         line = (
-            f"{node}: {facts['open_files']} files may be open at once (ulimit -n), but {world_size} ranks need "
-            f"{needed}. Run `ulimit -n {max(4096, needed)}` before, or raise the limit of the service that starts it."
+            f"{node}: {facts['open_files']} files may be open together (ulimit -n), but {world_size} ranks need "
+            f"{needed}. Run `ulimit -n {max(4096, needed)}` first, or raise the limit of the service that starts it."
         )
         found.append(Problem(line, fatal=True))
     place = facts["address"]
     if machines > 1 and (place["address"].startswith("127.") or not place["address"]):
         line = (
-            f"{node}: gloo would speak over {place['interface'] or 'no interface'} "
+            f"{node}: gloo would use {place['interface'] or 'no interface'} "
             f"({place['address'] or 'no address'}), which other machines cannot reach. "
             "Set GLOO_SOCKET_IFNAME to the interface of their network."
         )
@@ -118,20 +118,20 @@ def _of_node(facts: Facts, world_size: int, machines: int) -> list[Problem]:
     return found
 
 
-def _of_gpu(facts: Facts) -> list[Problem]:
+def _gpu_problems(facts: Facts) -> list[Problem]:
     gpu, where = facts["gpu"], f"{facts['node']}: the GPU of rank {facts['rank']}"
     if not gpu:
         return []
     if gpu["fault"]:
-        return [Problem(f"{where} does not work: {gpu['fault']}. Leave the node out; see dmesg.", fatal=True)]
+        return [Problem(f"{where} does not work: {gpu['fault']}. Exclude the node; see dmesg.", fatal=True)]
     found = []
     if gpu["errors"]:
-        line = f"{where} has had {', '.join(gpu['errors'])}. Reset it (nvidia-smi -r), or leave the node out."
+        line = f"{where} has had {', '.join(gpu['errors'])}. Reset it (nvidia-smi -r), or exclude the node."
         found.append(Problem(line, fatal=False))
     if gpu["total"] and gpu["free"] < LEAST_FREE_GPU * gpu["total"]:
         line = (
             f"{where} has {gpu['free'] / 2**30:.1f} of {gpu['total'] / 2**30:.1f} GiB free. Another program holds the "
-            "rest: end it (nvidia-smi shows it)."
+            "rest: stop it (nvidia-smi shows it)."
         )
         found.append(Problem(line, fatal=False))
     return found
@@ -140,7 +140,7 @@ def _of_gpu(facts: Facts) -> list[Problem]:
 def _differing(
     ranks: Sequence[Facts], what: str, value: Callable[[Facts], Any], fix: str, *, fatal: bool = True
 ) -> list[Problem]:
-    """A line for each node whose value is not that of most ranks (of rank 0, where they are as many)."""
+    """One problem per node whose value differs from that of most ranks (in a tie, from that of rank 0)."""
     if not ranks:
         return []
     counts = Counter(value(facts) for facts in ranks)
@@ -157,8 +157,8 @@ def _version(package: str, facts: Facts) -> str:
     return str(facts["versions"].get(package, "missing"))
 
 
-def _one_a_node(ranks: Sequence[Facts]) -> list[Facts]:
-    """The rank of each node that is worst off."""
+def _one_per_node(ranks: Sequence[Facts]) -> list[Facts]:
+    """One rank per node: one that does not see rank 0's output, if any."""
     worst: dict[str, Facts] = {}
     for facts in ranks:
         kept = worst.setdefault(facts["node"], facts)

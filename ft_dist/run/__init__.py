@@ -1,1 +1,1 @@
-"""One rank's run: its parts, its position and what it records."""
+"""One rank's run: its parts, its position and its records."""

@@ -2,10 +2,10 @@
 
 An episode trains a tiny model for STEPS steps. Each of its lives draws a layout (ranks, ZeRO stage), an instant and a
 victim (one rank, all of them, the launcher) from the seed and ends by SIGKILL; the same command starts the next life.
-Every other episode keeps its layout and must then repeat the undisturbed run bit for bit.
+Every other episode keeps its layout and must then repeat the uninterrupted run bit for bit.
 
-Instants are what the run folder shows, plus a random delay: a commit begun and not sealed (most of them), a step done,
-the start of the process. What a kill hits differs from machine to machine; what comes out must not.
+An instant is an event in the run folder plus a random delay: usually a commit started but not sealed, else a completed
+step or the start of the process. What a kill hits differs between machines; the result must not.
 """
 
 import argparse
@@ -36,11 +36,11 @@ SETTINGS = [
 ]
 LIFE_S = 600
 TOLERANCE = 1e-6
-"""Relative, of an fp32 loss on another layout, which takes its sums in another order"""
+"""Relative tolerance of an fp32 loss on another layout, which sums in another order"""
 
 
 class LostWorkError(AssertionError):
-    """Work was lost, repeated wrongly, or needed a hand; the message holds the seed."""
+    """Work was lost, repeated wrongly, or needed manual help; the message holds the seed."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def draw_layout(rng: random.Random) -> Layout:
 
 def draw_blow(rng: random.Random) -> Blow:
     moment = rng.choices(("save", "step", "start"), (7, 2, 1))[0]
-    # a commit of this model takes some 30 ms, a start some seconds
+    # a commit of this model takes about 30 ms, a start some seconds
     delay_s = {"save": rng.uniform(0, 0.025), "step": rng.uniform(0, 0.2), "start": rng.uniform(0, 10)}[moment]
     victim = rng.choices(("rank", "all", "launcher"), (6, 2, 2))[0]
     return Blow(victim, rng.randrange(4), moment, rng.randint(1, 4), delay_s)
@@ -101,7 +101,7 @@ class Storm:
         self._compare(folder, self._reference(kind, fixed or Layout(1, 0)), exact=exact, what=f"{kind} {fixed}")
 
     def _life(self, folder: Path, kind: str, layout: Layout, blow: Blow | None) -> int:
-        """Start, strike if there is a blow, see it end; returns its exit code."""
+        """Start, strike if there is a blow, wait for the end; returns the exit code."""
         committed, starts = newest_commit(folder), starts_of(folder)
         settings = [f"method.kind={kind}", f"engine.zero_stage={layout.stage}", f"output_dir={folder}"]
         process = start_cli("train", *SETTINGS, *settings, "--nproc", str(layout.ranks), "--max-restarts", "0")
@@ -138,7 +138,7 @@ class Storm:
         return True
 
     def _reference(self, kind: str, layout: Layout) -> Path:
-        """The folder of an undisturbed run."""
+        """The folder of an uninterrupted run."""
         if (kind, layout) not in self._undisturbed:
             folder = self.folder / f"undisturbed-{kind}-{layout.ranks}-{layout.stage}"
             self._life(folder, kind, layout, None)
@@ -185,7 +185,7 @@ def moment_comes(process: "subprocess.Popen[str]", folder: Path, blow: Blow) -> 
 
 
 def open_commits(root: Path, *, since: float) -> list[Path]:
-    """Commits begun after `since` (Unix seconds) and not sealed yet."""
+    """Commits started after `since` (Unix seconds) and not sealed yet."""
     found = []
     for step in root.glob("step-*"):
         with suppress(FileNotFoundError):
@@ -195,7 +195,7 @@ def open_commits(root: Path, *, since: float) -> list[Path]:
 
 
 def starts_of(folder: Path) -> list[int]:
-    """The steps after which the lives so far began."""
+    """The steps from which the lives so far started."""
     path = folder / "events.jsonl"
     events = read_lines(path) if path.exists() else []
     return [event["step"] for event in events if event["event"] in ("start", "resume")]
@@ -206,7 +206,7 @@ def newest_start(folder: Path) -> int:
 
 
 def workers_of(pid: int, *, module: str = "ft_dist.train") -> list[int]:
-    """The ranks that an agent runs, in their order."""
+    """Process ids of an agent's ranks, in rank order."""
     workers = []
     with suppress(OSError):
         for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():

@@ -10,9 +10,9 @@ pytestmark = pytest.mark.faults
 
 
 def test_twelve_kills_lose_nothing(tmp_path):
-    """FT_DIST_CHAOS_SEED repeats a storm of another seed."""
+    """FT_DIST_CHAOS_SEED sets another seed."""
     storm = Storm(kills=12, seed=int(os.environ.get("FT_DIST_CHAOS_SEED", "5")), folder=tmp_path)
     storm.run()
     assert storm.struck == 12
-    # a storm that no longer finds the commits would prove little
+    # a storm that no longer hits commits would prove little
     assert storm.hits["in a commit"] >= 3

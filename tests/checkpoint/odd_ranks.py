@@ -1,4 +1,4 @@
-"""One rank that trains, saves and loads a model of awkward parameters at every ZeRO stage.
+"""One rank that trains, saves and loads a model with odd parameters at every ZeRO stage.
 
 `python -m tests.checkpoint.odd_ranks train FOLDER`: at each stage two steps and a commit, two more and another.
 `python -m tests.checkpoint.odd_ranks go-on FOLDER`: from every first of these commits, at another stage, what was
@@ -29,7 +29,7 @@ STAGES = (0, 1, 2, 3)
 
 @dataclass
 class Batch:
-    """What `Engine.train_step` asks of a micro-batch."""
+    """The part of a micro-batch that `Engine.train_step` uses."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
@@ -43,7 +43,7 @@ class Batch:
 
 
 class Odd(torch.nn.Module):
-    """Sizes that no world divides, an output head tied to the embedding, and parameters that no loss reaches."""
+    """Sizes that no world size divides, an output head tied to the embedding, and parameters without a gradient."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""One rank of a run that stops after a few steps and saves the same state as our commit and as DeepSpeed's checkpoint.
+"""One rank of a run that stops after a few steps and saves its state twice: as a commit and as DeepSpeed's checkpoint.
 
 `python -m tests.checkpoint.save_both_ways FOLDER CONFIG [key=value ...]`
 """

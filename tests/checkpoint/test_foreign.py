@@ -1,4 +1,4 @@
-"""Checkpoints of other trainers: read exactly, and never by running what they contain."""
+"""Checkpoints of other trainers are read exactly, without executing their content."""
 
 import json
 import os
@@ -19,7 +19,7 @@ SHAPES = {"a.weight": [4, 3], "a.bias": [4], "b.weight": [2, 4]}
 
 
 def trained(folder, *, grouped):
-    """Hugging Face Trainer's files of a small model after two real AdamW steps; returns the optimizer's states."""
+    """Write the Trainer's files of a small model after two real AdamW steps; returns the optimizer's states."""
     torch.manual_seed(0)
     weights = {name: torch.nn.Parameter(torch.randn(shape)) for name, shape in SHAPES.items()}
     matrices = [p for p in weights.values() if p.ndim == 2]
@@ -46,7 +46,7 @@ def test_hugging_face_trainer(tmp_path, grouped):
             assert torch.equal(found.tensors[name][kind], optimizer.state[parameter][kind].view(-1))
 
 
-def test_states_that_do_not_fit_are_told(tmp_path):
+def test_states_that_do_not_fit_are_refused(tmp_path):
     trained(tmp_path, grouped=True)
     with pytest.raises(CheckpointError, match=r"optim\.weight_decay"):
         read_foreign(tmp_path, SHAPES, no_decay=False)
@@ -62,7 +62,7 @@ class Evil:
         return os.system, ("touch executed",)
 
 
-def test_a_pickle_that_would_run_something_is_refused(tmp_path, monkeypatch):
+def test_a_pickle_that_would_execute_code_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trained(tmp_path, grouped=True)
     with (tmp_path / "optimizer.pt").open("wb") as file:
@@ -78,7 +78,7 @@ def test_a_pickle_that_would_run_something_is_refused(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage, kind", [(0, "full"), (1, "lora"), (2, "full"), (3, "full"), (3, "lora")])
 def test_deepspeed(cli, tmp_path, stage, kind):
-    """What DeepSpeed saves of a state comes out equal to our own commit of it, and trains on from there."""
+    """DeepSpeed's checkpoint imports equal to our own commit of the same state, and training resumes from it."""
     overrides = [*SMALL_RUN, f"engine.zero_stage={stage}", f"method.kind={kind}"]
     script = [sys.executable, "-m", "tests.checkpoint.save_both_ways"]
     workers = [

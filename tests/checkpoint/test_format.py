@@ -1,4 +1,4 @@
-"""A folder is a commit exactly when its manifest is there, and every damage to it is found."""
+"""A folder is a commit exactly if it has a manifest, and any damage to it is found."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ def test_a_folder_without_manifest_is_no_commit(tmp_path):
     assert [found.step for found in layout.commits(tmp_path)] == [1]
 
 
-def test_what_memory_says_was_written_is_what_the_disk_holds(tmp_path):
+def test_the_fingerprint_from_memory_matches_the_disk(tmp_path):
     folder = commit(tmp_path, 3)
     for name, expected in layout.Commit(folder, 3).manifest()["files"].items():
         assert layout.fingerprint(folder / name) == expected
@@ -56,16 +56,16 @@ DAMAGES = {
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_every_damage_is_found_and_the_one_before_taken(tmp_path, file, damage):
+def test_any_damage_is_found_and_the_previous_commit_used(tmp_path, file, damage):
     first = commit(tmp_path, 1)
     path = commit(tmp_path, 2) / file
     DAMAGES[damage](path, first)
-    found, passed_over = newest_intact(tmp_path)
+    found, skipped = newest_intact(tmp_path)
     assert found.step == 1
     if (file, damage) != (layout.MANIFEST, "deleted"):
         # a folder without manifest was never a commit; every other damage is named
-        assert len(passed_over) == 1
-        assert str(path) in passed_over[0]
+        assert len(skipped) == 1
+        assert str(path) in skipped[0]
         assert not path.exists()
         assert [left.step for left in layout.commits(tmp_path)] == [1]
 
@@ -82,14 +82,14 @@ def test_every_bit_of_a_small_commit_counts(tmp_path):
     layout.verify(layout.Commit(folder, 1))
 
 
-def test_nothing_intact_is_nothing(tmp_path):
+def test_without_an_intact_commit_there_is_none(tmp_path):
     flip(commit(tmp_path, 1) / layout.STATE)
-    found, passed_over = newest_intact(tmp_path)
+    found, skipped = newest_intact(tmp_path)
     assert found is None
-    assert len(passed_over) == 1
+    assert len(skipped) == 1
 
 
-def test_a_repeated_step_replaces_the_old_one_whole(tmp_path):
+def test_a_repeated_step_replaces_the_old_commit_completely(tmp_path):
     commit(tmp_path, 1)
     staging = commit(tmp_path / "other", 1)
     (staging / "extra").write_text("new")

@@ -1,4 +1,4 @@
-"""A second place for commits, on a real S3 server that fails by rule: no commit is lost, half ones are never read."""
+"""Copies of commits on a real S3 server with planned failures: no commit is lost, and no partial one is read."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ def proxy(server, monkeypatch):
 
 @pytest.fixture
 def place(proxy, server, request):
-    """A folder of its own in the bucket: its URL, and where its objects lie as files."""
+    """A separate folder in the bucket: its URL, and the folder that stores its objects as files."""
     name = request.node.name.replace("[", "-").replace("]", "").replace(" ", "-")
     return f"{server.url}/{name}", server.folder / name
 
@@ -57,12 +57,12 @@ def test_a_lost_disk_costs_nothing(tmp_path, place):
     for step in (1, 2, 3):
         mirror.offer(commit(tmp_path / "local", step), losses={})
     mirror.close()
-    assert {(report.event, report.step) for report in mirror.reports()} >= {("mirrored", 3)}
+    assert {(event.name, event.step) for event in mirror.new_events()} >= {("mirrored", 3)}
     assert remote_steps(storage)[-1] == 3
     assert len(remote_steps(storage)) <= 2
     shutil.rmtree(tmp_path / "local")
-    found, passed_over = newest_intact(tmp_path / "local", storage)
-    assert (found.step, passed_over) == (3, [])
+    found, skipped = newest_intact(tmp_path / "local", storage)
+    assert (found.step, skipped) == (3, [])
     layout.verify(found)
 
 
@@ -77,17 +77,17 @@ def test_a_lost_disk_costs_nothing(tmp_path, place):
     ],
     ids=["503 on put", "500 on put", "put unanswered", "503 on get", "partial get"],
 )
-def test_failures_that_pass_are_waited_out_and_told(tmp_path, proxy, place, rule):
-    told = []
-    storage = open_storage(place[0], wait_s=30, log=told.append)
+def test_temporary_failures_are_retried_and_reported(tmp_path, proxy, place, rule):
+    lines = []
+    storage = open_storage(place[0], wait_s=30, log=lines.append)
     rule.seen = 0
     proxy.rules.append(rule)
     upload(commit(tmp_path / "local", 7), storage)
     found = fetch(storage, 7, tmp_path / "fetched")
     layout.verify(found)
     assert rule.seen == rule.times
-    # the driver itself repeats a broken connection once or twice, on the quiet
-    assert any("retrying" in line for line in told) or not isinstance(rule.answer, int)
+    # the driver itself retries a broken connection once or twice without reporting it
+    assert any("retrying" in line for line in lines) or not isinstance(rule.answer, int)
     assert same_files(found.folder, tmp_path / "local" / found.folder.name)
 
 
@@ -102,14 +102,14 @@ def test_a_store_that_stays_down_costs_the_copy_only(tmp_path, proxy, place):
     local = commit(tmp_path / "local", 1)
     mirror.offer(local, losses={})
     mirror.close()
-    (report,) = mirror.reports()
-    assert report.event == "mirror_failed"
-    assert str(local.folder) in report.note
-    # what is here is taken, and the silence of the store is told
-    found, passed_over = newest_intact(tmp_path / "local", storage)
+    (event,) = mirror.new_events()
+    assert event.name == "mirror_failed"
+    assert str(local.folder) in event.note
+    # the local commit is used, and the store's failure is reported
+    found, skipped = newest_intact(tmp_path / "local", storage)
     assert found.step == 1
-    assert storage.url in passed_over[0]
-    # with nothing here a run must not begin anew as if there were nothing there
+    assert storage.url in skipped[0]
+    # without a local commit the run must not start over as if the store were empty
     with pytest.raises(StorageError):
         newest_intact(tmp_path / "empty", storage)
     proxy.rules.clear()
@@ -140,7 +140,7 @@ def test_half_an_upload_is_no_commit(tmp_path, place):
         (layout.MANIFEST, "other"),
     ],
 )
-def test_damage_in_the_store_is_named_and_the_one_before_taken(tmp_path, place, file, damage):
+def test_damage_in_the_store_is_reported_and_the_previous_commit_used(tmp_path, place, file, damage):
     url, folder = place
     storage = open_storage(url, wait_s=20)
     for step in (1, 2):
@@ -156,23 +156,23 @@ def test_damage_in_the_store_is_named_and_the_one_before_taken(tmp_path, place, 
     else:
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
-    found, passed_over = newest_intact(tmp_path / "fresh", storage)
+    found, skipped = newest_intact(tmp_path / "fresh", storage)
     assert found.step == 1
     if (file, damage) != (layout.MANIFEST, "delete"):
-        assert len(passed_over) == 1
-        assert "step-00000002" in passed_over[0]
+        assert len(skipped) == 1
+        assert "step-00000002" in skipped[0]
     assert [kept.step for kept in layout.commits(tmp_path / "fresh")] == [1]
 
 
-def test_a_damaged_local_commit_is_fetched_again(tmp_path, place):
+def test_a_damaged_local_commit_is_downloaded_again(tmp_path, place):
     storage = open_storage(place[0], wait_s=20)
     local = commit(tmp_path / "local", 4)
     upload(local, storage)
     (local.folder / layout.STATE).write_text("{}")
-    found, passed_over = newest_intact(tmp_path / "local", storage)
+    found, skipped = newest_intact(tmp_path / "local", storage)
     assert found.step == 4
     layout.verify(found)
-    assert len(passed_over) == 1
+    assert len(skipped) == 1
     assert (tmp_path / "local" / "step-00000004.damaged").is_dir()
 
 
@@ -193,5 +193,5 @@ def test_milestones_wait_their_turn(tmp_path, place, monkeypatch):
     assert mirror.unfinished() == {1, 2, 4, 5}
     go_on.set()
     mirror.close()
-    assert [report.step for report in mirror.reports()] == [1, 2, 4, 5]
+    assert [event.step for event in mirror.new_events()] == [1, 2, 4, 5]
     assert remote_steps(mirror.storage) == [2, 4, 5]

@@ -37,13 +37,13 @@ def trained(tmp_path_factory) -> Path:
             )
             for rank in range(size)
         ]
-        told = [rank.communicate(timeout=900)[0] for rank in ranks]
-        assert [rank.returncode for rank in ranks] == [0] * size, told
+        outputs = [rank.communicate(timeout=900)[0] for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [0] * size, outputs
     return folder
 
 
 def state_of(root: Path, stage: int, steps: int) -> dict[tuple[str, str], torch.Tensor]:
-    """(kind, parameter) -> the whole of it, flat, of a stage's commit after `steps`."""
+    """Flat tensors by (kind, parameter), of a stage's commit after `steps`."""
     commit = next(commit for commit in commits(root) if commit.step == 10 * stage + steps)
     state = commit.state()
     assert state["adam_step"] == steps
@@ -69,8 +69,8 @@ def test_every_parameter_is_saved_once_and_loaded_at_another_stage(trained, stag
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_it_goes_on_as_if_nothing_had_happened(trained, stage):
-    """To the order of sums, which another world takes differently; an undisturbed stage 0 is the measure of all."""
+def test_it_continues_as_if_uninterrupted(trained, stage):
+    """Up to the order of sums, which depends on the world; the reference is an uninterrupted run at stage 0."""
     truth = state_of(trained / "train", 0, 4)
     before = state_of(trained / "train", 0, 2)
     assert all((truth["master", name] != before["master", name]).any() for name in ("embed.weight", "unused.weight"))

@@ -1,4 +1,4 @@
-"""Saving in the background: what training does next does not reach the copy, and what fails costs one checkpoint."""
+"""Saving in the background: later training does not change the copy, and a failure loses only one checkpoint."""
 
 import json
 import os
@@ -41,11 +41,11 @@ def save(writer, step, tensors=None, **kwargs):
 
 
 def events(writer):
-    return [(report.event, report.step) for report in writer.reports()]
+    return [(event.name, event.step) for event in writer.new_events()]
 
 
 class SlowToCopy:
-    """Values that take until `go_on` to be read."""
+    """Values whose copy waits for `go_on`."""
 
     dtype = torch.float32
 
@@ -74,7 +74,7 @@ def test_an_update_waits_for_the_copy_and_not_for_the_disk(tmp_path):
     assert torch.equal(load_file(layout.commits(tmp_path)[0].fragment_files()[0])["master/w@0"], torch.ones(10))
 
 
-def test_a_snapshot_that_fails_lets_the_update_go_on(tmp_path):
+def test_a_failed_snapshot_does_not_block_the_update(tmp_path):
     writer = rank(tmp_path)
     unknown = torch.zeros(3, dtype=torch.complex64)
     save(writer, 1, {"master/w@0": unknown})
@@ -106,7 +106,7 @@ def test_a_save_is_the_state_at_its_call(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
 
 
-def test_a_rank_that_is_late_delays_the_commit_and_the_next_save(tmp_path):
+def test_a_late_rank_delays_the_commit_and_the_next_save(tmp_path):
     first, second = rank(tmp_path, 0, 2), rank(tmp_path, 1, 2)
     save(first, 1)
     late = threading.Timer(0.3, lambda: save(second, 1, {"master/w@1000": torch.ones(10)}))
@@ -120,7 +120,7 @@ def test_a_rank_that_is_late_delays_the_commit_and_the_next_save(tmp_path):
     assert [len(commit.fragment_files()) for commit in layout.commits(tmp_path)] == [2, 2]
 
 
-def test_one_rank_that_cannot_write_costs_that_checkpoint_only(tmp_path):
+def test_one_rank_that_cannot_write_loses_that_checkpoint_only(tmp_path):
     first, second = rank(tmp_path, 0, 2), rank(tmp_path, 1, 2)
     for step in (1, 2, 3):
         if step == 2:
@@ -130,24 +130,24 @@ def test_one_rank_that_cannot_write_costs_that_checkpoint_only(tmp_path):
             save(writer, step)
         first.wait()
         second.wait()
-    reports = first.reports()
-    assert [(report.event, report.step) for report in reports] == [("saved", 1), ("save_failed", 2), ("saved", 3)]
-    assert "rank-00001.safetensors: cannot be written" in reports[1].note
-    assert "step-00000001" in reports[1].note
+    seen = first.new_events()
+    assert [(event.name, event.step) for event in seen] == [("saved", 1), ("save_failed", 2), ("saved", 3)]
+    assert "rank-00001.safetensors: cannot be written" in seen[1].note
+    assert "step-00000001" in seen[1].note
     assert [commit.step for commit in layout.commits(tmp_path)] == [1, 3]
     assert not list(tmp_path.glob("*.saving-*"))
 
 
-def test_a_rank_that_never_writes_is_given_up_and_named(tmp_path):
+def test_a_rank_that_never_writes_is_named(tmp_path):
     first, _ = rank(tmp_path, 0, 2, timeout_s=0.3), rank(tmp_path, 1, 2)
     save(first, 1)
     first.wait()
-    (report,) = first.reports()
-    assert report.event == "save_failed"
-    assert "rank 1 did not write" in report.note
+    (event,) = first.new_events()
+    assert event.name == "save_failed"
+    assert "rank 1 did not write" in event.note
 
 
-def test_disks_that_are_not_shared_are_told_at_once(tmp_path, monkeypatch):
+def test_disks_that_are_not_shared_are_refused_at_start(tmp_path, monkeypatch):
     monkeypatch.setattr(writer_module, "_VISIBLE_S", 0.2)
     rank(tmp_path / "node0", 0, 2)
     (tmp_path / "node1").mkdir()
@@ -155,7 +155,7 @@ def test_disks_that_are_not_shared_are_told_at_once(tmp_path, monkeypatch):
         rank(tmp_path / "node1", 1, 2)
 
 
-def test_what_a_killed_save_left_is_cleared_and_never_taken(tmp_path):
+def test_the_remains_of_a_killed_save_are_removed_and_never_used(tmp_path):
     save(writer := rank(tmp_path), 1)
     writer.wait()
     left = tmp_path / "step-00000002.saving-dead"
@@ -173,18 +173,18 @@ from tests.checkpoint.test_writer import rank, save
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 writer, look = rank(Path(sys.argv[1]), keep=1), shutil.disk_usage
 for step, numel in enumerate((100_000, 100_000, 700_000, 100_000), 1):
-    # 1: the check before a write is blinded, as if others filled the disk after it
+    # 1: disable the check before a write, as if other programs filled the disk after it
     shutil.disk_usage = look if step != 3 or sys.argv[2] == "0" else lambda path: look("/")
     save(writer, step, {"master/w@0": torch.ones(numel)})
     writer.wait()
-    for report in writer.reports():
-        print(report.event, report.step, report.note or "")
+    for event in writer.new_events():
+        print(event.name, event.step, event.note or "")
 """
 
 
 @pytest.mark.parametrize("blind", [0, 1])
-def test_a_full_disk_costs_the_checkpoint_not_the_run(tmp_path, blind):
-    """On a file system of 2 MB; whether the lack of room is seen before or met in the middle of a write."""
+def test_a_full_disk_loses_the_checkpoint_not_the_run(tmp_path, blind):
+    """On a file system of 2 MB; the lack of space is found before or during a write."""
     small = tmp_path / "small"
     small.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)], capture_output=True).returncode:
@@ -205,8 +205,8 @@ def test_a_full_disk_costs_the_checkpoint_not_the_run(tmp_path, blind):
         reason = next(line for line in lines if line.startswith("save_failed"))
         assert ("No space left on device" if blind else "free on its disk") in reason
         assert "step-00000002" in reason
-        commit, passed_over = newest_intact(small)
-        assert (commit.step, passed_over) == (4, [])
+        commit, skipped = newest_intact(small)
+        assert (commit.step, skipped) == (4, [])
     finally:
         subprocess.run(["umount", str(small)], check=True)
 
@@ -217,7 +217,7 @@ def test_retention_keeps_newest_milestones_and_best():
     retention = Retention(keep=2, every_steps=50, best=2)
     assert retention.surplus(steps, newest=100, losses=losses) == [10, 30, 40, 60, 70]
     assert Retention(1).surplus([10], newest=10, losses={}) == []
-    # a run that went back to step 20 never deletes what it just made, whatever lies ahead
+    # a run that went back to step 20 never deletes its latest save, even if later steps exist
     assert 20 not in Retention(1).surplus([10, 20, 90, 100], newest=20, losses={})
 
 
@@ -234,8 +234,8 @@ def test_the_writer_deletes_by_the_rule(tmp_path):
 
 
 @pytest.mark.parametrize("numel, before, after", [(1000, 2, 3), (1003, 3, 1), (5, 4, 3), (1, 3, 2)])
-def test_any_cut_reads_back_from_any_other(tmp_path, numel, before, after):
-    """Odd sizes, ranks with nothing, and more ranks than elements."""
+def test_any_partition_loads_into_any_other(tmp_path, numel, before, after):
+    """Odd sizes, ranks without elements, and more ranks than elements."""
     whole = torch.randn(numel)
     ranks = [rank(tmp_path, number, before) for number in range(before)]
     for number, writer in enumerate(ranks):
@@ -257,7 +257,7 @@ def cut(numel, size, number):
     return min(numel, number * width), min(numel, (number + 1) * width)
 
 
-def test_states_quantised_in_blocks_are_kept_as_they_are(tmp_path):
+def test_states_quantised_in_blocks_are_saved_unchanged(tmp_path):
     """8-bit codes with one fp32 scale for 256 elements (Dettmers et al., arXiv 2110.02861), cut between blocks."""
     block, blocks = 256, 6
     state = torch.randn(blocks, block)
@@ -282,7 +282,7 @@ def test_states_quantised_in_blocks_are_kept_as_they_are(tmp_path):
         assert torch.equal(some_scale, scale[low:high])
 
 
-def test_the_manifest_says_what_was_written(tmp_path):
+def test_the_manifest_matches_the_files(tmp_path):
     save(writer := rank(tmp_path), 5)
     writer.wait()
     commit = layout.commits(tmp_path)[0]

@@ -1,6 +1,6 @@
 """One rank of a run; on rank 1 the fourth batch never arrives: `python -m tests.e2e.stuck_rank FIFO ARGUMENTS`.
 
-Its loader opens FIFO, which nobody writes to, as a read from a dead file system would do.
+Its loader opens FIFO, which has no writer, so it blocks like a read from a dead file system.
 """
 
 import os
@@ -19,7 +19,7 @@ calls = 0
 def collate_three(rows: Sequence[batch.Row], *arguments: Any, **options: Any) -> batch.MicroBatch:
     global calls
     calls += bool(rows)
-    # three rows a step on each of two ranks, one a micro-batch
+    # three rows per step on each of two ranks, one row per micro-batch
     if rows and calls > 9:
         Path(sys.argv[1]).read_bytes()
     return collate(rows, *arguments, **options)

@@ -1,5 +1,5 @@
-"""However a batch is cut into ranks and micro-batches, at every ZeRO stage, for full fine-tuning and LoRA: losses and
-gradient norms are those of a plain PyTorch loop.
+"""Losses and gradient norms equal those of a plain PyTorch loop, for any split of a batch into ranks and micro-batches,
+any ZeRO stage, full fine-tuning and LoRA.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch
 from tests.conftest import ROOT, SMALL_RUN, read_lines
 from tests.e2e.plain_loop import plain_losses
 
-# CI takes each stage, method, world size and micro-batch at least once; `make equivalence` takes all
+# CI runs each stage, method, world size and micro-batch at least once; `make equivalence` runs all
 FEW = [
     ("full", 0, 1, 1),
     ("full", 1, 2, 2),
@@ -24,7 +24,7 @@ ALL = [(k, s, n, m) for k in ("full", "lora") for s in range(4) for n in (1, 2, 
 
 @pytest.fixture(scope="session")
 def plain(tmp_path_factory):
-    """Losses of the plain loop by method, on the order that a first run wrote down."""
+    """Losses of the plain loop by method, in the sample order that a first run recorded."""
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
 
     def of(kind: str, dtype: str, run: Path) -> list[tuple[float, float]]:

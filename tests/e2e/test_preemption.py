@@ -1,4 +1,4 @@
-"""Real runs that are told to leave, or that hang: committed, 75 or 76 in time, and whole after the next start."""
+"""Real runs that are asked to stop, or that hang: they commit, exit with 75 or 76 in time, and resume completely."""
 
 import os
 import signal
@@ -20,8 +20,8 @@ from tests.preemption.metadata import MetadataServer
 pytestmark = pytest.mark.faults
 
 NOTICE_S = 30
-"""The shortest notice that a cloud gives"""
-# a step of seconds: a notice falls into it and not between two
+"""The shortest notice of any cloud"""
+# steps of seconds, so that a notice arrives during a step
 LONG_STEPS = ["batch.global_rows=240", "optim.epochs=3", "optim.max_steps=3"]
 # an evaluation of minutes after the first step
 LONG_EVALUATION = [
@@ -64,14 +64,14 @@ def happened(folder: Path, name: str) -> bool:
 
 
 def end_of(process: subprocess.Popen[str], code: int, *, within_s: float = NOTICE_S) -> str:
-    """What it printed, once it has ended with `code`."""
+    """Its output, after it exits with `code`."""
     out, err = process.communicate(timeout=within_s)
     assert process.returncode == code, out + err
     return out + err
 
 
 def committed(folder: Path) -> int:
-    """The newest commit, which must be the last step that was recorded, told as preempted."""
+    """The newest commit, which must be the last recorded step and have the event preempted."""
     steps = [line["step"] for line in read_lines(folder / "metrics.jsonl")]
     newest = commits(folder / "checkpoints")[-1].step
     last = read_lines(folder / "events.jsonl")[-1]
@@ -80,23 +80,23 @@ def committed(folder: Path) -> int:
     return newest
 
 
-def test_a_notice_in_the_first_step_commits_it_and_the_run_goes_on(cli, metadata, tmp_path):
+def test_a_notice_in_the_first_step_commits_it_and_the_run_resumes(cli, metadata, tmp_path):
     folder = tmp_path / "run"
     process = start(folder, *LONG_STEPS, *listening_to(metadata, "gcp"))
     wait_until(process, lambda: happened(folder, "start"))
     metadata.announce("gcp")
     assert "stopped by GCP preemption" in end_of(process, 75)
-    # where a step takes less than the second between two questions, it is the next
+    # a step shorter than the polling interval of a second ends before the notice is seen
     assert committed(folder) in (1, 2)
     resumed = cli("train", *SMALL_RUN, *LONG_STEPS, f"output_dir={folder}", "--nproc", "1")
     assert resumed.returncode == 0, resumed.stderr
     assert [line["step"] for line in read_lines(folder / "metrics.jsonl")] == [1, 2, 3]
 
 
-def test_a_notice_in_an_evaluation_leaves_it_with_the_step_before_it_committed(metadata, tmp_path):
+def test_a_notice_in_an_evaluation_commits_the_step_before_it(metadata, tmp_path):
     folder = tmp_path / "run"
     log = folder / "logs" / "rank-0.log"
-    # under ZeRO-3 every forward is a collective: all ranks must leave at the same one
+    # under ZeRO-3 every forward is a collective: all ranks must stop at the same one
     process = start(folder, *LONG_EVALUATION, *listening_to(metadata, "aws"), "engine.zero_stage=3")
     wait_until(process, lambda: log.exists() and "answered" in log.read_text())
     metadata.announce("aws")
@@ -105,10 +105,10 @@ def test_a_notice_in_an_evaluation_leaves_it_with_the_step_before_it_committed(m
     assert not happened(folder, "evaluated")
 
 
-def test_two_notices_are_one_and_reach_every_rank_from_a_single_one(metadata, tmp_path):
+def test_two_notices_count_once_and_reach_every_rank_from_one(metadata, tmp_path):
     folder = tmp_path / "run"
     process = start(folder, *LONG_STEPS, *listening_to(metadata, "azure"))
-    # a rank that is told before it trains has nothing to save and takes the others along: wait for the one to be told
+    # a rank that is asked before training has nothing to save and ends the others too: wait until rank 1 trains
     wait_until(process, lambda: happened(folder, "start") and (folder / "logs" / "rank-1-stacks.log").exists())
     time.sleep(0.5)
     metadata.announce("azure")
@@ -117,22 +117,22 @@ def test_two_notices_are_one_and_reach_every_rank_from_a_single_one(metadata, tm
     assert committed(folder) == 1
 
 
-def test_a_signal_before_the_first_step_leaves_at_once(metadata, tmp_path):
+def test_a_signal_before_the_first_step_exits_immediately(metadata, tmp_path):
     folder = tmp_path / "run"
     before = ["data.eval=[emails/test.jsonl]", *LONG_EVALUATION[3:]]
     process = start(folder, *before)
     log = folder / "logs" / "rank-0.log"
     wait_until(process, lambda: log.exists() and "answered" in log.read_text())
-    # one rank alone: it has nothing to save, and the launcher takes the other along
+    # signal one rank only: it has nothing to save, and the launcher ends the other
     os.kill(workers_of(process.pid)[1], signal.SIGTERM)
     end_of(process, 75)
     assert commits(folder / "checkpoints") == []
 
 
-def test_a_signal_in_a_commit_finishes_it_and_a_second_leaves_the_one_before_intact(tmp_path):
+def test_a_signal_in_a_commit_finishes_it_and_a_second_keeps_the_commit_before(tmp_path):
     folder = tmp_path / "run"
     root = folder / "checkpoints"
-    # several times the pause below, on a fast machine too
+    # several times the pause below, even on a fast machine
     longer = ["batch.global_rows=960", "optim.epochs=6", "optim.max_steps=3"]
 
     def signal_in_commit() -> "subprocess.Popen[str]":
@@ -143,8 +143,8 @@ def test_a_signal_in_a_commit_finishes_it_and_a_second_leaves_the_one_before_int
         return process
 
     process = signal_in_commit()
-    # the stop is agreed in the long step that follows; a second signal does not wait for it. The collection of garbage
-    # between these two steps may delay the first signal's reading.
+    # the ranks agree to stop in the long step that follows; a second signal does not wait for it. Garbage collection
+    # between these two steps may delay reading the first signal.
     time.sleep(SAME_NOTICE_S + 1)
     process.send_signal(signal.SIGTERM)
     end_of(process, 75, within_s=5)
@@ -178,7 +178,7 @@ def test_a_run_stops_before_the_time_limit_of_its_job(tmp_path):
     assert committed(folder) == 1
 
 
-def test_a_run_that_waits_for_data_commits_and_leaves(tmp_path):
+def test_a_run_that_waits_for_data_commits_and_stops(tmp_path):
     folder = tmp_path / "run"
     never = tmp_path / "never"
     os.mkfifo(never)
@@ -202,7 +202,7 @@ def test_a_run_that_waits_for_data_commits_and_leaves(tmp_path):
         metrics = folder / "metrics.jsonl"
         wait_until(ranks[0], lambda: metrics.exists() and metrics.read_text().count("\n") == 3)
         time.sleep(1)
-        # rank 1 waits for data, rank 0 for rank 1; only rank 0 is told
+        # rank 1 waits for data, rank 0 for rank 1; only rank 0 gets the signal
         ranks[0].send_signal(signal.SIGTERM)
         for rank in ranks:
             end_of(rank, 75)

@@ -1,4 +1,4 @@
-"""Kill it anywhere, start it again: the same steps, to the last bit."""
+"""Killed at any point and started again, a run repeats the same steps bit for bit."""
 
 import signal
 import subprocess
@@ -65,7 +65,7 @@ def test_a_killed_rank_changes_no_bit(cli, tmp_path, kind, stage):
     check_killed_run_repeats(cli, tmp_path, kind, stage)
 
 
-def test_bf16_goes_on_at_the_same_bits_and_at_another_stage(cli, tmp_path):
+def test_bf16_resumes_bit_for_bit_and_at_another_stage(cli, tmp_path):
     """Whole gradients in flat tensors (stage 1, "auto") after a kill; then the same commit in shares (stage 2)."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert cli(*arguments(whole, "lora", "auto", dtype="bf16")).returncode == 0
@@ -79,8 +79,8 @@ def test_bf16_goes_on_at_the_same_bits_and_at_another_stage(cli, tmp_path):
         assert resumed.returncode == 0, resumed.stderr
         assert f"ZeRO {1 if stage == 'auto' else 2}, bf16" in resumed.stdout
         losses = [line["loss"] for line in read_lines(tmp_path / stage / "metrics.jsonl")]
-        undisturbed = [line["loss"] for line in read_lines(whole / "metrics.jsonl")][10:]
-        assert losses == (pytest.approx(undisturbed, rel=tolerance) if tolerance else undisturbed)
+        uninterrupted = [line["loss"] for line in read_lines(whole / "metrics.jsonl")][10:]
+        assert losses == (pytest.approx(uninterrupted, rel=tolerance) if tolerance else uninterrupted)
 
 
 @pytest.mark.slow
@@ -113,7 +113,7 @@ def test_the_samples_of_every_step_are_the_same_on_any_number_of_ranks(cli, tmp_
     assert samples(killed) == samples(alone)
 
 
-def test_a_source_added_between_two_starts_is_told(cli, tmp_path):
+def test_a_source_added_between_two_starts_is_reported(cli, tmp_path):
     folder, extra = tmp_path / "run", tmp_path / "extra.jsonl"
     emails = ROOT / "configs/emails"
     extra.write_text("".join((emails / "test.jsonl").read_text().splitlines(keepends=True)[:30]))
@@ -145,7 +145,7 @@ def test_a_signal_commits_and_exits_75(cli, tmp_path, number):
     done = len(read_lines(folder / "metrics.jsonl"))
     assert commits(folder / "checkpoints")[-1].step == done < STEPS
     assert read_lines(folder / "events.jsonl")[-1]["event"] == "preempted"
-    # on another number of ranks and another stage it goes on from that very step
+    # on another number of ranks and another stage it resumes from that step
     resumed = cli(*arguments(folder, "lora", 3, nproc=1))
     assert resumed.returncode == 0, resumed.stderr
     assert f"resumed from step {done}" in resumed.stdout
@@ -166,7 +166,7 @@ def test_no_worker_outlives_a_killed_launcher(tmp_path):
         time.sleep(0.05)
 
 
-def test_a_damaged_commit_is_named_and_the_one_before_it_taken(cli, tmp_path):
+def test_a_damaged_commit_is_reported_and_the_previous_one_used(cli, tmp_path):
     folder = tmp_path / "run"
     assert cli(*arguments(folder, "lora", 2, nproc=1), "optim.max_steps=10").returncode == 0
     newest = commits(folder / "checkpoints")[-1].folder / "rank-00000.safetensors"

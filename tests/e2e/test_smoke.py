@@ -1,4 +1,4 @@
-"""The run folder's contract on the smoke recipe: files, their fields, and that they agree with each other."""
+"""The run folder's contract on the smoke recipe: files, their fields, and their consistency."""
 
 import json
 import subprocess
@@ -30,7 +30,7 @@ METRICS = {
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """A finished smoke run with two ranks, wandb offline and TensorBoard; its folder and what it printed."""
+    """A finished smoke run with two ranks, wandb offline and TensorBoard; its folder and its output."""
     folder = tmp_path_factory.mktemp("smoke") / "run"
     command = [sys.executable, "-m", "ft_dist.cli", "train", "smoke", f"output_dir={folder}", "--nproc", "2"]
     settings = ["observe.wandb=offline", "observe.tensorboard=true", "evaluate.generate=true", "optim.epochs=1"]
@@ -66,7 +66,7 @@ def test_the_parts_of_the_loop_are_its_wall_time(smoke):
     loop_ends = next(e["time"] for e in events if e["event"] == "saved" and e["step"] == 12)
     parts = sum(line["step_s"] + line["data_wait_s"] + line["checkpoint_stall_s"] for line in lines)
     parts += next(e["seconds"] for e in events if e["event"] == "saved" and e["step"] == 12)
-    # half a second, for a loop of four, in which a busy machine may run others between the parts
+    # half a second of a loop of four: a busy machine may run other processes between the parts
     assert parts == pytest.approx(loop_ends - loop_starts, rel=0.1, abs=0.5)
 
 
@@ -145,7 +145,7 @@ def test_the_verbs_work_on_a_finished_run(smoke, cli, tmp_path):
     assert "already there" in again.stderr
 
 
-def test_check_and_schema_speak_json(cli):
+def test_check_and_schema_print_json(cli):
     facts = json.loads(cli("check", "smoke", "--json").stdout)
     assert facts["ok"]
     assert any("format chat, 480 samples" in fact for fact in facts["facts"])

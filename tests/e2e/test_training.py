@@ -1,4 +1,4 @@
-"""Whole runs beyond the plain path: bad numbers, offload, activation checkpointing, other adapters."""
+"""Runs with special settings: non-finite numbers, offload, activation checkpointing, other adapters."""
 
 import pytest
 
@@ -41,7 +41,7 @@ def test_how_it_runs_does_not_change_what_it_learns(cli, tmp_path, overrides):
     assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
 
 
-def test_the_fused_path_takes_dropout_and_the_head(cli, tmp_path):
+def test_the_fused_path_covers_dropout_and_the_head(cli, tmp_path):
     overrides = [
         "model.path=tiny-smollm",
         "method.dropout=0.05",

@@ -1,4 +1,4 @@
-"""What the console says of a step."""
+"""The console line of a step."""
 
 import pytest
 
@@ -8,7 +8,7 @@ STEP = {"step": 3, "loss": 1.25, "lr": 1e-4, "grad_norm": 0.5, "tokens_per_s": 1
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "expected"),
     [
         ({}, "step 3/10  loss 1.2500  lr 1.00e-04  grad 0.500  1,234 tok/s  ETA 9s"),
         ({"grad_norm": None}, "step 3/10  loss 1.2500  lr 1.00e-04  grad not finite: skipped  1,234 tok/s  ETA 9s"),
@@ -19,6 +19,6 @@ STEP = {"step": 3, "loss": 1.25, "lr": 1e-4, "grad_norm": 0.5, "tokens_per_s": 1
     ],
     ids=["usual", "gradient", "loss"],
 )
-def test_a_step_in_one_line(capsys, changed, told):
+def test_a_step_in_one_line(capsys, changed, expected):
     Console(enabled=True).step(STEP | changed, total_steps=10, eta_s=9, mfu=None, last=True)
-    assert capsys.readouterr().out.strip() == told
+    assert capsys.readouterr().out.strip() == expected

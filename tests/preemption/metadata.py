@@ -1,4 +1,4 @@
-"""The metadata services of AWS, GCP and Azure on loopback, as strict about tokens and headers as their documents."""
+"""The metadata services of AWS, GCP and Azure on loopback, as strict about tokens and headers as documented."""
 
 import json
 import threading
@@ -10,7 +10,7 @@ VM = "worker-3"
 
 
 class MetadataServer(ThreadingHTTPServer):
-    """`announce(...)` makes a notice appear; `requests` lists what was asked. Use as a context manager."""
+    """`announce(...)` makes a notice appear; `requests` lists the paths requested. Use as a context manager."""
 
     daemon_threads = True
 
@@ -35,7 +35,7 @@ class MetadataServer(ThreadingHTTPServer):
         self.server_close()
 
     def announce(self, cloud: str) -> None:
-        """The machine goes away."""
+        """Announce that the machine goes away."""
         if cloud == "aws":
             when = (datetime.now(timezone.utc) + timedelta(minutes=2)).strftime("%Y-%m-%dT%H:%M:%SZ")
             self.answers["/latest/meta-data/spot/instance-action"] = json.dumps({"action": "terminate", "time": when})

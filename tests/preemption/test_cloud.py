@@ -1,4 +1,4 @@
-"""Each cloud's notices are read by its own protocol, and only what ends this very machine counts."""
+"""Each cloud's notices follow its protocol, and only events that end this machine count."""
 
 import threading
 from datetime import datetime, timedelta, timezone
@@ -16,7 +16,7 @@ def server():
 
 
 @pytest.mark.parametrize("cloud", SERVICES)
-def test_a_notice_is_seen_once_it_is_there(server, cloud):
+def test_a_notice_is_seen_once_announced(server, cloud):
     service = SERVICES[cloud](server.url)
     assert service.notice() is None
     server.announce(cloud)
@@ -39,7 +39,7 @@ def test_aws_rebalance_recommendations_count_if_they_are_new(server):
     assert service.notice() == "AWS rebalance recommendation"
 
 
-def test_gcp_live_migration_ends_nothing(server):
+def test_gcp_live_migration_is_no_notice(server):
     service = SERVICES["gcp"](server.url)
     server.answers["/computeMetadata/v1/instance/maintenance-event"] = "MIGRATE_ON_HOST_MAINTENANCE"
     assert service.notice() is None
@@ -57,7 +57,7 @@ def test_azure_events_count_for_this_machine_if_they_end_it(server, kind, machin
     assert (service.notice() is not None) == seen
 
 
-def test_a_service_that_answers_nothing_is_told_once_and_asked_on(server, monkeypatch):
+def test_a_service_that_does_not_answer_is_reported_once_and_still_polled(server, monkeypatch):
     monkeypatch.setattr(SERVICES["gcp"], "interval_s", 0.02)
     notes, asked = [], threading.Event()
     url = server.url

@@ -1,4 +1,4 @@
-"""Signals end a process in every phase, whatever its main thread does; the time limit is known from SLURM."""
+"""Signals stop a process in every phase, even if its main thread is blocked; SLURM gives the time limit."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ from ft_dist.preemption.stop import StopRequest
 stop = StopRequest()
 listen(stop)
 """
-# one C call without a bytecode in between, as a collective or a read is
+# one C call that runs no bytecode, like a collective or a read
 BLOCKED = "libc = ctypes.CDLL(None); print('blocked', flush=True)\nwhile True: libc.pause()\n"
 
 
@@ -40,7 +40,7 @@ def start(body: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
-def test_before_training_a_signal_leaves_at_once_even_out_of_a_blocked_call(number):
+def test_before_training_a_signal_exits_immediately_even_from_a_blocked_call(number):
     process = start(BLOCKED)
     process.send_signal(number)
     _, err = process.communicate(timeout=10)
@@ -48,10 +48,10 @@ def test_before_training_a_signal_leaves_at_once_even_out_of_a_blocked_call(numb
     assert number.name in err
 
 
-def test_in_training_only_a_later_second_signal_leaves():
+def test_in_training_only_a_later_second_signal_exits():
     process = start("stop.training_started()\n" + BLOCKED)
     process.send_signal(signal.SIGTERM)
-    # the same notice once more, by way of the launcher
+    # the same notice again, forwarded by the launcher
     process.send_signal(signal.SIGUSR1)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(SAME_NOTICE_S + 0.5)
@@ -59,7 +59,7 @@ def test_in_training_only_a_later_second_signal_leaves():
     assert process.wait(10) == 75
 
 
-def test_the_loop_sees_the_first_signal_and_goes_on_until_it_has_committed():
+def test_the_loop_sees_the_first_signal_and_continues_until_it_has_committed():
     body = """
 stop.training_started()
 print("ready", flush=True)

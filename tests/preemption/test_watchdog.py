@@ -1,4 +1,4 @@
-"""A process without progress writes its stacks and ends; one that is slow for a reason does not."""
+"""A process without progress writes its stacks and exits; one that is slow for a reason does not."""
 
 import os
 import signal
@@ -65,7 +65,7 @@ def test_a_hang_ends_with_76_and_the_stacks_of_all_threads(tmp_path):
     assert [event["event"] for event in read_lines(tmp_path / "events.jsonl")] == ["hung"]
 
 
-def test_progress_and_long_commits_are_no_hang(tmp_path):
+def test_progress_and_long_commits_are_not_a_hang(tmp_path):
     body = "beat(2.5)\nwith watchdog.during('a commit', timeout_s=60): time.sleep(2.5)\nbeat(0.3)\nwatchdog.close()\n"
     process = start(tmp_path, body)
     _, err = process.communicate(timeout=20)
@@ -89,7 +89,7 @@ def test_after_a_notice_a_run_without_progress_leaves_with_75(tmp_path):
     assert "stuck_in_the_loader" in stacks(tmp_path)
 
 
-def test_a_slow_step_has_twice_the_longest_so_far_after_a_notice(tmp_path):
+def test_after_a_notice_a_step_may_take_twice_the_longest_so_far(tmp_path):
     body = "time.sleep(2)\nbeat(0.5)\nprint(flush=True)\ntime.sleep(2.2)\nwatchdog.beat()\nwatchdog.close()\n"
     process = start(tmp_path, body, timeout_s=600)
     assert process.stdout is not None
@@ -98,7 +98,7 @@ def test_a_slow_step_has_twice_the_longest_so_far_after_a_notice(tmp_path):
     assert process.wait(20) == 0
 
 
-def test_a_suspended_process_goes_on(tmp_path):
+def test_a_suspended_process_continues(tmp_path):
     process = start(tmp_path, "beat(1)\nprint(flush=True)\ntime.sleep(0.6)\nbeat(1)\nwatchdog.close()\n")
     process.send_signal(signal.SIGSTOP)
     time.sleep(4)
@@ -108,7 +108,7 @@ def test_a_suspended_process_goes_on(tmp_path):
 
 
 def test_the_launcher_can_ask_for_stacks_of_a_process_that_holds_the_lock(tmp_path):
-    # a C call through PyDLL keeps the interpreter's lock: no Python thread of this process runs
+    # a C call through PyDLL holds the interpreter's lock: no Python thread of this process runs
     process = start(tmp_path, "import ctypes; print(flush=True); ctypes.PyDLL(None).sleep(60)\n")
     assert process.stdout is not None
     process.stdout.readline()
@@ -123,7 +123,7 @@ def test_the_launcher_can_ask_for_stacks_of_a_process_that_holds_the_lock(tmp_pa
 
 
 @pytest.mark.parametrize("codes, whole", [([75, 1], 75), ([76, -9], 76), ([76, 75], 75), ([2, 76], 2), ([0, 1], 1)])
-def test_the_code_of_the_whole(codes, whole):
+def test_the_exit_code_of_the_run(codes, whole):
     from ft_dist.launcher.elastic.restarts import combined_exit_code
 
     assert combined_exit_code(codes) == whole

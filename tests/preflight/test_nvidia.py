@@ -1,4 +1,4 @@
-"""What nvidia-smi and the kernel log print, as recorded and with faults written in, and what is told of it."""
+"""Recorded output of nvidia-smi and the kernel log, with and without faults written into it."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from ft_dist.preflight.nvidia import ask_driver, parse_query
 
-# of a T4 under driver 515, shortened
+# T4, driver 515, shortened
 T4 = """<?xml version="1.0" ?>
 <!DOCTYPE nvidia_smi_log SYSTEM "nvsmi_device_v11.dtd">
 <nvidia_smi_log>
@@ -39,7 +39,7 @@ T4 = """<?xml version="1.0" ?>
     </gpu>
 </nvidia_smi_log>
 """
-# the parts that newer GPUs under newer drivers print instead
+# newer GPUs with newer drivers print these parts instead
 NEWER = T4.replace(
     "<sram_uncorrectable>0</sram_uncorrectable>",
     "<sram_uncorrectable_parity>0</sram_uncorrectable_parity><sram_uncorrectable_secded>0</sram_uncorrectable_secded>",
@@ -48,7 +48,7 @@ NEWER = T4.replace(
     "<remapped_rows><remapped_row_corr>0</remapped_row_corr><remapped_row_unc>0</remapped_row_unc>"
     "<remapped_row_pending>No</remapped_row_pending><remapped_row_failure>No</remapped_row_failure></remapped_rows>",
 )
-# a GeForce has no such memory
+# a GeForce has no ECC memory
 GEFORCE = T4.replace(">0<", ">N/A<").replace(">No<", ">N/A<")
 OLDER = T4[: T4.index("<ecc_errors>")] + (
     "<ecc_errors><volatile><single_bit><device_memory>9</device_memory><total>9</total></single_bit>"
@@ -78,7 +78,7 @@ def test_a_fault_is_named(query, before, after, error):
     assert parse_query(query.replace(before, after, 1))["errors"] == [error]
 
 
-def test_errors_of_former_days_are_no_fault():
+def test_earlier_errors_are_no_fault():
     """`aggregate` counts over the life of the GPU."""
     start, end = T4.split("<aggregate>")
     assert parse_query(start + "<aggregate>" + end.replace("correctable>0<", "correctable>7<"))["errors"] == []
@@ -92,7 +92,7 @@ LOG = """[    2.118] nvidia 0000:00:1e.0: enabling device (0000 -> 0003)
 """
 
 
-def test_faults_of_hardware_in_the_kernel_log_are_told_of_their_gpu_alone():
+def test_hardware_faults_in_the_kernel_log_belong_to_their_gpu_only():
     assert parse_query(T4, LOG)["errors"] == ["Xid 79 in the kernel log (fallen off the bus)"]
     other = T4.replace("00000000:00:1E.0", "00000000:65:00.0")
     assert parse_query(other, LOG)["errors"] == ["Xid 64 in the kernel log (a memory row could not be remapped)"]

@@ -1,4 +1,4 @@
-"""Two real ranks of `ft-dist check --env`, one of them with something wrong."""
+"""Two real ranks of `ft-dist check --env`, one of them with a fault."""
 
 import os
 import shutil
@@ -48,17 +48,17 @@ def rank(number: int, port: int, *arguments: str, cwd: Path = ROOT, **environmen
     )
 
 
-def told(*ranks: "subprocess.Popen[str]") -> tuple[list[int], str]:
-    """Their exit codes, and all that they printed."""
+def results(*ranks: "subprocess.Popen[str]") -> tuple[list[int], str]:
+    """Exit codes, and everything the ranks printed."""
     outputs = [process.communicate(timeout=900) for process in ranks]
     return [process.returncode for process in ranks], "".join(out + err for out, err in outputs)
 
 
 def test_two_that_fit(port, tmp_path):
-    codes, text = told(*(rank(number, port, f"output_dir={tmp_path / 'run'}") for number in range(2)))
-    # a machine that is busy with something else may make one of them slow
+    codes, text = results(*(rank(number, port, f"output_dir={tmp_path / 'run'}") for number in range(2)))
+    # other work on the machine may slow one of them
     problems = [
-        line for line in text.splitlines() if line.startswith("problem") and "for what takes others" not in line
+        line for line in text.splitlines() if line.startswith("problem") and "for work that takes others" not in line
     ]
     assert problems == []
     assert codes[0] == codes[1]
@@ -72,7 +72,7 @@ def test_another_version_on_one_node(port, tmp_path):
     (record / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 9.9.9\n")
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(record.parent)])
     output = f"output_dir={tmp_path / 'run'}"
-    codes, text = told(rank(0, port, output), rank(1, port, output, PYTHONPATH=paths))
+    codes, text = results(rank(0, port, output), rank(1, port, output, PYTHONPATH=paths))
     assert codes == [2, 2]
     assert "problem: host1: peft is 9.9.9, but" in text
 
@@ -86,7 +86,7 @@ def test_other_code_on_one_node(port, tmp_path):
         file.write("# changed\n")
     output = f"output_dir={tmp_path / 'run'}"
     changed = rank(1, port, output, "seed=7", cwd=copy, PYTHONPATH=os.pathsep.join([str(copy), str(copy / "kernels")]))
-    codes, text = told(rank(0, port, output), changed)
+    codes, text = results(rank(0, port, output), changed)
     assert codes == [2, 2]
     assert "problem: host1: ft_dist's source is" in text
     assert "problem: host1: the resolved config is" in text
@@ -96,13 +96,13 @@ def test_an_output_dir_that_one_node_does_not_share(port, tmp_path):
     places = [tmp_path / "a", tmp_path / "b"]
     for place in places:
         place.mkdir()
-    codes, text = told(*(rank(number, port, "output_dir=run", cwd=place) for number, place in enumerate(places)))
+    codes, text = results(*(rank(number, port, "output_dir=run", cwd=place) for number, place in enumerate(places)))
     assert codes == [2, 2]
     assert "problem: host1: output_dir=run does not show what rank 0 writes there" in text
 
 
 def test_an_interface_that_is_not_there(port, tmp_path):
-    codes, text = told(rank(1, port, f"output_dir={tmp_path / 'run'}", GLOO_SOCKET_IFNAME="ib7"))
+    codes, text = results(rank(1, port, f"output_dir={tmp_path / 'run'}", GLOO_SOCKET_IFNAME="ib7"))
     assert codes == [2]
     assert "host1: GLOO_SOCKET_IFNAME=ib7 names no network interface of this machine (lo" in text
 
@@ -110,29 +110,29 @@ def test_an_interface_that_is_not_there(port, tmp_path):
 def test_a_port_in_use(tmp_path):
     with socket.create_server(("", 0)) as other:
         port = other.getsockname()[1]
-        codes, text = told(rank(0, port, f"output_dir={tmp_path / 'run'}"))
-    # another start is given another port: nothing for the user to mend
+        codes, text = results(rank(0, port, f"output_dir={tmp_path / 'run'}"))
+    # the next start gets another port: nothing for the user to fix
     assert codes == [1]
     assert f"MASTER_PORT={port} is in use by another program" in text
 
 
 def test_a_wrong_world_size(port, tmp_path):
     output = f"output_dir={tmp_path / 'run'}"
-    codes, text = told(rank(0, port, output), rank(1, port, output, WORLD_SIZE="3"))
+    codes, text = results(rank(0, port, output), rank(1, port, output, WORLD_SIZE="3"))
     assert codes == [2, 2]
     assert "problem: host1: world_size is 3, but 2 on host0" in text
 
 
-def test_a_rank_that_never_comes(tmp_path):
+def test_a_rank_that_never_joins(tmp_path):
     config = load_config("smoke", [f"output_dir={tmp_path / 'run'}"])
     preflight = Preflight(config, dist.HashStore(), rank=0, size=3, timeout_s=1, say=print)
-    with pytest.raises(PreflightError, match=r"WORLD_SIZE=3, but ranks \[1, 2\] did not come within 1 s"):
+    with pytest.raises(PreflightError, match=r"WORLD_SIZE=3, but ranks \[1, 2\] did not join within 1 s"):
         preflight.compare()
     assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_a_slow_rank(port, tmp_path):
-    """Rank 1 gets a twentieth of its time from when it waits for rank 0."""
+    """Rank 1 gets a twentieth of its time once it waits for rank 0."""
     output = f"output_dir={tmp_path / 'run'}"
     slow = rank(1, port, output)
     wait_until_idle(slow)
@@ -140,7 +140,7 @@ def test_a_slow_rank(port, tmp_path):
     throttle = threading.Thread(target=throttled, args=(slow, over))
     throttle.start()
     try:
-        codes, text = told(rank(0, port, output), slow)
+        codes, text = results(rank(0, port, output), slow)
     finally:
         over.set()
         throttle.join()
@@ -158,7 +158,7 @@ def throttled(process: "subprocess.Popen[str]", over: threading.Event) -> None:
 
 
 def wait_until_idle(process: "subprocess.Popen[str]", still_s: float = 3.0) -> None:
-    """Until it has imported everything and waits."""
+    """Wait until it has imported everything and is idle."""
     used, since = -1, time.monotonic()
     while time.monotonic() - since < still_s:
         fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()

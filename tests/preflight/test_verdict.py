@@ -1,4 +1,4 @@
-"""What is told of a world whose ranks differ: node, value and fix, and whether training may begin."""
+"""Problems of a world whose ranks differ: node, value and fix, and whether they are fatal."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from ft_dist.preflight.verdict import clock_problems, problems, speed_problems
 
 
 def world(*changes, size=None):
-    """A rank a node, alike but for `changes`, one a node."""
+    """One rank per node, equal except for `changes`, one per node."""
     return [
         {
             "node": f"host{number}",
@@ -57,7 +57,7 @@ def test_a_world_of_equals_has_no_problem():
         ({"config": "other"}, "host2: the resolved config is other, but c0f1"),
         ({"world_size": 4}, "host2: world_size is 4, but 3 on host0. Start all ranks with the same WORLD_SIZE."),
         ({"sees_output": False}, "host2: output_dir=runs/a does not show what rank 0 writes there"),
-        ({"open_files": 64}, "host2: 64 files may be open at once (ulimit -n), but 3 ranks need 268"),
+        ({"open_files": 64}, "host2: 64 files may be open together (ulimit -n), but 3 ranks need 268"),
         (
             {"address": {"interface": "lo", "address": "127.0.1.1"}},
             "host2: gloo would speak over lo (127.0.1.1), which other machines cannot reach",
@@ -77,7 +77,7 @@ def test_what_would_go_wrong_is_fatal_and_names_the_node(change, line):
         ({"free_disk": 2**28}, "host1: 256 MiB are free for output_dir, less than 1024"),
     ],
 )
-def test_what_may_go_well_is_told(change, line):
+def test_problems_that_are_not_fatal_are_reported(change, line):
     (problem,) = problems(world({}, change))
     assert not problem.fatal
     assert problem.line.startswith(line)
@@ -103,7 +103,7 @@ def test_a_driver_that_could_not_be_asked_is_no_other_driver():
     assert problems(world({"gpu": GPU}, {"gpu": GPU | {"driver": None}})) == []
 
 
-def test_more_ranks_than_gpus_are_told_once_a_node():
+def test_more_ranks_than_gpus_are_reported_once_per_node():
     ranks = [facts | {"node": "host0", "local_size": 3} for facts in world({"gpu": GPU}, {"gpu": GPU}, {"gpu": GPU})]
     (problem,) = problems(ranks)
     assert problem.line.startswith("host0: 3 ranks for 2 visible GPUs. Use --nproc 2")
@@ -130,6 +130,6 @@ def test_a_clock_counts_as_wrong_only_beyond_what_is_known_of_it():
 def test_the_slow_rank_is_named_and_not_the_others():
     (problem,) = speed_problems(world({}, {}, {}), [0.010, 0.050, 0.012])
     assert problem.line.startswith(
-        "host1: rank 1 took 50.0 ms for what takes others 12.0 ms (4 times; 3 are tolerated)"
+        "host1: rank 1 took 50.0 ms for work that takes others 12.0 ms (4 times; 3 are tolerated)"
     )
     assert speed_problems(world({}, {}), [0.010, 0.029]) == []

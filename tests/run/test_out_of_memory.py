@@ -1,4 +1,4 @@
-"""A rank whose allocator really fails, because its address space is limited in the middle of a run."""
+"""A rank whose allocator really fails, because its address space is limited during the run."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import ROOT, SMALL_RUN, read_lines
 
-# 48 rows of 512 tokens keep about 170 MiB for backward, half of them half of that
+# 48 rows of 512 tokens keep about 170 MiB for backward, 24 rows half of that
 WIDE = [
     *SMALL_RUN,
     "method.kind=full",
@@ -28,13 +28,13 @@ def rank(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def test_the_plan_is_told_beside_what_the_allocator_says(tmp_path):
+def test_the_error_has_the_plan_and_the_allocator_report(tmp_path):
     done = rank("tests.plan.limited", "60", *WIDE, f"output_dir={tmp_path / 'run'}")
     assert done.returncode == 2, done.stderr[-2000:]
     assert "Traceback" not in done.stderr
-    for told in ("batch.micro_rows=48", "The allocator says: ", "Planned: ", "This takes less: "):
-        assert told in done.stderr
-    assert "batch.micro_rows=48" not in done.stderr.split("This takes less: ")[1]
+    for part in ("batch.micro_rows=48", "The allocator reports: ", "Planned: ", "These settings take less: "):
+        assert part in done.stderr
+    assert "batch.micro_rows=48" not in done.stderr.split("These settings take less: ")[1]
 
 
 def test_the_next_start_takes_half_the_rows_of_the_same_batches(tmp_path):
@@ -42,7 +42,7 @@ def test_the_next_start_takes_half_the_rows_of_the_same_batches(tmp_path):
     halving = [*WIDE, "batch.halve_when_out_of_memory=true"]
     failed = rank("tests.plan.limited", "60", *halving, f"output_dir={folder}")
     assert failed.returncode == 1, failed.stderr[-2000:]
-    assert "goes on from the last commit with batch.micro_rows=24" in failed.stderr
+    assert "resumes from the last commit with batch.micro_rows=24" in failed.stderr
     assert json.loads((folder / "micro_rows.json").read_text()) == {"micro_rows": 24}
 
     done = rank("ft_dist.train", *halving, f"output_dir={folder}")
@@ -55,6 +55,6 @@ def test_the_next_start_takes_half_the_rows_of_the_same_batches(tmp_path):
 
     summary = json.loads((plain / "summary.json").read_text())
     assert summary["step_s"] > 0
-    assert summary["planned_step_s"] is None  # of CPUs nothing is known
-    # planned for rows full of different tokens; the e-mails share their system prompt
+    assert summary["planned_step_s"] is None  # the planner does not know CPUs
+    # the plan assumes rows of distinct tokens; the e-mails share their system prompt
     assert 0.9 < summary["planned_peak_bytes"] / summary["peak_memory_bytes"] < 1.6

@@ -1,4 +1,4 @@
-"""What is touched ahead is what a step will take."""
+"""The memory touched in advance is what a step will need."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def job(*overrides: str) -> Job:
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("rows", [1, 8])
-def test_it_is_no_more_than_planned(kind, rows):
+def test_no_more_than_planned_is_touched(kind, rows):
     one = job(f"method.kind={kind}", f"batch.micro_rows={rows}", f"batch.global_rows={rows}")
     assert one.trainable * 4 * 3 < sure_bytes(one) <= memory_plan(one).tensors
 
@@ -30,7 +30,7 @@ def test_weights_gradients_and_moments_are_sure_in_full_training():
     assert sure_bytes(job("method.kind=lora")) < frozen, "they stay in the file"
 
 
-def test_where_a_gpu_may_be_torch_decides_and_nothing_is_touched(monkeypatch):
+def test_if_a_gpu_may_exist_torch_decides_and_nothing_is_touched(monkeypatch):
     called = []
     monkeypatch.setattr(ahead, "gpus_here", lambda: True)
     monkeypatch.setattr(ahead, "touch_ahead", called.append)

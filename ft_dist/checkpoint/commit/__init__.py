@@ -1,1 +1,1 @@
-"""Writes a commit and keeps it: format, snapshot, background writer, mirror, retention."""
+"""Writing and keeping commits: format, snapshot, background writer, mirror, retention."""

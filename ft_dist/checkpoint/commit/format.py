@@ -1,13 +1,13 @@
-"""The folder of one commit, and how it comes to be complete or not at all. docs/checkpoint-format.md is the whole spec.
+"""The folder of one commit, written completely or not at all. docs/checkpoint-format.md is the full specification.
 
     checkpoints/step-00000100/
         rank-00000.safetensors    this rank's fragments: KIND/PARAMETER@START, flat
         state.json                step, data position, counters, shapes, the config
-        manifest.json             every file with its size and xxh3-128 checksum, and its own; written last
+        manifest.json             size and xxh3-128 checksum of every file, and its own checksum; written last
 
 KIND is `master` or the name of an optimizer state such as `exp_avg`; START counts elements of the flattened parameter.
-A save is written in a folder of another name, sealed by its manifest and only then renamed: a folder `step-N` with a
-manifest is a commit, whatever instant a process was killed at. safetensors and JSON only: nothing that is loaded can
+A save is written to a staging folder, sealed by its manifest and only then renamed. So a folder `step-N` with a
+manifest is a commit, even if a process was killed at any instant. Only safetensors and JSON are loaded, which cannot
 execute code.
 """
 
@@ -39,11 +39,11 @@ class Commit:
     step: int
 
     def manifest(self) -> dict[str, Any]:
-        """Its content, its own checksum verified. Raises CheckpointError."""
+        """Its content, after its own checksum is verified. Raises CheckpointError."""
         return parse_manifest(_read(self.folder / MANIFEST), self.folder / MANIFEST)
 
     def state(self) -> dict[str, Any]:
-        """Raises CheckpointError where it is not the JSON object that a run writes."""
+        """The content of state.json. Raises CheckpointError unless it is a JSON object."""
         try:
             return dict(json.loads(_read(self.folder / STATE)))
         except (ValueError, TypeError) as error:
@@ -75,14 +75,14 @@ def rank_name(rank: int) -> str:
 
 
 def split_key(key: str) -> tuple[str, str, int]:
-    """`KIND/PARAMETER@START` -> its parts."""
+    """Split `KIND/PARAMETER@START` into its parts."""
     kind, _, rest = key.partition("/")
     name, _, start = rest.rpartition("@")
     return kind, name, int(start)
 
 
 def commits(root: Path) -> list[Commit]:
-    """Complete checkpoints below `root`, oldest first. Their contents are not yet verified."""
+    """Complete checkpoints below `root`, oldest first. Their contents are not verified."""
     found = []
     for folder in root.glob("step-*"):
         step = step_of(folder.name)
@@ -92,13 +92,13 @@ def commits(root: Path) -> list[Commit]:
 
 
 def write_manifest(folder: Path, step: int, files: Mapping[str, Fingerprint]) -> None:
-    """Seal the folder. `files` were written and synced, and have these fingerprints."""
+    """Seal the folder. `files` are already written and synced."""
     content = {"version": FORMAT_VERSION, "step": step, "files": dict(files)}
     write_synced(folder / MANIFEST, json.dumps(content | {"xxh3": _own_checksum(content)}, indent=1))
 
 
 def publish(staging: Path, folder: Path) -> None:
-    """Give a sealed folder its name; one that a repeated step wrote before makes way."""
+    """Rename a sealed folder to its final name, replacing an earlier commit of the same step."""
     old = folder.with_name(f"{folder.name}.replaced")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -109,7 +109,7 @@ def publish(staging: Path, folder: Path) -> None:
 
 
 def parse_manifest(text: bytes, where: object) -> dict[str, Any]:
-    """Raises CheckpointError unless it is whole and of this version."""
+    """Raises CheckpointError unless it is complete and of this version."""
     try:
         manifest = json.loads(text)
         checksum = manifest.pop("xxh3")
@@ -126,7 +126,7 @@ def parse_manifest(text: bytes, where: object) -> dict[str, Any]:
 
 
 def verify(commit: Commit) -> None:
-    """Raise CheckpointError naming the first file that is missing, cut short, altered or of another step."""
+    """Raise CheckpointError naming the first file that is missing, truncated, altered or of another step."""
     manifest = commit.manifest()
     if manifest["step"] != commit.step:
         raise CheckpointError(f"{commit.folder / MANIFEST}: belongs to step {manifest['step']}.")
@@ -159,13 +159,13 @@ def fingerprint(path: Path) -> Fingerprint:
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint so that an interruption leaves no folder that looks complete."""
+    """Delete a checkpoint, manifest first, so that an interruption leaves no folder that looks complete."""
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_synced(path: Path, text: str) -> Fingerprint:
-    """Write, sync, rename into place, sync the folder: after a power cut it is there whole or not at all."""
+    """Write, sync, rename into place, sync the folder: after a power cut the file is complete or absent."""
     content = text.encode()
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("wb") as file:

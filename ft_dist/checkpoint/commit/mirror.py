@@ -1,7 +1,7 @@
-"""A second place for commits: an object store or another disk, filled in the background, read when the first is lost.
+"""Copies of commits in an object store or on another disk, made in the background and read if the local ones are lost.
 
-Rank 0 copies sealed commits file by file, the manifest last, so that a reader of the store never sees half of one.
-What fails is told and costs nothing: the local commit is there, and the next one is tried.
+Rank 0 copies sealed commits file by file, the manifest last, so that a reader of the store never sees half a commit.
+A failed copy is reported and loses nothing: the local commit remains, and the next commit is copied as usual.
 """
 
 import shutil
@@ -19,11 +19,11 @@ from ft_dist.errors import CheckpointError, StorageError
 from ft_dist.storage import Storage
 
 MIRROR_WAIT_S = 600.0
-"""How long one request to the second place is tried again"""
+"""How long to retry one request to the store"""
 
 
 class Mirror:
-    """Copies commits to `storage`. While one is on its way the newest offered waits, and every milestone."""
+    """Copies commits to `storage`. During a copy, only the newest commit and the milestones wait."""
 
     def __init__(self, storage: Storage, retention: Retention) -> None:
         self.storage = storage
@@ -36,7 +36,7 @@ class Mirror:
         self._thread: threading.Thread | None = None
 
     def offer(self, commit: layout.Commit, *, losses: Mapping[int, float]) -> None:
-        """Have `commit` copied soon. `losses` (held-out, by step) decide what the store keeps."""
+        """Queue `commit` for copying. `losses` (held-out, by step) decide which commits the store keeps."""
         with self._changed:
             milestones = [entry for entry in self._pending if self._retention.is_milestone(entry[0].step)]
             self._pending = [*milestones, (commit, dict(losses))]
@@ -46,7 +46,7 @@ class Mirror:
             self._changed.notify()
 
     def unfinished(self) -> set[int]:
-        """Steps whose local files are still needed."""
+        """Steps whose local files are still to be copied."""
         with self._changed:
             waiting = {commit.step for commit, _ in self._pending}
             return waiting | ({self._current} if self._current is not None else set())
@@ -57,7 +57,7 @@ class Mirror:
         return found
 
     def close(self) -> None:
-        """Return when all that was offered is copied or has failed."""
+        """Wait until every queued commit is copied or has failed."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -84,14 +84,17 @@ class Mirror:
             for step in self._retention.surplus(remote_steps(self.storage), newest=commit.step, losses=losses):
                 remove_remote(self.storage, step)
         except (OSError, StorageError, CheckpointError) as error:
-            note = f"step {commit.step} is not copied to {self.storage.url}: {error} It is in {commit.folder}."
+            note = (
+                f"step {commit.step} is not copied to {self.storage.url}: {error} "
+                f"The local commit in {commit.folder} is intact."
+            )
             return SaveEvent("mirror_failed", commit.step, {"reason": str(error)}, note)
         fields = {"url": self.storage.url, "seconds": round(time.monotonic() - started, 3)}
         return SaveEvent("mirrored", commit.step, fields)
 
 
 def upload(commit: layout.Commit, storage: Storage) -> None:
-    """Copy a local commit; the manifest is taken away first and written last. Raises StorageError, OSError."""
+    """Copy a local commit; removes the manifest first and writes it last. Raises StorageError, OSError."""
     folder = layout.step_name(commit.step)
     storage.delete(f"{folder}/{layout.MANIFEST}")
     for name in commit.manifest()["files"]:
@@ -121,9 +124,9 @@ def remove_remote(storage: Storage, step: int) -> None:
 
 
 def fetch(storage: Storage, step: int, root: Path) -> layout.Commit:
-    """Bring a commit from a store below `root`, every byte verified on its way.
+    """Download a commit from a store to `root`, verifying every byte.
 
-    Raises CheckpointError naming the object that is missing or damaged, StorageError where the store does not answer.
+    Raises CheckpointError naming the missing or damaged object, StorageError if the store does not answer.
     """
     name = layout.step_name(step)
     partial = root / f"{name}.fetching"

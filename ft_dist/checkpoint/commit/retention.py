@@ -1,4 +1,4 @@
-"""Which commits stay: the newest, milestones, the best by held-out loss. Never deletes the one just made."""
+"""Which commits to keep: the newest, milestones, the best by held-out loss. Never deletes the latest save."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from ft_dist.config.schema import CheckpointConfig
 
 @dataclass(frozen=True)
 class Retention:
-    """`keep` newest; every step divisible by `every_steps` (milestones); the `best` of lowest held-out loss."""
+    """Keep the `keep` newest, steps divisible by `every_steps` (milestones), and the `best` by held-out loss."""
 
     keep: int
     every_steps: int | None = None
@@ -22,7 +22,7 @@ class Retention:
         return self.every_steps is not None and step % self.every_steps == 0
 
     def surplus(self, steps: Iterable[int], *, newest: int, losses: Mapping[int, float]) -> list[int]:
-        """Which of `steps` to delete now that `newest` is committed. `losses` are held-out losses by step."""
+        """The `steps` to delete now that `newest` is committed. `losses` are held-out losses by step."""
         steps = sorted(set(steps) | {newest})
         scored = sorted((step for step in steps if step in losses), key=lambda step: (losses[step], step))
         kept = {newest, *steps[-self.keep :], *scored[: self.best], *filter(self.is_milestone, steps)}

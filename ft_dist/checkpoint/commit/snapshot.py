@@ -1,7 +1,7 @@
-"""One rank's training state copied to the host: the only part of a save that training waits for.
+"""Copies one rank's training state to the host: the only part of a save that training waits for.
 
-The copy already has the layout of a safetensors file (https://github.com/huggingface/safetensors#format), so that
-writing it is one pass over memory: checksum and write, no second copy.
+The copy has the layout of a safetensors file (https://github.com/huggingface/safetensors#format), so writing it is one
+pass over memory, checksum included, without a second copy.
 """
 
 import json
@@ -33,7 +33,7 @@ _BLOCK_BYTES = 1 << 24
 
 
 class TensorSource(Protocol):
-    """What a snapshot asks of a tensor, or of what is kept in another form and widened only when it is copied."""
+    """A tensor, or a value stored in another form and widened only when copied."""
 
     dtype: torch.dtype
 
@@ -47,7 +47,7 @@ class TensorSource(Protocol):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The header and the data (uint8) of a safetensors file. The data lives in the `HostBuffer` that made it."""
+    """The header and the data (uint8) of a safetensors file. The `HostBuffer` that created it owns the data."""
 
     header: bytes
     data: torch.Tensor
@@ -57,11 +57,11 @@ class Snapshot:
         return len(self.header) + self.data.numel()
 
     def write(self, path: Path) -> Fingerprint:
-        """Write and sync the file; returns its fingerprint, taken from memory. Raises OSError."""
+        """Write and sync the file; returns its fingerprint, computed from memory. Raises OSError."""
         digest = xxhash.xxh3_128()
         data = memoryview(self.data.numpy())
         blocks = [memoryview(self.header), *(data[at : at + _BLOCK_BYTES] for at in range(0, len(data), _BLOCK_BYTES))]
-        # torch, xxhash and file writes of this size let other threads run meanwhile
+        # torch, xxhash and file writes of this size release the interpreter's lock
         with path.open("wb") as file:
             for block in blocks:
                 digest.update(block)
@@ -72,7 +72,7 @@ class Snapshot:
 
 
 class HostBuffer:
-    """Host memory for one snapshot, reused from save to save; pinned where the tensors are on a GPU."""
+    """Host memory for one snapshot, reused by every save; pinned if the tensors are on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._pinned = device.type == "cuda"
@@ -82,9 +82,9 @@ class HostBuffer:
 
     @torch.no_grad()
     def snapshot(self, tensors: Mapping[str, TensorSource]) -> Snapshot:
-        """Copy `tensors` by name, of any dtype and device. What an earlier snapshot held is overwritten.
+        """Copy `tensors` by name, of any dtype and device. Overwrites the previous snapshot.
 
-        On a GPU the copies run on a stream of their own, behind what was queued when this was called: beside training.
+        On a GPU the copies run on a separate stream, after the work queued so far and concurrently with training.
         """
         if self._stream is None:
             return self._copy(tensors)
@@ -93,7 +93,7 @@ class HostBuffer:
             return self._copy(tensors)
 
     def _copy(self, tensors: Mapping[str, TensorSource]) -> Snapshot:
-        # wide types first: every tensor then begins at a multiple of its item size
+        # wide types first, so that every tensor starts at a multiple of its item size
         named = sorted(tensors.items(), key=lambda item: -item[1].element_size())
         total = sum(tensor.nbytes for _, tensor in named)
         if self._memory.numel() < total:

@@ -1,11 +1,10 @@
-"""Saving in the background: training goes on at once, and waits before its next update if its state is not copied yet.
+"""Saves in the background: training continues immediately, and its next update waits only for the copy of its state.
 
-Nothing but an update changes what is saved. So a thread copies it to host memory beside the next forward and backward;
-`wait_until_copied` is what the update waits for. Then the thread writes and syncs the rank's own file in a staging
-folder and posts its fingerprint to the ranks' common key-value store; no collective runs beside training's own. Rank
-0's thread waits for all posts, adds state and manifest, and renames the folder: only then it is a commit. A process
-that dies leaves a staging folder, which the next run removes. A save that fails costs that checkpoint, not the run, and
-is told by `reports` at the next step.
+Only an update changes the saved state. So a thread copies it to host memory during the next forward and backward, and
+the update waits for `wait_until_copied`. The thread then writes and syncs the rank's file in a staging folder and posts
+its fingerprint to the ranks' common key-value store, without any collective. Rank 0's thread waits for all posts, adds
+state and manifest, and renames the folder, which makes it a commit. A process that dies leaves a staging folder, which
+the next run removes. A failed save loses that checkpoint, not the run; `new_events` reports it at the next step.
 """
 
 import contextlib
@@ -32,18 +31,18 @@ from ft_dist.errors import CheckpointError
 
 STAGING = ".saving-"
 _GRACE_S = 30.0
-"""How long a run that ends by an error waits for other ranks' files of a save in flight"""
+"""How long a run that ends with an error waits for the other ranks' files of a save in flight"""
 _VISIBLE_S = 20.0
 """How long a shared file system may take to show another rank's file"""
 
 
 class CheckpointWriter:
-    """One for each rank, and one for a run: all ranks make it at the same point. At most one save is in flight."""
+    """One per rank for the whole run; all ranks create it at the same point. At most one save is in flight."""
 
     def __init__(
         self, root: Path, world: World, *, retention: Retention, mirror: Mirror | None = None, timeout_s: float
     ) -> None:
-        """Clears what killed saves left. Raises CheckpointError where the ranks do not share `root`."""
+        """Removes the remains of killed saves. Raises CheckpointError if the ranks do not share `root`."""
         self.root = root
         self._world = world
         self._retention = retention
@@ -73,14 +72,14 @@ class CheckpointWriter:
     ) -> None:
         """Save this rank's `tensors` and rank 0's JSON `state`; all ranks call it with the same `step`.
 
-        The tensors must stay as they are until `wait_until_copied` returns, the state for good. Waits first for a save
-        that is still in flight, and says so. A second call for the same step does nothing.
+        The tensors must not change until `wait_until_copied` returns, and the state never. First waits for a save still
+        in flight, and reports the wait. A second call for the same step does nothing.
         """
         if step == self._last_step:
             return
-        waited_s = self._wait_for_former()
+        waited_s = self._wait_for_previous()
         if waited_s > 0.05:
-            note = f"the save of step {step} waited {waited_s:.1f} s for that of step {self._last_step}"
+            note = f"the save of step {step} waited {waited_s:.1f} s for the save of step {self._last_step}"
             self._add_event(SaveEvent("save_waited", step, {"seconds": round(waited_s, 3)}, note))
         self._last_step = step
         self._saves += 1
@@ -90,26 +89,26 @@ class CheckpointWriter:
         self._thread.start()
 
     def wait_until_copied(self) -> float:
-        """Return when the tensors of the last save may change; the seconds that it took."""
+        """Wait until the tensors of the last save may change; returns the seconds waited."""
         started = time.monotonic()
         self._copied.wait()
         return time.monotonic() - started
 
     def new_events(self) -> list[SaveEvent]:
-        """What happened since the last call."""
+        """Events since the last call."""
         with self._lock:
             found, self._events = self._events, []
         return found + (self._mirror.new_events() if self._mirror else [])
 
     def wait(self) -> None:
-        """Return when no save is in flight: the last is a commit, or its failure is in `reports`."""
-        self._wait_for_former()
+        """Wait until no save is in flight: the last one is a commit, or `new_events` holds its failure."""
+        self._wait_for_previous()
 
     def is_committed(self, step: int) -> bool:
         return (layout.step_folder(self.root, step) / layout.MANIFEST).is_file()
 
     def close(self) -> None:
-        """As `wait`, and for the mirror; other ranks that may be gone are given a bounded time."""
+        """Like `wait`, and also for the mirror; waits a bounded time for other ranks, which may be gone."""
         self._closing_at = time.monotonic()
         self.wait()
         if self._world.is_main:
@@ -117,7 +116,7 @@ class CheckpointWriter:
         if self._mirror:
             self._mirror.close()
 
-    def _wait_for_former(self) -> float:
+    def _wait_for_previous(self) -> float:
         if self._thread is None:
             return 0.0
         started = time.monotonic()
@@ -135,8 +134,8 @@ class CheckpointWriter:
         except (OSError, CheckpointError) as error:
             shutil.rmtree(staging, ignore_errors=True)
             note = (
-                f"step {request.step} is not saved: {error} Training goes on; the next save tries again, "
-                f"and a restart would go on from {self._newest()}."
+                f"step {request.step} is not saved: {error} Training continues; the next save tries again, "
+                f"and a restart would resume from {self._newest()}."
             )
             self._add_event(SaveEvent("save_failed", request.step, {"reason": str(error)}, note))
             return
@@ -147,10 +146,10 @@ class CheckpointWriter:
         self._tidy(request, size)
 
     def _save(self, tensors: Mapping[str, TensorSource], staging: Path) -> dict[str, Any]:
-        """Copy, then write; returns what to post: the fingerprint of this rank's file, or why there is none."""
+        """Copy, then write; returns the post: the fingerprint of this rank's file, or the error."""
         try:
             snapshot = self._buffer.snapshot(tensors)
-        except Exception as error:  # mostly for want of host memory, which torch tells as a RuntimeError
+        except Exception as error:  # usually too little host memory, for which torch raises a RuntimeError
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             return {"error": f"rank {self._world.rank} could not copy its state to host memory ({reason})."}
         finally:
@@ -195,7 +194,7 @@ class CheckpointWriter:
         return posts
 
     def _tidy(self, request: "_Save", size: int) -> None:
-        """Delete what retention gives up and what failed saves left; say when the disk gets short."""
+        """Delete surplus commits and the remains of failed saves; report a nearly full disk."""
         protected = self._mirror.unfinished() if self._mirror else set()
         steps = [commit.step for commit in layout.commits(self.root)]
         for step in self._retention.surplus(steps, newest=request.step, losses=request.losses):
@@ -214,9 +213,9 @@ class CheckpointWriter:
             )
 
     def _agree_on_attempt(self) -> None:
-        """A name for this life of the run, from rank 0: what an earlier, killed life still writes stays apart.
+        """Get this attempt's name from rank 0, which separates it from files that a killed attempt may still write.
 
-        Rank 0 names it when the folder is clean, so that no rank can write before.
+        Rank 0 publishes the name once the folder is clean, so that no rank writes earlier.
         """
         key = "checkpoint/attempt"
         if self._world.is_main:
@@ -248,7 +247,7 @@ class CheckpointWriter:
         return f"checkpoint/{number}/{rank}"
 
     def _post(self, number: int, content: dict[str, Any]) -> None:
-        # a store that is gone took rank 0, and with it the run
+        # the store is gone, so rank 0 and the run have ended
         with contextlib.suppress(torch.distributed.DistError, RuntimeError):
             self._store.set(self._key(number, self._world.rank), json.dumps(content))
 
@@ -272,7 +271,7 @@ def _await_visible(path: Path, size: int) -> None:
 
 
 def _appears(path: Path, whole: Callable[[], bool] = lambda: True) -> bool:
-    """Whether a file is there, allowing for a shared file system that shows other nodes' files late."""
+    """True once the file exists; a shared file system may show other nodes' files late."""
     deadline = time.monotonic() + _VISIBLE_S
     while True:
         with contextlib.suppress(FileNotFoundError):

@@ -1,1 +1,1 @@
-"""Reads checkpoints that DeepSpeed and Hugging Face's Trainer wrote."""
+"""Imports checkpoints of DeepSpeed and Hugging Face's Trainer."""

@@ -1,8 +1,8 @@
-"""Checkpoints of DeepSpeed (ZeRO 0-3) and of Hugging Face's Trainer, read into our format.
+"""Reads checkpoints of DeepSpeed (ZeRO 0-3) and of Hugging Face's Trainer into our format.
 
-Pickles are read by torch's restricted unpickler only, with three plain classes of DeepSpeed's allowed by name: nothing
-in such a file can run. DeepSpeed's own readers (`zero_to_fp32`, universal checkpoints) unpickle anything, so its layout
-is read here instead: https://github.com/deepspeedai/DeepSpeed/blob/master/deepspeed/utils/zero_to_fp32.py.
+Pickles go through torch's restricted unpickler only, which allows a few plain DeepSpeed classes by name, so no file can
+execute code. DeepSpeed's own readers (`zero_to_fp32`, universal checkpoints) unpickle anything, so this module reads
+the layout itself: https://github.com/deepspeedai/DeepSpeed/blob/master/deepspeed/utils/zero_to_fp32.py.
 """
 
 import json
@@ -24,7 +24,7 @@ _PREFIXES = ("module.", "model.", "_orig_mod.")
 
 @dataclass
 class Foreign:
-    """Flat fp32 tensors by parameter name and kind, `steps` taken, and the optimizer's own count of them."""
+    """Flat fp32 tensors by parameter name and kind, the `step`, and the optimizer's own step count."""
 
     step: int
     adam_step: int
@@ -34,8 +34,8 @@ class Foreign:
 def read_foreign(folder: Path, shapes: Mapping[str, Sequence[int]], *, no_decay: bool) -> Foreign:
     """Read the checkpoint in `folder` for parameters of these names and shapes, in the model's order.
 
-    `no_decay` says whether the optimizer kept vectors apart from matrices (weight decay on matrices only). Raises
-    CheckpointError for a folder of neither kind, a pickle that needs more than tensors, or other parameters.
+    `no_decay`: the optimizer had a separate group for vectors (weight decay on matrices only). Raises CheckpointError
+    for a folder of neither kind, a pickle that needs more than tensors, or other parameters.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder.")
@@ -67,10 +67,10 @@ def _read_deepspeed(folder: Path, shapes: Mapping[str, Sequence[int]], *, no_dec
     count = states[0].get("partition_count", len(states))
     expected = max(count) if isinstance(count, list) else count
     if len(states) != expected:
-        raise CheckpointError(f"{folder}: {len(states)} of {expected} *_optim_states.pt are there.")
+        raise CheckpointError(f"{folder}: {len(states)} of {expected} *_optim_states.pt exist. Copy the missing ones.")
     found = Foreign(model["global_steps"], 0)
     if stage == 3:
-        # its groups are cut into sub-groups in the order of the parameters: one long list
+        # its groups are split into sub-groups in the order of the parameters: treat them as one list
         groups = [{name: shape for group in model["param_shapes"] for name, shape in group.items()}]
         cut, fp32, base = _cut_interleaved, "fp32_flat_groups", "optimizer_state_dict"
     else:
@@ -92,7 +92,7 @@ def _flat(state: dict[str, Any], fp32: str, base: str, kind: str, index: int) ->
 
 
 def _cut_consecutive(folder: Path, parts: list[torch.Tensor], shapes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Stages 1 and 2: the ranks' parts one after another are the parameters one after another, then padding."""
+    """Stages 1 and 2: the ranks' parts in sequence are the parameters in sequence, then padding."""
     whole, at = torch.cat(parts), 0
     for name, shape in shapes.items():
         numel = math.prod(shape)
@@ -109,7 +109,7 @@ def _cut_interleaved(folder: Path, parts: list[torch.Tensor], shapes: Mapping[st
         numel = math.prod(shape)
         width = -(-numel // len(parts))
         if at + width > parts[0].numel():
-            raise CheckpointError(f"{folder}: {name} ends at {at + width} of {parts[0].numel()} elements a rank.")
+            raise CheckpointError(f"{folder}: {name} ends at {at + width} of {parts[0].numel()} elements per rank.")
         yield name, torch.cat([part[at : at + width] for part in parts])[:numel]
         at += width
 
@@ -127,7 +127,7 @@ def _read_replicated(
 
 
 def _read_trainer(folder: Path, shapes: Mapping[str, Sequence[int]], *, no_decay: bool) -> Foreign:
-    """Weights by safetensors; optimizer.pt numbers parameters by group: decayed matrices first, then the rest."""
+    """Weights from safetensors; optimizer.pt numbers parameters by group: decayed matrices first, then the rest."""
     from safetensors.torch import load_file
 
     step = json.loads((folder / "trainer_state.json").read_text())["global_step"]
@@ -137,11 +137,11 @@ def _read_trainer(folder: Path, shapes: Mapping[str, Sequence[int]], *, no_decay
             f"{folder}: no adapter_model.safetensors or model.safetensors; pickled weights are not read."
         )
     weights = {name: tensor for path in files for name, tensor in load_file(path).items()}
-    # the file of an adapter leaves out the adapter's name
+    # an adapter's file omits the adapter's name
     ours = {name.replace(".default.", "."): name for name in shapes}
     named = {ours[name]: tensor for name, tensor in weights.items() if name in ours}
     if not (folder / "optimizer.pt").is_file():
-        raise CheckpointError(f"{folder}: no optimizer.pt. Train on from its weights with model.path instead.")
+        raise CheckpointError(f"{folder}: no optimizer.pt. Start from its weights with model.path instead.")
     optimizer = _load(folder / "optimizer.pt")
     return _numbered(folder, named, optimizer["state"], shapes, no_decay=no_decay, step=step)
 
@@ -155,7 +155,7 @@ def _numbered(
     no_decay: bool,
     step: int,
 ) -> Foreign:
-    """Weights by name with the optimizer's states by number: matrices first where vectors are a group of their own."""
+    """Weights by name, optimizer states by number: matrices first if vectors are a separate group."""
     order = sorted(shapes, key=lambda name: no_decay and len(shapes[name]) < 2)
     if missing := [name for name in order if name not in weights]:
         raise CheckpointError(f"{folder}: has no {missing[0]} ({len(missing)} of {len(order)} parameters are missing).")
@@ -169,7 +169,7 @@ def _numbered(
             if tensor is None or list(tensor.shape) != list(shapes[name]):
                 raise CheckpointError(
                     f"{folder}: no {kind} of shape {tuple(shapes[name])} for {name}. Only AdamW's state is read, in "
-                    "the order of the model's parameters; optim.weight_decay says whether vectors are a group apart."
+                    "the order of the model's parameters; with optim.weight_decay > 0, vectors are a separate group."
                 )
             found.tensors.setdefault(name, {})[kind] = tensor.reshape(-1).float()
     return found
@@ -182,8 +182,8 @@ def _by_our_names(
     for name, shape in shapes.items():
         if name not in renamed:
             raise CheckpointError(
-                f"{folder}: does not train {name}, which the config does. It trains {len(renamed)} parameters, for "
-                f"example {next(iter(renamed), 'none')}; the config {len(shapes)}."
+                f"{folder}: does not train {name}, but the config does. It trains {len(renamed)} parameters, for "
+                f"example {next(iter(renamed), 'none')}; the config {len(shapes)}. Use the checkpoint's model and method."
             )
         if renamed[name]["master"].numel() != math.prod(shape):
             raise CheckpointError(
@@ -193,7 +193,7 @@ def _by_our_names(
 
 
 def _our_name(name: str, shapes: Mapping[str, Any]) -> str:
-    """Without what wrappers put before it, as far as that gives a parameter that is known."""
+    """`name` without the prefixes of wrappers, if that gives a known parameter."""
     while name not in shapes:
         prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None)
         if prefix is None:
@@ -208,7 +208,7 @@ def _rank_of(path: Path) -> tuple[int, str]:
 
 
 def _load(path: Path) -> Any:
-    """Tensors and plain containers of a pickle, and nothing else. Raises CheckpointError."""
+    """Only the tensors and plain containers of a pickle. Raises CheckpointError."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler

@@ -39,7 +39,7 @@ def test_prepared_somewhere_is_trained_on_from_there(cli, tmp_path):
     assert saved["train"]["sources"][0]["counts"] == report["train"]["sources"][0]["counts"]
 
 
-def test_strict_stops_on_a_warning_after_telling_all(cli, tmp_path):
+def test_strict_fails_on_a_warning_after_printing_the_report(cli, tmp_path):
     done = cli("prepare", *settings(tmp_path, [*CHATS, CHATS[4]]))
     assert done.returncode == 0
     warning = f"train {tmp_path / 'train.jsonl'}: 1 records are duplicates (records 5 and 121)"
@@ -52,8 +52,8 @@ def test_strict_stops_on_a_warning_after_telling_all(cli, tmp_path):
     )
 
 
-def test_a_fault_behind_what_is_checked_first_is_one_line(cli, tmp_path):
-    # a table is not looked into before it is prepared, so this comes out of a worker process
+def test_an_error_after_the_first_checks_is_one_line(cli, tmp_path):
+    # a table is not inspected before it is prepared, so a worker process raises this
     import datasets
 
     rows = [{"messages": chat["messages"]} for chat in CHATS * 10]

@@ -1,4 +1,4 @@
-"""Training from an object store: prepared into it, streamed from it, and the server killed meanwhile."""
+"""Training from an object store: prepared into it and streamed from it, while the server is killed."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
 
 @pytest.fixture(scope="module")
 def small_shards(server: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The recipe's data prepared into the store, then cut there into hundreds of shards: more than are kept open."""
+    """The recipe's data prepared into the store and split there into hundreds of shards: more than are kept open."""
     with start_cli("prepare", *RUN, "--to", "s3://bucket/whole", **server.environment) as process:
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, out + err
@@ -84,7 +84,7 @@ def test_a_server_killed_while_training_costs_time_only(
     assert 0 < sum(lying) <= 20 * shard
 
 
-def test_what_is_wrong_with_the_store_is_told_before_training(cli, server: ObjectStore, tmp_path: Path) -> None:
+def test_faults_of_the_store_are_reported_before_training(cli, server: ObjectStore, tmp_path: Path) -> None:
     arguments = [*RUN, f"output_dir={tmp_path / 'run'}"]
     missing = cli("check", *arguments, "data.train=s3://bucket/nothing", **server.environment)
     assert missing.returncode == 2

@@ -1,4 +1,4 @@
-"""A run whose disk is lost goes on from the second place; what changed is shown, what may not change is refused."""
+"""A run whose disk is lost resumes from checkpoint.path; changes are shown, and forbidden ones refused."""
 
 import shutil
 
@@ -10,7 +10,7 @@ from tests.conftest import SMALL_RUN, read_lines
 pytestmark = pytest.mark.faults
 
 
-def test_a_run_goes_on_from_its_second_place(cli, tmp_path):
+def test_a_run_resumes_from_its_copies(cli, tmp_path):
     folder, second = tmp_path / "run", tmp_path / "second"
     arguments = [*SMALL_RUN, "checkpoint.interval_steps=4", f"checkpoint.path=file://{second}", "engine.zero_stage=2"]
     arguments.append("observe.wandb=offline")
@@ -29,7 +29,7 @@ def test_a_run_goes_on_from_its_second_place(cli, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "resumed from step 6" in done.stdout
     assert (folder / "wandb_run_id").read_text() == run_id
-    assert list(folder.glob(f"wandb/offline-run-*-{run_id}")), "it goes on in the same run at wandb"
+    assert list(folder.glob(f"wandb/offline-run-*-{run_id}")), "it continues the same run at wandb"
     assert "changed since the checkpoint: engine.zero_stage: 2 -> 3" in done.stdout
     events = read_lines(folder / "events.jsonl")
     assert {"config_changed", "saved", "mirrored"} <= {event["event"] for event in events}
