@@ -114,7 +114,7 @@ class Storm:
             process.kill()
             process.wait()
         if process.returncode != 0 and not struck:
-            raise self._broken(f"nobody was killed, but {layout} ended with {process.returncode}: {out}{err}")
+            raise self._broken(f"no process was killed, but {layout} ended with {process.returncode}: {out}{err}")
         later = starts_of(folder)
         if len(later) > len(starts) and later[-1] < committed:
             raise self._broken(f"step {committed} was committed, but {layout} began after step {later[-1]}")

@@ -72,9 +72,9 @@ def test_a_server_killed_while_training_costs_time_only(
         out, err = run.communicate(timeout=300)
     assert run.returncode == 0, out + err
     assert steps_while_down < STEPS, "it never needed the store again"
-    told = out + (tmp_path / "remote" / "logs" / "rank-1.log").read_text()
-    assert "retrying for up to" in told
-    assert "answers again after" in told
+    output = out + (tmp_path / "remote" / "logs" / "rank-1.log").read_text()
+    assert "retrying for up to" in output
+    assert "answers again after" in output
     for name, keys in (("samples.jsonl", None), ("metrics.jsonl", ("step", "loss", "samples_seen"))):
         ours, theirs = (read_lines(tmp_path / place / name) for place in ("remote", "local"))
         assert len(ours) == STEPS
