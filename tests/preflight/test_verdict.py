@@ -60,7 +60,7 @@ def test_a_world_of_equals_has_no_problem():
         ({"open_files": 64}, "host2: 64 files may be open together (ulimit -n), but 3 ranks need 268"),
         (
             {"address": {"interface": "lo", "address": "127.0.1.1"}},
-            "host2: gloo would speak over lo (127.0.1.1), which other machines cannot reach",
+            "host2: gloo would use lo (127.0.1.1), which other machines cannot reach",
         ),
     ],
 )

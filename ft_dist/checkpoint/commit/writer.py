@@ -213,7 +213,7 @@ class CheckpointWriter:
             )
 
     def _agree_on_attempt(self) -> None:
-        """Get this attempt's name from rank 0, which separates it from files that a killed attempt may still write.
+        """Get a name for this attempt from rank 0, which keeps out files that a killed attempt may still write.
 
         Rank 0 publishes the name once the folder is clean, so that no rank writes earlier.
         """

@@ -183,8 +183,8 @@ def _by_our_names(
         if name not in renamed:
             raise CheckpointError(
                 f"{folder}: does not train {name}, but the config does. It trains {len(renamed)} parameters, for "
-                f"example {next(iter(renamed), 'none')}; the config trains {len(shapes)}. Use the model and method of the "
-                "checkpoint."
+                f"example {next(iter(renamed), 'none')}; the config trains {len(shapes)}. Use the model and "
+                "method of the checkpoint."
             )
         if renamed[name]["master"].numel() != math.prod(shape):
             raise CheckpointError(
