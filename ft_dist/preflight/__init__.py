@@ -1,1 +1,1 @@
-"""What can only be known where the ranks run, found before weights are loaded: do they agree, see, reach each other?"""
+"""Checks that need the ranks themselves, run before weights are loaded: do they agree, share output_dir, communicate?"""

@@ -51,7 +51,7 @@ def commit(root, step):
     return layout.Commit(folder, step)
 
 
-def test_a_lost_disk_costs_nothing(tmp_path, place):
+def test_a_lost_disk_loses_nothing(tmp_path, place):
     storage = open_storage(place[0], wait_s=20)
     mirror = Mirror(storage, Retention(keep=2))
     for step in (1, 2, 3):
@@ -95,7 +95,7 @@ def same_files(one, two):
     return all((one / path.name).read_bytes() == path.read_bytes() for path in two.iterdir())
 
 
-def test_a_store_that_stays_down_costs_the_copy_only(tmp_path, proxy, place):
+def test_a_store_that_stays_down_loses_the_copy_only(tmp_path, proxy, place):
     storage = open_storage(place[0], wait_s=1)
     proxy.rules.append(Rule(".", 503, times=10**6))
     mirror = Mirror(storage, Retention(keep=2))

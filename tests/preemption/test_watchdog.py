@@ -80,7 +80,7 @@ def test_a_commit_that_hangs_is_noticed_too(tmp_path):
     assert "in a commit after step 7" in err
 
 
-def test_after_a_notice_a_run_without_progress_leaves_with_75(tmp_path):
+def test_after_a_notice_a_run_without_progress_exits_with_75(tmp_path):
     process = start(tmp_path, "stuck_in_the_loader()\n", timeout_s=600)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=20)

@@ -109,7 +109,7 @@ def program(folder: Path, name: str, script: str) -> None:
     (folder / name).chmod(0o755)
 
 
-def test_the_driver_is_asked_through_its_own_programs(tmp_path, monkeypatch):
+def test_the_driver_is_queried_with_its_own_programs(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", os.pathsep.join([str(tmp_path), "/usr/bin", "/bin"]))
     (tmp_path / "t4.xml").write_text(T4)
     (tmp_path / "log").write_text(LOG)

@@ -40,7 +40,7 @@ GPU = {
 }
 
 
-def test_a_world_of_equals_has_no_problem():
+def test_equal_ranks_have_no_problem():
     assert problems(world({}, {}, {})) == []
     assert problems(world({"gpu": GPU}, {"gpu": GPU})) == []
 
@@ -64,7 +64,7 @@ def test_a_world_of_equals_has_no_problem():
         ),
     ],
 )
-def test_what_would_go_wrong_is_fatal_and_names_the_node(change, line):
+def test_fatal_problems_name_the_node(change, line):
     (problem,) = problems(world({}, {}, change))
     assert problem.fatal
     assert problem.line.startswith(line)
@@ -99,7 +99,7 @@ def test_gpus(change, line, fatal):
     assert problem.fatal == fatal
 
 
-def test_a_driver_that_could_not_be_asked_is_no_other_driver():
+def test_an_unknown_driver_version_is_no_difference():
     assert problems(world({"gpu": GPU}, {"gpu": GPU | {"driver": None}})) == []
 
 
@@ -109,7 +109,7 @@ def test_more_ranks_than_gpus_are_reported_once_per_node():
     assert problem.line.startswith("host0: 3 ranks for 2 visible GPUs. Use --nproc 2")
 
 
-def test_one_machine_may_speak_over_loopback():
+def test_one_machine_may_use_loopback():
     lo = {"address": {"interface": "lo", "address": "127.0.0.1"}, "machine": "laptop"}
     assert problems(world(lo, lo)) == []
 
@@ -119,7 +119,7 @@ def test_of_two_that_differ_rank_0_is_right():
     assert problem.line.startswith("host1: ft_dist's source is b, but a on host0")
 
 
-def test_a_clock_counts_as_wrong_only_beyond_what_is_known_of_it():
+def test_a_clock_is_wrong_only_beyond_the_uncertainty():
     ranks = world({}, {}, {})
     assert clock_problems(ranks, [0.0, 4.0, -4.0], 0.01) == []
     assert clock_problems(ranks, [0.0, 20.0, 0.0], 30.0) == []

@@ -45,7 +45,7 @@ def small_shards(server: ObjectStore, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.mark.parametrize("down_s", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_server_killed_while_training_costs_time_only(
+def test_a_server_killed_during_training_only_delays_it(
     cli, server: ObjectStore, small_shards: Path, tmp_path: Path, down_s: float
 ) -> None:
     """Two ranks, a cache of a few shards, kill -9 on the server: the same samples and losses as from a local folder."""
