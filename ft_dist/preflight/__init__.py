@@ -1,1 +1,1 @@
-"""Checks that need the ranks themselves, run before weights are loaded: do they agree, share output_dir, communicate?"""
+"""Checks that need the ranks themselves, before weights are loaded: do they agree, share output_dir, communicate?"""
