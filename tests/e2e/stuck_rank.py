@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ft_dist.data.stream.stream import batch
+from ft_dist.data.stream import batch
 from ft_dist.train import main
 
 collate = batch.collate
