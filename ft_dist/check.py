@@ -10,8 +10,9 @@ from pathlib import Path
 from ft_dist.config import RunConfig
 from ft_dist.data.read.check import check_sources
 from ft_dist.errors import ConfigError
+from ft_dist.method.table import METHODS
 from ft_dist.model.builtin import check_hub, resolve_model
-from ft_dist.model.facts import match_target_modules, model_facts
+from ft_dist.model.facts import model_facts
 
 
 def check(config: RunConfig, *, world_size: int) -> list[str]:
@@ -57,14 +58,11 @@ def _check_output(run_dir: Path) -> str:
 
 
 def _check_model(config: RunConfig, folder: str) -> list[str]:
-    targets = config.method.target_modules
     if not Path(folder).is_dir():
         check_hub(folder, config.model.revision)
         return [f"model: {folder} from the hub; its layers are looked at when it is there"]
     facts = model_facts(folder)
-    if config.method.kind == "lora" and targets != "all-linear":
-        heads = {"lm_head", *(name.removesuffix(".weight") for name, shape in facts.shapes.items() if len(shape) == 2)}
-        match_target_modules([*facts.linear_modules, *sorted(heads - set(facts.linear_modules))], targets)
+    METHODS[config.method.kind].check(config, facts)
     if facts.max_positions and config.data.max_length > facts.max_positions:
         raise ConfigError(
             f"data.max_length={config.data.max_length} is more than the model's {facts.max_positions} positions. "

@@ -13,18 +13,13 @@ import xxhash
 
 from ft_dist.config.schema import RunConfig
 from ft_dist.errors import CheckpointError
+from ft_dist.method.table import METHODS
 
 FIXED = (
     "model.new_tokens",
     "method.kind",
-    "method.rank",
-    "method.alpha",
-    "method.target_modules",
-    "method.rslora",
-    "method.dora",
 )
-"""Keys that say what the saved tensors are"""
-_LORA_ONLY = ("method.rank", "method.alpha", "method.target_modules", "method.rslora", "method.dora")
+"""Keys that define the saved tensors of every method; each method adds its own `fixed_keys`"""
 _SAMPLES = 64
 _SAMPLE_BYTES = 1 << 20
 
@@ -69,16 +64,16 @@ def weights_digest(folder: Path) -> str:
 def check_identity(saved: dict[str, Any], now: dict[str, Any], *, where: Path) -> list[str]:
     """Lines for what changed since `saved` (both from `identity`). Raises CheckpointError for what may not change."""
     changes = differences(saved["config"], now["config"])
-    lora = now["config"]["method"]["kind"] == "lora"
+    method = METHODS[now["config"]["method"]["kind"]]
     for key, (before, after) in changes.items():
-        if key in FIXED and (lora or key not in _LORA_ONLY):
+        if key in (*FIXED, *method.fixed_keys):
             raise CheckpointError(
                 f"{key}={after}: the checkpoint {where} was made with {key}={before}, which its tensors depend on. "
                 f"Restore it, or start anew in another output_dir."
             )
     digests = saved["base"]["digest"], now["base"]["digest"]
     # full fine-tuning has every weight in the checkpoint: what it started from no longer matters
-    if lora and None not in digests and digests[0] != digests[1]:
+    if method.frozen_base and None not in digests and digests[0] != digests[1]:
         raise CheckpointError(
             f"model.path={now['base']['path']}: its weights are not those of {saved['base']['path']}, on which the "
             f"adapters in {where} were trained. Restore them, or start anew in another output_dir."

@@ -12,9 +12,10 @@ from ft_dist.distributed import World
 from ft_dist.engine.fragments import tell_optimizer
 from ft_dist.engine.settings import deepspeed_config
 from ft_dist.engine.step import Engine, stage_of
+from ft_dist.method.table import METHODS
 from ft_dist.model.fp8 import hold_base_in_fp8, refuse_without_fp8
 from ft_dist.model.fused.fuse import fuse
-from ft_dist.model.load import add_adapters, enable_activation_checkpointing, load_model
+from ft_dist.model.load import enable_activation_checkpointing, load_model
 from ft_dist.model.quiet import quietly
 from ft_dist.objective.table import build_objective
 
@@ -22,7 +23,7 @@ from ft_dist.objective.table import build_objective
 def build_engine(
     config: RunConfig, world: World, *, folder: str, tokenizer: Any, load: Callable[..., nn.Module] = load_model
 ) -> Engine:
-    """Load `folder`, add adapters for LoRA, wrap in DeepSpeed. `load` takes what `load_model` does.
+    """Load `folder`, adapt it to the method, wrap it in DeepSpeed. `load` takes what `load_model` does.
 
     Raises ModelError.
     """
@@ -37,9 +38,7 @@ def build_engine(
         model = load(config.model, folder=folder, vocabulary=len(tokenizer), zero3_settings=settings)
         if config.engine.activation_checkpointing:
             enable_activation_checkpointing(model)
-        if config.method.kind == "lora":
-            new_ids = [tokenizer.convert_tokens_to_ids(token) for token in config.model.new_tokens]
-            model = add_adapters(model, config.method, new_token_ids=new_ids)
+        model = METHODS[config.method.kind].adapt(model, config, tokenizer)
         if not zero3:
             model.to(world.device)
         if stage_of(model, config, world) == 0 and world.device.type == "cpu":

@@ -12,6 +12,7 @@ import torch
 
 from ft_dist.distributed import barrier
 from ft_dist.engine.step import Engine
+from ft_dist.method.table import METHODS
 from ft_dist.model.quiet import quietly
 
 
@@ -37,12 +38,12 @@ def write_final(engine: Engine, tokenizer: Any, folder: Path) -> None:
 def _gather(engine: Engine) -> dict[str, torch.Tensor]:
     """Weights to save by name, on rank 0 and the host; parameter by parameter under ZeRO-3.
 
-    LoRA saves what it trains; the base model is not written again.
+    A method with a frozen base saves only what it trains.
     """
-    adapters_only = engine.config.method.kind == "lora"
+    trained_only = METHODS[engine.config.method.kind].frozen_base
     weights = {}
     for name, parameter in engine.objective.model.named_parameters():
-        if adapters_only and not parameter.requires_grad:
+        if trained_only and not parameter.requires_grad:
             continue
         with _whole(engine, parameter):
             if engine.world.is_main:

@@ -53,7 +53,7 @@ def _nearest(job: Job, device: Device) -> str:
     if further:
         ranks, found = further
         return f"It takes {ranks} such devices: {changes(job.config, found)}."
-    shorter = "Take a smaller model, a shorter data.max_length" + ("" if job.lora else ", or method.kind=lora")
+    shorter = "Take a smaller model, a shorter data.max_length" + ("" if job.frozen_base else ", or method.kind=lora")
     return f"No stage, offload, checkpointing or micro-batch changes that. {shorter}."
 
 

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 from ft_dist.config.schema import RunConfig
 from ft_dist.engine.settings import WHOLE_GRADIENT_ELEMENTS, effective_stage
+from ft_dist.method.table import METHODS
 from ft_dist.model.shape import ModelShape, Parameter, model_shape
 
 BYTES = {"bf16": 2, "fp32": 4}
@@ -33,8 +34,8 @@ class Job:
         return self.stage == 1 and self.item == 2 and not self.offload and self.trainable <= WHOLE_GRADIENT_ELEMENTS
 
     @property
-    def lora(self) -> bool:
-        return self.config.method.kind == "lora"
+    def frozen_base(self) -> bool:
+        return METHODS[self.config.method.kind].frozen_base
 
     @property
     def checkpointing(self) -> bool:
@@ -101,12 +102,12 @@ class Job:
 
     @cached_property
     def adapted(self) -> list[Parameter]:
-        return self.shape.adapted(self.config.method.target_modules) if self.lora else []
+        return self.shape.adapted(self.config.method.target_modules) if self.frozen_base else []
 
     @cached_property
     def trained(self) -> list[Parameter]:
         """Parameters with a gradient, adapters by their own names."""
-        if not self.lora:
+        if not self.frozen_base:
             return self.shape.parameters
         rank, found = self.config.method.rank, []
         for matrix in self.adapted:
@@ -125,7 +126,7 @@ class Job:
     @cached_property
     def total(self) -> int:
         """Parameters of the model with its adapters."""
-        return self.shape.total_parameters + (self.trainable if self.lora else 0)
+        return self.shape.total_parameters + (self.trainable if self.frozen_base else 0)
 
     @cached_property
     def spare_columns(self) -> int:
@@ -135,7 +136,7 @@ class Job:
         """
         method = self.config.method
         held_apart = self.stage == 3 or self.config.model.base_dtype is not None
-        merges = self.gpu and self.lora and self.fused and self.item == 2 and not held_apart
+        merges = self.gpu and self.frozen_base and self.fused and self.item == 2 and not held_apart
         if not merges or method.dora or method.rank > 64 or self.config.model.kernels == "torch":
             return 0
         joined, heights = self.shape.form.joined, {name: out for name, out, _ in self.shape.linears()}

@@ -120,7 +120,7 @@ def matmul_flops(job: Job, recomputed: float) -> float:
     shape, tokens = job.shape, job.tokens
     blocks, head = shape.block_matrices * shape.layers, shape.vocabulary * shape.hidden
     per_token = blocks * (4 + 2 * recomputed) + job.labelled * head * 4
-    if job.lora:
+    if job.frozen_base:
         per_token += job.trainable * (6 + 2 * recomputed)
     else:
         per_token += 2 * blocks + 2 * job.labelled * head

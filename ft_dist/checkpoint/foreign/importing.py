@@ -12,8 +12,9 @@ from ft_dist.checkpoint.identity import identity
 from ft_dist.checkpoint.state import RunState
 from ft_dist.config import RunConfig
 from ft_dist.errors import CheckpointError
+from ft_dist.method.table import METHODS
 from ft_dist.model.builtin import resolve_model
-from ft_dist.model.load import add_adapters, load_model
+from ft_dist.model.load import load_model
 from ft_dist.model.quiet import quiet_process, quietly
 from ft_dist.model.tokenizer import configured_tokenizer
 from ft_dist.resources import versions
@@ -57,7 +58,5 @@ def _trainable_shapes(config: RunConfig, folder: str) -> dict[str, list[int]]:
     tokenizer, _ = configured_tokenizer(config.model, folder)
     with quietly():
         model = load_model(config.model, folder=folder, vocabulary=len(tokenizer))
-        if config.method.kind == "lora":
-            new_ids = [tokenizer.convert_tokens_to_ids(token) for token in config.model.new_tokens]
-            model = add_adapters(model, config.method, new_token_ids=new_ids)
+        model = METHODS[config.method.kind].adapt(model, config, tokenizer)
     return {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}

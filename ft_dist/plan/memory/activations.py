@@ -93,7 +93,7 @@ class Walk:
         self._peft_spike(["self_attn.o_proj"], self.h)
         self.hold(layer, x_middle=self.h)
         self.free(layer, "out")
-        if layer == 0 and self.job.lora and not self.job.checkpointing:
+        if layer == 0 and self.job.frozen_base and not self.job.checkpointing:
             # nothing before the first adapter has a gradient
             self.ledger.free("x0", "0.rstd1", "0.wide1")
         elif self.norms_keep_wide and not self.job.checkpointing:
@@ -125,7 +125,7 @@ class Walk:
         wide = 4 * self.h // self.b
         if self.b == 2:
             self.hold(layer, **{f"wide{index}": wide})
-        if not self.job.lora:
+        if not self.job.frozen_base:
             self.hold(layer, **{f"normed{index}": self.h})
         self.ledger.spike(ACTIVATIONS, 2 * wide)
 
@@ -147,7 +147,7 @@ class Walk:
         if not job.fused:
             if self.b == 2:
                 self.ledger.hold(ACTIVATIONS, "wide_last", wide)
-            if not job.lora:
+            if not job.frozen_base:
                 self.ledger.hold(ACTIVATIONS, "normed_last", self.h)
 
     def loss(self) -> None:
@@ -163,7 +163,7 @@ class Walk:
         n = chunk_rows(n_all, v, gpu=job.gpu, bytes_per_logit=logit + rounded)
         ledger.hold(LOSS, "d_rows", n_all * h * self.b)
         ledger.hold(LOSS, "labels", n_all * 28)
-        if not job.lora:
+        if not job.frozen_base:
             ledger.hold(LOSS, "d_head", v * h * 4)
         ledger.hold(LOSS, "logits", n * v * (logit + rounded))
         ledger.hold(LOSS, "rows", n * h * logit)
@@ -177,7 +177,7 @@ class Walk:
     def _plain_loss(self) -> None:
         job, ledger = self.job, self.ledger
         n, v = round(self.t * job.labelled), job.shape.vocabulary
-        if not job.lora or job.stage == 3:
+        if not job.frozen_base or job.stage == 3:
             ledger.hold(LOSS, "rows", n * job.shape.hidden * self.b)
         ledger.hold(LOSS, "logits", n * v * 4)
         ledger.hold(LOSS, "log_probs", n * v * 4)
@@ -196,9 +196,9 @@ class Walk:
             ledger.spike(LOSS, n * v * (4 + (self.b if self.b == 2 else 0)))
             ledger.free("d_logits")
             ledger.hold(LOSS, "d_rows", n * h * self.b)
-            if not job.lora:
+            if not job.frozen_base:
                 ledger.hold(LOSS, "d_head", v * h * self.b)
-        elif not job.lora and self.b == 2:
+        elif not job.frozen_base and self.b == 2:
             ledger.hold(LOSS, "d_head_low", v * h * self.b)
             ledger.free("d_head")
             ledger.hold(GRADIENTS, "d_head", v * h * self.b)
@@ -220,7 +220,7 @@ class Walk:
             for leaf in leaves:
                 prefix = "mlp" if leaf in ("gate_proj", "up_proj", "down_proj", "gate_up_proj") else "self_attn"
                 out, width = names[leaf]
-                if job.lora:
+                if job.frozen_base:
                     if f"{prefix}.{leaf}" in job.adapted_names:
                         gradient(job.config.method.rank * (out + width))
                 else:

@@ -82,12 +82,12 @@ class States(Gradient):
     def __init__(self, job: Job, ledger: Ledger) -> None:
         self.job, self.ledger = job, ledger
         self.own = -(-job.trainable // job.ranks) if job.stage > 0 else job.trainable
-        weights = frozen_bytes(job) if job.lora else 0
+        weights = frozen_bytes(job) if job.frozen_base else 0
         self.fp8_copies = fp8_copies(job)
         # peft makes adapters in fp32, and ZeRO-3 alone leaves them so
-        trained = self.own * (4 if job.lora else job.item) if job.stage == 3 else job.trainable * job.item
+        trained = self.own * (4 if job.frozen_base else job.item) if job.stage == 3 else job.trainable * job.item
         ledger.hold(WEIGHTS, "frozen", weights)
-        ledger.hold(ADAPTERS if job.lora else WEIGHTS, "trained", trained)
+        ledger.hold(ADAPTERS if job.frozen_base else WEIGHTS, "trained", trained)
         self.bucket = reduce_bucket_elements(job.trainable) * job.item
         if not job.offload:
             if job.stage > 0:

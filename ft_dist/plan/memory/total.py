@@ -99,7 +99,7 @@ def micro_batch(job: Job, ledger: Ledger, states: States, *, last: bool) -> None
     ledger.at("loss")
     walk.loss()
     walk.loss_backward()
-    if not job.lora and not job.shape.tied:
+    if not job.frozen_base and not job.shape.tied:
         states(job.shape.vocabulary * job.shape.hidden)
         ledger.free("d_head")
     for layer in reversed(range(layers)):
@@ -110,7 +110,7 @@ def micro_batch(job: Job, ledger: Ledger, states: States, *, last: bool) -> None
             ledger.free(f"x{layer + 1}")
         walk.backward_block(layer, states)
     ledger.at("backward of the embedding")
-    if not job.lora:
+    if not job.frozen_base:
         embedding = job.shape.vocabulary * job.shape.hidden
         ledger.spike("gradients", embedding * job.item)
         ledger.free("d_head")

@@ -1,0 +1,1 @@
+"""What a run trains: one file per method behind one protocol, and the table of them."""

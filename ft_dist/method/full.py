@@ -1,0 +1,22 @@
+"""Full fine-tuning: every weight is trained."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ft_dist.config.schema import RunConfig
+    from ft_dist.model.facts import ModelFacts
+
+
+class Full:
+    frozen_base = False
+    fixed_keys: tuple[str, ...] = ()
+
+    def adapt(self, causal_lm: nn.Module, config: RunConfig, tokenizer: Any) -> nn.Module:
+        return causal_lm
+
+    def check(self, config: RunConfig, facts: ModelFacts) -> None:
+        pass
