@@ -5,17 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from ft_dist.config.schema import RunConfig
     from ft_dist.model.facts import ModelFacts
 
 
 class Lora:
     frozen_base = True
-    fixed_keys = ("method.rank", "method.alpha", "method.target_modules", "method.rslora", "method.dora")
+    fixed_keys: tuple[str, ...] = (
+        "method.rank",
+        "method.alpha",
+        "method.target_modules",
+        "method.rslora",
+        "method.dora",
+    )
 
-    def adapt(self, causal_lm: nn.Module, config: RunConfig, tokenizer: Any) -> nn.Module:
+    def adapt(self, causal_lm: Any, config: RunConfig, tokenizer: Any) -> Any:
         from ft_dist.model.load import add_adapters
 
         new_ids = [tokenizer.convert_tokens_to_ids(token) for token in config.model.new_tokens]

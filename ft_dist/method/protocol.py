@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from ft_dist.config.schema import RunConfig
     from ft_dist.model.facts import ModelFacts
 
@@ -17,7 +15,7 @@ class Method(Protocol):
     fixed_keys: tuple[str, ...]
     """Config keys that a resumed run may not change, in addition to those of every method"""
 
-    def adapt(self, causal_lm: nn.Module, config: RunConfig, tokenizer: Any) -> nn.Module:
+    def adapt(self, causal_lm: Any, config: RunConfig, tokenizer: Any) -> Any:
         """The model to train. Raises ModelError."""
         ...
 

@@ -289,7 +289,7 @@ def test_triton_treats_a_wrong_label_safely():
         ({"lora_a": torch.zeros(2, 4)}, "come together"),
         ({"lora_a": torch.zeros(2, 4), "lora_b": torch.zeros(5, 3)}, "lora_b has shape"),
         ({"lora_hidden": torch.zeros(3, 4)}, "lora_hidden has shape"),
-        ({"token_weights": torch.zeros(2)}, "one weight a label"),
+        ({"token_weights": torch.zeros(2)}, "one weight per label"),
         ({"token_weights": torch.zeros(3, requires_grad=True)}, "carry no gradient"),
         ({"softcap": 0.0}, "softcap"),
         ({"logit_scale": float("inf")}, "logit_scale"),

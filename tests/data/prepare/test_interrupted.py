@@ -122,7 +122,7 @@ def test_other_data_never_continue_or_replace_a_set(whole, source, tmp_path):
     main(str(source), str(place), "1")
     changed = tmp_path / "changed.jsonl"
     changed.write_text(source.read_text().replace("count to 7", "count to 8", 1))
-    with pytest.raises(DataError, match=r"set-0: holds a set of other data, another tokenizer or other options"):
+    with pytest.raises(DataError, match=r"set-0: holds a set with other data, another tokenizer or other options"):
         main(str(changed), str(place), "1")
     assert contents(place) == whole
 

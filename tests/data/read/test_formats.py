@@ -66,7 +66,7 @@ def test_columns_map_our_names_to_theirs():
     assert (got.format, got.messages) == ("prompt_completion", [USER, ASSISTANT])
     with pytest.raises(DataError, match=r"FILE line 7: no column 'question' \(columns\.prompt\); the columns are text"):
         sample({"prompt": "question"}, text="q")
-    with pytest.raises(DataError, match=r"columns: 'promt' is none of our fields \(messages"):
+    with pytest.raises(DataError, match=r"columns: 'promt' is not one of messages"):
         sample({"promt": "text"}, text="q")
 
 

@@ -203,7 +203,7 @@ def test_sizes_are_rounded_up_coarsely():
 
 def test_segments_of_a_cpu_are_refused_elsewhere():
     inputs = {name: tensor.to("meta") for name, tensor in make_inputs(ROWS["many"], torch.float32).items()}
-    with pytest.raises(ValueError, match="laid for cpu"):
+    with pytest.raises(ValueError, match="segments for cpu cannot be used"):
         segment_attention(**inputs, segments=find_segments(positions_of(ROWS["many"])), scale=SCALE)
 
 

@@ -335,7 +335,7 @@ def test_errors_name_the_value(change, spare, message):
 def test_autocast_to_another_dtype_is_refused():
     inputs = inputs_of((9, 16, (24,), (4,)), torch.float32)
     extended, members = extend(inputs, 1, (0.0,))
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast asks for"):
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast uses"):
         lora_linear_extended(inputs["x"], extended, members, spare=0)
 
 
