@@ -10,7 +10,6 @@ from pathlib import Path
 from ft_dist.config import RunConfig
 from ft_dist.data.read.check import check_sources
 from ft_dist.errors import ConfigError
-from ft_dist.method.table import METHODS
 from ft_dist.model.builtin import check_hub, resolve_model
 from ft_dist.model.facts import model_facts
 
@@ -62,7 +61,7 @@ def _check_model(config: RunConfig, folder: str) -> list[str]:
         check_hub(folder, config.model.revision)
         return [f"model: {folder} from the hub; its layers are looked at when it is there"]
     facts = model_facts(folder)
-    METHODS[config.method.kind].check(config, facts)
+    config.method.check(facts)
     if facts.max_positions and config.data.max_length > facts.max_positions:
         raise ConfigError(
             f"data.max_length={config.data.max_length} is more than the model's {facts.max_positions} positions. "

@@ -13,7 +13,7 @@ import xxhash
 
 from ft_dist.config.schema import RunConfig
 from ft_dist.errors import CheckpointError
-from ft_dist.method.table import METHODS
+from ft_dist.method.table import METHODS, own_options
 
 FIXED = (
     "model.new_tokens",
@@ -63,10 +63,12 @@ def weights_digest(folder: Path) -> str:
 
 def check_identity(saved: dict[str, Any], now: dict[str, Any], *, where: Path) -> list[str]:
     """Lines for what changed since `saved` (both from `identity`). Raises CheckpointError for what may not change."""
-    changes = differences(saved["config"], now["config"])
+    config = saved["config"] | {"method": own_options(saved["config"]["method"])}
+    changes = differences(config, now["config"])
     method = METHODS[now["config"]["method"]["kind"]]
+    fixed = (*FIXED, *(f"method.{key}" for key in method.fixed_keys))
     for key, (before, after) in changes.items():
-        if key in (*FIXED, *method.fixed_keys):
+        if key in fixed:
             raise CheckpointError(
                 f"{key}={after}: the checkpoint {where} was made with {key}={before}, which its tensors depend on. "
                 f"Restore it, or start anew in another output_dir."

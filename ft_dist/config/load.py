@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from ft_dist.config.peer_names import PEER_NAMES
 from ft_dist.config.schema import RunConfig
 from ft_dist.errors import ConfigError
+from ft_dist.method.table import METHODS
 
 
 class _Loader(yaml.SafeLoader):
@@ -145,17 +146,21 @@ def _explain(error: ValidationError) -> str:
     lines = []
     for problem in error.errors():
         location = [str(part) for part in problem["loc"]]
+        if location[:1] == ["method"] and location[1:2] and location[1] in METHODS:
+            del location[1]  # pydantic names the member of the union too
         key = ".".join(part for part in location if part not in ("literal['all-linear']", "list[str]"))
         if problem["type"] == "extra_forbidden":
             near = _nearest(location)
             hint = f" Did you mean {near}?" if near else ""
             lines.append(f"{key}: unknown key.{hint}")
+        elif problem["type"] == "union_tag_invalid":
+            lines.append(f"{key}.kind={_short(problem['input']['kind'])}: should be {' or '.join(map(repr, METHODS))}.")
         elif problem["type"] == "missing":
             lines.append(f"{key}: required, but not given. Add it to the config or pass {key}=VALUE.")
         else:
             rule = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
             if problem["type"] == "value_error":
-                lines.append(f"{key}: {rule}.")
+                lines.append(f"{key}: {rule}." if key else f"{rule}.")
             else:
                 lines.append(f"{key}={_short(problem['input'])}: should be {rule}.")
     return "; ".join(dict.fromkeys(lines))

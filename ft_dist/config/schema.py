@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
+from ft_dist.method.table import DEFAULT, MethodConfig, own_options
 from ft_dist.storage import is_url
 
 DataFormat = Literal["auto", "chat", "prompt_completion", "alpaca", "sharegpt", "text", "tokens"]
@@ -43,27 +44,6 @@ class ModelConfig(Section):
     chat_template: str | None = Field(
         default=None, description="Path of a Jinja file that replaces the tokenizer's template"
     )
-
-
-class MethodConfig(Section):
-    """What is trained: every weight, or low-rank adapters."""
-
-    kind: Literal["full", "lora"] = "lora"
-    rank: PositiveInt = 16
-    alpha: float = Field(
-        default=32.0, gt=0, description="The update is scaled by alpha / rank (alpha / sqrt(rank): rslora)"
-    )
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    target_modules: Literal["all-linear"] | list[str] = "all-linear"
-    rslora: bool = False
-    dora: bool = False
-
-    @field_validator("target_modules", mode="before")
-    @classmethod
-    def _comma_list(cls, value: object) -> object:
-        if isinstance(value, str) and value != "all-linear":
-            return [name.strip() for name in value.split(",") if name.strip()]
-        return value
 
 
 class SourceConfig(Section):
@@ -276,7 +256,7 @@ class RunConfig(Section):
     """One fine-tuning run."""
 
     model: ModelConfig
-    method: MethodConfig = Field(default_factory=MethodConfig)
+    method: Annotated[MethodConfig, Field(discriminator="kind")] = Field(default_factory=DEFAULT)
     data: DataConfig
     batch: BatchConfig = Field(default_factory=BatchConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
@@ -287,6 +267,11 @@ class RunConfig(Section):
     observe: ObserveConfig = Field(default_factory=ObserveConfig)
     output_dir: str
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _own_options(cls, value: object) -> object:
+        return own_options(value) if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _optimizer_where_it_can_be(self) -> "RunConfig":
@@ -301,16 +286,9 @@ class RunConfig(Section):
     def _fp8_base_where_it_can_be(self) -> "RunConfig":
         if self.model.base_dtype is None:
             return self
-        if self.method.kind != "lora":
-            raise ValueError(
-                f"model.base_dtype=fp8 holds what is frozen, and method.kind={self.method.kind} trains every weight; "
-                "use method.kind=lora, or leave model.base_dtype out"
-            )
-        if self.method.dora:
-            raise ValueError(
-                "model.base_dtype=fp8 cannot be used with method.dora=true, which needs the norms of whole weights; "
-                "set one of them to its default"
-            )
+        conflict = self.method.fp8_conflict()
+        if conflict:
+            raise ValueError(conflict)
         if self.engine.zero_stage == 3:
             raise ValueError(
                 "model.base_dtype=fp8 needs engine.zero_stage=auto, 0, 1 or 2: stage 3 shares weights out among ranks "

@@ -12,11 +12,11 @@ from ft_dist.distributed import World
 from ft_dist.engine.fragments import tell_optimizer
 from ft_dist.engine.settings import deepspeed_config
 from ft_dist.engine.step import Engine, stage_of
-from ft_dist.method.table import METHODS
 from ft_dist.model.fp8 import hold_base_in_fp8, refuse_without_fp8
 from ft_dist.model.fused.fuse import fuse
 from ft_dist.model.load import enable_activation_checkpointing, load_model
 from ft_dist.model.quiet import quietly
+from ft_dist.model.tokenizer import new_token_ids
 from ft_dist.objective.table import build_objective
 
 
@@ -38,7 +38,7 @@ def build_engine(
         model = load(config.model, folder=folder, vocabulary=len(tokenizer), zero3_settings=settings)
         if config.engine.activation_checkpointing:
             enable_activation_checkpointing(model)
-        model = METHODS[config.method.kind].adapt(model, config, tokenizer)
+        model = config.method.adapt(model, new_token_ids=new_token_ids(config.model, tokenizer))
         if not zero3:
             model.to(world.device)
         if stage_of(model, config, world) == 0 and world.device.type == "cpu":

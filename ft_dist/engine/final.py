@@ -12,7 +12,6 @@ import torch
 
 from ft_dist.distributed import barrier
 from ft_dist.engine.step import Engine
-from ft_dist.method.table import METHODS
 from ft_dist.model.quiet import quietly
 
 
@@ -40,7 +39,7 @@ def _gather(engine: Engine) -> dict[str, torch.Tensor]:
 
     A method with a frozen base saves only what it trains.
     """
-    trained_only = METHODS[engine.config.method.kind].frozen_base
+    trained_only = engine.config.method.frozen_base
     weights = {}
     for name, parameter in engine.objective.model.named_parameters():
         if trained_only and not parameter.requires_grad:

@@ -1,20 +1,29 @@
 """Full fine-tuning: every weight is trained."""
 
-from __future__ import annotations
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from typing import TYPE_CHECKING, Any
+from ft_dist.method.protocol import Method
 
 if TYPE_CHECKING:
-    from ft_dist.config.schema import RunConfig
-    from ft_dist.model.facts import ModelFacts
+    from ft_dist.model.shape import ModelShape, Parameter
 
 
-class Full:
-    frozen_base = False
-    fixed_keys: tuple[str, ...] = ()
+class Full(Method):
+    """Every weight of the model is trained."""
 
-    def adapt(self, causal_lm: Any, config: RunConfig, tokenizer: Any) -> Any:
+    kind: Literal["full"] = "full"
+
+    frozen_base: ClassVar[bool] = False
+
+    def adapt(self, causal_lm: Any, *, new_token_ids: Sequence[int]) -> Any:
         return causal_lm
 
-    def check(self, config: RunConfig, facts: ModelFacts) -> None:
-        pass
+    def trained(self, shape: "ModelShape") -> "list[Parameter]":
+        return shape.parameters
+
+    def fp8_conflict(self) -> str | None:
+        return (
+            "model.base_dtype=fp8 applies to frozen weights, and method.kind=full trains every weight; use "
+            "method.kind=lora, or remove model.base_dtype"
+        )

@@ -1,24 +1,58 @@
-"""What every training method answers. Importing a method needs no torch."""
+"""What a training method is: the options of its config section, and its answers to engine, checkpoints and planner.
 
-from __future__ import annotations
+Importing a method needs no torch. To add a method, subclass `Method` in a new file and add a line to `table.py`.
+"""
 
-from typing import TYPE_CHECKING, Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
-    from ft_dist.config.schema import RunConfig
     from ft_dist.model.facts import ModelFacts
+    from ft_dist.model.shape import ModelShape, Parameter
 
 
-class Method(Protocol):
-    frozen_base: bool
-    """The base weights are not trained: `final/` and commits leave them out, and the base model may not change"""
-    fixed_keys: tuple[str, ...]
-    """Config keys that a resumed run may not change, in addition to those of every method"""
+class Method(BaseModel, ABC):
+    """The config section `method`. The fields of a subclass, `kind` among them, are its options."""
 
-    def adapt(self, causal_lm: Any, config: RunConfig, tokenizer: Any) -> Any:
-        """The model to train. Raises ModelError."""
-        ...
+    model_config = ConfigDict(extra="forbid", validate_default=True)
 
-    def check(self, config: RunConfig, facts: ModelFacts) -> None:
-        """Raise ConfigError if the method's settings do not fit the model."""
-        ...
+    frozen_base: ClassVar[bool]
+    """The base weights are not trained: commits and `final/` omit them, and a resume needs the same base model"""
+    fixed_keys: ClassVar[tuple[str, ...]] = ()
+    """Options that a resumed run may not change, because the saved tensors depend on them"""
+
+    @abstractmethod
+    def adapt(self, causal_lm: Any, *, new_token_ids: Sequence[int]) -> Any:
+        """The model to train, with `requires_grad` set. Raises ModelError."""
+
+    def check(self, facts: "ModelFacts") -> None:
+        """Raise ModelError if the options do not fit the model."""
+
+    def adapted(self, shape: "ModelShape") -> "list[Parameter]":
+        """The matrices that carry adapters. Raises ModelError for options that match nothing."""
+        return []
+
+    @abstractmethod
+    def trained(self, shape: "ModelShape") -> "list[Parameter]":
+        """Parameters with a gradient, adapters by their own names."""
+
+    @property
+    def adapter_rank(self) -> int:
+        """Width of S = x A^T that a matrix with an adapter keeps for its backward pass; 0 without adapters."""
+        return 0
+
+    @property
+    def merges_products(self) -> bool:
+        """Whether matrices that read the same x run as one product with their adapters (`model/fused/merged.py`)."""
+        return False
+
+    def matrix_gradient(self, out: int, width: int, *, adapted: bool) -> int:
+        """Elements of the gradients that the backward pass of an (out, width) matrix computes for its parameters."""
+        return out * width
+
+    def fp8_conflict(self) -> str | None:
+        """Why `model.base_dtype: fp8` cannot be used with these options, as a phrase with a fix; None if it can."""
+        return None

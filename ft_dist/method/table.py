@@ -1,10 +1,30 @@
-"""`method.kind` -> the method."""
+"""The methods by `method.kind`."""
+
+from typing import Any, get_args
 
 from ft_dist.method.full import Full
 from ft_dist.method.lora import Lora
 from ft_dist.method.protocol import Method
 
-METHODS: dict[str, Method] = {
-    "full": Full(),
-    "lora": Lora(),
-}
+MethodConfig = (
+    Full
+    | Lora
+)  # fmt: skip
+"""The config section `method`: one line per method"""
+
+METHODS: dict[str, type[Method]] = {method.model_fields["kind"].default: method for method in get_args(MethodConfig)}
+DEFAULT = Lora
+
+
+def own_options(section: dict[str, Any]) -> dict[str, Any]:
+    """`section` with its `kind`, and without options of other methods.
+
+    A recipe that a command line switches to another method, and a full run's config from before methods had options of
+    their own, still hold those.
+    """
+    section = {"kind": DEFAULT.model_fields["kind"].default, **section}
+    method = METHODS.get(section["kind"]) if isinstance(section["kind"], str) else None
+    if method is None:
+        return section
+    foreign = {name for other in METHODS.values() for name in other.model_fields} - set(method.model_fields)
+    return {name: value for name, value in section.items() if name not in foreign}

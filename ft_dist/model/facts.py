@@ -3,11 +3,9 @@
 Enough to check a config before a GPU is allocated: layer names for `method.target_modules`, sizes for memory planning.
 """
 
-import difflib
 import json
 import math
 import struct
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,32 +63,6 @@ def model_facts(folder: str | Path) -> ModelFacts:
         architecture=(whole.get("architectures") or ["unknown"])[0],
         tied_embeddings=tied or not any(name.endswith("lm_head.weight") for name in shapes),
     )
-
-
-def match_target_modules(names: Iterable[str], targets: str | Sequence[str]) -> list[str]:
-    """The modules among `names` that peft would adapt: `all-linear` means all; otherwise a target matches a module of
-    that full name, or one whose name ends in `.target`.
-
-    Raises ModelError for a target that matches nothing; peft complains only if no target matches.
-    """
-    names = list(names)
-    if targets == "all-linear":
-        return names
-    targets = [targets] if isinstance(targets, str) else list(targets)
-    for target in targets:
-        if not any(_matches(name, target) for name in names):
-            leaves = sorted({name.rpartition(".")[2] for name in names})
-            near = difflib.get_close_matches(target, [*leaves, *names], n=1)
-            hint = f"Did you mean {near[0]}? " if near else ""
-            raise ModelError(
-                f"method.target_modules={target}: matches no linear layer of this model. {hint}"
-                f"It has {', '.join(leaves)}; all-linear adapts all of them."
-            )
-    return [name for name in names if any(_matches(name, target) for target in targets)]
-
-
-def _matches(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
 
 
 def _linear_modules(shapes: dict[str, tuple[int, ...]]) -> list[str]:

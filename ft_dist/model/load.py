@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ft_dist.config.schema import MethodConfig, ModelConfig
+from ft_dist.config.schema import ModelConfig
 from ft_dist.errors import ModelError
 from ft_dist.model.quiet import quietly
 
@@ -86,30 +86,6 @@ def grow_embeddings(causal_lm: nn.Module, vocabulary: int) -> None:
     rows = getattr(embedding.weight, "ds_shape", embedding.weight.shape)[0]
     if vocabulary > rows:
         causal_lm.resize_token_embeddings(vocabulary, pad_to_multiple_of=64)
-
-
-def add_adapters(causal_lm: nn.Module, method: MethodConfig, *, new_token_ids: list[int] | None = None) -> nn.Module:
-    """LoRA (Hu et al., arXiv 2106.09685), rsLoRA (2312.03732) or DoRA (2402.09353) through peft.
-
-    The embedding rows of new tokens are trained too: frozen, they would keep their initial mean.
-    Raises ModelError if `target_modules` matches nothing.
-    """
-    import peft
-
-    settings = peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=method.rank,
-        lora_alpha=method.alpha,
-        lora_dropout=method.dropout,
-        target_modules=method.target_modules,
-        use_rslora=method.rslora,
-        use_dora=method.dora,
-        trainable_token_indices=new_token_ids or None,
-    )
-    try:
-        return peft.get_peft_model(causal_lm, settings)
-    except ValueError as error:
-        raise ModelError(f"method.target_modules={method.target_modules}: {str(error).splitlines()[0]}") from error
 
 
 def enable_activation_checkpointing(causal_lm: nn.Module) -> None:

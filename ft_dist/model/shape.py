@@ -13,7 +13,6 @@ from typing import Any
 
 from ft_dist.errors import ModelError
 from ft_dist.model.builtin import SMOLLM2, cached_folder, resolve_model
-from ft_dist.model.facts import match_target_modules
 from ft_dist.model.families import FAMILIES, Family, expert_count, ties_by_default
 from ft_dist.model.tiny import tiny_config, tiny_names
 
@@ -117,13 +116,10 @@ class ModelShape:
         """Elements of the matrices of one block."""
         return sum(out * width for _, out, width in self.linears())
 
-    def adapted(self, targets: str | list[str]) -> list[Parameter]:
-        """The matrices that LoRA adapts. Raises ModelError for a target that matches nothing."""
-        matrices = {p.name.removesuffix(".weight"): p for p in self.parameters if p.linear}
-        if targets == "all-linear":
-            return list(matrices.values())
-        head = Parameter("lm_head.weight", (self.vocabulary, self.hidden), None, True)
-        return [(matrices | {"lm_head": head})[name] for name in match_target_modules([*matrices, "lm_head"], targets)]
+    @property
+    def head(self) -> Parameter:
+        """The output head's matrix, tied or not."""
+        return Parameter("lm_head.weight", (self.vocabulary, self.hidden), None, True)
 
 
 def model_shape(path: str, *, revision: str | None = None) -> ModelShape:

@@ -39,6 +39,11 @@ def configured_tokenizer(model: ModelConfig, folder: str) -> tuple[Any, list[str
     )
 
 
+def new_token_ids(model: ModelConfig, tokenizer: Any) -> list[int]:
+    """The ids of `model.new_tokens`."""
+    return [tokenizer.convert_tokens_to_ids(token) for token in model.new_tokens]
+
+
 def load_tokenizer(
     path: str,
     *,

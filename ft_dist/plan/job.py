@@ -6,7 +6,6 @@ from importlib.util import find_spec
 
 from ft_dist.config.schema import RunConfig
 from ft_dist.engine.settings import WHOLE_GRADIENT_ELEMENTS, effective_stage
-from ft_dist.method.table import METHODS
 from ft_dist.model.shape import ModelShape, Parameter, model_shape
 
 BYTES = {"bf16": 2, "fp32": 4}
@@ -35,7 +34,8 @@ class Job:
 
     @property
     def frozen_base(self) -> bool:
-        return METHODS[self.config.method.kind].frozen_base
+        """Whether the model's own weights are not trained."""
+        return self.config.method.frozen_base
 
     @property
     def checkpointing(self) -> bool:
@@ -102,22 +102,13 @@ class Job:
 
     @cached_property
     def adapted(self) -> list[Parameter]:
-        return self.shape.adapted(self.config.method.target_modules) if self.frozen_base else []
+        """The matrices that carry adapters."""
+        return self.config.method.adapted(self.shape)
 
     @cached_property
     def trained(self) -> list[Parameter]:
         """Parameters with a gradient, adapters by their own names."""
-        if not self.frozen_base:
-            return self.shape.parameters
-        rank, found = self.config.method.rank, []
-        for matrix in self.adapted:
-            out, width = matrix.shape
-            name = matrix.name.removesuffix(".weight")
-            found.append(Parameter(f"{name}.lora_A.weight", (rank, width), matrix.layer, False))
-            found.append(Parameter(f"{name}.lora_B.weight", (out, rank), matrix.layer, False))
-            if self.config.method.dora:
-                found.append(Parameter(f"{name}.lora_magnitude_vector.weight", (out,), matrix.layer, False))
-        return found
+        return self.config.method.trained(self.shape)
 
     @cached_property
     def trainable(self) -> int:
@@ -130,14 +121,13 @@ class Job:
 
     @cached_property
     def spare_columns(self) -> int:
-        """Elements beside the frozen weights of layers that run as one product, for their adapters (`model/merged.py`).
+        """Elements next to the frozen weights of layers that run as one product, for their adapters.
 
-        As `suits_extended` and `model/fused.py` choose: 16 bits on a GPU, no ZeRO-3, no FP8, no DoRA, ranks up to 64.
+        The same choice as `suits_extended` and `model/fused`: 16 bits on a GPU, no ZeRO-3 or FP8, a method that merges.
         """
         method = self.config.method
-        held_apart = self.stage == 3 or self.config.model.base_dtype is not None
-        merges = self.gpu and self.frozen_base and self.fused and self.item == 2 and not held_apart
-        if not merges or method.dora or method.rank > 64 or self.config.model.kernels == "torch":
+        separate = self.stage == 3 or self.config.model.base_dtype is not None or self.config.model.kernels == "torch"
+        if separate or not (self.gpu and self.fused and self.item == 2 and method.merges_products):
             return 0
         joined, heights = self.shape.form.joined, {name: out for name, out, _ in self.shape.linears()}
         groups = [["mlp.gate_up_proj"] if joined else ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]
@@ -146,7 +136,7 @@ class Job:
         elements = 0
         for names in groups:
             if self.adapted_names.issuperset(names):
-                elements += -(-len(names) * method.rank // 16) * 16 * sum(heights[name] for name in names)
+                elements += -(-len(names) * method.adapter_rank // 16) * 16 * sum(heights[name] for name in names)
         return elements * self.shape.layers
 
     @cached_property

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ft_dist.config.schema import MethodConfig
 from ft_dist.errors import ModelError
+from ft_dist.method.lora import Lora
 from ft_dist.model.fused.fuse import chosen_backend, fuse
 from ft_dist.model.tiny import tiny_names
 from ft_dist.objective.causal import CausalObjective
@@ -42,7 +42,7 @@ def test_kinds_of_adapters(name, method):
 
 
 def test_checkpointed_blocks_give_the_same_bits_with_dropout():
-    method = MethodConfig(rank=4, alpha=8, dropout=0.2)
+    method = Lora(rank=4, alpha=8, dropout=0.2)
     results = []
     for checkpointing in (False, True):
         objective, _ = build("tiny-llama", "torch", method=method, checkpointing=checkpointing)
@@ -95,7 +95,7 @@ def test_two_runs_give_the_same_bits():
 
 
 def test_dropout_keeps_the_expected_output():
-    method = MethodConfig(rank=4, alpha=8, dropout=0.1)
+    method = Lora(rank=4, alpha=8, dropout=0.1)
     objective, _ = build("tiny-llama", "torch", method=method)
     objective.eval()
     plain = objective(**batch()).item()

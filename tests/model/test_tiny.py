@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ft_dist.errors import ModelError
-from ft_dist.model.facts import match_target_modules, model_facts
+from ft_dist.method.lora import match_target_modules
+from ft_dist.model.facts import model_facts
 from ft_dist.model.tiny import make_tiny, tiny_names
 
 

@@ -3,10 +3,10 @@
 import torch
 from ft_dist_kernels.attention.segments import find_segments
 
-from ft_dist.config.schema import MethodConfig
+from ft_dist.method.lora import Lora
 from ft_dist.model.builtin import resolve_model
 from ft_dist.model.fused.fuse import fuse
-from ft_dist.model.load import add_adapters, enable_activation_checkpointing
+from ft_dist.model.load import enable_activation_checkpointing
 from ft_dist.objective.causal import CausalObjective
 
 
@@ -18,7 +18,7 @@ def build(name, kernels, *, method=None, dtype=torch.float32, checkpointing=Fals
     if checkpointing:
         enable_activation_checkpointing(model)
     if method is not None:
-        model = add_adapters(model, method)
+        model = method.adapt(model)
         for parameter_name, parameter in model.named_parameters():
             if nonzero and "lora_B" in parameter_name:
                 # B starts at zero, which would hide every mistake in A's gradient
@@ -59,8 +59,8 @@ def assert_same(ours, truth, *, relative=2e-5):
 
 METHODS = {
     "full": None,
-    "lora": MethodConfig(rank=4, alpha=8),
-    "rslora": MethodConfig(rank=4, alpha=8, rslora=True),
-    "dora": MethodConfig(rank=4, alpha=8, dora=True),
-    "head": MethodConfig(rank=4, alpha=8, target_modules=["q_proj", "qkv_proj", "down_proj", "lm_head"]),
+    "lora": Lora(rank=4, alpha=8),
+    "rslora": Lora(rank=4, alpha=8, rslora=True),
+    "dora": Lora(rank=4, alpha=8, dora=True),
+    "head": Lora(rank=4, alpha=8, target_modules=["q_proj", "qkv_proj", "down_proj", "lm_head"]),
 }

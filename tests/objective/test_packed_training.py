@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from ft_dist.config.schema import MethodConfig, ModelConfig
+from ft_dist.config.schema import ModelConfig
 from ft_dist.data.stream.batch import collate, deal
 from ft_dist.data.stream.mixture import MixtureSource
 from ft_dist.data.stream.stream import DataStream
+from ft_dist.method.lora import Lora
 from ft_dist.model.builtin import resolve_model
 from ft_dist.model.fused.fuse import fuse
-from ft_dist.model.load import add_adapters, load_model
+from ft_dist.model.load import load_model
 from ft_dist.objective.causal import CausalObjective
 from tests.data.stores import ListStore, random_store
 
@@ -20,7 +21,7 @@ def build(kind: str, kernels: str) -> CausalObjective:
     torch.manual_seed(0)
     model = load_model(settings, folder=resolve_model("tiny-llama"), vocabulary=1)
     if kind == "lora":
-        model = add_adapters(model, MethodConfig(rank=4))
+        model = Lora(rank=4).adapt(model)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:  # zero at the start, which would leave the gradients of A at zero

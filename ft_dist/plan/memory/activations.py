@@ -49,7 +49,7 @@ class Walk:
     def ranks(self, *names: str) -> int:
         """Bytes of S = x A^T of the adapted ones among the matrices named."""
         parts = sum(1 for name in names if name in self.job.adapted_names)
-        return parts * self.job.config.method.rank * self.t * self.b
+        return parts * self.job.config.method.adapter_rank * self.t * self.b
 
     def hold(self, layer: int, **tensors: float) -> None:
         for name, nbytes in tensors.items():
@@ -220,11 +220,9 @@ class Walk:
             for leaf in leaves:
                 prefix = "mlp" if leaf in ("gate_proj", "up_proj", "down_proj", "gate_up_proj") else "self_attn"
                 out, width = names[leaf]
-                if job.frozen_base:
-                    if f"{prefix}.{leaf}" in job.adapted_names:
-                        gradient(job.config.method.rank * (out + width))
-                else:
-                    gradient(out * width)
+                adapted = f"{prefix}.{leaf}" in job.adapted_names
+                if elements := job.config.method.matrix_gradient(out, width, adapted=adapted):
+                    gradient(elements)
 
         if job.remakes_product:
             self.hold(layer, product=self.i)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ft_dist.config.schema import MethodConfig
+from ft_dist.method.lora import Lora
 from ft_dist.model.fused import fuse as fused
 from ft_dist.model.fused import merged
 from tests.model.whole_models import METHODS, assert_same, batch, build, gradients
@@ -46,14 +46,14 @@ def test_loss_and_gradients_are_hugging_faces_own(name, products, runs):
 
 
 def test_only_some_layers_with_adapters_run_apart(runs):
-    method = MethodConfig(rank=4, alpha=8, target_modules=["q_proj", "v_proj", "up_proj"])
+    method = Lora(rank=4, alpha=8, target_modules=["q_proj", "v_proj", "up_proj"])
     own, ours = (build("tiny-llama", kernels, method=method)[0] for kernels in ("off", "triton"))
     assert_same(gradients(ours, **SIZE), gradients(own, **SIZE))
     assert not runs
 
 
 def test_dropout_and_checkpointing_give_the_same_bits(runs):
-    method, results = MethodConfig(rank=4, alpha=8, dropout=0.2), []
+    method, results = Lora(rank=4, alpha=8, dropout=0.2), []
     for checkpointing in (False, True):
         objective, _ = build("tiny-llama", "triton", method=method, checkpointing=checkpointing)
         torch.manual_seed(5)
