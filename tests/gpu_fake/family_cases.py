@@ -12,7 +12,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from tests.gpu_fake import device
+from tests.gpu_fake.simulator import device
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,7 +45,7 @@ def run(family: str, method: str, *, stage: int | None, ranks: int) -> dict[str,
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     from tests.gpu_fake import step
-    from tests.gpu_fake.counting import Count
+    from tests.gpu_fake.simulator.counting import Count
 
     row: dict[str, Any] = {"family": family, "method": method, "stage": stage, "error": "", "kernels": ""}
     setting = step.Setting(

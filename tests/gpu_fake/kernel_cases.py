@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.gpu_fake import device, launches
+from tests.gpu_fake.simulator import device, launches
 
 LENGTHS = (1, 8, 37, 4096)
 
@@ -71,7 +71,7 @@ def _error(case: Any, tokens: int) -> str:
     """What goes wrong in a forward and backward pass of the case; nothing if all is well."""
     import torch
 
-    from tests.gpu_fake.counting import Count
+    from tests.gpu_fake.simulator.counting import Count
 
     # real and on the host, but laid out as for another device than "cpu"
     inputs = {} if case.views else case.make(tokens, torch.bfloat16, "cpu:0")

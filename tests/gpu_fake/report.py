@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from tests.gpu_fake import device
+from tests.gpu_fake.simulator import device
 
 BATCHES = 20
 BUDGETS = Path(__file__).with_name("budgets.yaml")
@@ -85,7 +85,7 @@ def measure(model: str, method: str, **rest: Any) -> dict[str, Any]:
     """The numbers of one model and method. `device.simulate()` must have been called."""
     from ft_dist.plan.job import job_of
     from ft_dist.plan.memory.total import kept_by_block
-    from tests.gpu_fake.counting import PHASES
+    from tests.gpu_fake.simulator.counting import PHASES
     from tests.gpu_fake.step import Setting, count_step
 
     two, three = (count_step(Setting(model, method, layers=layers, **rest)) for layers in (2, 3))

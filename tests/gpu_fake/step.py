@@ -33,8 +33,8 @@ from ft_dist.engine.build import build_engine
 from ft_dist.engine.step import Engine
 from ft_dist.model.load import random_model
 from ft_dist.model.tiny import tiny_config, tiny_names
-from tests.gpu_fake.counting import BACKWARD, BATCH, FORWARD, UPDATE, Count, Phase
-from tests.gpu_fake.device import fake_tensors
+from tests.gpu_fake.simulator.counting import BACKWARD, BATCH, FORWARD, UPDATE, Count, Phase
+from tests.gpu_fake.simulator.device import fake_tensors
 
 LEARNING_RATE = 1e-4
 # what a method means in the config

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tests.gpu_fake import device
+from tests.gpu_fake.simulator import device
 
 LISTENERS: list[Callable[[str], None]] = []
 """Each is given the kernel's name at every launch"""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.gpu_fake import device
+from tests.gpu_fake.simulator import device
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     device.simulate()
-    from tests.gpu_fake.counting import Count
+    from tests.gpu_fake.simulator.counting import Count
 
     said = {}
     for name, fault in _faults().items():
@@ -41,7 +41,7 @@ def _faults() -> dict[str, Callable[[], Any]]:
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
-    from tests.gpu_fake.planted_kernels import add_one, counts_in_64_bits, square
+    from tests.gpu_fake.planted.kernels import add_one, counts_in_64_bits, square
 
     def on_device(*shape: int, dtype: Any = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="cuda")

@@ -12,7 +12,7 @@ from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
-from tests.gpu_fake import library
+from tests.gpu_fake.simulator import library
 
 MEMORY_BYTES = 80 << 30
 SHARED_MEMORY_BYTES = 232_448
@@ -37,7 +37,7 @@ def simulate() -> None:
     _answer_for_the_chip(torch)
     _make_streams(torch)
     _let_tensors_be_fake(torch)
-    from tests.gpu_fake import attention, launches
+    from tests.gpu_fake.simulator import attention, launches
 
     launches.compile_only()
     attention.on_device()

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("device.cpp")
-ROOT = SOURCE.parents[2]
+ROOT = SOURCE.parents[3]
 
 
 def cache_dir() -> Path:

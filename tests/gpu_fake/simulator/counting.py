@@ -18,9 +18,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.gpu_fake import attention, device, launches
+from tests.gpu_fake.simulator import attention, device, launches
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 # views, allocations and questions: nothing runs on the device
 # fmt: off
 FREE = {

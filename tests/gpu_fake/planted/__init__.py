@@ -1,0 +1,1 @@
+"""Faults planted in a step, each of which the simulated GPU must find."""
