@@ -12,6 +12,7 @@ from ft_dist.data.read.check import check_sources
 from ft_dist.errors import ConfigError
 from ft_dist.model.builtin import check_hub, resolve_model
 from ft_dist.model.facts import model_facts
+from ft_dist.run_folder import RunFolder
 
 
 def check(config: RunConfig, *, world_size: int) -> list[str]:
@@ -79,7 +80,7 @@ def _check_evaluation(config: RunConfig) -> None:
 
 def _check_resume(config: RunConfig) -> None:
     resume = config.checkpoint.resume
-    root = config.run_dir / "checkpoints"
+    root = RunFolder(config.run_dir).checkpoints
     if resume == "never" and any(root.glob("step-*/manifest.json")):
         raise ConfigError(
             f"checkpoint.resume=never, but {root} holds commits of an earlier run. "

@@ -61,6 +61,16 @@ class RunFolder:
         return self.root / "tensorboard"
 
     @property
+    def launch(self) -> Path:
+        """What `ft-dist launch` submitted: the pinned config and the rendered scripts"""
+        return self.root / "launch"
+
+    @property
+    def launch_record(self) -> Path:
+        """Where the run was submitted to, and its job"""
+        return self.root / "launch.json"
+
+    @property
     def logs(self) -> Path:
         return self.root / "logs"
 

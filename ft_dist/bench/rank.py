@@ -16,6 +16,7 @@ from typing import Any
 from ft_dist.bench.spec import Spec
 from ft_dist.config import RunConfig
 from ft_dist.errors import EXIT_FINISHED, EXIT_USER, UserError
+from ft_dist.run_folder import RunFolder
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -189,7 +190,7 @@ def _figures(spec: Spec, run: Any, lengths: _Lengths, by_phase: list[dict[str, f
 def _records(run: Any) -> list[dict[str, Any]]:
     if not run.world.is_main:
         return []
-    lines = (run.config.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = RunFolder(run.config.run_dir).metrics.read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 

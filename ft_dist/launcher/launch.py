@@ -10,11 +10,12 @@ from ft_dist.check import check
 from ft_dist.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, UserError
 from ft_dist.launcher.follow import follow
 from ft_dist.launcher.options import requested_runs
-from ft_dist.launcher.record import RECORD, JobState, LaunchRecord, progress, read_record, stop_marker
+from ft_dist.launcher.record import JobState, LaunchRecord, progress, read_record, stop_marker
 from ft_dist.launcher.request import Request
 from ft_dist.launcher.submission import Submission
 from ft_dist.launcher.targets.table import find_target
 from ft_dist.plan.guard import check_fits
+from ft_dist.run_folder import RunFolder
 
 Print = Callable[[str], None]
 
@@ -117,7 +118,7 @@ def resume(folder: Path) -> LaunchRecord:
 
 def _check_inactive(folder: Path) -> None:
     """Raise UserError if a job is active in this run folder: two would overwrite each other's commits."""
-    if not (folder / RECORD).exists():
+    if not RunFolder(folder).launch_record.exists():
         return
     record = read_record(folder)
     if _state(record, folder).active:

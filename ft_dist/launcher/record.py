@@ -10,8 +10,8 @@ from typing import Any
 from ft_dist.errors import UserError
 from ft_dist.launcher.elastic.restarts import newest_commit
 from ft_dist.observe.files import last_record, write_json
+from ft_dist.run_folder import RunFolder
 
-RECORD = "launch.json"
 ACTIVE = ("pending", "running")
 
 
@@ -27,7 +27,7 @@ class LaunchRecord:
 
     def write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / RECORD, asdict(self))
+        write_json(RunFolder(folder).launch_record, asdict(self))
 
 
 @dataclass(frozen=True)
@@ -48,17 +48,18 @@ class JobState:
 
 def read_record(folder: Path) -> LaunchRecord:
     """Raises UserError if the folder is not that of a launched run."""
+    path = RunFolder(folder).launch_record
     try:
-        return LaunchRecord(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
+        return LaunchRecord(**json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        runs = sorted(path.parent.name for path in folder.glob(f"*/{RECORD}"))
+        runs = sorted(found.parent.name for found in folder.glob(f"*/{path.name}"))
         hint = f"It is a sweep of {len(runs)} runs: name one, such as {folder / runs[0]}." if runs else ""
         raise UserError(
-            f"{folder}: no {RECORD}, so no run was launched into this folder. "
+            f"{folder}: no {path.name}, so no run was launched into this folder. "
             + (hint or "Name the output_dir of a run that `ft-dist launch` started.")
         ) from None
     except (ValueError, TypeError) as error:
-        raise UserError(f"{folder / RECORD}: not readable ({error}). Launch the run again.") from None
+        raise UserError(f"{path}: not readable ({error}). Launch the run again.") from None
 
 
 def new_record(*, target: str, job: str, command: Sequence[str], log: Path | None) -> LaunchRecord:
@@ -67,18 +68,18 @@ def new_record(*, target: str, job: str, command: Sequence[str], log: Path | Non
 
 def stop_marker(folder: Path) -> Path:
     """While this file exists, scripts that restart the run automatically do not."""
-    return folder / "launch" / "stopped"
+    return RunFolder(folder).launch / "stopped"
 
 
 def state_of_folder(folder: Path) -> JobState:
     """State of a run that is no longer active, from its folder alone."""
-    if (folder / "summary.json").is_file():
+    if RunFolder(folder).summary.is_file():
         return JobState("finished", code=0)
-    last = (last_record(folder / "events.jsonl") or {}).get("event", "")
+    last = (last_record(RunFolder(folder).events) or {}).get("event", "")
     return JobState("stopped" if last == "preempted" or stop_marker(folder).exists() else "failed")
 
 
 def progress(folder: Path) -> dict[str, Any]:
     """The last recorded step, its loss, and the newest commit; None for what does not exist yet."""
-    last = last_record(folder / "metrics.jsonl") or {}
+    last = last_record(RunFolder(folder).metrics) or {}
     return {"step": last.get("step"), "loss": last.get("loss"), "commit": newest_commit(folder) or None}

@@ -14,6 +14,7 @@ from typing import Any
 from ft_dist.config import RunConfig
 from ft_dist.launcher.nodes import Nodes
 from ft_dist.launcher.profiles import Profile
+from ft_dist.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class RequestedRun:
 
     @property
     def pinned(self) -> Path:
-        return self.folder / "launch" / "config.yaml"
+        return RunFolder(self.folder).launch / "config.yaml"
 
 
 def job_name(folder: Path) -> str:

@@ -11,6 +11,7 @@ from ft_dist.errors import ModelError
 from ft_dist.model.builtin import Progress, resolve_model
 from ft_dist.model.quiet import quietly
 from ft_dist.model.tokenizer import load_tokenizer, stop_token_ids
+from ft_dist.run_folder import RunFolder
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -50,11 +51,12 @@ def find_weights(path: str, progress: Progress = print) -> Weights:
     """
     folder = Path(path).expanduser()
     config = None
-    if (folder / "config.yaml").is_file():
-        config = load_config(str(folder / "config.yaml"))
-        if not (folder / "final").is_dir():
+    run = RunFolder(folder)
+    if run.config.is_file():
+        config = load_config(str(run.config))
+        if not run.final.is_dir():
             raise ModelError(f"{path}: the run has no final/ folder, so it has not finished. Run ft-dist train again.")
-        folder = folder / "final"
+        folder = run.final
     if not (folder / ADAPTER_CONFIG).is_file():
         return Weights(str(folder) if config else resolve_model(path, progress), None, config)
     if config is not None:

@@ -47,7 +47,7 @@ def fresh_model(kind: str, dtype: str):
     folder = resolve_model("tiny-llama")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
-    if kind == "lora":
+    if kind != "full":
         settings = peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear")
         model = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
     return model, AutoTokenizer.from_pretrained(folder)

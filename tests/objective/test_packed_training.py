@@ -20,13 +20,13 @@ def build(kind: str, kernels: str) -> CausalObjective:
     settings = ModelConfig(path="tiny-llama", dtype="fp32", kernels=kernels)
     torch.manual_seed(0)
     model = load_model(settings, folder=resolve_model("tiny-llama"), vocabulary=1)
-    if kind == "lora":
+    if kind != "full":
         model = Lora(rank=4).adapt(model)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:  # zero at the start, which would leave the gradients of A at zero
                     parameter.normal_(std=0.05)
-    causal_lm = model.get_base_model() if kind == "lora" else model
+    causal_lm = model.get_base_model() if kind != "full" else model
     report = fuse(causal_lm, kernels=kernels, device_type="cpu", zero3=False)
     return CausalObjective(model, fused=report.head_backend, by_segment=report.segments)
 

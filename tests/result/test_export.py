@@ -40,7 +40,7 @@ def finished_run(folder: Path, model: str, *, dtype: str = "fp32", kind: str = "
     )
     tokenizer, _ = load_tokenizer(base_folder, new_tokens=new_tokens)
     grow_embeddings(base, len(tokenizer))
-    if kind == "lora":
+    if kind != "full":
         new_ids = tokenizer.convert_tokens_to_ids(new_tokens) if new_tokens else None
         settings = {"target_modules": targets, "task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16, **lora}
         base = peft.get_peft_model(base, peft.LoraConfig(**settings, trainable_token_indices=new_ids))

@@ -12,6 +12,7 @@ from typing import Any
 from ft_dist.checkpoint.commit.format import commits
 from ft_dist.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_HUNG, EXIT_PREEMPTED, EXIT_USER
 from ft_dist.observe.files import last_record, tail
+from ft_dist.run_folder import RunFolder
 
 MAX_SAME_STEP_FAILURES = 3
 LONGEST_PAUSE_S = 60.0
@@ -75,7 +76,7 @@ class AgentEvents:
     leaves no folder."""
 
     def __init__(self, run_dir: Path) -> None:
-        self._path = run_dir / "events.jsonl"
+        self._path = RunFolder(run_dir).events
         self._waiting: list[dict[str, Any]] = []
 
     def add(self, name: str, **fields: Any) -> None:
@@ -105,12 +106,12 @@ def combined_exit_code(codes: Sequence[int]) -> int:
 
 def newest_commit(run_dir: Path) -> int:
     """Step of the newest commit, or 0."""
-    return max((commit.step for commit in commits(run_dir / "checkpoints")), default=0)
+    return max((commit.step for commit in commits(RunFolder(run_dir).checkpoints)), default=0)
 
 
 def last_step(run_dir: Path) -> int:
     """The last step in metrics.jsonl, or 0."""
-    return int((last_record(run_dir / "metrics.jsonl") or {}).get("step", 0))
+    return int((last_record(RunFolder(run_dir).metrics) or {}).get("step", 0))
 
 
 def describe_exit(rank: int, code: int, *, node: str, run_dir: Path, since: float) -> str:
@@ -121,7 +122,7 @@ def describe_exit(rank: int, code: int, *, node: str, run_dir: Path, since: floa
         return f"{where} was killed by {signal.Signals(-code).name}{hint}"
     if code == EXIT_HUNG:
         return f"{where} made no progress; the stacks of all ranks are in {run_dir / 'logs'}"
-    log = run_dir / "logs" / f"rank-{rank}.log"
+    log = RunFolder(run_dir).rank_log(rank)
     with suppress(OSError):
         lines = [line for line in tail(log) if line.strip()]
         if lines and log.stat().st_mtime >= since:

@@ -14,6 +14,7 @@ from ft_dist.launcher.submission import Submission, call
 from ft_dist.launcher.targets.protocol import Target
 from ft_dist.launcher.targets.remote import RENDEZVOUS_PORT, agent_arguments, checked_run, embedded_config
 from ft_dist.launcher.templates import render
+from ft_dist.run_folder import RunFolder
 
 CONFIG = "/etc/ft_dist/config.yaml"
 COMMIT_S = 60
@@ -27,7 +28,7 @@ class Kubernetes(Target):
         run, profile = checked_run(request, runs), request.profile
         if not profile.container:
             raise ConfigError("--on k8s needs an image that contains ft_dist: set container in the --profile.")
-        script = run.folder / "launch" / f"{profile.kubernetes.kind}.yaml"
+        script = RunFolder(run.folder).launch / f"{profile.kubernetes.kind}.yaml"
         text = render(
             f"{profile.kubernetes.kind}.yaml.j2",
             name=job_name(run.folder),

@@ -20,6 +20,7 @@ from ft_dist.launcher.submission import Submission
 from ft_dist.launcher.targets.protocol import Target
 from ft_dist.launcher.templates import render
 from ft_dist.plan.gpu import Device, device_here
+from ft_dist.run_folder import RunFolder
 
 STOP_TIMEOUT_S = 600.0
 
@@ -46,7 +47,8 @@ class Torchrun(Target):
         run = runs[0]
         host = re.sub(r"[^\w.-]", "-", os.uname().nodename)
         suffix = "" if request.nodes.most == 1 else f"-{host}"
-        script, log = run.folder / "launch" / f"node{suffix}.sh", run.folder / "logs" / f"launch{suffix}.log"
+        folder = RunFolder(run.folder)
+        script, log = folder.launch / f"node{suffix}.sh", folder.logs / f"launch{suffix}.log"
         text = render(
             "node.sh.j2",
             **request.values,

@@ -14,6 +14,7 @@ from ft_dist.launcher.submission import Submission, call
 from ft_dist.launcher.targets.protocol import Target
 from ft_dist.launcher.targets.remote import CREDENTIALS, RENDEZVOUS_PORT, agent_arguments, checked_run, embedded_config
 from ft_dist.launcher.templates import render
+from ft_dist.run_folder import RunFolder
 
 STATES = {"SUCCEEDED": "finished", "CANCELLED": "stopped", "CANCELLING": "stopped", "PENDING": "pending"}
 
@@ -27,7 +28,7 @@ class Sky(Target):
             raise ConfigError("--on sky needs the name of the GPU: set gpu, such as H100, in the --profile.")
         if not profile.container and not profile.sky.setup:
             raise ConfigError("--on sky installs ft_dist on new machines: set container or sky.setup in the --profile.")
-        script = run.folder / "launch" / "sky.yaml"
+        script = RunFolder(run.folder).launch / "sky.yaml"
         text = render(
             "sky.yaml.j2",
             name=job_name(run.folder),

@@ -11,6 +11,7 @@ from ft_dist.launcher.request import Request, RequestedRun, job_name
 from ft_dist.launcher.submission import Submission, call
 from ft_dist.launcher.targets.protocol import Target
 from ft_dist.launcher.templates import render
+from ft_dist.run_folder import RunFolder
 
 PENDING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
 RUNNING = ("RUNNING", "COMPLETING", "STOPPED", "SUSPENDED", "SIGNALING", "STAGE_OUT", "RESIZING")
@@ -27,7 +28,8 @@ class Slurm(Target):
         """One job per run, one job array per sweep."""
         sweep = len(runs) > 1
         base = runs[0].folder.parent if sweep else runs[0].folder
-        script, log = base / "launch" / "job.sbatch", base / "logs" / ("slurm-%a.log" if sweep else "slurm.log")
+        script = RunFolder(base).launch / "job.sbatch"
+        log = RunFolder(base).logs / ("slurm-%a.log" if sweep else "slurm.log")
         text = render(
             "job.sbatch.j2",
             name=job_name(base),

@@ -13,6 +13,7 @@ from ft_dist.launcher.submission import Submission
 from ft_dist.launcher.targets.protocol import Target
 from ft_dist.launcher.targets.remote import agent_arguments, checked_run, embedded_config
 from ft_dist.launcher.templates import render
+from ft_dist.run_folder import RunFolder
 
 
 class VirtualMachine(Target):
@@ -25,7 +26,7 @@ class VirtualMachine(Target):
         if request.nodes.most > 1:
             raise UserError(f"--on vm is one machine, not --nodes {request.nodes}. Use --on torchrun, sky or k8s.")
         name = job_name(run.folder)
-        script, unit = run.folder / "launch" / "vm.sh", run.folder / "launch" / f"{name}.service"
+        script, unit = RunFolder(run.folder).launch / "vm.sh", RunFolder(run.folder).launch / f"{name}.service"
         loop = render(
             "vm.sh.j2",
             name=name,
