@@ -1,4 +1,4 @@
-"""Peak memory of this process, peak arithmetic rate of the device, versions of libraries."""
+"""Peak memory of this process, FLOPs per token, versions of libraries."""
 
 import gc
 import importlib.metadata
@@ -9,18 +9,6 @@ import sys
 from pathlib import Path
 
 import torch
-
-# Dense bf16 peak of one chip in FLOP/s, from the vendors' data sheets. MFU is reported only for these chips.
-PEAK_BF16_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-    "MI300X": 1307e12,
-}
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "triton", "datasets", "safetensors")
 
@@ -44,14 +32,6 @@ def peak_memory_bytes(device: torch.device) -> int:
             return int(found[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak of `device` in FLOP/s, or None if unknown."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for chip, flops in PEAK_BF16_FLOPS.items() if chip in name), None)
 
 
 def flops_per_token(*, total_parameters: int, trainable_share: float) -> float:

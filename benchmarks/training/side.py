@@ -161,9 +161,10 @@ def _in_memory(need_bytes: int) -> str | None:
 
 def utilisation(model: Any, options: argparse.Namespace, tokens_per_s: float) -> float | None:
     """Of the chip's dense bf16 peak; None where no data sheet is known, as on CPU."""
-    from ft_dist.resources import flops_per_token, peak_flops
+    from ft_dist.resources import flops_per_token
+    from ft_dist.run.step_record import device_peak_flops
 
-    peak_rate = peak_flops(torch.device(options.device))
+    peak_rate = device_peak_flops(torch.device(options.device))
     if peak_rate is None:
         return None
     total = sum(parameter.numel() for parameter in model.parameters())

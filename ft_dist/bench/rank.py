@@ -162,7 +162,8 @@ def _figures(spec: Spec, run: Any, lengths: _Lengths, by_phase: list[dict[str, f
     import torch
 
     from ft_dist.distributed import max_over_ranks
-    from ft_dist.resources import peak_flops, peak_memory_bytes, versions
+    from ft_dist.resources import peak_memory_bytes, versions
+    from ft_dist.run.step_record import device_peak_flops
 
     engine, world = run.engine, run.world
     model = engine.objective.causal_lm.config.get_text_config()
@@ -181,8 +182,8 @@ def _figures(spec: Spec, run: Any, lengths: _Lengths, by_phase: list[dict[str, f
         "kernels": engine.kernels,
         "peak_bytes": int(peak_bytes),
         "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
-        "peak_flops": peak_flops(world.device) or _matmul_flops(run.config.model.dtype),
-        "peak_flops_measured": peak_flops(world.device) is None,
+        "peak_flops": device_peak_flops(world.device) or _matmul_flops(run.config.model.dtype),
+        "peak_flops_measured": device_peak_flops(world.device) is None,
         "versions": versions(),
     }
 

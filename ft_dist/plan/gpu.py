@@ -34,6 +34,8 @@ class Gpu:
     link: float
     network: float
     per_node: int
+    pcie_flops: float | None
+    """`flops` of the PCIe card, if it is slower"""
 
 
 @cache
@@ -53,6 +55,7 @@ def gpus() -> dict[str, Gpu]:
             link=row["link"] * 1e9,
             network=row["network"] * 1e9,
             per_node=row["per_node"],
+            pcie_flops=row["pcie_flops"] * 1e12 if "pcie_flops" in row else None,
         )
         for key, row in tree.items()
     }
@@ -72,9 +75,17 @@ def gpu_like(name: str) -> Gpu | None:
     words = re.sub(r"[^a-z0-9]+", " ", name.lower()).split()
     for key in gpus():
         first = key.split("-")[0]
-        if first in words or any(word.startswith(first) for word in words):
+        if any(first in word for word in words):
             return gpus()[key]
     return None
+
+
+def peak_flops(name: str) -> float | None:
+    """Dense bf16 peak in FLOP/s of the GPU that its driver calls `name`; None if it is not in the table."""
+    gpu = gpu_like(name)
+    if gpu is None:
+        return None
+    return gpu.pcie_flops if gpu.pcie_flops and "PCIe" in name else gpu.flops
 
 
 @dataclass(frozen=True)

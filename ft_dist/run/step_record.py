@@ -3,10 +3,13 @@
 import math
 from typing import Any
 
+import torch
+
 from ft_dist.data.stream.batch import Prefetched
 from ft_dist.engine.step import Engine, StepResult
 from ft_dist.observe.console import Console
-from ft_dist.resources import flops_per_token, peak_flops
+from ft_dist.plan.gpu import peak_flops
+from ft_dist.resources import flops_per_token
 
 
 def step_record(
@@ -50,12 +53,17 @@ def print_step(
     console.step(record, total_steps=total_steps, eta_s=eta_s, mfu=mfu, last=last)
 
 
+def device_peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak of `device` in FLOP/s, or None if unknown."""
+    return peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
 def model_flops_utilisation(record: dict[str, Any], engine: Engine, seconds: float) -> float | None:
     """Share of the GPUs' peak FLOP/s that the step needed; None on devices of unknown peak.
 
     Tokens that a shared prefix or the last label makes unnecessary do not count as needed.
     """
-    peak = peak_flops(engine.world.device)
+    peak = device_peak_flops(engine.world.device)
     if not peak:
         return None
     per_token = flops_per_token(total_parameters=engine.total_parameters, trainable_share=engine.trainable_share)
