@@ -1,7 +1,7 @@
-"""Everything that can be known before training, in seconds and without torch: told before any GPU is held.
+"""Every check that can run before training, in seconds and without torch, before a GPU is allocated.
 
-Files and formats of the data, the model folder and its layers, batch against world size, what a resume would find, and
-whether the output folder can be written. Leaves nothing behind.
+Checks the data's files and formats, the model folder and its layers, batch and world size, what a resume would find,
+and whether the output folder is writable. Leaves no files behind.
 """
 
 import tempfile
@@ -16,7 +16,7 @@ from ft_dist.run_folder import RunFolder
 
 
 def check(config: RunConfig, *, world_size: int) -> list[str]:
-    """Raise the first UserError found; otherwise return what was learnt, a line each."""
+    """Raise the first UserError found; otherwise return one line per fact."""
     facts = [_check_batch(config, world_size), _check_output(config.run_dir)]
     facts += check_sources(config.data)
     folder = resolve_model(config.model.path)
@@ -48,7 +48,7 @@ def _check_output(run_dir: Path) -> str:
     if not existing.is_dir():
         raise ConfigError(f"output_dir={run_dir}: {existing} is a file, not a folder. Choose another output_dir.")
     try:
-        # permission bits say nothing about root, quotas and read-only file systems; a try does
+        # permission bits do not reflect root, quotas or read-only file systems, so try
         Path(tempfile.mkdtemp(prefix=".ft_dist-", dir=existing)).rmdir()
     except OSError as error:
         raise ConfigError(
@@ -60,7 +60,7 @@ def _check_output(run_dir: Path) -> str:
 def _check_model(config: RunConfig, folder: str) -> list[str]:
     if not Path(folder).is_dir():
         check_hub(folder, config.model.revision)
-        return [f"model: {folder} from the hub; its layers are looked at when it is there"]
+        return [f"model: {folder} from the hub; its layers are checked once it is downloaded"]
     facts = model_facts(folder)
     config.method.check(facts)
     if facts.max_positions and config.data.max_length > facts.max_positions:
@@ -84,7 +84,7 @@ def _check_resume(config: RunConfig) -> None:
     if resume == "never" and any(root.glob("step-*/manifest.json")):
         raise ConfigError(
             f"checkpoint.resume=never, but {root} holds commits of an earlier run. "
-            "Use checkpoint.resume=auto to go on with it, or another output_dir."
+            "Use checkpoint.resume=auto to continue it, or another output_dir."
         )
     if resume not in ("auto", "never") and not (Path(resume) / "manifest.json").is_file():
         raise ConfigError(f"checkpoint.resume={resume}: no manifest.json there, so it is not a complete checkpoint.")

@@ -1,7 +1,7 @@
-"""What a checkpoint says about the run it belongs to: its config, and the base weights it was trained on.
+"""The identity of a checkpoint's run: its config, and the base weights it was trained on.
 
-A resumed run may change its config; what it changed is shown. What would make the saved state mean something else is
-refused.
+A resumed run may change its config, and the changes are logged. Changes that would alter the meaning of the saved state
+are refused.
 """
 
 import json
@@ -35,7 +35,7 @@ def config_hash(tree: dict[str, Any]) -> str:
 
 
 def base_model(config: RunConfig, folder: str) -> dict[str, Any]:
-    """Name and digest of the base weights; the digest is None where only the hub has them."""
+    """Name and digest of the base weights; the digest is None if only the hub has them."""
     name = {"path": config.model.path, "revision": config.model.revision}
     return name | {"digest": weights_digest(Path(folder)) if Path(folder).is_dir() else None}
 
@@ -43,8 +43,8 @@ def base_model(config: RunConfig, folder: str) -> dict[str, Any]:
 def weights_digest(folder: Path) -> str:
     """xxh3-128 over name, size, safetensors header and 64 evenly spaced MiB of every weight file.
 
-    Tells any other model and any further training of the same one, in a fraction of a second even where the weights
-    are hundreds of gigabytes; it is not there to find a single flipped bit.
+    Detects another model, or further training of the same one, in a fraction of a second even for hundreds of
+    gigabytes; it is not meant to find a single flipped bit.
     """
     digest = xxhash.xxh3_128()
     for path in sorted(folder.glob("*.safetensors")):
@@ -62,7 +62,8 @@ def weights_digest(folder: Path) -> str:
 
 
 def check_identity(saved: dict[str, Any], now: dict[str, Any], *, where: Path) -> list[str]:
-    """Lines for what changed since `saved` (both from `identity`). Raises CheckpointError for what may not change."""
+    """Lines for what changed since `saved` (both from `identity`). Raises CheckpointError for a change that is not
+    allowed."""
     config = saved["config"] | {"method": own_options(saved["config"]["method"])}
     changes = differences(config, now["config"])
     method = METHODS[now["config"]["method"]["kind"]]
@@ -71,14 +72,14 @@ def check_identity(saved: dict[str, Any], now: dict[str, Any], *, where: Path) -
         if key in fixed:
             raise CheckpointError(
                 f"{key}={after}: the checkpoint {where} was made with {key}={before}, which its tensors depend on. "
-                f"Restore it, or start anew in another output_dir."
+                f"Restore it, or start a new run in another output_dir."
             )
     digests = saved["base"]["digest"], now["base"]["digest"]
-    # full fine-tuning has every weight in the checkpoint: what it started from no longer matters
+    # after full fine-tuning the checkpoint holds every weight, so the base no longer matters
     if method.frozen_base and None not in digests and digests[0] != digests[1]:
         raise CheckpointError(
             f"model.path={now['base']['path']}: its weights are not those of {saved['base']['path']}, on which the "
-            f"adapters in {where} were trained. Restore them, or start anew in another output_dir."
+            f"adapters in {where} were trained. Restore them, or start a new run in another output_dir."
         )
     return [f"{key}: {_short(before)} -> {_short(after)}" for key, (before, after) in changes.items()]
 

@@ -1,4 +1,4 @@
-"""The configuration tree, how it is read, and how mistakes in it are told."""
+"""The configuration tree, how it is read, and how errors in it are reported."""
 
 from ft_dist.config.load import (
     dump_config,

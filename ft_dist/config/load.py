@@ -1,4 +1,4 @@
-"""YAML file or recipe name + `key.sub=value` overrides -> a validated `RunConfig`.
+"""A YAML file or recipe name with `key.sub=value` overrides to a validated `RunConfig`.
 
 Relative data paths are looked up from the working directory first, then from the folder of the config file.
 """
@@ -20,8 +20,8 @@ from ft_dist.method.table import METHODS
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it. Version 1.1 reads `2e-4` as a string, and `off` as false, which `wandb: off` and
-    `kernels: off` do not mean; both are as in YAML 1.2 here."""
+    """YAML 1.2 semantics for two cases: YAML 1.1 reads `2e-4` as a string, and the `off` of `wandb: off` and `kernels:
+    off` as false."""
 
 
 _BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
@@ -48,7 +48,7 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: holds {type(tree).__name__}, but a config is a mapping of sections.")
+        raise ConfigError(f"{path}: contains {type(tree).__name__}, but a config is a mapping of sections.")
     for override in overrides:
         apply_override(tree, override)
     config = validate(tree)
@@ -58,8 +58,8 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def _data_path(name: str, *, beside: Path) -> str:
-    """A relative path is meant from the working directory or, if nothing is there, from the config file's folder:
-    a recipe that ships with its data works from anywhere."""
+    """Resolve a relative path from the working directory or, if it does not exist there, from the config file's folder,
+    so that a recipe shipped with its data works from anywhere."""
     from_config = beside.resolve().parent / name
     if not Path(name).expanduser().exists() and from_config.exists():
         return str(from_config)
@@ -109,7 +109,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     """Set `key.sub=value` in an unvalidated tree. Raises ConfigError."""
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise ConfigError(f"override {override!r} is not of the form key.sub=value.")
+        raise ConfigError(f"override {override!r} must have the form key.sub=value.")
     try:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
@@ -142,7 +142,7 @@ def _index(node: list[Any], name: str, where: str) -> int:
 
 
 def _explain(error: ValidationError) -> str:
-    """One line for each problem: the key, what was given, the rule, and for an unknown key the nearest one."""
+    """The problems in one line: key, value and rule, and for an unknown key the nearest valid one."""
     lines = []
     for problem in error.errors():
         location = [str(part) for part in problem["loc"]]
@@ -172,7 +172,7 @@ def _short(value: object) -> str:
 
 
 def _nearest(location: list[str]) -> str | None:
-    """The valid key closest to an unknown one: in its own section, as other trainers call it, or anywhere."""
+    """The valid key closest to an unknown one: in the same section, by another trainer's name, or anywhere."""
     # list indices are part of the location but not of the schema
     section = ".".join(part for part in location[:-1] if not part.isdigit())
     everywhere = {name: path for path, name in reversed(list(_keys(RunConfig)))}

@@ -1,4 +1,4 @@
-"""What the keys of Axolotl, LLaMA-Factory, TRL, torchtune and the Hugging Face Trainer are called here, for hints."""
+"""Our names for keys of Axolotl, LLaMA-Factory, TRL, torchtune and the Hugging Face Trainer, for hints in errors."""
 
 PEER_NAMES = {
     "adapter": "method.kind",

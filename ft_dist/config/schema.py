@@ -1,4 +1,4 @@
-"""The whole configuration as one tree. Unknown keys are errors; every field says its unit.
+"""The whole configuration as one tree. Unknown keys are errors; every field states its unit.
 
 `ft-dist schema` prints the JSON schema of `RunConfig`; `output_dir/config.yaml` holds the resolved tree of a run.
 """
@@ -30,15 +30,16 @@ class ModelConfig(Section):
     )
     base_dtype: Literal["fp8"] | None = Field(
         default=None,
-        description="fp8 holds the frozen linear layers of LoRA in e4m3 and multiplies in it, forward and backward: "
-        "memory as in bf16, and faster on GPUs that have FP8. None holds them in dtype",
+        description="fp8 keeps the frozen linear layers of LoRA in e4m3 and multiplies in it, forward and backward: as "
+        "much memory as bf16, and faster on GPUs with FP8. None keeps them in dtype",
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
     kernels: Literal["auto", "triton", "torch", "off"] = Field(
-        default="auto", description="Fused layers: triton on GPU and torch on CPU for auto; off runs Hugging Face's own"
+        default="auto",
+        description="Fused layers: auto is triton on GPU and torch on CPU; off uses Hugging Face's layers",
     )
     trust_remote_code: bool = Field(
-        default=False, description="Let the model folder or hub repository execute its own code"
+        default=False, description="Allow code from the model folder or hub repository to run"
     )
     new_tokens: list[str] = Field(default_factory=list, description="Special tokens to add; embeddings grow as needed")
     chat_template: str | None = Field(
@@ -51,55 +52,56 @@ class SourceConfig(Section):
 
     path: str
     format: DataFormat = "auto"
-    weight: float = Field(default=1.0, gt=0, description="Times that each sample is seen in an epoch, on average")
+    weight: float = Field(default=1.0, gt=0, description="Average number of times that each sample is seen in an epoch")
     live: bool = Field(
         default=False,
-        description="Tokenise while training reads, without preparing: for streams too large to keep. The only source "
-        "of data.train then, in its own order, shuffled within windows; needs optim.max_steps",
+        description="Tokenise during training, without preparing: for streams too large to store. Must be the only "
+        "source of data.train; keeps the stream's order, shuffled within windows; needs optim.max_steps",
     )
     columns: dict[str, str] = Field(
-        default_factory=dict, description="Our field name -> the column's name, for example {prompt: text}"
+        default_factory=dict, description="Maps our field names to column names, for example {prompt: text}"
     )
     split: str = Field(default="train", description="Split of a hub or saved dataset")
     name: str | None = Field(default=None, description="Configuration name of a hub dataset")
 
 
 class DataConfig(Section):
-    """What to learn from and how it becomes rows."""
+    """The data, and how it becomes rows."""
 
     train: Annotated[list[SourceConfig], Field(min_length=1)]
     eval: list[SourceConfig] = Field(default_factory=list)
     max_length: Annotated[int, Field(ge=8)] = Field(default=2048, description="Tokens in a row")
     too_long: Literal["drop", "truncate", "error"] = Field(
-        default="drop", description="A sample over max_length is dropped and counted, cut at the end, or an error"
+        default="drop", description="A sample over max_length is dropped and counted, truncated, or an error"
     )
     packing: bool = Field(default=True, description="Fill rows with several samples; attention never crosses them")
     curriculum: Literal["none", "length"] = Field(
-        default="none", description="length: the rows of each window of samples go from short to long samples"
+        default="none", description="length: within each window of samples, rows are ordered from short to long samples"
     )
     temperature: float = Field(
         default=1.0, gt=0, description="Sources are seen in proportion to (weight * samples) ** (1 / temperature)"
     )
     shuffle_samples: Annotated[int, Field(ge=16)] = Field(
         default=2**20,
-        description="Larger sets are shuffled in groups of 16 blocks of samples, this many in all: a cache of remote "
-        "shards has to hold about so much",
+        description="Larger sets are shuffled in groups of 16 blocks with this many samples in total, which a cache of "
+        "remote shards must hold",
     )
     log_samples: bool = Field(default=False, description="Write the sample ids of every step to samples.jsonl")
     cache_dir: str | None = Field(
         default=None, description="Tokenised data; None is $FT_DIST_CACHE or ~/.cache/ft_dist"
     )
     cache_bytes: PositiveInt = Field(
-        default=100 * 10**9, description="Disk space on a node for shards of remote sets; the least recently used go"
+        default=100 * 10**9,
+        description="Disk space per node for shards of remote sets; the least recently used are evicted",
     )
     remote_wait_s: Annotated[float, Field(gt=0)] = Field(
-        default=1800.0, description="Training waits this long for an answer of a remote store before it ends"
+        default=1800.0, description="Training fails after waiting this long for a remote store"
     )
 
     @field_validator("train", "eval", mode="before")
     @classmethod
     def _paths(cls, value: object) -> object:
-        """A bare path, or a list of them, is short for sources with default options."""
+        """A path, or a list of paths, is short for sources with default options."""
         if isinstance(value, str | dict):
             value = [value]
         if isinstance(value, list):
@@ -109,9 +111,9 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _live_stands_alone(self) -> "DataConfig":
         if any(source.live for source in self.train) and len(self.train) > 1:
-            raise ValueError("a live source has to be the only one of data.train; prepare the others with it instead")
+            raise ValueError("a live source must be the only source of data.train; prepare it with the others instead")
         if any(source.live for source in self.eval):
-            raise ValueError("a source of data.eval cannot be live: the same samples are scored again and again")
+            raise ValueError("a source of data.eval cannot be live, because the same samples are scored repeatedly")
         return self
 
     @property
@@ -121,13 +123,13 @@ class DataConfig(Section):
 
 
 class BatchConfig(Section):
-    """Rows in an optimizer step, over all ranks, and rows in one forward. Accumulation follows from them."""
+    """Rows per optimizer step, over all ranks, and rows per forward pass. Gradient accumulation follows from them."""
 
     global_rows: PositiveInt = 32
     micro_rows: PositiveInt = 1
     halve_when_out_of_memory: bool = Field(
         default=False,
-        description="A run out of memory is started again with half of micro_rows: the same batches of the same "
+        description="Restart with half of micro_rows after running out of memory: the same batches of the same "
         "samples, in smaller pieces",
     )
 
@@ -137,7 +139,7 @@ class OptimConfig(Section):
 
     kind: Literal["adamw", "adamw_8bit", "muon"] = Field(
         default="adamw",
-        description="adamw_8bit keeps AdamW's moments in 8 bits; muon makes updates of matrices orthogonal",
+        description="adamw_8bit stores AdamW's moments in 8 bits; muon orthogonalises updates of matrices",
     )
     lr: float = Field(default=2e-4, gt=0)
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
@@ -146,14 +148,14 @@ class OptimConfig(Section):
         default=None, description="wsd only: length of the final decay; None is a tenth of the run"
     )
     min_lr_ratio: float = Field(
-        default=0.0, ge=0, le=1, description="Where cosine, linear and wsd end, as a share of lr"
+        default=0.0, ge=0, le=1, description="Final rate of cosine, linear and wsd, as a share of lr"
     )
     weight_decay: float = Field(default=0.0, ge=0)
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.999, ge=0, lt=1)
     eps: float = Field(default=1e-8, gt=0)
     momentum: float = Field(default=0.95, ge=0, lt=1, description="muon only")
-    max_grad_norm: float = Field(default=1.0, ge=0, description="Global L2 norm to clip at; 0 switches clipping off")
+    max_grad_norm: float = Field(default=1.0, ge=0, description="Global L2 norm to clip to; 0 disables clipping")
     epochs: PositiveInt = 1
     max_steps: PositiveInt | None = Field(default=None, description="Stop after this many optimizer steps")
     max_skipped_steps: PositiveInt = Field(default=5, description="Non-finite steps in a row after which the run stops")
@@ -164,10 +166,10 @@ class EngineConfig(Section):
 
     zero_stage: Literal["auto", 0, 1, 2, 3] = Field(
         default="auto",
-        description="What ranks share; auto: 1 in bf16, 2 where several ranks train many parameters; 2 in fp32, 0 "
+        description="What ranks shard; auto: 1 in bf16, or 2 if several ranks train many parameters; 2 in fp32, or 0 "
         "on one rank",
     )
-    offload: Literal["none", "cpu", "nvme"] = Field(default="none", description="Where optimizer state lives")
+    offload: Literal["none", "cpu", "nvme"] = Field(default="none", description="Where optimizer state is stored")
     nvme_path: str | None = None
     activation_checkpointing: bool = False
     timeout_s: PositiveInt = Field(
@@ -176,8 +178,8 @@ class EngineConfig(Section):
     )
     hang_timeout_s: PositiveInt = Field(
         default=600,
-        description="A rank without progress (a micro-batch, an evaluated batch, a wait for data) for this long ends "
-        "the run with exit code 76 and all ranks' stacks in logs/; a commit may take engine.timeout_s",
+        description="The run ends with exit code 76 and all ranks' stacks in logs/ if a rank makes no progress (a "
+        "micro-batch, an evaluated batch, a wait for data) for this long; a commit may take engine.timeout_s",
     )
 
     @model_validator(mode="after")
@@ -197,30 +199,32 @@ class CheckpointConfig(Section):
     interval_steps: Annotated[int, Field(ge=0)] = Field(
         default=100, description="0 commits only at the end and on a signal"
     )
-    keep: PositiveInt = Field(default=2, description="Newest commits that stay on disk")
+    keep: PositiveInt = Field(default=2, description="Number of newest commits to keep")
     keep_every_steps: PositiveInt | None = Field(
         default=None, description="Milestones: commits at multiples of this step are never deleted"
     )
     keep_best: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="Commits of lowest held-out loss that stay; only steps that were evaluated count"
+        default=0, description="Number of commits with the lowest held-out loss to keep; only evaluated steps count"
     )
     path: str | None = Field(
         default=None,
-        description="Second place for every commit: a URL (s3://, gs://, az://, file://) or folder, filled in the "
-        "background and read when output_dir has none",
+        description="Mirror of every commit: a URL (s3://, gs://, az://, file://) or folder, written in the background "
+        "and read if output_dir has no commit",
     )
     resume: str = Field(default="auto", description="auto: newest complete commit of output_dir; never; or a path")
 
 
 class PreemptionConfig(Section):
-    """Who says, beside signals, that the machine goes away."""
+    """What announces, in addition to signals, that the machine will be preempted."""
 
     cloud: Literal["none", "aws", "gcp", "azure"] = Field(
-        default="none", description="Whose metadata service to ask for notices; none asks nobody"
+        default="none", description="Cloud whose metadata service to poll for notices; none polls nothing"
     )
-    endpoint: str | None = Field(default=None, description="Address of the metadata service; None is the cloud's own")
+    endpoint: str | None = Field(
+        default=None, description="Address of the metadata service; None is the cloud's default"
+    )
     margin_s: Annotated[int, Field(ge=0)] = Field(
-        default=120, description="A SLURM job stops this long, a step and a commit before its time limit"
+        default=120, description="A SLURM job stops this long, plus a step and a commit, before its time limit"
     )
 
     @model_validator(mode="after")
@@ -235,16 +239,16 @@ class PreemptionConfig(Section):
 class EvaluateConfig(Section):
     """Held-out loss, and answers compared with the references, on `data.eval`."""
 
-    before: bool = Field(default=True, description="Evaluate the untouched model first")
+    before: bool = Field(default=True, description="Evaluate the model before training")
     interval_steps: Annotated[int, Field(ge=0)] = Field(default=0, description="0 evaluates only before and after")
-    generate: bool = Field(default=False, description="Also answer each prompt and count exact matches")
+    generate: bool = Field(default=False, description="Also generate an answer to each prompt and count exact matches")
     max_new_tokens: PositiveInt = 32
     batch_rows: PositiveInt = 8
-    max_samples: PositiveInt | None = Field(default=None, description="None takes all of data.eval")
+    max_samples: PositiveInt | None = Field(default=None, description="None uses all of data.eval")
 
 
 class ObserveConfig(Section):
-    """Where metrics go beside metrics.jsonl."""
+    """Where metrics are logged in addition to metrics.jsonl."""
 
     wandb: Literal["off", "offline", "online"] = "off"
     wandb_project: str = "ft_dist"
@@ -291,7 +295,7 @@ class RunConfig(Section):
             raise ValueError(conflict)
         if self.engine.zero_stage == 3:
             raise ValueError(
-                "model.base_dtype=fp8 needs engine.zero_stage=auto, 0, 1 or 2: stage 3 shares weights out among ranks "
+                "model.base_dtype=fp8 needs engine.zero_stage=auto, 0, 1 or 2: stage 3 partitions weights over ranks "
                 "and gathers them in model.dtype"
             )
         return self
@@ -304,12 +308,12 @@ class RunConfig(Section):
 
     @property
     def collective_timeout_s(self) -> float:
-        """Seconds that a rank waits for the others: they may themselves be waiting for a remote store."""
+        """Seconds that a rank waits for the others, which may be waiting for a remote store."""
         return self.engine.timeout_s + self._remote_wait_s
 
     @property
     def hang_timeout_s(self) -> float:
-        """Seconds without progress after which a rank counts as hung; a store that is waited for is no hang."""
+        """Seconds without progress after which a rank counts as hung; waiting for a store is not a hang."""
         return self.engine.hang_timeout_s + self._remote_wait_s
 
     @property

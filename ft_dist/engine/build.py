@@ -1,4 +1,4 @@
-"""Config -> engine: the model loaded, adapted and handed to DeepSpeed, in the order that ZeRO-3 needs."""
+"""Builds the engine from a config: loads the model, adapts it and passes it to DeepSpeed, in the order ZeRO-3 needs."""
 
 import importlib
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from torch import nn
 
 from ft_dist.config.schema import RunConfig
 from ft_dist.distributed import World
-from ft_dist.engine.fragments import tell_optimizer
+from ft_dist.engine.fragments import hold_contents
 from ft_dist.engine.settings import deepspeed_config
 from ft_dist.engine.step import Engine, stage_of
 from ft_dist.model.fp8 import hold_base_in_fp8, refuse_without_fp8
@@ -32,7 +32,7 @@ def build_engine(
     zero3 = config.engine.zero_stage == 3
     prepare_deepspeed()
     settings = deepspeed_config(config, stage=3, device_type=world.device.type) if zero3 else None
-    # new embedding rows and adapters start from random numbers, which must be the same on every rank
+    # new embedding rows and adapters are initialised randomly, with the same numbers on every rank
     torch.manual_seed(config.seed)
     with quietly():
         model = load(config.model, folder=folder, vocabulary=len(tokenizer), zero3_settings=settings)
@@ -49,22 +49,22 @@ def build_engine(
         objective = build_objective(model, fused=report.head_backend, by_segment=report.segments, zero3=zero3)
         report.add_head(objective.head.reason_unfused())
         engine = Engine(objective, config, world)
-        tell_optimizer(engine)
+        hold_contents(engine)
         engine.kernels = report.line() if base_in_fp8 is None else f"{report.line()}; {base_in_fp8.line()}"
         return engine
 
 
 def prepare_deepspeed() -> None:
-    """Once in a process, after `join_world`."""
+    """Call once per process, after `join_world`."""
     _import_muon_uncompiled()
     _silence_memory_reports()
     _share_process_group()
 
 
 def own_trained_weights(model: nn.Module) -> None:
-    """Copy what is trained out of the mapped file of its checkpoint, which the first update would copy page by page.
+    """Copy trained weights out of the memory-mapped checkpoint, which the first update would copy page by page.
 
-    That took 1.2 s for SmolLM2-135M. Higher stages copy weights themselves; frozen ones stay mapped, once for all.
+    That took 1.2 s for SmolLM2-135M. Higher stages copy weights anyway; frozen weights stay mapped.
     """
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -72,11 +72,11 @@ def own_trained_weights(model: nn.Module) -> None:
 
 
 def _share_process_group() -> None:
-    """Let DeepSpeed's communication layer use the process group that exists; without it ZeRO-3 would load for one rank.
+    """Make DeepSpeed use the existing process group; otherwise ZeRO-3 would load for a single rank.
 
-    DeepSpeed builds a shared-memory operator for inference on CPU, which training never calls and which needs a
-    compiler. A list made here spares the compiler probes that DeepSpeed's own starts when it is first read. Other
-    accelerators have no such operator, and nothing to switch off.
+    On CPU, DeepSpeed builds a shared-memory operator for inference, which training never calls and which needs a
+    compiler. Setting the list of compatible operators here avoids DeepSpeed's compiler probes. Other accelerators do
+    not have this operator.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -88,16 +88,17 @@ def _share_process_group() -> None:
 
 
 def _silence_memory_reports() -> None:
-    """DeepSpeed's BF16_Optimizer collects garbage and prints memory around each group: 0.7 s each time, however set."""
+    """DeepSpeed's BF16_Optimizer collects garbage and reports memory around each group, whatever the settings: 0.7 s
+    each time."""
     from deepspeed.runtime import bf16_optimizer
 
     bf16_optimizer.see_memory_usage = lambda *_, **__: None
 
 
 def _import_muon_uncompiled() -> None:
-    """Spare every run the import of torch's Inductor, 2.5 of the 13 s of processor time that imports take.
+    """Avoid importing torch's Inductor: 2.5 of the 13 s of processor time that imports take.
 
-    DeepSpeed imports its Muon for any optimizer, and that hands its functions to `torch.compile` as it is imported.
+    DeepSpeed imports its Muon for any optimizer, which passes functions to `torch.compile` at import.
     """
     from deepspeed.runtime import compiler
 

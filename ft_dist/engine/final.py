@@ -1,6 +1,6 @@
-"""The result of a run as a folder that plain transformers (full) or peft (LoRA) loads.
+"""Writes the result of a run as a folder that plain transformers (full) or peft (LoRA) loads.
 
-Written beside its final place and renamed, so that `final/` is never half there.
+The folder is written under a temporary name and renamed, so `final/` is never incomplete.
 """
 
 import json
@@ -23,7 +23,7 @@ def write_final(engine: Engine, tokenizer: Any, folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         model = engine.objective.model
         with quietly():
-            # a recipe trains without a cache of keys and values; whoever loads the result generates with one
+            # training runs without a key-value cache, but generation from the result uses one
             engine.objective.causal_lm.config.use_cache = True
             model.save_pretrained(str(partial), state_dict=weights)
             engine.objective.causal_lm.config.use_cache = False
@@ -35,7 +35,7 @@ def write_final(engine: Engine, tokenizer: Any, folder: Path) -> None:
 
 
 def _gather(engine: Engine) -> dict[str, torch.Tensor]:
-    """Weights to save by name, on rank 0 and the host; parameter by parameter under ZeRO-3.
+    """The weights to save by name, on rank 0's host, gathered one parameter at a time under ZeRO-3.
 
     A method with a frozen base saves only what it trains.
     """
@@ -57,7 +57,7 @@ def _whole(engine: Engine, parameter: torch.nn.Parameter) -> Any:
 
 
 def _name_base_model(folder: Path, engine: Engine) -> None:
-    """An adapter names its base as the config does, not by this machine's cache folder, where that is a hub id."""
+    """If the base is a hub id, name it in the adapter's config as such, not by this machine's cache folder."""
     path = folder / "adapter_config.json"
     if not path.exists():
         return

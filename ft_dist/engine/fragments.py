@@ -1,8 +1,8 @@
-"""Which part of which parameter's training state this rank owns, for every ZeRO stage.
+"""Which parts of the parameters' training state this rank owns, for every ZeRO stage.
 
 A fragment is a contiguous range of a flattened parameter: its fp32 master values and its optimizer state over the same
-range. Every element of every trainable parameter is owned by exactly one rank; stage 0 keeps whole replicas and deals
-their ownership out. A checkpoint is the set of all fragments, which is why any world size and stage can read it.
+range. Exactly one rank owns each element of each trainable parameter; stage 0 keeps full replicas and assigns
+ownership. A checkpoint is the set of all fragments, so any world size and stage can read it.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Fragment:
-    """A segment of a parameter with its state: `master` (fp32) and one entry an optimizer moment.
+    """A segment of a parameter with its state: `master` (fp32) and one entry per optimizer moment.
 
     The tensors are flat views to copy from or into; 8-bit moments are read and written in fp32.
     """
@@ -30,7 +30,7 @@ class Fragment:
 
 
 def fragments(engine: Engine) -> Iterator[Fragment]:
-    """This rank's fragments. Moments that the optimizer has not made yet are made, of zeros and with step 0."""
+    """This rank's fragments. Creates missing optimizer moments as zeros with step 0."""
     optimizer = engine.base_optimizer
     for flat, group, segments in _flats(engine):
         state = _moments(optimizer, flat, group)
@@ -43,7 +43,7 @@ def fragments(engine: Engine) -> Iterator[Fragment]:
 
 
 def owned_tensors(engine: Engine) -> dict[str, torch.Tensor | Moment]:
-    """What this rank has to save: `KIND/PARAMETER@START` -> flat view, in use by training."""
+    """The tensors that this rank saves: `KIND/PARAMETER@START` to a flat view that training uses."""
     return {
         f"{kind}/{fragment.segment.name}@{fragment.segment.start}": tensor
         for fragment in fragments(engine)
@@ -53,7 +53,7 @@ def owned_tensors(engine: Engine) -> dict[str, torch.Tensor | Moment]:
 
 
 def adam_step(engine: Engine) -> int:
-    """Updates that the optimizer has counted; skipped steps are not among them."""
+    """Updates counted by the optimizer, without skipped steps."""
     return max((int(state["step"]) for state in engine.base_optimizer.state.values() if "step" in state), default=0)
 
 
@@ -62,8 +62,8 @@ def set_adam_step(engine: Engine, step: int) -> None:
         state["step"].fill_(step)
 
 
-def tell_optimizer(engine: Engine) -> None:
-    """Let an optimizer that looks into its flat tensors know what they hold."""
+def hold_contents(engine: Engine) -> None:
+    """Pass the contents of the flat tensors to an optimizer that needs them."""
     optimizer = engine.base_optimizer
     if isinstance(optimizer, PartitionedOptimizer):
         optimizer.hold({flat: held for flat, _, held in _flats(engine)})
@@ -81,7 +81,7 @@ def _moments(optimizer: torch.optim.Optimizer, flat: torch.Tensor, group: dict[s
 
 
 def _flats(engine: Engine) -> Iterator[tuple[torch.Tensor, dict[str, Any], list[Segment]]]:
-    """The tensors that the optimizer's state is kept for, their parameter groups, and the segments in each.
+    """The tensors that have optimizer state, their parameter groups, and the segments in each.
 
     These are flat fp32 partitions, or whole parameters in stage 0; in the same order on every rank.
     """
@@ -112,7 +112,7 @@ def _flats(engine: Engine) -> Iterator[tuple[torch.Tensor, dict[str, Any], list[
 
 
 def _replicated(engine: Engine, name: str, parameter: torch.nn.Parameter, index: int) -> Segment:
-    """Stage 0: every rank holds all; whose copy is saved is dealt out."""
+    """Stage 0: every rank holds everything; each copy to save is assigned to one rank."""
     owned = index % engine.world.size == engine.world.rank
     return Segment(name, tuple(parameter.shape), 0, parameter.numel(), parameter, 0, owned)
 

@@ -1,7 +1,7 @@
-"""`RunConfig` -> DeepSpeed's configuration.
+"""DeepSpeed's configuration from a `RunConfig`.
 
-Accumulation, clipping by steps and rate schedules stay ours: DeepSpeed is told where the boundary of a step is, and
-never scales a loss.
+We handle accumulation, clipping and learning-rate schedules: DeepSpeed only receives the step boundaries and never
+scales a loss.
 """
 
 from typing import Any
@@ -9,25 +9,25 @@ from typing import Any
 from ft_dist.config.schema import RunConfig
 
 REDUCE_BUCKET_ELEMENTS = 50_000_000
-"""100 MB in bf16, more than a link needs to be busy; DeepSpeed's own 500 million are allocated whole, on every rank"""
+"""100 MB in bf16, enough to saturate a link; DeepSpeed's default of 500 million is allocated in full on every rank"""
 
 
 WHOLE_GRADIENT_ELEMENTS = 1 << 28
-"""So many fp32 gradients, 1 GiB, each rank may hold whole for the sake of fewer operations"""
+"""Unsharded fp32 gradients that a rank may hold, 1 GiB, in exchange for fewer operations"""
 
 PIECE_ELEMENTS = 1 << 26
-"""Gradients that are copied side by side at once before they are added up, 128 MiB in bf16"""
+"""Gradients that are concatenated before they are accumulated, 128 MiB in bf16"""
 
 
 def effective_stage(config: RunConfig, ranks: int, *, trainable: int) -> int:
-    """The ZeRO stage that DeepSpeed runs in a world of `ranks` which trains `trainable` parameters.
+    """The ZeRO stage that DeepSpeed uses on `ranks` ranks with `trainable` parameters.
 
-    "auto" is 0 for one rank in fp32, which has nothing to share: a step of SmolLM2-135M in full takes an eighth less
-    there, and 1 GB. In bf16 it is 1, whose update does not visit each parameter (flat_update.py), for one rank and
-    where whole gradients are few enough, as those of adapters are. It is 2 for all others. It is never 3.
+    "auto" is 0 for one rank in fp32, which has nothing to shard: a full step of SmolLM2-135M then takes an eighth less
+    time, and 1 GB less memory. In bf16 it is 1, whose update does not loop over parameters (flat_update.py), for one
+    rank and for gradients few enough to keep unsharded, such as those of adapters. Otherwise it is 2, and never 3.
 
-    Stage 0 in bf16 runs as stage 1: DeepSpeed's stage 0 adds gradients up in bf16, which makes a step depend on how its
-    batch was cut. Stage 1 adds in fp32, moves the same bytes and needs less memory.
+    Stage 0 in bf16 runs as stage 1: DeepSpeed's stage 0 accumulates gradients in bf16, so a step would depend on how
+    its batch is split. Stage 1 accumulates in fp32, moves the same bytes and needs less memory.
     """
     stage, dtype = config.engine.zero_stage, config.model.dtype
     if stage != "auto":
@@ -42,16 +42,16 @@ def effective_stage(config: RunConfig, ranks: int, *, trainable: int) -> int:
 def deepspeed_config(
     config: RunConfig, *, stage: int, device_type: str, trainable: int | None = None
 ) -> dict[str, Any]:
-    """`stage` as `effective_stage` has it.
+    """`stage` is the result of `effective_stage`.
 
-    `trainable` counts the parameters that are trained, where they are known: buffers are no larger than that.
+    `trainable`: number of trainable parameters, if known, which bounds the buffers.
     """
-    # the CPU-offload path keeps its sum in host buffers only if it expects more than one micro-batch
+    # the CPU-offload path accumulates in host buffers only if it expects more than one micro-batch
     accumulation = 2 if config.engine.offload != "none" else 1
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.batch.micro_rows,
         "gradient_accumulation_steps": accumulation,
-        # stage 0 clips in ft_dist/engine/step.py, which also needs the norm to tell a bad step
+        # stage 0 clips in ft_dist/engine/step.py, which also needs the norm to detect a non-finite step
         "gradient_clipping": config.optim.max_grad_norm if stage > 0 else 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -68,7 +68,7 @@ def deepspeed_config(
 
 
 def reduce_bucket_elements(trainable: int) -> int:
-    """Gradients that are reduced at once; no more than there are."""
+    """Gradients reduced together; at most all of them."""
     return max(2, min(REDUCE_BUCKET_ELEMENTS, trainable + trainable % 2))
 
 
@@ -81,8 +81,8 @@ def _zero(config: RunConfig, stage: int, device_type: str, trainable: int | None
     if stage == 3:
         zero |= {"stage3_gather_16bit_weights_on_model_save": False}
         if device_type == "cpu":
-            # gloo works on the cores that compute, and holds every bucket twice: fetching ahead is no faster there, and
-            # how much of it is in flight, up to 3 x the weights, is left to chance
+            # gloo runs on the cores that compute, and holds every bucket twice: prefetching is no faster there, and the
+            # amount in flight, up to 3 x the weights, is unpredictable
             zero["stage3_prefetch_bucket_size"] = 0
     if config.engine.offload == "cpu":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}

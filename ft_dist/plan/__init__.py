@@ -1,1 +1,1 @@
-"""Memory, time and cost of a run from its config and the model's config.json: before a GPU is held, without torch."""
+"""Memory, time and cost of a run from its config and the model's config.json, without torch or a GPU."""

@@ -1,4 +1,4 @@
-"""From the time of a step to the hours and the price of a run, spot machines that are taken away included."""
+"""Hours and price of a run from the time of a step, with the preemptions of spot machines."""
 
 import math
 from dataclasses import dataclass
@@ -10,16 +10,17 @@ from ft_dist.plan.memory.states import moment_bytes
 from ft_dist.storage import is_url
 
 BYTES_A_TOKEN = 4.0
-"""Of English text under a vocabulary of 32 thousand or more"""
+"""Bytes per token of English text with a vocabulary of 32 thousand or more"""
 SNAPSHOT_BYTES_S = 20e9
-"""From a GPU to pinned memory of its host: what a commit holds training up for"""
+"""Bytes per second from a GPU to pinned host memory, which is how long a commit stalls training"""
 RESTART_S = 180.0
-"""A new machine is there, imports, loads the model and the newest commit, and is at its first step again"""
+"""Seconds until a new machine has started, imported, loaded the model and the newest commit, and reached its first
+step"""
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """`hours` and `cost` without preemptions; None where the length of the run or the price is not known."""
+    """`hours` and `cost` without preemptions; None if the length of the run or the price is unknown."""
 
     steps: int
     tokens: int
@@ -30,7 +31,7 @@ class RunPlan:
 
 @dataclass(frozen=True)
 class SpotPlan:
-    """What preemptions at a rate make of a run, with a commit every `interval_steps`."""
+    """A run with preemptions at a given rate and a commit every `interval_steps`."""
 
     mean_time_between_s: float
     commit_s: float
@@ -43,7 +44,7 @@ class SpotPlan:
 
 
 def epoch_tokens(config: RunConfig) -> int | None:
-    """Tokens of data.train if it lies in local files: about a quarter of its bytes; otherwise None."""
+    """Tokens of data.train if it is in local files: about a quarter of its bytes; otherwise None."""
     total = 0
     for source in config.data.train:
         path = Path(source.path).expanduser()
@@ -55,8 +56,8 @@ def epoch_tokens(config: RunConfig) -> int | None:
 
 
 def run_plan(job: Job, step_s: float, *, tokens: int | None, price: float | None) -> RunPlan | None:
-    """`tokens` of an epoch, or None for what local files hold; `price` of a GPU for an hour. None where nothing says
-    how long the run is."""
+    """`tokens` per epoch, or None to estimate them from local files; `price` per GPU hour. None if the length of the
+    run is unknown."""
     config = job.config
     known = tokens if tokens is not None else epoch_tokens(config)
     steps = None if known is None else math.ceil(known / job.step_tokens) * config.optim.epochs
@@ -71,14 +72,15 @@ def run_plan(job: Job, step_s: float, *, tokens: int | None, price: float | None
 
 
 def commit_seconds(job: Job) -> float:
-    """How long training stands still for a commit: the copy of a rank's state; it is written in the background."""
+    """Seconds that a commit stalls training: the copy of a rank's state, which is then written in the background."""
     own = job.trainable / job.ranks
     return (own * 4 + moment_bytes(job, own)) / SNAPSHOT_BYTES_S
 
 
 def best_interval(commit_s: float, mean_time_s: float) -> float:
-    """Seconds between commits that lose the least: Young (1974), to the higher order of Daly (2006),
-    https://doi.org/10.1016/j.future.2004.11.016. For commits longer than half the mean time: that time."""
+    """The commit interval in seconds that loses the least time: Young (1974), with the higher-order terms of Daly
+    (2006), https://doi.org/10.1016/j.future.2004.11.016. If a commit takes more than half the mean time between
+    failures: that time."""
     if commit_s >= mean_time_s / 2:
         return mean_time_s
     ratio = commit_s / (2 * mean_time_s)
@@ -86,14 +88,14 @@ def best_interval(commit_s: float, mean_time_s: float) -> float:
 
 
 def lost_share(interval_s: float, commit_s: float, mean_time_s: float, restart_s: float = RESTART_S) -> float:
-    """Share of wall time that commits, work done twice and restarts take: Daly's full model of exponential failures."""
+    """Share of wall time lost to commits, repeated work and restarts: Daly's full model of exponential failures."""
     work = interval_s / mean_time_s
     wall = mean_time_s * math.exp(restart_s / mean_time_s) * math.expm1((interval_s + commit_s) / mean_time_s)
     return 1 - (work * mean_time_s) / wall
 
 
 def spot_plan(job: Job, step_s: float, run: RunPlan | None, *, preemptions: float) -> SpotPlan:
-    """`preemptions` of a node in a day; any node's ends the step of all."""
+    """`preemptions` per node and day; the preemption of any node interrupts all."""
     nodes = -(-job.ranks // job.ranks_per_node)
     mean = 86400 / (preemptions * nodes)
     commit = commit_seconds(job)

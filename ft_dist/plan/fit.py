@@ -1,7 +1,7 @@
-"""The fastest setting that fits, and why each part of it is as it is.
+"""The fastest setting that fits, with a reason for each part.
 
-Searched are ZeRO's stage, offload to the host, rows of a micro-batch and activation checkpointing. What is trained, on
-which rows, and the global batch stay the user's. Sequence parallelism is not among them: the engine has none.
+The search covers ZeRO's stage, offload to the host, rows per micro-batch and activation checkpointing. It never changes
+what is trained, the rows or the global batch. Sequence parallelism is not covered: the engine has none.
 """
 
 from collections.abc import Iterator
@@ -19,13 +19,13 @@ from ft_dist.plan.memory.total import memory_plan
 from ft_dist.plan.speed import step_plan
 
 SLACK = 0.01
-"""Settings so close in speed count as equal: that without offload, of the lowest stage, of least memory is taken"""
+"""Settings this close in speed count as equal: then no offload, the lowest stage and the least memory win"""
 KEYS = ("engine.zero_stage", "engine.offload", "engine.activation_checkpointing", "batch.micro_rows")
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A setting that fits, by key; bytes of a GPU at the peak; tokens a second over all; a line of why for each key."""
+    """A setting that fits, by key; peak bytes per GPU; tokens per second over all ranks; one reason per key."""
 
     settings: dict[str, Any]
     peak_bytes: int
@@ -35,7 +35,8 @@ class Fit:
 
 @dataclass(frozen=True)
 class Place:
-    """What a setting is tried on. `memory` in bytes; without a `chip` (on CPU) less work counts as faster."""
+    """The device for which settings are tried. `memory` in bytes; without a `chip` (on CPU) less work counts as
+    faster."""
 
     memory: int
     chip: Gpu | None
@@ -85,12 +86,12 @@ def fit(job: Job, place: Place) -> Fit | None:
 
 
 def _plain(settings: dict[str, Any], peak: int) -> tuple[bool, int, int]:
-    """What is preferred among equals sorts first."""
+    """Sort key among equals: the preferred setting first."""
     return settings["engine.offload"] != "none", settings["engine.zero_stage"], peak
 
 
 def more_ranks(job: Job, place: Place, *, most: int = 1024) -> tuple[int, Fit] | None:
-    """The fewest ranks, doubled and doubled again, on which some setting fits."""
+    """The fewest ranks, doubling each time, on which some setting fits."""
     ranks = job.ranks * 2
     while ranks <= min(most, job.config.batch.global_rows):
         found = fit(replace(job, ranks=ranks), place)
@@ -128,7 +129,7 @@ def _speed(job: Job, settings: dict[str, Any], place: Place) -> float:
 
 
 def _reason(job: Job, settings: dict[str, Any], key: str, place: Place, speed: float, peak: int) -> str:
-    """What each other value of `key` would mean, all else as chosen."""
+    """The effect of each other value of `key`, with all other keys as chosen."""
     others = []
     for value in dict.fromkeys(each[key] for each in _candidates(job)):
         if value == settings[key]:
@@ -154,7 +155,7 @@ def _text(value: Any) -> str:
 
 
 def write_recipe(config: RunConfig, found: Fit, path: Path, *, heading: str) -> None:
-    """The user's recipe with the setting found, a comment of why at each key. Raises ConfigError."""
+    """The user's recipe with the setting found, and a comment with the reason at each key. Raises ConfigError."""
     tree = with_settings(config, found.settings).model_dump(exclude_unset=True, mode="json")
     for key, value in found.settings.items():
         section, name = key.split(".")

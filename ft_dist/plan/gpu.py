@@ -1,4 +1,4 @@
-"""The table of GPUs (`gpus.yaml`), and what this machine has: found without torch."""
+"""The table of GPUs (`gpus.yaml`), and this machine's devices, found without torch."""
 
 import os
 import re
@@ -16,10 +16,10 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Gpu:
-    """Rates a second: `flops`, `matmul`, `fp8`, `fp32` and `attention` in FLOP, the others in bytes. `memory` in bytes.
-    `fp8` is None where there is none.
+    """Rates per second: `flops`, `matmul`, `fp8`, `fp32` and `attention` in FLOP, the others in bytes. `memory` in
+    bytes. `fp8` is None without FP8.
 
-    `link` and `network` are one direction, for each GPU: to its node, and to other nodes.
+    `link` and `network` are per GPU and direction: within its node, and to other nodes.
     """
 
     key: str
@@ -70,7 +70,7 @@ def gpu_named(key: str) -> Gpu:
 
 
 def gpu_like(name: str) -> Gpu | None:
-    """The table's row for a name as drivers, clouds and clusters write it, such as `NVIDIA H100 80GB HBM3` or
+    """The table's row for a name used by drivers, clouds and clusters, such as `NVIDIA H100 80GB HBM3` or
     `A100-80GB`."""
     words = re.sub(r"[^a-z0-9]+", " ", name.lower()).split()
     for key in gpus():
@@ -90,7 +90,7 @@ def peak_flops(name: str) -> float | None:
 
 @dataclass(frozen=True)
 class Device:
-    """What a rank of this machine trains on. `memory` in bytes; a CPU's is what is free, over the node's ranks."""
+    """A rank's device. `memory` in bytes; for a CPU the free memory divided by the node's ranks."""
 
     name: str
     memory: int
@@ -98,7 +98,7 @@ class Device:
 
 
 def device_here(ranks_per_node: int) -> Device | None:
-    """The smallest GPU of this machine, or its memory where it has none; None where neither can be told."""
+    """The smallest GPU of this machine, or its memory without a GPU; None if neither is known."""
     if gpus_here():
         return _nvidia()
     free = free_host_memory()
@@ -122,7 +122,7 @@ def _nvidia() -> Device | None:
 
 
 def free_host_memory() -> int | None:
-    """Bytes that new processes may take: what the kernel has available, or what a cgroup leaves if that is less."""
+    """Bytes available to new processes: what the kernel reports, or less if a cgroup limits it."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

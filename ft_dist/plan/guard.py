@@ -1,4 +1,4 @@
-"""What cannot fit is told before it is started, with the nearest thing that does."""
+"""Refuses a run that cannot fit before it starts, and names the nearest setting that fits."""
 
 from ft_dist.config.schema import RunConfig
 from ft_dist.errors import MemoryPlanError, ModelError
@@ -9,17 +9,17 @@ from ft_dist.plan.memory.total import MARGIN, memory_plan
 
 
 def check_fits(config: RunConfig, *, ranks: int, ranks_per_node: int, device: Device | None) -> str | None:
-    """Raise MemoryPlanError for a run that cannot fit `device`; otherwise a line of what it will take, or None where
-    that is not known (the device, or a model that plan does not know).
+    """Raise MemoryPlanError for a run that cannot fit `device`; otherwise return a line with the planned memory, or
+    None if the device or the model is unknown.
 
-    The fragmentation margin does not count against a run: it may be smaller. On CPU only tensors do.
+    The fragmentation margin, which may turn out smaller, does not count against a run. On CPU only tensors count.
     """
     if device is None:
         return None
     try:
         job = job_of(config, ranks=ranks, ranks_per_node=ranks_per_node, gpu=device.gpu, flash=flash_here(config))
     except ModelError:
-        return None  # the checks of the model itself say it better
+        return None  # the model's own checks report this better
     memory = memory_plan(job)
     least = memory.peak - memory.parts.get(MARGIN, 0) if device.gpu else memory.tensors
     need, have = f"{memory.peak / 2**30:.1f} GiB", f"{device.memory / 2**30:.1f} GiB"
@@ -34,7 +34,7 @@ def check_fits(config: RunConfig, *, ranks: int, ranks_per_node: int, device: De
 
 
 def check_fits_here(config: RunConfig, *, ranks: int, ranks_per_node: int) -> str | None:
-    """The same for the GPUs of this machine, or its free memory where it has none."""
+    """The same for the GPUs of this machine, or its free memory without a GPU."""
     return check_fits(config, ranks=ranks, ranks_per_node=ranks_per_node, device=device_here(ranks_per_node))
 
 
@@ -53,7 +53,7 @@ def _nearest(job: Job, device: Device) -> str:
     if further:
         ranks, found = further
         return f"It takes {ranks} such devices: {changes(job.config, found)}."
-    shorter = "Take a smaller model, a shorter data.max_length" + ("" if job.frozen_base else ", or method.kind=lora")
+    shorter = "Use a smaller model, a shorter data.max_length" + ("" if job.frozen_base else ", or method.kind=lora")
     return f"No stage, offload, checkpointing or micro-batch changes that. {shorter}."
 
 
@@ -61,5 +61,5 @@ def changes(config: RunConfig, found: Fit) -> str:
     """As overrides for the command line, only what differs."""
     now = settings_of(config)
     differ = [key for key in KEYS if found.settings[key] != now[key]]
-    text = " ".join(f"{key}={str(found.settings[key]).lower()}" for key in differ) or "the settings as they are"
+    text = " ".join(f"{key}={str(found.settings[key]).lower()}" for key in differ) or "the present settings"
     return f"{text} ({found.peak_bytes / 2**30:.1f} GiB)"

@@ -1,4 +1,4 @@
-"""A config on a given model and world, as the numbers that memory and time depend on."""
+"""A config on a given model and world, as the numbers that determine memory and time."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,7 +29,7 @@ class Job:
 
     @property
     def gradients_at_once(self) -> bool:
-        """Whether stage 1 adds up a micro-batch's gradients when it has all of them (engine/flat_update.py)."""
+        """Whether stage 1 accumulates a micro-batch's gradients all together (engine/flat_update.py)."""
         return self.stage == 1 and self.item == 2 and not self.offload and self.trainable <= WHOLE_GRADIENT_ELEMENTS
 
     @property
@@ -56,7 +56,7 @@ class Job:
 
     @property
     def remakes_product(self) -> bool:
-        """Whether backward makes the gated MLP's product again, as the layers of `model/fused.py` do on a GPU."""
+        """Whether backward recomputes the gated MLP's product, as the layers of `model/fused` do on a GPU."""
         return self.gpu and self.fused and self.config.model.kernels != "torch" and not self.checkpointing
 
     @property
@@ -80,7 +80,7 @@ class Job:
 
     @property
     def micro_batches(self) -> int:
-        """Forward passes of a rank in a step; the rank with the most."""
+        """Most forward passes of any rank in a step."""
         return -(-self.config.batch.global_rows // (self.ranks * self.rows))
 
     @property
@@ -90,13 +90,13 @@ class Job:
 
     @property
     def masked(self) -> bool:
-        """Whether attention takes a mask of length x length."""
+        """Whether attention needs a mask of length x length."""
         apart = self.flash or self.by_segment or self.config.model.attention == "flex_attention"
         return self.config.data.packing and not apart
 
     @property
     def by_segment(self) -> bool:
-        """Whether our own attention goes sample by sample."""
+        """Whether our attention runs sample by sample."""
         sdpa = self.config.model.attention in ("auto", "sdpa") and not self.flash
         return self.fused and sdpa and not self.shape.form.softcapped_scores
 
@@ -141,7 +141,7 @@ class Job:
 
     @cached_property
     def adapted_names(self) -> frozenset[str]:
-        """Of a block: `mlp.up_proj` and so on."""
+        """Names within a block: `mlp.up_proj` and so on."""
         return frozenset(
             parameter.name.split(".", 3)[3].removesuffix(".weight")
             for parameter in self.adapted
@@ -158,7 +158,7 @@ def job_of(
 
 
 def flash_here(config: RunConfig) -> bool:
-    """Whether attention will be flash attention, if the run is on GPUs with the packages of this machine."""
+    """Whether a run on GPUs with this machine's packages uses flash attention."""
     attention = config.model.attention
     if attention == "auto":
         return config.model.dtype == "bf16" and find_spec("flash_attn") is not None

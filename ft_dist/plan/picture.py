@@ -6,7 +6,7 @@ from typing import Any
 
 from ft_dist.errors import UserError
 
-# Okabe and Ito's palette, told apart by the colour-blind too; then tints of it
+# Okabe and Ito's palette, which the colour-blind can distinguish; then tints of it
 COLOURS = [
     "#0072B2",
     "#E69F00",
@@ -26,7 +26,7 @@ _STYLE = "body{font:14px sans-serif;max-width:940px;margin:2em auto;color:#222}s
 
 
 def write_picture(tree: dict[str, Any], path: Path) -> None:
-    """`tree` is what `plan_run` returns. Raises UserError where the file cannot be written."""
+    """`tree` is the result of `plan_run`. Raises UserError if the file cannot be written."""
     try:
         path.write_text(page(tree), encoding="utf-8")
     except OSError as error:
@@ -60,13 +60,13 @@ def bars(parts: dict[str, float], *, unit: str, limit: float | None) -> str:
     drawn, x = [], float(LEFT)
     for index, (part, value) in enumerate(sorted(parts.items(), key=lambda item: -item[1])):
         colour, width = COLOURS[index % len(COLOURS)], value * scale
-        told = f"{escape(part)}: {value:,.2f} {unit}"
+        label = f"{escape(part)}: {value:,.2f} {unit}"
         drawn.append(
-            f'<rect x="{x:.1f}" y="20" width="{width:.1f}" height="36" fill="{colour}"><title>{told}</title></rect>'
+            f'<rect x="{x:.1f}" y="20" width="{width:.1f}" height="36" fill="{colour}"><title>{label}</title></rect>'
         )
         at_x, at_y = LEFT + 290 * (index % 3), 80 + 20 * (index // 3)
         drawn.append(f'<rect x="{at_x}" y="{at_y - 10}" width="12" height="12" fill="{colour}"/>')
-        drawn.append(f'<text x="{at_x + 18}" y="{at_y}">{told}</text>')
+        drawn.append(f'<text x="{at_x + 18}" y="{at_y}">{label}</text>')
         x += width
     if limit is not None:
         at = LEFT + limit * scale

@@ -1,4 +1,4 @@
-"""`ft-dist plan`: everything about a run as one tree for scripts, and as lines for people."""
+"""`ft-dist plan`: the plan of a run as a tree for scripts and as text."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,8 +16,8 @@ from ft_dist.plan.speed import step_plan
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a run is planned for. `price` of a GPU for an hour; `preemptions` of a node in a day; `network` in bytes a
-    second for each GPU, None for the table's; `tokens` in an epoch, None to estimate."""
+    """The cluster of a plan. `price` per GPU hour; `preemptions` per node and day; `network` in bytes per second and
+    GPU, None for the table's value; `tokens` per epoch, None to estimate them."""
 
     gpu: str = "h100"
     nodes: int = 1
@@ -51,16 +51,16 @@ def gpu_here() -> str | None:
 
 
 def fitted(config: RunConfig, cluster: Cluster, path: Path, *, recipe: str) -> RunConfig:
-    """The config with the fastest setting that fits `cluster`, which is written to `path` as well.
+    """The config with the fastest setting that fits `cluster`, also written to `path`.
 
-    Raises ConfigError where nothing fits.
+    Raises ConfigError if nothing fits.
     """
     job, chip = cluster.job(config), cluster.chip
     place = Place(chip.memory, chip, cluster.network)
     found = fit(job, place)
     if found is None:
         further = more_ranks(job, place)
-        hint = f"Take {further[0]} GPUs" if further else "Take a smaller model or a shorter data.max_length"
+        hint = f"Use {further[0]} GPUs" if further else "Use a smaller model or a shorter data.max_length"
         raise ConfigError(f"--fit: no setting fits {cluster.ranks} x {chip.name}. {hint}.")
     heading = (
         f"{recipe} for {cluster.ranks} x {chip.name}: {found.tokens_per_s:,.0f} tokens/s planned (ft-dist plan --fit)"
@@ -118,7 +118,7 @@ def memory_tree(memory: MemoryPlan, available: int) -> dict[str, Any]:
 
 
 def table(tree: dict[str, Any]) -> str:
-    """Lines for people."""
+    """The plan as text."""
     model, world, memory, step = tree["model"], tree["world"], tree["memory"], tree["step"]
     lines = [
         f"{model['path']}: {model['family']}, {model['parameters'] / 1e9:,.2f} B parameters, "
@@ -128,7 +128,7 @@ def table(tree: dict[str, Any]) -> str:
         f"{world['tokens_a_step']:,} tokens",
     ]
     if not model["known"]:
-        lines.append(f"note: {model['family']} is not among the families that plan knows; it is taken for Llama's kind")
+        lines.append(f"note: {model['family']} is not a family that plan knows; Llama's layout is assumed")
     if world["attention_mask"]:
         lines.append("note: packed rows without flash attention take a mask in every block (pip install flash-attn)")
     lines += ["", f"memory of a GPU at its peak ({memory['peak_at']})"]
@@ -151,7 +151,7 @@ def table(tree: dict[str, Any]) -> str:
 
 def _run_lines(run: dict[str, Any] | None, spot: dict[str, Any] | None) -> list[str]:
     if run is None:
-        lines = ["", "the run's length is not known: say --tokens N (of an epoch), or set optim.max_steps"]
+        lines = ["", "the run's length is unknown: pass --tokens N (per epoch), or set optim.max_steps"]
     else:
         about = "about " if run["estimated"] else ""
         cost = "" if run["cost"] is None else f", ${run['cost']:,.2f}"

@@ -1,9 +1,9 @@
-"""Time of a step on GPUs: arithmetic, bytes moved through device memory, and communication that nothing hides.
+"""Time of a step on GPUs: arithmetic, device memory traffic, and communication that is not hidden.
 
-A step is its micro-batches and one update. A micro-batch takes, one after another, its matrix products, its attention
-and what only moves bytes (norms, activations, rotary embedding, loss), each at a share of what the GPU reaches at
-best; then come collectives, of which ZeRO-3's hide behind arithmetic. The shares below are one set for all models,
-methods and GPUs; tests/plan/test_published.py holds them against published runs.
+A step is its micro-batches and one update. The time of a micro-batch is the sum of its matrix products, its attention
+and memory-bound work (norms, activations, rotary embedding, loss), each at a share of the GPU's best rate, and of the
+collectives, of which ZeRO-3's overlap with arithmetic. One set of shares serves all models, methods and GPUs;
+tests/plan/test_published.py compares them with published runs.
 
 T tokens, H hidden, I intermediate, Q and K widths of queries and keys, P trained parameters, N ranks.
 """
@@ -16,38 +16,38 @@ from ft_dist.plan.job import Job
 from ft_dist.plan.memory.states import MAX_LIVE, fp8_matrices
 
 MATMUL_SHARE = 0.69
-"""Of the best matrix product that was measured on the GPU: layers' shapes, and clocks under a load of hours"""
+"""Share of the best measured matrix product: for the shapes of layers, and clocks under sustained load"""
 ATTENTION_SHARE = 1.0
-"""Of flash attention's published rate, which is already one of training shapes"""
+"""Share of flash attention's published rate, which already holds for training shapes"""
 MEMORY_SHARE = 0.80
-"""Of the data sheet's bandwidth: what copies reach"""
+"""Share of the data sheet's bandwidth that copies reach"""
 LINK_SHARE = 0.80
-"""Of links in and between nodes: what NCCL's large collectives reach"""
+"""Share of the links' bandwidth that NCCL's large collectives reach"""
 HIDDEN_SHARE = 0.90
-"""Of arithmetic that ZeRO-3's collectives may run behind"""
+"""Share of arithmetic that can overlap with ZeRO-3's collectives"""
 HOP_S = 5e-6
 """One step of a ring"""
 LAUNCH_S = 4e-6
 FUSED_LAUNCHES, PLAIN_LAUNCHES = 50, 330
 """Kernels of a block, forward and backward"""
 UPDATE_LAUNCHES = {0: 20, 1: 20, 2: 50, 3: 45}
-"""Kernels of an update by ZeRO stage, counted in one of 203 tensors; AdamW's own are the same for more"""
+"""Kernels of an update by ZeRO stage, counted for 203 tensors; the number of AdamW's does not grow with them"""
 CAT_TENSORS = 128
-"""Small tensors that torch copies side by side in one kernel"""
+"""Small tensors that torch concatenates in one kernel"""
 ROUNDS = 5
 """Newton-Schulz steps of Muon"""
 OPTIMIZER_LAUNCHES = {"adamw": 0, "adamw_8bit": 38, "muon": 35}
-"""Of one tensor of adapters or of a block"""
+"""Kernels per tensor of adapters or of a block"""
 UPDATE_BYTES = {0: 40, 1: 42, 2: 58, 3: 50}
-"""Of one parameter that a rank updates: norm (4), master, moments and gradients (28, and 4 to 24 to clip and gather
+"""Bytes per parameter that a rank updates: norm (4), master, moments and gradients (28, and 4 to 24 to clip and gather
 these), weights (6)"""
 PCIE_BYTES_S, HOST_BYTES_S = 25e9, 15e9
-"""Offload: to the host of one GPU, and what its share of the host's memory moves for the update"""
+"""Offload: bandwidth from one GPU to its host, and a GPU's share of the host's memory bandwidth during the update"""
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Seconds of a step by part, in the order in which they come; tokens a second over all ranks."""
+    """Seconds of a step by part, in order; tokens per second over all ranks."""
 
     parts: dict[str, float]
     seconds: float
@@ -58,7 +58,7 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class Links:
-    """Where collectives go. `network` in bytes a second for each GPU."""
+    """The links of collectives. `network` in bytes per second and GPU."""
 
     gpu: Gpu
     ranks: int
@@ -66,7 +66,7 @@ class Links:
     network: float
 
     def gather_s(self, nbytes: float, calls: float = 1, *, ranks: int | None = None) -> float:
-        """An all-gather to, or a reduce-scatter from, `nbytes` whole on every rank: a ring in and between nodes."""
+        """An all-gather to, or a reduce-scatter from, `nbytes` on every rank: a ring within and between nodes."""
         ranks = self.ranks if ranks is None else ranks
         if ranks == 1:
             return 0.0
@@ -100,7 +100,7 @@ def step_plan(
     compute = max(matmul + attention + moved, launches)
     each, once = collectives(job, links, zeropp=zeropp)
     if job.stage == 3:
-        # the first block's weights and the last one's gradients have nothing to hide behind
+        # the first block's weights and the last one's gradients have nothing to overlap with
         each = max(each - compute * HIDDEN_SHARE, each / job.shape.layers)
     parts = {
         "matrix products": counts * matmul,
@@ -116,7 +116,7 @@ def step_plan(
 
 
 def matmul_flops(job: Job, recomputed: float) -> float:
-    """Of a micro-batch of a rank: 2 forward, 2 for gradients of activations, 2 for those of what is trained."""
+    """FLOPs of a rank's micro-batch: 2 forward, 2 for gradients of activations, 2 for those of trained parameters."""
     shape, tokens = job.shape, job.tokens
     blocks, head = shape.block_matrices * shape.layers, shape.vocabulary * shape.hidden
     per_token = blocks * (4 + 2 * recomputed) + job.labelled * head * 4
@@ -128,12 +128,12 @@ def matmul_flops(job: Job, recomputed: float) -> float:
 
 
 def fp8_flops(job: Job, recomputed: float) -> float:
-    """Of these, products with weights held in FP8."""
+    """The part of these with FP8 weights."""
     return job.tokens * sum(matrix.numel for matrix in fp8_matrices(job)) * (4 + 2 * recomputed)
 
 
 def fp8_bytes(job: Job, recomputed: float) -> float:
-    """Quantising X and dY reads 2 bytes and writes 1 an element; the sum of dX and its low-rank part moves 2 more."""
+    """Quantising X and dY reads 2 bytes and writes 1 per element; the sum of dX and its low-rank part moves 2 more."""
     shape = job.shape
     if not fp8_matrices(job):
         return 0.0
@@ -145,7 +145,7 @@ def fp8_bytes(job: Job, recomputed: float) -> float:
 def fp8_rate(gpu: Gpu) -> float:
     """Raises UserError for a GPU without FP8."""
     if gpu.fp8 is None:
-        raise UserError(f"model.base_dtype=fp8: {gpu.name} does not multiply in FP8. Leave the key out for it.")
+        raise UserError(f"model.base_dtype=fp8: {gpu.name} does not multiply in FP8. Remove the key for this GPU.")
     return gpu.fp8
 
 
@@ -158,14 +158,14 @@ def attention_flops(job: Job, recomputed: float) -> float:
 
 
 def moved_bytes(job: Job, recomputed: float) -> float:
-    """Bytes that element-wise work reads and writes, counted from the ops of a block, in elements a token."""
+    """Bytes that element-wise ops read and write, counted from the ops of a block, in elements per token."""
     shape = job.shape
     h, i, q, k = shape.hidden, shape.intermediate, shape.q_width, shape.kv_width
     outs = sum(out for name, out, _ in shape.linears() if name in job.adapted_names)
     ins = sum(width for name, _, width in shape.linears() if name in job.adapted_names)
     norms = shape.form.block_norms
     if job.fused:
-        # one residual addition in a norm, one of its own; in backward both in norms
+        # one residual addition in a norm, one separate; in backward both in norms
         forward = 2 * norms * h + 5 * h + 4 * (q + k) + 3 * i + 2 * outs + ins
         backward = 3 * norms * h + 2 * h + 6 * (q + k) + 5 * i + 2 * outs + ins
         backward += 3 * i if job.remakes_product else 0
@@ -178,11 +178,11 @@ def moved_bytes(job: Job, recomputed: float) -> float:
 
 
 def collectives(job: Job, links: Links, *, zeropp: bool) -> tuple[float, float]:
-    """Seconds of communication of a micro-batch, and once a step.
+    """Seconds of communication per micro-batch, and per step.
 
-    Stages 0 and 1 reduce whole gradients once a step, stage 2 in every micro-batch (its partitions add up the
-    result); both by all-reduce, which is a reduce-scatter and an all-gather. Stage 3 gathers weights for forward and
-    for backward, unless memory for a billion elements keeps them, and scatters gradients.
+    Stages 0 and 1 reduce all gradients once per step, stage 2 in every micro-batch (its partitions accumulate the
+    result); both use all-reduce, which is a reduce-scatter and an all-gather. Stage 3 gathers weights for forward and
+    backward, unless its buffer of a billion elements keeps them, and reduce-scatters gradients.
     """
     if job.ranks == 1:
         return 0.0, 0.0
@@ -212,9 +212,9 @@ def _buckets(trained: int) -> int:
 
 
 def update_s(job: Job, gpu: Gpu) -> float:
-    """To add up gradients of micro-batches, and one update: bytes moved, and kernels that are too short to fill a GPU.
+    """Gradient accumulation and one update: bytes moved, and kernels too short to fill a GPU.
 
-    Offloaded, gradients and weights go over PCIe and the update is the host's.
+    With offload, gradients and weights cross PCIe and the host does the update.
     """
     own = job.trainable / (1 if job.stage == 0 else job.ranks)
     if job.offload:
@@ -228,17 +228,17 @@ def update_s(job: Job, gpu: Gpu) -> float:
 
 
 def _adding_up(job: Job) -> tuple[float, float]:
-    """To add up the gradients of a micro-batch: bytes of one parameter, kernels of one tensor."""
-    if job.gradients_at_once:  # copied side by side, 2 + 2 bytes, then added, 2 + 4 + 4
+    """Accumulation of a micro-batch's gradients: bytes per parameter, kernels per tensor."""
+    if job.gradients_at_once:  # concatenated, 2 + 2 bytes, then added, 2 + 4 + 4
         return 14.0, 1 / CAT_TENSORS
     if job.stage < 2:
         return (12.0 if job.item == 4 else 10.0), 1.0
-    # copied into a bucket, 2 + 2; what a rank owns is widened, 2 + 4, and added, 4 + 4 + 4
+    # copied into a bucket, 2 + 2; a rank's own part is widened, 2 + 4, and added, 4 + 4 + 4
     return 4 + 18 / job.ranks, 4.0
 
 
 def orthogonal_flops(job: Job) -> float:
-    """Muon: five rounds of three products for each matrix of a block, dealt out over ranks."""
+    """Muon: five rounds of three products per matrix of a block, distributed over ranks."""
     if job.config.optim.kind != "muon":
         return 0.0
     sides = [sorted(p.shape) for p in job.trained if len(p.shape) == 2 and p.layer is not None]

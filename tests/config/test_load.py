@@ -47,7 +47,7 @@ def test_off_is_a_word_and_not_a_truth_value(tmp_path):
         ("batch.global_rows=many", 'batch.global_rows="many": should be'),
         ("method.rank=0", "method.rank=0: should be greater than 0."),
         ("engine.offload=nvme", "engine: offload=nvme needs engine.nvme_path"),
-        ("engine", "override 'engine' is not of the form key.sub=value."),
+        ("engine", "override 'engine' must have the form key.sub=value."),
         ("data.train.3.weight=1", "the list has 1 entries, numbered from 0"),
         ("data.train=[]", "data.train=[]"),
     ],

@@ -17,7 +17,7 @@ from ft_dist.config import load_config
 from ft_dist.distributed import World, join_world, leave_world, open_store
 from ft_dist.engine import flat_update
 from ft_dist.engine.build import prepare_deepspeed
-from ft_dist.engine.fragments import adam_step, fragments, tell_optimizer
+from ft_dist.engine.fragments import adam_step, fragments, hold_contents
 from ft_dist.engine.step import Engine, StepResult, StepSums
 from ft_dist.model.quiet import quiet_process, quietly
 from tests.checkpoint.odd_ranks import VOCABULARY, Batch, Objective, Odd
@@ -71,7 +71,7 @@ def make_engine(world: World, *settings: str, model: type[torch.nn.Module] = Odd
     with quietly():
         objective: Any = Spoilt(model())
         engine = Engine(objective, load_config("smoke", [*base, *settings]), world)
-    tell_optimizer(engine)
+    hold_contents(engine)
     return engine
 
 

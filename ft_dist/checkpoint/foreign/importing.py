@@ -23,12 +23,12 @@ from ft_dist.run_folder import RunFolder
 def import_checkpoint(config: RunConfig, folder: Path) -> layout.Commit:
     """Weights, AdamW's state and the step from `folder` into the run of `config`, which resumes from there.
 
-    Where the other trainer stood in its data is not known here: the run starts with the first sample of its own order.
-    Raises CheckpointError where the folder does not fit the config, or the run has commits already.
+    The other trainer's position in its data is unknown, so the run starts at the first sample of its order.
+    Raises CheckpointError if the folder does not match the config, or if the run already has commits.
     """
     root = RunFolder(config.run_dir).checkpoints
     if layout.commits(root):
-        raise CheckpointError(f"{root}: has checkpoints already. Import into another output_dir.")
+        raise CheckpointError(f"{root}: already has checkpoints. Import into another output_dir.")
     quiet_process()
     model_folder = resolve_model(config.model.path)
     shapes = _trainable_shapes(config, model_folder)
@@ -53,7 +53,7 @@ def import_checkpoint(config: RunConfig, folder: Path) -> layout.Commit:
 
 
 def _trainable_shapes(config: RunConfig, folder: str) -> dict[str, list[int]]:
-    """Names and shapes of what a run of this config trains, from the model itself."""
+    """Names and shapes of the parameters that a run of this config trains, from the model itself."""
     tokenizer, _ = configured_tokenizer(config.model, folder)
     with quietly():
         model = load_model(config.model, folder=folder, vocabulary=len(tokenizer))

@@ -1,12 +1,12 @@
-"""What a forward and a backward pass keep, tensor by tensor, in the order in which our layers make and release them.
+"""What the forward and backward passes keep, tensor by tensor, in the order in which our layers allocate and free it.
 
-Two forms of a block are known: our kernels' (`model/fused_forward.py`) and Hugging Face's own. T tokens of a
+There are two forms of a block: our kernels' (`model/fused/forward.py`) and Hugging Face's. T tokens of a
 micro-batch, H hidden, I intermediate, V vocabulary, n labelled rows of a loss chunk.
 
-A block keeps for its backward pass, in elements a token, with Q and K the widths of queries and of keys:
+A block keeps for its backward pass, in elements per token, with Q and K the widths of queries and keys:
 
     kernels   4 H + 2 Q + 2 K + 3 I + the ranks of its adapters, and Q for the order of packed samples on CPU;
-              on a GPU 2 I: backward makes the product of gate and up again
+              on a GPU 2 I: backward recomputes the product of gate and up
     Hugging   4 H + 2 Q + 2 K + 4 I, and 2 H in fp32 for its norms
 """
 
@@ -20,13 +20,13 @@ from ft_dist.plan.memory.ledger import Ledger
 ACTIVATIONS, LOSS, GRADIENTS = "activations", "loss", "gradients"
 RECOMPUTED = "recomputed block"
 OWN_BACKWARD_WIDTH = 128
-"""Of a head: up to here attention's backward pass is ours on a GPU (kernels/ft_dist_kernels/attention/ragged.py)"""
+"""Widest head whose attention backward is ours on a GPU (kernels/ft_dist_kernels/attention/ragged.py)"""
 PROCESSORS = 132
-"""Of an H100: on others a split more or less"""
+"""Multiprocessors of an H100: other GPUs differ by about one split"""
 
 
 class Walk:
-    """The tensors of one micro-batch on a ledger. `gradient(name, numel)` is told of every gradient of a parameter."""
+    """The tensors of one micro-batch on a ledger. `gradient(numel)` is called for every gradient of a parameter."""
 
     def __init__(self, job: Job, ledger: Ledger) -> None:
         self.job, self.ledger = job, ledger
@@ -40,14 +40,14 @@ class Walk:
         self.part = ACTIVATIONS
         self.held: dict[int, list[str]] = defaultdict(list)
         self.norms_keep_wide = not job.fused and job.item == 2
-        """Hugging Face's norms widen what they read, and the widened copy is what backward needs"""
+        """Hugging Face's norms widen their input, and backward needs the widened copy"""
         widened = job.stage == 3 and self.norms_keep_wide
         widths = [width for name, _, width in job.shape.linears() if name in job.adapted_names]
         self.adapter_inputs = 4 * job.tokens * sum(widths) if widened else 0
-        """Under ZeRO-3 peft's adapters stay in fp32, and its own form widens x for each of them"""
+        """Under ZeRO-3 peft's adapters stay in fp32, and peft widens x for each of them"""
 
     def ranks(self, *names: str) -> int:
-        """Bytes of S = x A^T of the adapted ones among the matrices named."""
+        """Bytes of S = x A^T over those of the named matrices that carry adapters."""
         parts = sum(1 for name in names if name in self.job.adapted_names)
         return parts * self.job.config.method.adapter_rank * self.t * self.b
 
@@ -71,7 +71,7 @@ class Walk:
             ledger.hold(ACTIVATIONS, "mask", self.mask)
 
     def forward_block(self, layer: int) -> None:
-        """From x of the layer to x of the next; everything that backward needs stays."""
+        """From the layer's x to the next layer's; keeps everything that backward needs."""
         attention = ["self_attn.qkv_proj"] if self.job.shape.form.joined else [f"self_attn.{n}_proj" for n in "qkv"]
         gated = ["mlp.gate_up_proj"] if self.job.shape.form.joined else ["mlp.gate_proj", "mlp.up_proj"]
         self._norm(layer, "1")
@@ -80,11 +80,11 @@ class Walk:
         self.hold(layer, q_turned=self.q, k_turned=self.kv)
         self.free(layer, "q", "k")
         if self.job.masked:
-            # sdpa takes repeated keys and values with a mask, and a mask in the dtype of the queries
+            # with a mask, SDPA needs repeated keys and values, and the mask in the dtype of the queries
             self.hold(layer, k_repeated=self.q, v_repeated=self.q, mask=self.mask * self.b)
             self.free(layer, "k_turned", "v")
         if self.job.by_segment and self.job.config.data.packing and not self.job.gpu:
-            # attention keeps its own order of tokens, and the projection after it that of the rows
+            # attention keeps tokens in its own order, and the projection after it in the order of the rows
             self.hold(layer, q_spread=self.q, k_spread=self.kv, v_spread=self.kv)
             self.free(layer, "q_turned", "k_turned", "v")
             self.hold(layer, o_spread=self.q)
@@ -130,12 +130,12 @@ class Walk:
         self.ledger.spike(ACTIVATIONS, 2 * wide)
 
     def _peft_spike(self, names: list[str], widest: float) -> None:
-        """peft's own form holds the update, and the update scaled, beside the layer's output."""
+        """peft's own forward holds the update and the scaled update in addition to the layer's output."""
         if not self.job.fused and self.ranks(*names):
             self.ledger.spike(ACTIVATIONS, 2 * widest)
 
     def release_block(self, layer: int) -> None:
-        """Checkpointing: of a block only its input stays."""
+        """Checkpointing keeps only a block's input."""
         self.free(layer, *self.held.pop(layer, ()))
 
     # ---- loss
@@ -154,8 +154,8 @@ class Walk:
         (self._fused_loss if self.job.fused_head else self._plain_loss)()
 
     def _fused_loss(self) -> None:
-        """Chunks of logits that become their own gradient; on CPU in fp32, beside a half-precision weight in tiles and
-        the gradient rounded as that is."""
+        """Chunks of logits that become their own gradient; on CPU in fp32, with tiles of a half-precision weight and
+        the gradient rounded to its dtype."""
         job, ledger = self.job, self.ledger
         n_all, v, h = round(self.t * job.labelled), job.shape.vocabulary, job.shape.hidden
         logit = self.b if job.gpu else 4
@@ -170,7 +170,7 @@ class Walk:
         ledger.hold(LOSS, "d_wide", n * h * 4)
         if not job.gpu:
             tile = tile_rows(v, h, cpu=True, widened_item=4 if self.b == 2 else 0)
-            # logits are made a tile at a time, beside their place
+            # logits are computed tile by tile in a separate buffer
             ledger.spike(LOSS, tile * (n * 4 + (h * 4 if self.b == 2 else 0)))
         ledger.free("logits", "rows", "d_wide")
 
@@ -213,7 +213,7 @@ class Walk:
     # ---- backward
 
     def backward_block(self, layer: int, gradient: "Gradient") -> None:
-        """Consumes what forward kept of the block. The upstream gradient "d" lives on as that of the block's input."""
+        """Frees what forward kept of the block. The upstream gradient "d" becomes that of the block's input."""
         job, names = self.job, {name.rpartition(".")[2]: (out, width) for name, out, width in self.job.shape.linears()}
 
         def weights(*leaves: str) -> None:
@@ -265,12 +265,12 @@ class Walk:
             self.ledger.spike(self.part, 3 * 4 * self.h // self.b)
         self.free(layer, f"d_y{index}", f"rstd{index}", f"wide{index}", f"normed{index}", source)
         if not self.job.fused:
-            self.ledger.spike(self.part, self.h)  # the sum of both ways through a residual connection
+            self.ledger.spike(self.part, self.h)  # the sum of both branches of a residual connection
         self.free(layer, "d_norm")
 
     def _wide_heads(self) -> float:
-        """Bytes of FlashAttention 2's deterministic backward pass, which takes heads too wide for ours: sums of dQ in
-        fp32, one for each split of the keys, and gradients of keys and values for every query head."""
+        """Bytes of FlashAttention 2's deterministic backward pass, which handles heads too wide for ours: sums of dQ in
+        fp32, one per split of the keys, and gradients of keys and values for every query head."""
         job, shape = self.job, self.job.shape
         if not (job.gpu and job.fused and job.by_segment and self.b == 2) or shape.head_dim <= OWN_BACKWARD_WIDTH:
             return 0.0
@@ -283,7 +283,7 @@ class Walk:
 
 
 class Gradient:
-    """Where gradients of parameters go; `__call__(numel)` as each is made."""
+    """Receives the gradients of parameters: `__call__(numel)` for each."""
 
     def __call__(self, numel: int) -> None:
-        raise AssertionError("a subclass says it")
+        raise NotImplementedError

@@ -1,4 +1,4 @@
-"""An account of what is in memory while a step is walked through: by part, with its peak and the moment of it."""
+"""Tracks what is in memory during a simulated step: by part, with the peak and its moment."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -6,25 +6,25 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Ledger:
-    """Bytes of named tensors. `spike` is something that an operator holds only while it runs."""
+    """Bytes of named tensors. `spike` is memory that an operator holds only while it runs."""
 
     live: dict[str, tuple[str, int]] = field(default_factory=dict)
     parts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     peak_bytes: int = 0
     peak_parts: dict[str, int] = field(default_factory=dict)
-    """By part, those of no bytes too"""
+    """By part, including empty ones"""
     peak_moment: str = ""
     timeline: list[tuple[str, int]] = field(default_factory=list)
     moment: str = ""
     total: int = 0
 
     def at(self, moment: str) -> None:
-        """What follows happens at `moment`."""
+        """Set the moment of what follows."""
         self.moment = moment
         self.timeline.append((moment, self.total))
 
     def hold(self, part: str, name: str, nbytes: float) -> None:
-        """A tensor comes to be. A name that is held already grows."""
+        """Allocate a tensor. A name that is already held grows."""
         before = self.live.get(name, (part, 0))[1]
         self.live[name] = (part, before + int(nbytes))
         self.parts[part] += int(nbytes)
@@ -32,7 +32,7 @@ class Ledger:
         self._look(0, "")
 
     def free(self, *names: str) -> None:
-        """Names that are not held are none of anyone's business."""
+        """Free tensors; names that are not held are ignored."""
         for name in names:
             part, nbytes = self.live.pop(name, ("", 0))
             if nbytes:

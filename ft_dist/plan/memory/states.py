@@ -1,8 +1,8 @@
-"""What ZeRO keeps beside activations, by stage: weights, fp32 master, optimizer state, gradients on their way, buffers.
+"""What ZeRO keeps in addition to activations, by stage: weights, fp32 master, optimizer state, gradients, buffers.
 
-Read off DeepSpeed 0.19 (`runtime/zero/stage_1_and_2.py`, `stage3.py`, `runtime/bf16_optimizer.py`) and held against
-the tensors that really live (tests/plan/test_measured.py). Stage 1 in bf16 holds the gradients of a micro-batch until
-all are made, or one at a time where they are many (engine/flat_update.py). P parameters are trained, p = P / ranks.
+Taken from DeepSpeed 0.19 (`runtime/zero/stage_1_and_2.py`, `stage3.py`, `runtime/bf16_optimizer.py`) and compared with
+the tensors of real runs (tests/plan/test_measured.py). Stage 1 in bf16 holds a micro-batch's gradients until all are
+computed, or one at a time if there are many (engine/flat_update.py). P parameters are trained, p = P / ranks.
 
     stage       weights      gradients                                      state
     0 (fp32)    4 P          4 P                                            moments of P
@@ -30,14 +30,15 @@ FP8 = "fp8 copies"
 
 
 def fp8_matrices(job: Job) -> list[Parameter]:
-    """Of a block's linear layers, those that `model.base_dtype: fp8` holds in e4m3 (ft_dist/model/fp8.py)."""
+    """The linear layers that `model.base_dtype: fp8` keeps in e4m3 (ft_dist/model/fp8.py)."""
     if job.config.model.base_dtype != "fp8":
         return []
     return [p for p in job.shape.parameters if p.linear and all(side % 16 == 0 for side in p.shape)]
 
 
 def frozen_bytes(job: Job) -> float:
-    """Of LoRA's base. In FP8 both ways round an element takes 2 bytes, and each row a scale; on CPU it takes 4."""
+    """Bytes of the frozen base. In FP8, both orientations take 2 bytes per element plus a scale per row, or 4 on
+    CPU."""
     matrices = fp8_matrices(job)
     held = sum(matrix.numel for matrix in matrices)
     scales = 4 * sum(sum(matrix.shape) for matrix in matrices)
@@ -46,10 +47,10 @@ def frozen_bytes(job: Job) -> float:
 
 
 def fp8_copies(job: Job) -> float:
-    """What the largest backward product in FP8 takes for a moment: codes of dY and the product, which is added to dX.
+    """Temporary memory of the largest FP8 product in backward: codes of dY and the product, which is added to dX.
 
-    On CPU first dY of the group side by side, scaled in fp32, and its codes; then codes of dY and weights, widened, and
-    the product in fp32.
+    On CPU first the group's concatenated dY, scaled in fp32, and its codes; then the widened codes of dY and weights,
+    and the product in fp32.
     """
     matrices = fp8_matrices(job)
     if not matrices:
@@ -77,14 +78,14 @@ def moment_bytes(job: Job, numel: float) -> float:
 
 
 class States(Gradient):
-    """The engine's side of a step on a ledger. Created once the state is there, that is after the first step."""
+    """The engine's memory in a step on a ledger. The optimizer state exists, as it does after the first step."""
 
     def __init__(self, job: Job, ledger: Ledger) -> None:
         self.job, self.ledger = job, ledger
         self.own = -(-job.trainable // job.ranks) if job.stage > 0 else job.trainable
         weights = frozen_bytes(job) if job.frozen_base else 0
         self.fp8_copies = fp8_copies(job)
-        # peft makes adapters in fp32, and ZeRO-3 alone leaves them so
+        # peft creates adapters in fp32, and only ZeRO-3 keeps them so
         trained = self.own * (4 if job.frozen_base else job.item) if job.stage == 3 else job.trainable * job.item
         ledger.hold(WEIGHTS, "frozen", weights)
         ledger.hold(ADAPTERS if job.frozen_base else WEIGHTS, "trained", trained)
@@ -102,7 +103,7 @@ class States(Gradient):
         self.waiting = 0
 
     def __call__(self, numel: int) -> None:
-        """A gradient was made, of `numel` elements; the activations around it are still there."""
+        """A gradient of `numel` elements was computed; the activations around it still exist."""
         job, ledger, nbytes = self.job, self.ledger, numel * self.job.item
         if self.fp8_copies:
             ledger.spike(FP8, self.fp8_copies)
@@ -134,7 +135,7 @@ class States(Gradient):
         self.waiting = 0
 
     def forward_gathers(self) -> None:
-        """Stage 3: weights that are whole while they are used, and until memory for a billion elements is full."""
+        """Stage 3: weights that stay gathered during use, and until the buffer of a billion elements is full."""
         job = self.job
         if job.stage == 3 and job.ranks > 1:
             self.ledger.hold(GATHERED, "gathered", min(job.total, MAX_LIVE + PREFETCH) * job.item)
@@ -147,7 +148,7 @@ class States(Gradient):
             ledger.spike(GRADIENTS, min(job.trainable, PIECE_ELEMENTS) * job.item)
             ledger.free("grads")
         if job.stage == 1 and not self.low and last and not job.offload:
-            # whole gradients leave through the bucket, and what this rank owns is kept apart
+            # gradients are reduced through the bucket, and this rank's part is kept separately
             ledger.free("grads")
             ledger.hold(SUMS, "new", self.own * 4)
         if job.stage == 0 and last and job.ranks > 1:

@@ -1,4 +1,4 @@
-"""Memory of a rank, by walking through its step: the peak, its parts, and when it comes."""
+"""Peak memory of a rank in a simulated step: the peak, its parts, and its moment."""
 
 from dataclasses import dataclass, replace
 
@@ -13,17 +13,17 @@ CONTEXT_BYTES = 1_000_000_000
 """A CUDA context with the kernels of torch's libraries, and NCCL's channel buffers"""
 PROCESS, SNAPSHOT = "Python and its libraries", "copy for commits"
 PROCESS_BYTES = 700_000_000
-"""Resident memory of a rank of a model of no size: torch, DeepSpeed, transformers"""
+"""Resident memory of a rank without a model: torch, DeepSpeed, transformers"""
 MARGIN_SHARE = 0.05
-"""Of what torch's allocator holds: freed blocks that no request fits"""
+"""Share of the allocator's memory in freed blocks that no request fits"""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
     """Bytes of one rank. `tensors` is what torch's allocator counts at the peak; `peak` adds context and margin.
 
-    `block_kept` is what a block keeps for its backward pass, as it is and with checkpointing. `host` is the rank's
-    share of host memory: offloaded state, and the copy that a commit is written from.
+    `block_kept` is what a block keeps for its backward pass, without and with checkpointing. `host` is the rank's share
+    of host memory: offloaded state, and the copy from which a commit is written.
     """
 
     tensors: int
@@ -74,8 +74,8 @@ def unchecked(job: Job) -> RunConfig:
 
 
 def walk_step(job: Job, ledger: Ledger) -> None:
-    """A step as it is from the second on: with the optimizer's state there. Of equal micro-batches the first and the
-    last are walked."""
+    """A step after the first, with the optimizer's state allocated. Of equal micro-batches only the first and the last
+    are simulated."""
     ledger.at("between steps")
     states = States(job, ledger)
     first, last = 1, job.micro_batches
@@ -120,13 +120,13 @@ def micro_batch(job: Job, ledger: Ledger, states: States, *, last: bool) -> None
 
 
 def snapshot_bytes(job: Job) -> int:
-    """The host's copy of a rank's state that a commit is written from; moments are in fp32 there."""
+    """The host's copy of a rank's state, from which a commit is written; its moments are fp32."""
     own = -(-job.trainable // job.ranks)
     return int(own * 4 + (moment_bytes(job, own) if job.config.optim.kind == "muon" else own * 8))
 
 
 def host_bytes(job: Job) -> int:
-    """Of one rank: the copy for commits, and what is offloaded to the host's memory."""
+    """Host bytes of one rank: the copy for commits, and offloaded state."""
     own = -(-job.trainable // job.ranks)
     offloaded = moment_bytes(job, own) + own * (8 + job.item) if job.config.engine.offload == "cpu" else 0
     return int(snapshot_bytes(job) + offloaded)
