@@ -1,7 +1,7 @@
 """`python -m benchmarks.plan`: how tokens/s would grow to 1,024 GPUs, as docs/plan-scaling.svg. No GPU is needed.
 
 LoRA and full fine-tuning of the shapes of Llama 3 8B and 70B, ZeRO 2, 3 and ++, on two interconnects. It is the plan's
-arithmetic (ft_dist/plan/speed.py), not a measurement; docs/plan.md lists what it assumes.
+arithmetic (ft_dist/plan/speed.py), not a measurement; docs/how-to/plan.md lists what it assumes.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The folder of one commit, written completely or not at all. docs/checkpoint-format.md is the full specification.
+"""The folder of one commit, written completely or not at all. Specification: docs/reference/checkpoint-format.md.
 
     checkpoints/step-00000100/
         rank-00000.safetensors    this rank's fragments: KIND/PARAMETER@START, flat
