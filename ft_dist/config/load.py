@@ -53,14 +53,14 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
         apply_override(tree, override)
     config = validate(tree)
     for source in (*config.data.train, *config.data.eval):
-        source.path = _data_path(source.path, beside=path)
+        source.path = _data_path(source.path, config_file=path)
     return config
 
 
-def _data_path(name: str, *, beside: Path) -> str:
+def _data_path(name: str, *, config_file: Path) -> str:
     """Resolve a relative path from the working directory or, if it does not exist there, from the config file's folder,
     so that a recipe shipped with its data works from anywhere."""
-    from_config = beside.resolve().parent / name
+    from_config = config_file.resolve().parent / name
     if not Path(name).expanduser().exists() and from_config.exists():
         return str(from_config)
     return name

@@ -64,11 +64,11 @@ def leakage(train: Sequence[str], held_out: Sequence[str]) -> dict[str, Any]:
         equal = [leak for sides in both for leak in _equal(*sides)]
         near = [leak for sides in both for leak in _near(*sides)]
         records = sum(len(one.keys) for one in asked)
-    told = {leak[:2] for leak in equal}
-    near = [leak for leak in near if leak[:2] not in told]
+    equal_pairs = {leak[:2] for leak in equal}
+    near = [leak for leak in near if leak[:2] not in equal_pairs]
     return {
         "records": records,
-        "equal": len(told),
+        "equal": len(equal_pairs),
         "near": len({leak[:2] for leak in near}),
         "examples": [
             [held_out[a], record, train[b], other] for a, record, b, other in (*equal[:EXAMPLES], *near[:EXAMPLES])
