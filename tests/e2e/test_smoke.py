@@ -142,7 +142,7 @@ def test_the_verbs_work_on_a_finished_run(smoke, cli, tmp_path):
     subprocess.run([sys.executable, "-c", plain, str(tmp_path / "merged")], check=True, cwd=tmp_path)
     again = cli("export", str(folder), str(tmp_path / "merged"))
     assert again.returncode == 2
-    assert "already there" in again.stderr
+    assert "exists and is not an empty folder" in again.stderr
 
 
 def test_check_and_schema_print_json(cli):

@@ -148,7 +148,7 @@ def test_an_unknown_hub_id_is_told_at_once(monkeypatch) -> None:
     ]
     monkeypatch.setattr(HfApi, "model_info", answer)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    with pytest.raises(ModelError, match="the hub has no model of that name"):
+    with pytest.raises(ModelError, match="the hub has no such model"):
         check_hub("no-org/no-such")
     with pytest.raises(ModelError, match="the hub cannot be reached"):
         load_tokenizer("no-org/no-such")

@@ -101,14 +101,14 @@ def test_a_layer_of_other_sides_is_left_and_named():
     report = hold_base_in_fp8(causal_lm)
     assert report.held == 8
     assert report.left == {"168 x 64, not multiples of 16": 4, "64 x 168, not multiples of 16": 2}
-    assert "8 linears; 4 left: 168 x 64" in report.line()
+    assert "8 linears; 4 unchanged: 168 x 64" in report.line()
     assert type(causal_lm.model.layers[0].mlp.up_proj) is nn.Linear
 
 
 def test_an_unknown_architecture_is_refused():
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    with pytest.raises(ModelError, match=r"base_dtype=fp8: architecture gpt2 is not among"):
+    with pytest.raises(ModelError, match=r"base_dtype=fp8: architecture gpt2 is not supported"):
         hold_base_in_fp8(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64)))
 
 
@@ -116,7 +116,7 @@ def test_a_gpu_that_cannot_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     model, gpu = ModelConfig(path="m", base_dtype="fp8"), torch.device("cuda", 0)
-    with pytest.raises(ModelError, match=r"A100 has compute capability 8.0 and no FP8"):
+    with pytest.raises(ModelError, match=r"A100 has compute capability 8.0; FP8 needs 8.9"):
         refuse_without_fp8(model, gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr("ft_dist_kernels.quantised.fp8._refusal_of_product", lambda device: None)

@@ -180,6 +180,6 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run", "tiny-llama")
     weights = run / "final" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ModelError, match="does not load"):
+    with pytest.raises(ModelError, match="cannot be loaded"):
         export_run(run, kind="merged", to=tmp_path / "deep" / "out")
     assert list((tmp_path / "deep").iterdir()) == []
