@@ -64,8 +64,7 @@ def weights_digest(folder: Path) -> str:
 def check_identity(saved: dict[str, Any], now: dict[str, Any], *, where: Path) -> list[str]:
     """Lines for what changed since `saved` (both from `identity`). Raises CheckpointError for a change that is not
     allowed."""
-    config = saved["config"] | {"method": own_options(saved["config"]["method"])}
-    changes = differences(config, now["config"])
+    changes = config_changes(saved["config"], now["config"])
     method = METHODS[now["config"]["method"]["kind"]]
     fixed = (*FIXED, *(f"method.{key}" for key in method.fixed_keys))
     for key, (before, after) in changes.items():
@@ -82,6 +81,15 @@ def check_identity(saved: dict[str, Any], now: dict[str, Any], *, where: Path) -
             f"adapters in {where} were trained. Restore them, or start a new run in another output_dir."
         )
     return [f"{key}: {_short(before)} -> {_short(after)}" for key, (before, after) in changes.items()]
+
+
+def config_changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """`differences` of two configs, without the options of other methods that older runs of full fine-tuning hold."""
+    return differences(_own_options_only(before), _own_options_only(after))
+
+
+def _own_options_only(tree: dict[str, Any]) -> dict[str, Any]:
+    return tree | {"method": own_options(tree["method"])} if "method" in tree else tree
 
 
 def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ft_dist.checkpoint.commit.format import Commit, commits, split_key, verify
-from ft_dist.checkpoint.identity import differences
+from ft_dist.checkpoint.identity import config_changes
 from ft_dist.checkpoint.state import RunState
 from ft_dist.errors import CheckpointError
 from ft_dist.run_folder import RunFolder
@@ -69,7 +69,7 @@ def compared(first: Path, second: Path) -> dict[str, Any]:
     before, after = (RunState.from_dict(commit.state()) for commit in (one, two))
     names = before.parameters, after.parameters
     common = {name for name in names[0] if names[0][name] == names[1].get(name)}
-    changes = differences(before.config or {}, after.config or {})
+    changes = config_changes(before.config or {}, after.config or {})
     largest = {kind: _largest_difference(one, two, kind, common) for kind in sorted(_kinds(one) & _kinds(two))}
     return {
         "first": str(one.folder),

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from ft_dist.config.peer_names import PEER_NAMES
 from ft_dist.config.schema import RunConfig
 from ft_dist.errors import ConfigError
-from ft_dist.method.table import METHODS
+from ft_dist.method.table import DEFAULT, METHODS
 
 
 class _Loader(yaml.SafeLoader):
@@ -102,7 +102,14 @@ def dump_config(config: RunConfig) -> str:
 
 
 def json_schema() -> str:
-    return json.dumps(RunConfig.model_json_schema(), indent=2)
+    schema = RunConfig.model_json_schema()
+    for kind, method in METHODS.items():
+        if method is not DEFAULT:  # otherwise a section without `kind` would be valid for several methods
+            section = schema["$defs"][method.__name__]
+            del section["properties"]["kind"]["default"]
+            section["required"] = ["kind"]
+        assert schema["$defs"][method.__name__]["properties"]["kind"]["const"] == kind
+    return json.dumps(schema, indent=2)
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
@@ -155,6 +162,8 @@ def _explain(error: ValidationError) -> str:
             lines.append(f"{key}: unknown key.{hint}")
         elif problem["type"] == "union_tag_invalid":
             lines.append(f"{key}.kind={_short(problem['input']['kind'])}: should be {' or '.join(map(repr, METHODS))}.")
+        elif problem["type"] in ("model_type", "model_attributes_type"):
+            lines.append(f"{key}={_short(problem['input'])}: should be a section, such as {key}: {{key: value}}.")
         elif problem["type"] == "missing":
             lines.append(f"{key}: required, but not given. Add it to the config or pass {key}=VALUE.")
         else:

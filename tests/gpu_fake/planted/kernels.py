@@ -1,4 +1,4 @@
-"""Kernels for `planted.py`: one sound, two with a fault that only a GPU would show."""
+"""Kernels for `__main__.py`: one sound, two with a fault that only a GPU would show."""
 
 import triton
 import triton.language as tl
