@@ -64,6 +64,15 @@ FAMILIES: dict[str, Family] = {
 }
 """By `model_type`"""
 
+_OTHER_GEMMA = Family("Gemma", sandwich_norms=True)
+
+
+def assumed_family(model_type: str) -> Family:
+    """The table's entry or, for planning, a guess: Gemmas that are not in the table have four norms, others are Llamas."""
+    guess = _OTHER_GEMMA if model_type.startswith("gemma") else FAMILIES["llama"]
+    return FAMILIES.get(model_type, guess)
+
+
 EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
 """Config keys that give the number of experts in a layer"""
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ft_dist.errors import ModelError
 from ft_dist.model.builtin import SMOLLM2, cached_folder, resolve_model
-from ft_dist.model.families import FAMILIES, Family, expert_count, ties_by_default
+from ft_dist.model.families import FAMILIES, Family, assumed_family, expert_count, ties_by_default
 from ft_dist.model.tiny import tiny_config, tiny_names
 
 # from the package's config.json (ft_dist/model/smollm.py), for machines that have not downloaded it
@@ -73,8 +73,8 @@ class ModelShape:
 
     @property
     def form(self) -> Family:
-        """How the family's blocks are built; Llama's form if the family is not known."""
-        return FAMILIES.get(self.family, FAMILIES["llama"])
+        """How the family's blocks are built; assumed if the family is not in the table."""
+        return assumed_family(self.family)
 
     def linears(self) -> list[tuple[str, int, int]]:
         """(name, out, in) of the matrices of a block, in the order of the forward pass."""
