@@ -68,7 +68,7 @@ _OTHER_GEMMA = Family("Gemma", sandwich_norms=True)
 
 
 def assumed_family(model_type: str) -> Family:
-    """The table's entry or, for planning, a guess: Gemmas that are not in the table have four norms, others are Llamas."""
+    """The table's entry, or a guess for planning: other Gemmas have four norms per block, the rest Llama's form."""
     guess = _OTHER_GEMMA if model_type.startswith("gemma") else FAMILIES["llama"]
     return FAMILIES.get(model_type, guess)
 
