@@ -85,7 +85,7 @@ def _remote_samples(url: str) -> int:
     try:
         return int(json.loads(open_storage(url, wait_s=REMOTE_SECONDS).read_bytes(INDEX))["samples"])
     except MissingFileError:
-        raise DataError(f"{url}: no {INDEX} there, so it is not a prepared set. Check the URL.") from None
+        raise DataError(f"{url}: no {INDEX} found, so it is not a prepared set. Check the URL.") from None
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{url}/{INDEX}: damaged ({error}). Prepare the set again.") from None
 
