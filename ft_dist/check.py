@@ -18,6 +18,9 @@ from ft_dist.run_folder import RunFolder
 def check(config: RunConfig, *, world_size: int) -> list[str]:
     """Raise the first UserError found; otherwise return one line per fact."""
     facts = [_check_batch(config, world_size), _check_output(config.run_dir)]
+    if config.method.unused:
+        names = ", ".join(f"method.{name}" for name in config.method.unused)
+        facts.append(f"not used with method.kind={config.method.kind}: {names}")
     facts += check_sources(config.data)
     folder = resolve_model(config.model.path)
     facts += _check_model(config, folder)

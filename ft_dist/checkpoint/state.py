@@ -51,7 +51,7 @@ class RunState:
         if "step" not in saved:
             raise CheckpointError("state.json has no step, so it is not the state of a run. Name another checkpoint.")
         known = {each.name: saved[each.name] for each in fields(cls) if each.name in saved}
-        known["held_out_losses"] = {int(step): loss for step, loss in known.get("held_out_losses", {}).items()}
+        known["held_out_losses"] = {int(step): loss for step, loss in (known.get("held_out_losses") or {}).items()}
         return cls(**known)
 
     @property

@@ -4,11 +4,11 @@
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
-from ft_dist.method.table import DEFAULT, MethodConfig, own_options
+from ft_dist.method.table import DEFAULT, MethodConfig, read_section
 from ft_dist.storage import is_url
 
 DataFormat = Literal["auto", "chat", "prompt_completion", "alpaca", "sharegpt", "text", "tokens"]
@@ -272,10 +272,10 @@ class RunConfig(Section):
     output_dir: str
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
-    @field_validator("method", mode="before")
+    @field_validator("method", mode="wrap")
     @classmethod
-    def _own_options(cls, value: object) -> object:
-        return own_options(value) if isinstance(value, dict) else value
+    def _read_method(cls, value: object, parse: Any) -> Any:
+        return read_section(value, parse) if isinstance(value, dict) else parse(value)
 
     @model_validator(mode="after")
     def _optimizer_where_it_can_be(self) -> "RunConfig":

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from ft_dist_kernels.sizes import MAX_EXTENDED_RANK
 from pydantic import Field, PositiveInt, field_validator
 
 from ft_dist.errors import ModelError
@@ -13,9 +14,6 @@ from ft_dist.method.protocol import Method
 if TYPE_CHECKING:
     from ft_dist.model.facts import ModelFacts
     from ft_dist.model.shape import ModelShape, Parameter
-
-MERGED_RANK = 64
-"""Highest rank for which matrices that read the same x run as one product (`ft_dist_kernels/lora/extended.py`)"""
 
 
 class Lora(Method):
@@ -93,7 +91,7 @@ class Lora(Method):
 
     @property
     def merges_products(self) -> bool:
-        return not self.dora and self.rank <= MERGED_RANK
+        return not self.dora and self.rank <= MAX_EXTENDED_RANK
 
     def matrix_gradient(self, out: int, width: int, *, adapted: bool) -> int:
         return self.rank * (out + width) if adapted else 0

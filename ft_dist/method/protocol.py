@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, PrivateAttr
 
 if TYPE_CHECKING:
     from ft_dist.model.facts import ModelFacts
@@ -23,6 +23,13 @@ class Method(BaseModel, ABC):
     """The base weights are not trained: commits and `final/` omit them, and a resume needs the same base model"""
     fixed_keys: ClassVar[tuple[str, ...]] = ()
     """Options that a resumed run may not change, because the saved tensors depend on them"""
+
+    _unused: tuple[str, ...] = PrivateAttr(default=())
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Options of other methods that the config gave; `ft-dist check` and a run report them."""
+        return self._unused
 
     @abstractmethod
     def adapt(self, causal_lm: Any, *, new_token_ids: Sequence[int]) -> Any:

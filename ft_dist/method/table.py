@@ -1,5 +1,6 @@
 """The methods by `method.kind`."""
 
+from collections.abc import Callable
 from typing import Any, get_args
 
 from ft_dist.method.full import Full
@@ -28,3 +29,19 @@ def own_options(section: dict[str, Any]) -> dict[str, Any]:
         return section
     foreign = {name for other in METHODS.values() for name in other.model_fields} - set(method.model_fields)
     return {name: value for name, value in section.items() if name not in foreign}
+
+
+def read_section(section: dict[str, Any], parse: Callable[[dict[str, Any]], Method]) -> Method:
+    """The method of a config section by `parse`, its options of other methods checked and named in `unused`.
+
+    Raises pydantic.ValidationError for a value that no method would accept.
+    """
+    own = own_options(section)
+    method = parse(own)
+    unused = {name: value for name, value in section.items() if name not in own}
+    for kind, other in METHODS.items():
+        theirs = {name: value for name, value in unused.items() if name in other.model_fields}
+        if theirs:
+            other.model_validate({"kind": kind, **theirs})
+    method._unused = tuple(unused)
+    return method

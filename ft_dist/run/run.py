@@ -14,7 +14,7 @@ from ft_dist.config import RunConfig
 from ft_dist.data.stream.batch import BatchStream, Prefetched, Prefetcher
 from ft_dist.data.stream.stream import DataStream
 from ft_dist.distributed import World, announce_stop, leave_world, stop_announced
-from ft_dist.engine.final import write_final
+from ft_dist.engine.save_pretrained import write_final
 from ft_dist.engine.step import Engine, StepResult
 from ft_dist.errors import Preempted, TrainingError
 from ft_dist.evaluate.comparison import comparison, summary_line

@@ -9,6 +9,9 @@ WIDENED_TILE_BYTES = 4 * 2**20
 CPU_TILES = 16
 """Tiles of the vocabulary on CPU: oneDNN's product has no `out`, so only one tile of logits exists twice"""
 
+MAX_EXTENDED_RANK = 64
+"""Highest rank per member of an extended weight: the dB of a higher one does not fit on chip next to its tile"""
+
 
 def chunk_rows(count: int, vocabulary: int, *, gpu: bool, bytes_per_logit: int) -> int:
     """Rows per chunk of the loss: what the logits budget allows within the device's bounds, split evenly.

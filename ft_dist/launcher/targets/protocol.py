@@ -4,6 +4,7 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import ClassVar, Protocol
 
+from ft_dist.errors import UserError
 from ft_dist.launcher.record import JobState, LaunchRecord
 from ft_dist.launcher.request import Request, RequestedRun
 from ft_dist.launcher.submission import Submission
@@ -43,7 +44,7 @@ class Target(Protocol):
 
     def log_command(self, record: LaunchRecord) -> list[str]:
         """The command that shows the log of a run whose record names no log file."""
-        raise NotImplementedError(f"{self.name} records a log file for every run")
+        raise UserError(f"{record.target}: launch.json names no log. Launch the run again.")
 
     def while_following(self, record: LaunchRecord) -> None:
         """Called every few seconds while `ft-dist launch` or `ft-dist logs` follows the run."""

@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from ft_dist.errors import UserError
+
 if TYPE_CHECKING:
     from ft_dist.launcher.targets.protocol import Target
 
@@ -18,6 +20,8 @@ TARGETS = {
 
 
 def find_target(name: str) -> "Target":
+    if name not in TARGETS:
+        raise UserError(f"launch.json: target={name}, which is not one of {', '.join(TARGETS)}. Launch the run again.")
     module, _, target = TARGETS[name].partition(":")
     found: Target = getattr(import_module(f"{__package__}.{module}"), target)()
     return found

@@ -11,6 +11,7 @@ A block keeps for its backward pass, in elements per token, with Q and K the wid
 """
 
 from collections import defaultdict
+from typing import Protocol
 
 from ft_dist_kernels.sizes import TILE_ELEMENTS, chunk_rows, tile_rows
 
@@ -282,8 +283,7 @@ class Walk:
         self.ledger.free("d", "x0", "rotary", "mask")
 
 
-class Gradient:
+class Gradient(Protocol):
     """Receives the gradients of parameters: `__call__(numel)` for each."""
 
-    def __call__(self, numel: int) -> None:
-        raise NotImplementedError
+    def __call__(self, numel: int) -> None: ...

@@ -35,8 +35,8 @@ from ft_dist_kernels.lora.op import (
 )
 from ft_dist_kernels.lora.torch_form import Wanted, down_torch, rows_dense
 from ft_dist_kernels.products import sum_products
+from ft_dist_kernels.sizes import MAX_EXTENDED_RANK
 
-MAX_EXTENDED_RANK = 64  # per member: the dB of a higher rank does not fit on chip next to its tile
 _ALIGNMENT = 16  # elements: rows start at addresses that suit tensor cores and vector loads
 
 

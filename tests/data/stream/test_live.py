@@ -103,7 +103,7 @@ def test_a_broken_record_is_named_when_it_is_read(tmp_path, tokenizer_of):
 
 def test_a_live_source_is_the_only_source_and_needs_max_steps():
     live = {"path": "a.jsonl", "live": True}
-    with pytest.raises(ValueError, match="only one of"):
+    with pytest.raises(ValueError, match="must be the only source"):
         DataConfig(train=[live, "b.jsonl"])
     with pytest.raises(ValueError, match="cannot be live"):
         DataConfig(train=["a.jsonl"], eval=[live])
