@@ -1,1 +1,1 @@
-"""Benchmarks, each a command of its own: `python -m benchmarks.<name>`."""
+"""Benchmarks; each is its own command: `python -m benchmarks.<name>`."""

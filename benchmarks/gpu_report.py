@@ -1,7 +1,7 @@
-"""`python -m benchmarks.gpu_report FOLDER`: what `benchmarks/gpu.sh` brought back, as results and as tables.
+"""`python -m benchmarks.gpu_report FOLDER`: turns the output of `benchmarks/gpu.sh` into results and tables.
 
 Writes `benchmarks/results/DATE-CHIP.json`, and the tables in `docs/benchmarks.md` between their markers.
-What is missing in the folder (a stage that was cut off, a row that a crash tore) is missing there, with its reason.
+What the folder lacks (a stage that was cut off, a row torn by a crash) is listed as missing, with the reason.
 """
 
 import argparse
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- gpu: made by python -m benchmarks.gpu_report -->", "<!-- end of gpu -->"
 HEADING = "## On a GPU"
 LOSS_TOLERANCE = 0.01
-"""Of the first loss of a side in bf16, to count as the same work"""
+"""Largest relative difference of first losses in bf16 that counts as the same work"""
 Row = dict[str, Any]
 
 
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     report = report_of(read_rows(options.folder / "results.jsonl"))
     if report["dry"] and not (options.results and options.docs and options.readme):
-        print("a dry run measures no GPU. Name --results, --docs and --readme to see what it gives.", file=sys.stderr)
+        print("a dry run measures no GPU. Pass --results, --docs and --readme to see its tables.", file=sys.stderr)
         return 2
     results = options.results or ROOT / "benchmarks" / "results"
     docs = options.docs or ROOT / "docs" / "benchmarks.md"
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Every whole line. A line that a crash cut short is left out."""
+    """Every whole line; a line cut short by a crash is left out."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -63,11 +63,11 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def report_of(rows: Sequence[Row]) -> Row:
-    """One record of a call: everything but the steps' own rows."""
+    """The record of one call: everything except the rows of single steps."""
     run = _last(rows, "run") or {}
     about = _last(rows, "about") or {}
     bench: dict[str, Row] = {}
-    for row in _all(rows, "bench timed", "bench"):  # what was known early stays where the rest failed
+    for row in _all(rows, "bench timed", "bench"):  # early figures stay if the rest failed
         bench[row["stage"]] = bench.get(row["stage"], {}) | row
     named = [row.get("device") for row in bench.values() if row.get("device") not in (None, "cpu")]
     dry = bool(run.get("dry"))
@@ -204,11 +204,11 @@ def _profile(report: Row) -> list[str]:
         _cells(f"`{_line(row['name'])[:90]}`", f"{row['ms_a_step']:.2f}", f"{row['calls_a_step']:.0f}")
         for row in found["kernels"][:15]
     ]
-    return [head, "", *_table(("kernel", "ms a step", "calls a step"), lines)]
+    return [head, "", *_table(("kernel", "ms per step", "calls per step"), lines)]
 
 
 def _table(header: Sequence[str], lines: list[str]) -> list[str]:
-    """Nothing where there are no lines."""
+    """Empty if there are no lines."""
     return [_cells(*header), "|" + "---|" * len(header), *lines] if lines else []
 
 
@@ -217,7 +217,7 @@ def _cells(*values: str) -> str:
 
 
 def with_section(text: str, made: str) -> str:
-    """`text` with what is between the markers replaced; without markers a section is added at the end."""
+    """`text` with the part between the markers replaced; without markers, adds a section at the end."""
     if BEGIN not in text:
         text = f"{text.rstrip()}\n\n{HEADING}\n\n{BEGIN}\n{END}\n"
     head, _, rest = text.partition(BEGIN)

@@ -203,14 +203,14 @@ def rows_of(report: dict[str, Any]) -> list[str]:
 
 
 def missing(reports: list[dict[str, Any]], device: str) -> list[str]:
-    """What a reader would look for and not find, with the reason if a run recorded one."""
+    """The measurements that are missing, with the reason if a run recorded one."""
     lines = []
     compared = [report for report in newest(reports) if report["kind"] in ("peers", "pair")]
     stages = {report["device"]: report for report in reports if report.get("kind") == "gpu"}
     for chip, report in stages.items():
         lost = [(name, row) for name, row in report["stages"].items() if row["outcome"] != "done"]
         lines += [f"{name} ({chip}): {row['outcome']}, {row.get('why', '')}".rstrip(", ") for name, row in lost]
-        lines += [f"{side} ({chip}) did other work: {why}" for side, why in report["unequal"].items()]
+        lines += [f"{side} ({chip}) did different work: {why}" for side, why in report["unequal"].items()]
     if stages and not compared:
         return lines
     if not compared:
@@ -220,7 +220,7 @@ def missing(reports: list[dict[str, Any]], device: str) -> list[str]:
         unequal = report.get("unequal") or {
             side: row["difference"] for side, row in report["sides"].items() if row.get("difference")
         }
-        lines += [f"{side} ({work(report)}) did other work: {why}" for side, why in unequal.items()]
+        lines += [f"{side} ({work(report)}) did different work: {why}" for side, why in unequal.items()]
     tried = {side.removesuffix(" packed") for report in compared for side in (*report["sides"], *report["failures"])}
     untried = [name for name in (ALL_PEERS if device == "CPU" else GPU_PEERS) if name not in tried]
     if compared and untried:

@@ -1,7 +1,7 @@
-"""Rows of results that survive a crash: each is on disk as soon as it is known.
+"""Rows of results that survive a crash: each is written to disk as soon as it is known.
 
-A benchmark calls `emit` for every figure it has. With `FT_DIST_ROWS` set to a file the row is appended there; without
-it nothing happens. Standard library only, so that it works where nothing else does.
+A benchmark calls `emit` for every figure. If `FT_DIST_ROWS` names a file, the row is appended there; otherwise
+nothing happens. Standard library only, so it works where nothing else does.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from typing import Any
 
 ROWS, STAGE, STARTED = "FT_DIST_ROWS", "FT_DIST_STAGE", "FT_DIST_STARTED"
 NOT_AVAILABLE = 3
-"""Exit code of a benchmark for which something is missing here: a row says what"""
+"""Exit code of a benchmark that cannot run on this machine; a row gives the reason"""
 TAIL_LINES, TAIL_CHARACTERS = 60, 8000
 
 
@@ -31,7 +31,7 @@ def emit(kind: str, **fields: Any) -> dict[str, Any]:
 
 
 def append(path: str | os.PathLike[str], row: dict[str, Any]) -> None:
-    """One write of one line, then fsync: rows of several processes do not mix, and a kill loses none of them."""
+    """One write per line, then fsync: rows of several processes do not mix, and a kill loses none of them."""
     line = (json.dumps(finite(row), default=str) + "\n").encode()
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
@@ -51,19 +51,19 @@ def finite(value: Any) -> Any:
 
 @contextlib.contextmanager
 def guarded(kind: str, **fields: Any) -> Iterator[list[str]]:
-    """An exception inside becomes a row with `failed` and its traceback, and the program continues. The list then has
-    one line about it."""
+    """Turns an exception inside into a row with `failed` and its traceback, and lets the program continue. The list
+    gets one line per exception."""
     problems: list[str] = []
     try:
         yield problems
-    except Exception as problem:  # the point is to get to the next figure, whatever happened
-        told = "".join(traceback.format_exception(problem))
+    except Exception as problem:  # always continue with the next figure
+        trace = "".join(traceback.format_exception(problem))
         problems.append(f"{type(problem).__name__}: {problem}"[:500])
-        print(told, flush=True)
-        emit(kind, **fields, failed=problems[0], traceback=tail(told))
+        print(trace, flush=True)
+        emit(kind, **fields, failed=problems[0], traceback=tail(trace))
 
 
 def tail(text: str) -> str:
-    """The last lines that are not empty."""
+    """The last non-empty lines."""
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
     return "\n".join(lines[-TAIL_LINES:])[-TAIL_CHARACTERS:]

@@ -77,7 +77,7 @@ def hub(folder: Path, repo: str) -> Iterator[Hub]:
             self.wfile.write(content)
 
         def log_message(self, *_: object) -> None:
-            """Log nothing."""
+            """Logs nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True

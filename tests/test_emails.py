@@ -1,4 +1,4 @@
-"""The example data is what its generator writes, balanced, short, and its test shares no template with its train."""
+"""The example data is its generator's output, balanced and short, and its splits share no template."""
 
 import json
 import re
@@ -13,7 +13,7 @@ import yaml
 EMAILS = Path(__file__).parents[1] / "configs" / "emails"
 SPLITS = ("train", "test")
 MAX_SHARED_WORDS = 4
-"""Longest run of words, slots left out, that a train and a test template may have in common"""
+"""Longest run of words, without slots, that a train and a test template may share"""
 
 
 def samples(split: str) -> list[list[dict[str, str]]]:

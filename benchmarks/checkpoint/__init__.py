@@ -1,1 +1,1 @@
-"""What a save costs: ours against DeepSpeed's `save_checkpoint` and torch DCP's `async_save`."""
+"""The cost of a save: ours against DeepSpeed's `save_checkpoint` and torch DCP's `async_save`."""

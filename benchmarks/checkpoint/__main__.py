@@ -1,9 +1,9 @@
 """`python -m benchmarks.checkpoint`: stall, total time, bytes and memory of a save, paired round by round in one run.
 
 Three contestants save the same training state after one step: our background writer, DeepSpeed's `save_checkpoint`
-(frozen weights left out, as ours does) and torch DCP's `async_save` of our fragments. Medians over the rounds; the
-first round of each is also given, since buffers are made in it. Each save is followed by a step; `cost` is what both
-took beyond a step alone, `total` ends when the files are there. Exit code 1 where a target is missed.
+(without frozen weights, like ours) and torch DCP's `async_save` of our fragments. Reports medians over the rounds; the
+first round is also reported because it allocates the buffers. A step follows each save; `cost` is the time that both
+take beyond a step alone; `total` ends when the files exist. Exits 1 if a target is missed.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""One rank of the comparison: the same state saved by each contestant in turn, several rounds; rank 0 prints JSON.
+"""One rank of the comparison: each contestant saves the same state in turn, for several rounds; rank 0 prints JSON.
 
-`save` measures saving and loading on this world; `load` only loads our commit, on whatever world it runs.
+`save` measures saving and loading on this world; `load` only loads our commit, on any world size.
 """
 
 import argparse
@@ -50,10 +50,10 @@ def main() -> None:
 
 
 class Side:
-    """The contestants over one engine. Times are the slowest rank's; bytes are of all files.
+    """The contestants over one engine. Times are the slowest rank's; bytes count all files.
 
-    `stall_s` is how long training stands still for a save; `cost_s` how much longer a save and the step after it take
-    than a step alone: what is done beside that step slows it down.
+    `stall_s` is how long training waits for a save; `cost_s` is how much longer a save and the following step take
+    than a step alone, because background work slows that step down.
     """
 
     def __init__(self, run: Any, folder: Path, step: Callable[[], StepResult]) -> None:
@@ -76,7 +76,7 @@ class Side:
         return found
 
     def measured(self, name: str, contestant: Callable[[int], Callable[[], None]], number: int) -> dict[str, float]:
-        """`contestant` returns when training could go on; what it returns waits until the files are there."""
+        """`contestant` returns when training may continue; calling its result waits until the files exist."""
         barrier(self.world)
         started = time.perf_counter()
         self.step()
@@ -114,7 +114,7 @@ class Side:
         assert not problems, problems
 
     def deepspeed(self, number: int) -> Callable[[], None]:
-        # the same tag each time: it overwrites, so that one checkpoint lies there
+        # the same tag each time, so a single checkpoint is overwritten
         self.engine.deepspeed.save_checkpoint(str(self.places["deepspeed"]), tag="step", exclude_frozen_parameters=True)
         return lambda: None
 
@@ -147,7 +147,7 @@ class Side:
 
 
 class PeakMemory:
-    """Most anonymous memory (RssAnon, without the page cache) above that at entry, sampled every 5 ms."""
+    """Peak anonymous memory (RssAnon, without the page cache) above its value at entry, sampled every 5 ms."""
 
     def __enter__(self) -> "PeakMemory":
         self._before = self._most = resident_bytes()
@@ -170,7 +170,7 @@ def resident_bytes() -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) * 1024
-    raise SystemExit("this benchmark reads /proc/self/status: it runs on Linux")
+    raise SystemExit("this benchmark reads /proc/self/status, so it needs Linux")
 
 
 if __name__ == "__main__":

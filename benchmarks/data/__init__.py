@@ -1,3 +1,3 @@
-"""Preparing and streaming data, ours beside what a user would run instead."""
+"""Data preparation and streaming, ours against what a user would run instead."""
 
 import benchmarks.kernels  # noqa: F401 - makes the kernels importable from a source tree that is not installed

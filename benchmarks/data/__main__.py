@@ -1,7 +1,7 @@
-"""`python -m benchmarks.data --json F`: preparing, packing, loading and seeking, each beside what it is compared to.
+"""`python -m benchmarks.data --json F`: preparing, packing, loading and seeking, each paired with a baseline.
 
-Preparing runs beside `datasets.map` with the same tokenizer and processes, and beside the tokenizer alone; packing
-beside TRL's best-fit decreasing; memory at growing sizes and seeks at growing positions, which should not grow.
+Preparing is compared with `datasets.map` (same tokenizer and processes) and with the tokenizer alone; packing with
+TRL's best-fit decreasing. Memory is measured at growing sizes and seeks at growing positions; neither should grow.
 """
 
 import argparse
@@ -51,12 +51,12 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", type=Path, metavar="F", help="also write the figures there")
+    parser.add_argument("--json", type=Path, metavar="F", help="also write the figures to F")
     parser.add_argument("--only", nargs="+", choices=["prepare", "memory", "packing", "loader", "seek"])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rate-mb", type=int, default=50, help="input of prepare and loader")
     parser.add_argument(
-        "--memory-mb", type=int, nargs="+", default=[1000, 4000], help="inputs whose peak memory is taken"
+        "--memory-mb", type=int, nargs="+", default=[1000, 4000], help="inputs whose peak memory is measured"
     )
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared" / "data", help="gsm8k/ and banking77/")
     return parser.parse_args()

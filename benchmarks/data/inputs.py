@@ -1,4 +1,4 @@
-"""Made-up chats of any size, and a BPE tokenizer trained on them: nothing to download, the same on every machine."""
+"""Synthetic chats of any size, and a BPE tokenizer trained on them: no downloads, the same on every machine."""
 
 import json
 from pathlib import Path

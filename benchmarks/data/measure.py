@@ -1,4 +1,4 @@
-"""The single measurements: rate and memory of preparing, fullness of packed rows, the loader's rate, time of a seek."""
+"""The measurements: rate and memory of preparing, fill of packed rows, the loader's rate, the time of a seek."""
 
 import csv
 import itertools
@@ -29,21 +29,21 @@ TRL_BATCH = 1000
 
 
 def rates(megabytes: int, workers: int) -> dict[str, Any]:
-    """Tokens a second of every side on the same chats, each in a process of its own."""
+    """Tokens/s of every side on the same chats, each in its own process."""
     with tempfile.TemporaryDirectory() as name:
         folder = _inputs(Path(name), megabytes)
         return {side: _side(side, folder, workers)[0] for side in SIDES}
 
 
 def memory(megabytes: int, workers: int) -> dict[str, Any]:
-    """Largest resident memory of preparing, all processes together."""
+    """Peak resident memory of preparing, summed over its processes."""
     with tempfile.TemporaryDirectory() as name:
         result, peak = _side("ours", _inputs(Path(name), megabytes), workers)
         return {"input_mb": megabytes, "peak_mb": round(peak / 1e6), **result}
 
 
 def fullness(lengths: np.ndarray) -> dict[str, float]:
-    """Share of the rows that holds tokens: ours, and TRL's `bfd` (best-fit decreasing, in batches of its own size)."""
+    """Share of the rows' slots that hold tokens: ours, and TRL's `bfd` (best-fit decreasing, in its own batch size)."""
     sizes = np.minimum(lengths, CAPACITY)
     windows = np.array_split(sizes, max(1, len(sizes) // DEFAULT_WINDOW))
     ours = sum(len(pack_window(window, CAPACITY)) for window in windows)
@@ -53,7 +53,7 @@ def fullness(lengths: np.ndarray) -> dict[str, float]:
 
 
 def _best_fit_decreasing(sizes: list[int]) -> int:
-    """Rows that trl.data_utils.pack_dataset(strategy="bfd") fills: its published rule, row by row."""
+    """Number of rows that trl.data_utils.pack_dataset(strategy="bfd") fills, by its published rule."""
     spaces: list[int] = []  # sorted
     for size in sorted(sizes, reverse=True):
         at = int(np.searchsorted(spaces, size))
@@ -63,7 +63,7 @@ def _best_fit_decreasing(sizes: list[int]) -> int:
 
 
 def sample_lengths(shared: Path) -> dict[str, np.ndarray]:
-    """Tokens a sample (four characters each) of GSM8K and Banking77 where they are, and of log-normal chats."""
+    """Tokens per sample (four characters each) of GSM8K and Banking77 if present, and of log-normal chats."""
     found = {"log-normal": np.random.default_rng(0).lognormal(5.3, 0.75, 50_000).astype(np.int64) + 8}
     gsm8k, banking = shared / "gsm8k" / "train.jsonl", shared / "banking77" / "train.csv"
     if gsm8k.is_file():
@@ -76,7 +76,7 @@ def sample_lengths(shared: Path) -> dict[str, np.ndarray]:
 
 
 def loader(megabytes: int, batches: int) -> dict[str, float]:
-    """Tokens a second that one process packs and collates, from memory-mapped shards."""
+    """Tokens/s that one process packs and collates from memory-mapped shards."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_chats(folder / "chats.jsonl", megabytes * 1_000_000)
@@ -92,7 +92,7 @@ def loader(megabytes: int, batches: int) -> dict[str, float]:
 
 
 class _Virtual:
-    """Two thousand million samples that are nowhere: only their lengths are asked for."""
+    """Two billion samples that do not exist: only their lengths are read."""
 
     fingerprint = "virtual"
 
@@ -109,11 +109,11 @@ class _Virtual:
         raise AssertionError("a seek reads no sample")
 
     def expect(self, ids: np.ndarray) -> None:
-        """Nothing to fetch."""
+        """Does nothing."""
 
 
 def seek(position: int) -> float:
-    """Seconds from nothing to the first batch behind `position` samples."""
+    """Seconds to open the stream and read the first batch after `position` samples."""
     started = time.perf_counter()
     sources = [MixtureSource("virtual", _Virtual())]
     stream = DataStream(sources, seed=0, global_rows=64, max_length=CAPACITY, packing=True)
@@ -130,7 +130,7 @@ def _inputs(folder: Path, megabytes: int) -> Path:
 
 
 def _side(side: str, folder: Path, workers: int) -> tuple[dict[str, float], int]:
-    """(its result, the largest resident memory of its processes together in bytes)."""
+    """(its result, the peak resident memory in bytes summed over its processes)."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {
         "PYTHONPATH": paths,
@@ -151,7 +151,7 @@ def _side(side: str, folder: Path, workers: int) -> tuple[dict[str, float], int]
 
 
 def _tree_bytes(pid: int) -> int:
-    """Proportional share of shared pages counted once (`smaps_rollup`), of a process and its children."""
+    """Proportional set size (`smaps_rollup`) of a process and its children, so shared pages count once."""
     try:
         pages = Path(f"/proc/{pid}/smaps_rollup").read_text()
         own = int(pages.partition("Pss:")[2].split()[0]) * 1024

@@ -1,6 +1,6 @@
-"""One side of a comparison as a process of its own: `python -m benchmarks.data.side SIDE FOLDER WORKERS`.
+"""One side of a comparison in its own process: `python -m benchmarks.data.side SIDE FOLDER WORKERS`.
 
-FOLDER holds chats.jsonl and tokenizer/. Prints JSON: tokens and seconds, start-up of Python and imports left out.
+FOLDER holds chats.jsonl and tokenizer/. Prints JSON: tokens and seconds, excluding Python's start-up and imports.
 """
 
 import json
@@ -20,7 +20,7 @@ def ours(folder: Path, tokenizer: Any, workers: int) -> int:
 
 
 def map_with_mask(folder: Path, tokenizer: Any, workers: int) -> int:
-    """A record at a time with the mask of the assistant's tokens, as TRL's SFTTrainer maps its data."""
+    """One record at a time with the mask of the assistant's tokens, as TRL's SFTTrainer maps its data."""
 
     def encode(record: dict[str, Any]) -> dict[str, Any]:
         return dict(
@@ -31,7 +31,7 @@ def map_with_mask(folder: Path, tokenizer: Any, workers: int) -> int:
 
 
 def map_batched(folder: Path, tokenizer: Any, workers: int) -> int:
-    """A thousand records at a time and no mask: the fastest plain form, which knows nothing of what to learn."""
+    """A thousand records at a time without a label mask: the fastest plain form."""
 
     def encode(batch: dict[str, Any]) -> dict[str, Any]:
         texts = tokenizer.apply_chat_template(batch["messages"], tokenize=False)
@@ -51,7 +51,7 @@ def _mapped(folder: Path, encode: Callable[..., dict[str, Any]], workers: int, *
 
 
 def tokenizer_alone(folder: Path, tokenizer: Any, workers: int) -> int:
-    """`encode_batch` over rendered texts on as many threads: what no preparing can beat."""
+    """`encode_batch` over rendered texts on the same number of threads: the upper bound for preparing."""
     lines = (folder / "chats.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=False) for line in lines]
     started = time.perf_counter()

@@ -1,1 +1,1 @@
-"""Everything that needs a GPU, as a list of stages that cannot spoil each other. `benchmarks/gpu.sh` runs it."""
+"""Everything that needs a GPU, as a list of independent stages. `benchmarks/gpu.sh` runs it."""

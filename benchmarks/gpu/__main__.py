@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(table(stages))
         return 0
     if not options.dry_run and not has_gpu():
-        print("no GPU is to be seen here (/dev/nvidia*, /dev/kfd); --dry-run runs the list on CPU", file=sys.stderr)
+        print("found no GPU (/dev/nvidia*, /dev/kfd); --dry-run runs the stages on CPU", file=sys.stderr)
         return 2
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
@@ -65,7 +65,7 @@ def run(driver: Driver, stages: list[Stage], options: argparse.Namespace) -> int
 
 
 def bound(driver: Driver) -> None:
-    """No file that comes back is larger than MAX_BYTES: a larger one but the log is left out, and a row says so."""
+    """Drop every file over MAX_BYTES except the log, and record each as a row."""
     for path in sorted(driver.out.iterdir()):
         if path.is_file() and path not in (driver.log, driver.results) and path.stat().st_size > MAX_BYTES:
             driver.row("script", "left out", file=path.name, bytes=path.stat().st_size)
@@ -85,12 +85,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     path = lambda text: Path(text).resolve()  # noqa: E731
     out = os.environ.get("OUT") or ROOT / "benchmarks" / "results" / "gpu"
     parser.add_argument("--out", type=path, default=out, help="folder for results.jsonl, log.txt and the profile")
-    parser.add_argument("--work", type=path, help="folder for caches and runs; kept (default: a temporary one)")
+    parser.add_argument("--work", type=path, help="folder for caches and runs, kept (default: a temporary one)")
     parser.add_argument("--wheels", type=path, default=os.environ.get("WHEELS") or None, help="folder of wheels")
-    parser.add_argument("--triton-cache", type=path, help="kernels compiled earlier, to begin with")
-    parser.add_argument("--total-s", type=float, default=560.0, help="end before this many seconds")
-    parser.add_argument("--only", nargs="+", choices=NAMES, metavar="STAGE", help=f"some of {', '.join(NAMES)}")
-    parser.add_argument("--dry-run", action="store_true", help="the same list on CPU, with tiny shapes")
+    parser.add_argument("--triton-cache", type=path, help="kernels compiled earlier, to start from")
+    parser.add_argument("--total-s", type=float, default=560.0, help="stop before this many seconds")
+    parser.add_argument("--only", nargs="+", choices=NAMES, metavar="STAGE", help=f"run only these: {', '.join(NAMES)}")
+    parser.add_argument("--dry-run", action="store_true", help="run the same stages on CPU with tiny shapes")
     parser.add_argument("--list", action="store_true", help="print the stages with their seconds")
     options = parser.parse_args(arguments)
     options.out, options.wheels = Path(options.out), options.wheels and Path(options.wheels).resolve()

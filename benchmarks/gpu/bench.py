@@ -1,8 +1,8 @@
-"""`ft-dist bench` as a stage: its figures become rows as soon as the ranks have them, its logs the stage's output.
+"""`ft-dist bench` as a stage: figures become rows as soon as the ranks have them, logs become the stage's output.
 
     python -m benchmarks.gpu.bench MODEL [arguments of ft-dist bench ...]
 
-What the product refuses (a setting it does not know, a chip without FP8) is a row `not_available`, not a failure.
+A setting that the product refuses (say FP8 on a chip without it) gives a `not_available` row, not a failure.
 Standard library only.
 """
 
@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from benchmarks.rows import NOT_AVAILABLE, STAGE, emit, tail
 
 REFUSED = 2
-"""Exit code of ft-dist for what is the user's to fix"""
+"""Exit code of ft-dist for an error that the user can fix"""
 POLL_S = 0.25
 
 
@@ -43,14 +43,14 @@ def main() -> int:
         str(folder),
     ]
     errors = folder.with_suffix(".stderr")
-    told_early = False
+    reported = False
     with errors.open("wb") as file:
         process = subprocess.Popen(command, stderr=file)
         try:
             while process.poll() is None:
                 time.sleep(POLL_S)
-                told_early = told_early or early(folder, arguments)
-        finally:  # also when this stage is cut off: the ranks' own words are the evidence
+                reported = reported or early(folder, arguments)
+        finally:  # also when this stage is cut off: the ranks' logs are the evidence
             show_logs(folder)
     said = errors.read_text(encoding="utf-8", errors="replace")
     print(said, flush=True)
@@ -67,7 +67,7 @@ def main() -> int:
 
 
 def early(folder: Path, arguments: list[str]) -> bool:
-    """Whether the timed steps are done; if so their rates are a row, whatever happens to the rest."""
+    """Whether the timed steps are done; if so, emits their rates as a row at once."""
     try:
         seen = json.loads((folder / "work" / "result.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -94,7 +94,7 @@ def output(folder: Path) -> str:
 
 
 def show_logs(folder: Path) -> None:
-    """What the ranks printed, and each step's record."""
+    """Print the ranks' logs and each step's record."""
     run = folder / "work" / "run"
     others = [path for path in sorted(run.glob("logs/*.log")) if path.name != "rank-0.log"]  # rank 0 is in output.log
     for path in [folder / "work" / "output.log", *others, run / "metrics.jsonl", run / "events.jsonl"]:

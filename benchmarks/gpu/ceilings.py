@@ -1,6 +1,6 @@
-"""Versions, and what this chip reaches: a device copy, products in bf16 and FP8, and attention at a new shape.
+"""Versions, and the ceilings of this chip: a device copy, products in bf16 and FP8, and attention at a new shape.
 
-Every figure is a row of its own; one that cannot be had says why and the others follow.
+Every figure is its own row; a figure that cannot be measured gives the reason, and the others follow.
 """
 
 import argparse
@@ -28,21 +28,21 @@ QUERY = "name,driver_version,pstate,clocks.sm,clocks.mem,clocks.max.sm,power.lim
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.ceilings")
-    parser.add_argument("--tiny", action="store_true", help="on CPU, small: to try the command")
+    parser.add_argument("--tiny", action="store_true", help="small shapes on CPU, to try the command")
     tiny = parser.parse_args().tiny
     device = "cpu" if tiny else "cuda"
     about(device)
     if device == "cuda" and not torch.cuda.is_available():
-        print("torch sees no GPU", file=sys.stderr)
+        print("torch finds no GPU", file=sys.stderr)
         return 1
     failed: list[str] = []
     for name, measure in (("copy", copy), ("bf16 product", bf16_product), ("fp8 product", fp8_product)):
         with guarded("ceiling", name=name) as problems:
             row = emit("ceiling", name=name, **measure(device, 256 if tiny else 8192))
             print({key: value for key, value in row.items() if value is not None}, flush=True)
-        failed += [] if tiny and name == "fp8 product" else problems  # no row-scaled FP8 product on every processor
+        failed += [] if tiny and name == "fp8 product" else problems  # some processors have no row-scaled FP8 product
     for name, attention in attentions(device).items():
-        with guarded("attention", name=name):  # a backend that is not there is a finding, not a failure
+        with guarded("attention", name=name):  # a missing backend is a finding, not a failure
             first_and_second_use(name, attention, device, tiny=tiny)
     return 1 if failed else 0
 
@@ -64,7 +64,7 @@ def about(device: str) -> None:
 
 
 def smi() -> str | None:
-    """Driver, clocks and power limit as they are; nothing is changed."""
+    """Driver, clocks and power limit; reads only."""
     try:
         command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=10).stdout.strip() or None
@@ -73,7 +73,7 @@ def smi() -> str | None:
 
 
 def seconds_of(call: Callable[[], Any], device: str, *, repeats: int = 20) -> dict[str, float]:
-    """Median and least seconds of one call, by the device's own events."""
+    """Median and minimum seconds per call, by device events."""
     for _ in range(3):
         call()
     taken = []
@@ -93,7 +93,7 @@ def seconds_of(call: Callable[[], Any], device: str, *, repeats: int = 20) -> di
 
 
 def copy(device: str, size: int) -> dict[str, Any]:
-    """Bytes read and written of a copy far larger than any cache."""
+    """Bytes read and written by a copy far larger than any cache."""
     source = torch.randn(size * size * 8 // 2, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     found = seconds_of(lambda: target.copy_(source), device)
@@ -102,7 +102,7 @@ def copy(device: str, size: int) -> dict[str, Any]:
 
 
 def bf16_product(device: str, size: int) -> dict[str, Any]:
-    """Back to back for a second or so, as in training: the rate that power allows, next to that of the fastest one."""
+    """Back to back for about a second, as in training: the rate that power allows, and that of the fastest call."""
     a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
     found = seconds_of(lambda: a @ b, device, repeats=5 if device == "cpu" else 800)
     flops = 2 * size**3
@@ -153,7 +153,7 @@ def attentions(device: str) -> dict[str, Callable[..., torch.Tensor]]:
 
 
 def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """The same rows end to end, through torch's variable-length kernel."""
+    """The same rows concatenated, through torch's variable-length kernel."""
     import inspect
 
     from torch.nn.attention.varlen import varlen_attn
@@ -169,8 +169,8 @@ def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def first_and_second_use(name: str, attention: Callable[..., torch.Tensor], device: str, *, tiny: bool) -> None:
-    """Seconds of forward and backward the first and the second time that a shape is seen, for four shapes: the first
-    also loads the backend, the others tell what a new shape costs. The last one is large: its rate counts."""
+    """Seconds of forward and backward for the first and second call at each of four shapes: the first
+    also loads the backend, the others show the cost of a new shape. The last shape is large; its rate counts."""
     shapes = ((3, 31), (2, 17)) if tiny else ((3, 311), (5, 177), (2, 1003), (2, 4096))
     uses = []
     for batch, positions in shapes:

@@ -1,7 +1,7 @@
-"""Compile every kernel that the stages after this one launch, by several processes into one Triton cache.
+"""Compile every kernel that later stages launch, in several processes that share one Triton cache.
 
-Each work item really runs: a case of the parity check, a case of the ops, or a step of a model of one layer. So the
-kernels get the arguments that they will get, and what is in the cache already costs nothing.
+Each work item runs for real: a case of the parity check, a case of the ops, or a step of a one-layer model. So the
+kernels get the arguments of the later stages, and what is already in the cache costs nothing.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-# asked for through the driver's own library: a process that has initialised CUDA cannot be forked
+# look for GPUs through NVML: a process that has initialised CUDA cannot be forked
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 import torch
@@ -36,7 +36,7 @@ TINY_STEPS = ("--model tiny --rows 2 --tokens 64",)
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.compile")
-    parser.add_argument("--tiny", action="store_true", help="on CPU, small: to try the command")
+    parser.add_argument("--tiny", action="store_true", help="small shapes on CPU, to try the command")
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 12))
     options = parser.parse_args()
     started, before = time.perf_counter(), kernels_in_cache()
@@ -47,7 +47,7 @@ def main() -> int:
         for future in as_completed(running):
             try:
                 problem = future.result()
-            except Exception as error:  # a process that died takes the pool along; what was compiled stays
+            except Exception as error:  # a process that dies breaks the pool; compiled kernels stay
                 problem = f"{type(error).__name__}: {error}"
             if problem:
                 failed += 1
@@ -61,7 +61,7 @@ def main() -> int:
 
 
 def work(*, tiny: bool) -> list[Item]:
-    """The largest first. Only names: this process makes no case and never asks for the device, or its children could
+    """Largest first. Only names: this process builds no case and never touches the device, otherwise its children could
     not use it."""
     steps: list[Item] = [("step", arguments) for arguments in (TINY_STEPS if tiny else STEPS)]
     ops: list[Item] = [("op", op) for op in OPS]
@@ -75,8 +75,8 @@ def kernels_in_cache() -> int:
 
 
 def compile_item(item: Item, tiny: bool) -> str | None:
-    """None, or the traceback of what went wrong. Runs in a process of its own and makes its cases there, since making
-    one can ask for the device."""
+    """None, or the traceback of the failure. Runs in its own process and builds its cases there, since building
+    one can touch the device."""
     device = "cpu" if tiny else "cuda"
     kind, *what = item
     try:
@@ -106,7 +106,7 @@ def run_case(case: Any, tokens: int, device: str) -> None:
 
 
 def one_layer(arguments: str, device: str) -> None:
-    """Forward and backward of ours, with the widths of the model and a single layer."""
+    """Our forward and backward passes at the model's widths, with one layer."""
     from benchmarks.training import side
 
     options = side.parse(

@@ -1,7 +1,8 @@
-"""Runs stages one after the other, each in a process group of its own and inside its own time.
+"""Runs stages one after another, each in its own process group and within its own time limit.
 
-A crash, a hang or a timeout costs that stage alone. What a stage prints goes straight to `log.txt`, its rows straight
-to `results.jsonl`: no pipe of this process stands between, so even its own death loses nothing. Standard library only.
+A crash, a hang or a timeout costs only that stage. A stage writes its output straight to `log.txt` and its rows
+straight to `results.jsonl`, without a pipe through this process, so nothing is lost even if it dies. Standard library
+only.
 """
 
 import contextlib
@@ -22,18 +23,18 @@ from benchmarks.rows import NOT_AVAILABLE, ROWS, STAGE, STARTED, append, tail
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "FT_DIST_STAGE_MARK"
-"""Set to a value of its own for every stage: names its processes, also those in sessions of their own"""
+"""Set to a different value for every stage: identifies its processes, even those in other sessions"""
 GRACE_S = 3.0
 RESERVE_S = 5.0
 DRY_PATIENCE = 5
-"""A dry run's processor may be shared with anything: there a slow stage is no finding"""
+"""A dry run may share its processor with other work, so a slow stage is not a finding"""
 MAX_BYTES = 15 << 20
-"""A file of results is cut to this"""
+"""Result files are cut to this size"""
 
 
 @dataclass
 class Driver:
-    """`out` receives results.jsonl and log.txt; `work` holds what need not come back."""
+    """`out` receives results.jsonl and log.txt; `work` holds files that are not results."""
 
     out: Path
     work: Path
@@ -54,7 +55,7 @@ class Driver:
         append(self.results, {"stage": stage, "at_s": round(time.time() - self.started, 2), "kind": kind, **fields})
 
     def environment(self, stage: str, mark: str) -> dict[str, str]:
-        """Offline, one GPU, every cache below `work`."""
+        """Offline, one GPU, every cache under `work`."""
         inherited = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", MARK)}
         inherited.pop("PYTHONDONTWRITEBYTECODE", None)  # without byte code every stage would compile 4,000 modules
         folders = [str(ROOT), str(ROOT / "kernels"), *([str(self.site)] if self.site else [])]
@@ -81,7 +82,7 @@ class Driver:
         return self.total_s - RESERVE_S - (time.time() - self.started)
 
     def run_all(self, stages: Sequence[Stage]) -> int:
-        """The number of stages that did not end well."""
+        """The number of stages that failed or were cut."""
         bad = 0
         for number, stage in enumerate(stages):
             later = sum(other.seconds for other in stages[number + 1 :])
@@ -100,7 +101,7 @@ class Driver:
         """`outcome`: done, failed, cut, skipped or not available, and why."""
         command = stage.dry if self.dry else stage.command
         if command is None:
-            return {"outcome": "not available", "why": "runs on a GPU alone"}
+            return {"outcome": "not available", "why": "needs a GPU"}
         if stage.needs and not self._importable(stage.needs):
             return {"outcome": "not available", "why": f"{stage.needs} is not installed"}
         left = self.left()
@@ -113,7 +114,7 @@ class Driver:
         return self.run(stage, command, limit)
 
     def run(self, stage: Stage, arguments: Sequence[str], limit_s: float) -> dict[str, Any]:
-        """One stage to its end or its limit, and then nothing of it is left."""
+        """Run one stage to its end or its limit, then end all its processes."""
         mark = secrets.token_hex(8)
         begin = self.log.stat().st_size
         command = [sys.executable, "-W", "ignore", "-m", *arguments]
@@ -153,7 +154,7 @@ class Driver:
             return tail(file.read().decode(errors="replace"))
 
     def _importable(self, package: str) -> bool:
-        """Without importing it."""
+        """Checked without importing it."""
         folders = [self.site] if self.site else []
         return any((folder / package).is_dir() for folder in folders) or importlib.util.find_spec(package) is not None
 
@@ -163,7 +164,7 @@ def say(line: str) -> None:
 
 
 def end(process: "subprocess.Popen[bytes]", mark: str) -> None:
-    """End the group and whatever the stage started elsewhere; at first politely, so that it can say where it is."""
+    """End the group and whatever the stage started elsewhere; SIGTERM first, so that it can print its stacks."""
     if process.poll() is None:
         _signal_group(process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -179,7 +180,7 @@ def end(process: "subprocess.Popen[bytes]", mark: str) -> None:
 
 
 def marked(mark: str) -> list[int]:
-    """Processes of this stage that still run, in whatever session (Linux; elsewhere the group has to do)."""
+    """Processes of this stage that still run, in any session (on Linux; elsewhere only the process group)."""
     found, wanted = [], f"{MARK}={mark}".encode()
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -194,7 +195,7 @@ def _signal_group(group: int, number: int) -> None:
 
 
 def cut_in_the_middle(path: Path, most: int) -> None:
-    """Keep the beginning and, more of it, the end."""
+    """Keep the beginning and a larger part of the end."""
     size = path.stat().st_size
     if size <= most:
         return

@@ -1,6 +1,6 @@
-"""The list of stages, most valuable first: what each runs on a GPU, what it runs on CPU to try the script, its seconds.
+"""The list of stages, most valuable first: what each runs on a GPU, its dry run on CPU, and its seconds.
 
-The seconds hold everything that the stage's own process does: cold imports, initialisation and compilation included.
+The seconds cover everything in the stage's process, including cold imports, initialisation and compilation.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ SIDE = "benchmarks.training.side"
 
 @dataclass(frozen=True)
 class Stage:
-    """`python -m COMMAND...` on a GPU, `python -m DRY...` in a dry run, if it can run there; `needs` names a package
+    """`python -m COMMAND...` on a GPU, `python -m DRY...` in a dry run, if it has one; `needs` names a package
     that may be missing."""
 
     name: str
@@ -89,7 +89,7 @@ STAGES: tuple[Stage, ...] = (
         _bench("llama3-8b", *CHATS, *FP8),
         _dry_bench("--lengths", "20", *FP8),
     ),
-    Stage("ours", 18, "a bare step of ours: what the peers are held against", _side("ours"), _dry_side("ours")),
+    Stage("ours", 18, "our bare step: the reference for the peers", _side("ours"), _dry_side("ours")),
     Stage("hf", 18, "Hugging Face + PEFT", _side("hf"), _dry_side("hf")),
     Stage("liger", 16, "the same with Liger's kernels", _side("liger"), None, needs="liger_kernel"),
     Stage("unsloth", 28, "Unsloth", _side("unsloth"), _dry_side("unsloth"), needs="unsloth"),
@@ -111,11 +111,11 @@ STAGES: tuple[Stage, ...] = (
 
 
 def limit_of(seconds: float, *, later: float, left: float) -> float | None:
-    """Seconds that a stage may take, or None to skip it.
+    """The seconds that a stage may take, or None to skip it.
 
-    `later` is what the stages after it are promised, `left` what the whole script has left. A stage may overrun by its
-    own seconds at most, and only into time that is promised to nobody. One that would get less than half its seconds
-    is skipped: so a late script loses its last, least valuable stages.
+    `later` is the time promised to the stages after it, `left` the time left of the whole script. A stage may overrun
+    by at most its own seconds, and only into time that no other stage is promised. A stage that would get less than
+    half its seconds is skipped, so a late script loses its last, least valuable stages.
     """
     spare = min(seconds, max(0.0, left - seconds - later))
     limit = min(left, seconds + spare)

@@ -1,8 +1,8 @@
-"""LoRA steps of the product's engine in this one process, then a profile by kernel: where the time of a step goes.
+"""LoRA steps of the product's engine in this process, then a profile by kernel: where the time of a step goes.
 
     python -m benchmarks.gpu.step MODEL [--steps 5] [--profiled 2] [key.sub=value ...]
 
-Every step is a row. The profile is a row with the 40 kernels that take longest, launches and waits of the host, and a
+Every step is a row. The profile is a row with the 40 slowest kernels and the host's launches and waits, plus a
 table in `profile.txt` and a trace in `profile-trace.json.gz` next to the results.
 """
 
@@ -63,7 +63,7 @@ def main() -> int:
             take_step(run, stop, batch)
             if on_gpu:
                 torch.cuda.synchronize()
-            tell(run, batch, time.perf_counter() - started)
+            report_step(run, batch, time.perf_counter() - started)
             if run.step == options.steps:
                 break
         with guarded("profile") as problems:
@@ -74,8 +74,8 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def tell(run: Any, batch: Any, seconds: float) -> None:
-    """`recorded` is what the run itself has written of its last step so far."""
+def report_step(run: Any, batch: Any, seconds: float) -> None:
+    """`recorded` is the run's own record of its last step so far."""
     lines = (run.config.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     recorded = json.loads(lines[-1]) if lines else None
     rate = batch.batch.real_tokens / seconds
@@ -83,7 +83,7 @@ def tell(run: Any, batch: Any, seconds: float) -> None:
 
 
 def profile(batches: list[Any], take: Any, on_gpu: bool) -> None:
-    """A row and a table of kernels (of operations on CPU). Only the device is recorded: the host stays undisturbed."""
+    """A row and a table of kernels (operations on CPU). Only the device is profiled, so the host is not slowed down."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
@@ -121,7 +121,7 @@ def profile(batches: list[Any], take: Any, on_gpu: bool) -> None:
 
 
 def by_name(events: Any, on_gpu: bool) -> dict[str, Any]:
-    """Seconds and number of what ran on the device, and how often the host called the driver."""
+    """Seconds and calls of everything that ran on the device, and how often the host called the driver."""
     kernels: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0])
     calls: defaultdict[str, int] = defaultdict(int)
     for event in events:

@@ -1,4 +1,4 @@
-"""A folder of wheels, installed into a folder of its own: nothing of the machine's Python changes. No network."""
+"""Installs a folder of wheels into its own folder, offline; the machine's Python does not change."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ LIMIT_S = 60.0
 
 
 def install(wheels: Path, site: Path) -> dict[str, Any]:
-    """All in one call; what pip refuses is halved until the bad wheels are alone: they cost only themselves."""
+    """Install all in one call; if pip refuses, bisect until only the bad wheels are left out."""
     started = time.monotonic()
     found = sorted(wheels.glob("*.whl"))
     failed: dict[str, str] = {}
@@ -27,7 +27,7 @@ def install(wheels: Path, site: Path) -> dict[str, Any]:
 
 
 def _pip(wheels: list[Path], site: Path, limit_s: float) -> str | None:
-    """None if it went well, otherwise pip's last line."""
+    """None on success, otherwise pip's last line."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
     command += ["--no-cache-dir", "--disable-pip-version-check", "--upgrade", "--target", str(site), *map(str, wheels)]
     try:

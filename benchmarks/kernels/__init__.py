@@ -1,4 +1,4 @@
-"""Benchmarks of the kernels, and what each kernel takes of a chip. Runs from a source tree that is not installed."""
+"""Benchmarks of the kernels and their use of chip resources. Runs from a source tree that is not installed."""
 
 import sys
 from importlib.util import find_spec

@@ -1,9 +1,9 @@
-"""Every kernel beside Hugging Face's and PEFT's way, paired in one run: error, time, peak memory.
+"""Every kernel against Hugging Face's and PEFT's form, paired in one run: error, time, peak memory.
 
     python -m benchmarks.kernels [--device cpu|cuda] [--ops OP ...] [--dtype bf16|fp32|fp16] [--quick] [--json FILE]
 
-On CUDA also the share of the roofline: the time that the formula's bytes and FLOPs need at the copy and matmul speed
-measured first, over ours. Runs from a source tree that is not installed.
+On CUDA, also the share of the roofline: the time that the formula's bytes and FLOPs need at the copy and matmul rates
+measured at the start, divided by ours. Runs from a source tree that is not installed.
 """
 
 import argparse
@@ -26,7 +26,7 @@ PACKAGES = ("torch", "triton", "transformers", "peft", "liger_kernel", "cut-cros
 
 
 def about(device: str) -> dict[str, Any]:
-    """Date, device and versions: what a figure means nothing without."""
+    """Date, device and versions, without which a figure means nothing."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -65,14 +65,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--ops", nargs="*", choices=OPS, default=list(OPS))
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="bf16 on a GPU, fp32 on CPU unless told")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: bf16 on a GPU, fp32 on CPU")
     parser.add_argument("--quick", action="store_true", help="fewer shapes and rounds")
-    parser.add_argument("--tiny", action="store_true", help="one small shape: to try the command")
-    parser.add_argument("--no-peers", action="store_true", help="ours and eager alone")
+    parser.add_argument("--tiny", action="store_true", help="one small shape, to try the command")
+    parser.add_argument("--no-peers", action="store_true", help="only ours and eager")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("--device cuda needs a GPU that torch can see; here it sees none. Use --device cpu.", file=sys.stderr)
+        print("--device cuda needs a GPU, and torch finds none. Use --device cpu.", file=sys.stderr)
         return 2
     dtype = DTYPES[options.dtype or ("bf16" if options.device == "cuda" else "fp32")]
     report = about(options.device)
@@ -89,9 +89,9 @@ def main(arguments: list[str] | None = None) -> int:
         with guarded("op", op=case.op, shape=case.label) as problems:
             try:
                 rows.append(measure(case, dtype, options.device, limits, rounds=rounds))
-            except torch.OutOfMemoryError:  # eager's logits of a large vocabulary, on a small device
+            except torch.OutOfMemoryError:  # eager's logits over a large vocabulary, on a small device
                 torch.cuda.empty_cache()
-                print(f"{case.op:21} {case.label:58} does not fit on this device in every contestant's form")
+                print(f"{case.op:21} {case.label:58} does not fit on this device for every contestant")
                 continue
             emit("op", **rows[-1])
             print_row(rows[-1])

@@ -1,4 +1,4 @@
-"""Every op at the shapes of well-known models, beside Hugging Face's and PEFT's way of doing it.
+"""Every op at the shapes of well-known models, with Hugging Face's and PEFT's form of it.
 
 Shapes: T tokens, H hidden, I intermediate, V vocabulary, R rank, D head. Costs count a forward and a backward pass in
 16-bit numbers, each input read once and each output written once.
@@ -65,7 +65,7 @@ def _lora(label: str, tokens: int, inner: int, outers: tuple[int, ...], dropout:
         return tuple(lora_linear_group(x, members))
 
     def eager(x: Tensor, **w: Tensor) -> tuple[Tensor, ...]:
-        """The operations of peft.tuners.lora.Linear.forward in its order."""
+        """The operations of peft.tuners.lora.Linear.forward, in its order."""
         outputs = []
         for i in range(count):
             base = F.linear(x, w[f"w{i}"])
@@ -82,7 +82,7 @@ def _lora(label: str, tokens: int, inner: int, outers: tuple[int, ...], dropout:
         )
 
     def floor(x: Tensor, **w: Tensor) -> tuple[Tensor, ...]:
-        """The frozen products alone; the adapters take part so that they get (zero-cost) gradients."""
+        """The frozen products alone; the adapters are touched so that they get (zero-cost) gradients."""
         touch = sum(w[f"{k}{i}"].sum() for i in range(count) for k in "ab") * 0.0
         return (*(F.linear(x, w[f"w{i}"]) for i in range(count - 1)), F.linear(x, w[f"w{count - 1}"]) + touch)
 
@@ -237,8 +237,8 @@ def _rope(model: Model, tokens: int) -> Case:
 
 
 def _segments(model: Model, tokens: int, longest: int, *, window: int | None = None, shared: int = 0) -> Case:
-    """One packed row of samples between a quarter of `longest` and `longest`. With `shared`, of which up to half of the
-    row may be, all of them begin with the same tokens, which lie in front."""
+    """One packed row of samples between a quarter of `longest` and `longest`. With `shared`, up to half the row, all
+    samples share a prefix of that many tokens, which comes first in the row."""
     from ft_dist_kernels.attention.op import segment_attention
     from ft_dist_kernels.attention.ragged_segments import lay_ragged
     from ft_dist_kernels.attention.segments import lay_segments

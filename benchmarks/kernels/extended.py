@@ -1,4 +1,4 @@
-"""A group of LoRA linears as one product over an extended weight, compared with the same group apart."""
+"""A group of LoRA linears as one product over an extended weight, compared with the same group as separate products."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,9 +14,9 @@ from benchmarks.kernels.harness import Case
 
 
 def as_one(case: Case, *, members: int, rank: int, scale: float, dropout: float) -> Case:
-    """`case` (of `lora_linear`, with that dropout) as one product.
+    """`case` (of `lora_linear`, with this dropout) as one product.
 
-    Eager's outputs are joined as ours are, which costs it a pass; the floor's are not.
+    Eager's outputs are concatenated as ours are, which costs it a pass; the floor's are not.
     """
     ranks = (rank,) * members
     spare = extended_spare(ranks)

@@ -1,7 +1,7 @@
 """A group of LoRA linears over a base held in FP8, compared with the same group in bf16.
 
-Errors are set against those of the emulation on CPU, which rounds the same way: a GPU may be no further from the truth
-than twice that.
+Errors are compared with those of the emulation on CPU, which rounds the same way: a GPU's error may be at most twice
+that.
 """
 
 from collections.abc import Callable
@@ -18,13 +18,13 @@ from benchmarks.kernels.harness import Case
 
 
 def fp8_here(inner: int, outers: tuple[int, ...]) -> bool:
-    """Whether this machine multiplies in FP8, or emulates it, and these sides fit."""
+    """Whether this machine multiplies in FP8, or emulates it, and these sizes fit."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return fp8_reason_not(device) is None and all(takes_fp8(outer, inner) for outer in outers)
 
 
 class Held:
-    """The weights in FP8, made when they are first read, where they then lie."""
+    """The weights in FP8, built on the first read and on the device of that read."""
 
     def __init__(self) -> None:
         self._weights: list[FP8Weight] = []

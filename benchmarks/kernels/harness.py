@@ -1,8 +1,8 @@
 """Times, errors and peak memory of one op: ours against eager and any peers, paired in one run.
 
 Error: the largest, over outputs and gradients, of ||a - truth|| / ||truth||, truth in fp64 on the same rounded inputs.
-A gradient that vanishes (of a query that sees one key alone, say) is held against its natural scale instead.
-Time: forward and backward, the contestants taking turns; medians. Memory: the peak above what the inputs hold.
+A gradient that vanishes (say of a query that sees only one key) is compared with its natural scale instead.
+Time: forward and backward, contestants in turn; medians. Memory: the peak above the size of the inputs.
 """
 
 import statistics
@@ -22,9 +22,9 @@ class Case:
     """An op at one shape. `make(tokens, dtype, device)` gives inputs; tensors that require a gradient are leaves.
 
     `ours`, `eager` and `peers` take the inputs and return one tensor or a tuple. `cost(tokens)` is (bytes, FLOPs) of a
-    forward and backward pass, as `formula` says. `floor` is what no implementation can leave out, where that is a
-    useful yardstick (the frozen products of a LoRA layer). `truth` (for fp64) and `yardstick` replace `eager` in errors
-    where its own random numbers make it useless there (dropout). `views`: inputs share memory, so that none can be
+    forward and backward pass, as in `formula`. `floor` is the work that no implementation can avoid, where that is a
+    useful reference (the frozen products of a LoRA layer). `truth` (for fp64) and `yardstick` replace `eager` in errors
+    where its own random numbers make it useless (dropout). `views`: inputs share memory, so none can be
     replaced by a copy.
     """
 
@@ -82,14 +82,14 @@ def _in(inputs: Inputs, dtype: torch.dtype) -> Inputs:
 
 
 VANISHED = 1e-4
-"""Of its natural scale: a gradient of that size or less is what cancellation leaves of a 0"""
+"""Relative to its natural scale: a gradient this small is a true 0 up to cancellation"""
 
 
 def _norms(truth: list[Tensor], inputs: Inputs, upstream: list[Tensor]) -> list[float]:
-    """What the errors of outputs and gradients are relative to: the norm of each truth.
+    """The scale of the errors of outputs and gradients: the norm of each true value.
 
     Where a gradient's norm is under VANISHED of ||upstream|| ||output|| / ||input||, which it has unless terms cancel,
-    that scale takes its place: at one token the true gradient of attention's queries is 0.
+    that scale replaces it: with one token, the true gradient of attention's queries is 0.
     """
     leaves = [value for value in inputs.values() if isinstance(value, Tensor) and value.requires_grad]
     outputs = truth[: len(upstream)]
@@ -117,7 +117,7 @@ def errors(case: Case, dtype: torch.dtype, device: str) -> dict[str, float]:
 
 
 def _cpu_peak_bytes(run: Callable[[], Any]) -> int:
-    """The highest sum of live allocations during `run`, as the profiler saw them."""
+    """The highest sum of live allocations during `run`, from the profiler."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -141,7 +141,7 @@ def peak_bytes(run: Callable[[], Any], device: str) -> int:
 
 
 def medians_s(contestants: dict[str, Callable[[], Any]], device: str, rounds: int) -> dict[str, float]:
-    """Seconds a call: the contestants take turns, so that drift of the machine falls on all of them."""
+    """Seconds per call: the contestants take turns, so machine drift affects all of them."""
     taken: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, run in contestants.items():
@@ -157,7 +157,7 @@ def medians_s(contestants: dict[str, Callable[[], Any]], device: str, rounds: in
 
 
 def ceilings(device: str) -> dict[str, float]:
-    """What this device reaches on a plain copy (bytes/s) and a large bf16 product (FLOP/s), measured now."""
+    """This device's rate on a plain copy (bytes/s) and a large bf16 product (FLOP/s), measured now."""
     if device == "cpu":
         return {}
     from triton.testing import do_bench
@@ -185,7 +185,7 @@ def measure(case: Case, dtype: torch.dtype, device: str, limits: dict[str, float
         try:
             runner(peer)()
             contestants[name] = runner(peer)
-        except Exception as problem:  # a peer of any version may fail in any way; the report says so
+        except Exception as problem:  # any version of a peer may fail in any way; the report records it
             failed[name] = f"{type(problem).__name__}: {str(problem)[:120]}"
     if case.floor is not None:
         contestants["floor"] = runner(case.floor)

@@ -1,10 +1,10 @@
-"""Every kernel with integer arguments equal to 1, which Triton turns into constants: no GPU is needed.
+"""Every kernel with integer arguments equal to 1, which Triton turns into constants; needs no GPU.
 
     python -m benchmarks.kernels.ones [--ops OP ...]
 
 A constant has no `.to`, so a kernel that compiles at 37 tokens may fail at one. Each integer argument that the launch
-specialises is set to 1 alone, then all of them together. Only Triton's front end runs: that is where such a kernel
-fails, in a hundredth of the time of a whole compilation. Exits 1 where a kernel fails.
+specialises is set to 1 alone, then all of them together. Only Triton's front end runs, because such a kernel fails
+there, in a hundredth of the time of a full compilation. Exits 1 if a kernel fails.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     for op, cases in ops().items():
         seen = set()
         for case in cases("sm_90") if not chosen or op in chosen else ():
-            # Branches of a kernel are chosen by its flags, not by its sizes
+            # a kernel's flags select its branches, its sizes do not
             flags = (case.kernel, *(v for v in case.constexprs.values() if isinstance(v, bool | str | None)))
             flags += (case.constexprs.get("N"),)
             if flags in seen:

@@ -1,10 +1,10 @@
-"""Parity of every kernel on the device, in bf16: ours may be no further from fp64 truth than twice eager plus 1e-6.
+"""Parity of every kernel on the device, in bf16: our error against fp64 may be at most twice eager's plus 1e-6.
 
     python -m benchmarks.kernels.parity [--tiny] [--json FILE]
 
-Runs the Triton form at aligned, ragged and one-row lengths, checks that two runs give the same bits, and that the
-dropout mask on the device is the CPU's. Different bits pass only where cuDNN's attention ran, whose backward pass is
-not deterministic. A case that raises is a failure like any other. Exits 1 on a failure.
+Runs the Triton form at aligned, ragged and one-row lengths, checks that two runs give the same bits and that the
+dropout mask on the device equals the CPU's. Different bits pass only where cuDNN's attention ran, whose backward pass
+is not deterministic. A case that raises is a failure. Exits 1 on a failure.
 """
 
 import argparse
@@ -41,17 +41,17 @@ def check(case: Case, tokens: int, device: str) -> dict[str, Any]:
         once, again = (step(case.ours, inputs, upstream) for _ in range(2))
         same = all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
         cudnn = not same and ran_cudnn(case, inputs, upstream)
-    except Exception as problem:  # whatever one case does, the others count
-        told = "".join(traceback.format_exception(problem))
-        print(told, flush=True)
-        broken = {"failed": f"{type(problem).__name__}: {problem}"[:500], "traceback": tail(told)}
+    except Exception as problem:  # one failing case must not stop the others
+        trace = "".join(traceback.format_exception(problem))
+        print(trace, flush=True)
+        broken = {"failed": f"{type(problem).__name__}: {problem}"[:500], "traceback": tail(trace)}
         return {**row, "ours": math.nan, "eager": math.nan, "bit_equal": False, "passed": False, **broken}
     passed = (same or cudnn) and error["ours"] <= 2 * error["eager"] + 1e-6
     return {**row, **error, "bit_equal": same, "cudnn": cudnn, "passed": passed}
 
 
 def ran_cudnn(case: Case, inputs: Inputs, upstream: list[Tensor]) -> bool:
-    """Whether a kernel of cuDNN takes part in this case, as the profiler sees it."""
+    """Whether the profiler sees a cuDNN kernel in this case."""
     if not torch.cuda.is_available():
         return False
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -88,7 +88,7 @@ def same_mask(device: str) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.parity", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tiny", action="store_true", help="one small shape: to try the command")
+    parser.add_argument("--tiny", action="store_true", help="one small shape, to try the command")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     rows = []

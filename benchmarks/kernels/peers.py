@@ -1,4 +1,4 @@
-"""Other people's kernels for the same op, where they are installed. None of them is needed."""
+"""Other projects' kernels for the same op, if installed. All are optional."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -49,7 +49,7 @@ def _torch_linear_cross_entropy() -> dict[str, Peer]:
 
 
 def peers_of(op: str, eager: Peer) -> dict[str, Peer]:
-    """Peers by name: on CPU PyTorch's own fused loss alone, on CUDA also compiled eager, Liger and CCE."""
+    """Peers by name: on CPU only PyTorch's own fused loss, on CUDA also compiled eager, Liger and CCE."""
     peers = _torch_linear_cross_entropy() if op == "linear_cross_entropy" else {}
     if not torch.cuda.is_available():
         return peers
@@ -59,7 +59,7 @@ def peers_of(op: str, eager: Peer) -> dict[str, Peer]:
 
 
 def _where_it_imports(name: str, make: Callable[[], dict[str, Peer]]) -> dict[str, Peer]:
-    """A peer of a version that does not go with this torch costs its own figures, not ours."""
+    """A peer whose version does not work with this torch loses its own figures, not ours."""
     try:
         return make()
     except Exception as problem:

@@ -1,8 +1,8 @@
-"""Registers, spills and shared memory of every kernel, compiled ahead of time for four chips: no GPU is needed.
+"""Registers, spills and shared memory of every kernel, compiled ahead of time for four chips; needs no GPU.
 
     python -m benchmarks.kernels.resources [--json FILE] [--ops OP ...] [--chips CHIP ...] [--quick]
 
-Exits 1 where a kernel does not compile, takes more shared memory than its chip has, or spills registers. NVIDIA's
+Exits 1 if a kernel does not compile, takes more shared memory than its chip has, or spills registers. NVIDIA's
 figures come from the cubin (`cuobjdump -res-usage`, carried by Triton), AMD's from the compiler's own metadata.
 """
 
@@ -26,16 +26,16 @@ from ft_dist_kernels.aot import CHIPS, AotCase, Chip
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32)}
 TARGETS["gfx942"] = ("hip", "gfx942", 64)  # type: ignore[assignment]
-# What one block may take: the architecture's opt-in maximum on NVIDIA, the LDS of a compute unit on AMD.
+# The limit of one block: the architecture's opt-in maximum on NVIDIA, the LDS of a compute unit on AMD.
 SHARED_BYTES = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What one kernel takes of one chip; `error` is empty where it compiled.
+    """The resources that one kernel takes on one chip; `error` is empty if it compiled.
 
-    `narrow_loads` counts the instructions that read less than 4 bytes a thread from memory, on NVIDIA: tiles that are
-    read so take many times as long.
+    `narrow_loads` counts the instructions that read less than 4 bytes per thread from memory, on NVIDIA: tiles
+    read that way take many times as long.
     """
 
     op: str
@@ -60,7 +60,7 @@ class Usage:
 
 @cache
 def ops() -> dict[str, Any]:
-    """Every `aot_cases` of the kernels by the name of its op: lora, lora.extended, cross_entropy, quantised.fp8, ..."""
+    """Every `aot_cases` of the kernels, keyed by op: lora, lora.extended, cross_entropy, quantised.fp8, ..."""
     found = {}
     for info in pkgutil.walk_packages(ft_dist_kernels.__path__, "ft_dist_kernels."):
         module = importlib.import_module(info.name)
@@ -103,13 +103,13 @@ def _indices(cases: list[AotCase], *, quick: bool) -> list[int]:
 
 
 def _compile(wanted: tuple[str, Chip, int]) -> Usage:
-    """A case by its place: kernels themselves do not travel between processes."""
+    """A case by its index, because kernels cannot be pickled."""
     op, chip, index = wanted
     return compile_case(op, ops()[op](chip)[index], chip)
 
 
 def _cuda_usage(cubin: bytes) -> tuple[int, int]:
-    """(registers of a thread, bytes of its stack and local memory): a spill is a local store."""
+    """(registers per thread, bytes of its stack and local memory): a spill is a local store."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -122,7 +122,7 @@ def _cuda_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def _hip_usage(assembly: str) -> tuple[int, int]:
-    """(vector registers of a lane, bytes that a lane spills)."""
+    """(vector registers per lane, bytes that a lane spills)."""
     figures = {key: int(value) for key, value in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", assembly)}
     return figures["vgpr_count"], 4 * figures["vgpr_spill_count"]
 
@@ -139,13 +139,13 @@ def _print_table(rows: list[Usage]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.resources", description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write the table there as well")
+    parser.add_argument("--json", type=Path, help="also write the table to FILE")
     parser.add_argument("--ops", nargs="*", help="only these ops")
     parser.add_argument("--chips", nargs="*", choices=CHIPS, default=list(CHIPS), help="only these chips")
-    parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8), help="processes that compile")
-    parser.add_argument("--quick", action="store_true", help="one configuration of every kernel")
+    parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8), help="number of compiling processes")
+    parser.add_argument("--quick", action="store_true", help="one configuration per kernel")
     options = parser.parse_args(arguments)
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what a launch uses; silences a warning of Triton 3.9
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as a launch does; silences a warning of Triton 3.9
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         print("TRITON_INTERPRET=1 turns kernels into Python, which cannot be compiled. Unset it.", file=sys.stderr)
         return 2

@@ -1,9 +1,9 @@
-"""Block sizes for the GPU that is here: every candidate of an op's table timed at the shapes of well-known models.
+"""Block sizes for this machine's GPU: times every candidate of an op's table at the shapes of well-known models.
 
     python -m benchmarks.kernels.tune [--ops OP ...] [--json FILE]
 
-Prints the best entry of each table beside the one checked in. Kernels never tune themselves during training: entries
-are part of the source, so that the same run gives the same bits on every machine of a kind.
+Prints the best entry of each table next to the one checked in. Kernels never tune themselves during training: entries
+are part of the source, so the same run gives the same bits on every machine of a kind.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from benchmarks.kernels.harness import Case, medians_s, step, upstream_for
 
 
 class Entry(NamedTuple):
-    """One place in a table: `table[key]` holds one of `candidates` (or what is checked in)."""
+    """One entry of a table: `table[key]` holds one of `candidates` (or the checked-in value)."""
 
     op: str
     name: str
@@ -69,9 +69,9 @@ def entries(device: torch.device, ops: list[str]) -> Iterator[Entry]:
 
 
 def best(entry: Entry, seconds: Callable[[], float]) -> tuple[Any, dict[str, float]]:
-    """The fastest candidate by `seconds()`, and the times of all that ran; the table is left as it was.
+    """The fastest candidate by `seconds()`, and the times of all that ran; restores the table.
 
-    One that does not fit on the chip raises where it is launched, and is passed over.
+    A candidate that does not fit on the chip raises at launch and is skipped.
     """
     checked_in = entry.table[entry.key]
     times: dict[str, float] = {}
@@ -93,7 +93,7 @@ def best(entry: Entry, seconds: Callable[[], float]) -> tuple[Any, dict[str, flo
 
 
 def time_of(op_cases: list[Case], device: str) -> Callable[[], float]:
-    """Geometric mean over the op's cases of a forward and backward pass in bf16."""
+    """Geometric mean, over the op's cases, of the seconds of a forward and backward pass in bf16."""
     runs = []
     for case in op_cases:
         inputs = case.make(case.tokens, torch.bfloat16, device)
@@ -114,7 +114,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        print("tuning needs a GPU that torch can see; here it sees none.", file=sys.stderr)
+        print("tuning needs a GPU, and torch finds none.", file=sys.stderr)
         return 2
     report: dict[str, Any] = {**about("cuda"), "entries": []}
     for entry in entries(torch.device("cuda"), options.ops):

@@ -1,1 +1,1 @@
-"""What a setting does to what a run learns: final held-out loss and accuracy, seed by seed."""
+"""The effect of a setting on what a run learns: final held-out loss and accuracy, seed by seed."""

@@ -1,12 +1,12 @@
-"""`python -m benchmarks.learning`: what LoRA learns on an FP8 base and on a bf16 base, seed by seed.
+"""`python -m benchmarks.learning`: LoRA's results on an FP8 base and on a bf16 base, seed by seed.
 
     python -m benchmarks.learning [--tasks quickstart banking77] [--seeds 3] [--steps N]
                                   [--banking77 DIR] [--json FILE] [--work DIR]
 
-Both bases run after one another for every task and seed, with the same samples in the same order. Each run is scored on
-the weights it trained on, and the adapter of an FP8 run also on the model's own weights, which is how `ft-dist chat`,
-`evaluate` and `export` load it. A difference is set against the spread of the bf16 runs over seeds. On a CPU FP8 is
-emulated. The file is written after every run, and runs that --work holds already are taken as they are.
+Both bases run for every task and seed, with the same samples in the same order. Each run is scored on the weights it
+trained on; the adapter of an FP8 run is also scored on the model's own weights, which is how `ft-dist chat`, `evaluate`
+and `export` load it. Differences are compared with the spread of the bf16 runs over seeds. On CPU, FP8 is emulated. The
+file is written after every run; runs already in --work are reused.
 """
 
 import argparse
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BASES = {"bf16": [], "fp8": ["model.base_dtype=fp8"]}
 OWN = "fp8, on own weights"
 CATEGORIES, TEST_ROWS = 10, 100
-"""Of Banking77: the first categories by name; rows of the held-out set to score, taken evenly"""
+"""Banking77: the first categories by name; rows of the held-out set to score, evenly spaced"""
 
 
 def main() -> int:
@@ -35,7 +35,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--work", type=Path, help="where runs are kept; a temporary folder otherwise")
+    parser.add_argument("--work", type=Path, help="keep runs here (default: a temporary folder)")
     options = parser.parse_args()
     if "banking77" in options.tasks and not options.banking77:
         parser.error("the task banking77 needs --banking77 DIR")
@@ -53,7 +53,7 @@ def main() -> int:
 
 
 def measure(task: str, base: str, seed: int, options: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
-    """The rows of one run: scored as trained and, for an adapter trained on FP8, on the model's own weights."""
+    """The rows of one run: scored as trained and, for an adapter trained on FP8, also on the model's own weights."""
     folder = work / f"{task}-{base}-{seed}"
     recipe = [
         "quickstart",
@@ -103,7 +103,7 @@ def command(*arguments: str) -> str:
 
 
 def subset(banking77: Path, work: Path) -> tuple[Path, Path]:
-    """CSV files of the first categories; of the test set a few rows of each."""
+    """CSV files of the first categories; the test set keeps a few rows of each."""
     paths = []
     for name, most in (("train", 10**6), ("test", TEST_ROWS // CATEGORIES)):
         with (banking77 / f"{name}.csv").open(encoding="utf-8", newline="") as file:
@@ -121,7 +121,7 @@ def subset(banking77: Path, work: Path) -> tuple[Path, Path]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Means over seeds, the spread of seeds, and the mean difference from bf16 of the same seed."""
+    """Means over seeds, their spread, and the mean difference from bf16 at the same seed."""
     lines = [f"{'task':12}{'base':22}{'seeds':>6}{'loss':>16}{'diff':>9}{'accuracy':>18}{'diff':>9}"]
     for task in dict.fromkeys(row["task"] for row in rows):
         mine = {(row["base"], row["seed"]): row for row in rows if row["task"] == task}

@@ -1,1 +1,1 @@
-"""What a user would pick instead of us, beside us on the same work: for each a recipe, a config and a log parser."""
+"""Other trainers on the same work as ours: for each a recipe, a config and a log parser."""

@@ -1,4 +1,4 @@
-"""One piece of work that every side does: the same checkpoint, rows, labels, precision, adapters, batch and rate."""
+"""The work that every side does: the same checkpoint, rows, labels, precision, adapters, batch and learning rate."""
 
 import json
 import math
@@ -11,10 +11,10 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 @dataclass(frozen=True)
 class Case:
-    """Rows are counted in an optimizer step; a peer reads `ordered` from its first row to its last, once.
+    """`rows` are per optimizer step; a peer reads `ordered` from its first row to its last, once.
 
-    `ordered` is a JSON Lines file of chats in the order in which our own run deals them. `packed` asks for the side's
-    own way of leaving padding out, where it has one that keeps samples apart on this device.
+    `ordered` is a JSON Lines file of chats in the order of our own run. `packed` asks for the side's
+    own way to avoid padding, if it has one that keeps samples apart on this device.
     """
 
     model: Path
@@ -38,7 +38,7 @@ class Case:
 
     @property
     def packed_length(self) -> int:
-        """Tokens of a row that holds about `rows` samples: the mean of a step, but no less than the longest sample."""
+        """Tokens of a row that holds about `rows` samples: the mean of a step, but at least the longest sample."""
         counts = json.loads(self.ordered.with_name("counts.json").read_text(encoding="utf-8"))
         mean = sum(counts["real"]) / len(counts["real"])
         return 8 * math.ceil(max(mean, counts["longest"]) / 8)
@@ -46,7 +46,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Command:
-    """What to start, and where its steps are told: on its output, or in a file of JSON lines that it appends to."""
+    """The command to start, and where it logs its steps: on its output, or in a JSON Lines file that it appends to."""
 
     arguments: list[str]
     environment: dict[str, str] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Step:
-    """A line of a log that says that an optimizer step is done. `loss` is the mean over labelled tokens."""
+    """A log line that marks the end of an optimizer step. `loss` is the mean over labelled tokens."""
 
     number: int
     loss: float
@@ -63,12 +63,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Peer:
-    """How one of them is started and read.
+    """How to start a peer and read its log.
 
     `command(case, folder, binaries)` writes its config into `folder`; `binaries` is its environment's bin/. `step_of`
-    gets a line of its log and the number of steps seen before. `losses` reads exact losses by step once it has ended,
-    where the log rounds them. `packs` says whether it has a way to pack that is correct here, `note` what else a reader
-    of the table must know.
+    gets a line of its log and the number of steps seen before. `losses` reads exact losses by step after the run
+    if the log rounds them. `packs`: whether it has a correct way to pack here; `note`: what else a reader
+    of the table should know.
     """
 
     name: str
@@ -77,5 +77,5 @@ class Peer:
     losses: Callable[[Path], dict[int, float]] = lambda folder: {}
     packs: bool = False
     order: Callable[[int, int], list[int]] = lambda rows, seed: list(range(rows))
-    """Where row i of the file comes in training, if its loader shuffles: position -> row"""
+    """If its loader shuffles: position in training -> row of the file"""
     note: str = ""

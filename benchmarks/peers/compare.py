@@ -1,7 +1,7 @@
-"""The peers and we in turn, A B A B, on the same work; one table, one JSON.
+"""Ours and the peers in turn, A B A B, on the same work; one table, one JSON file.
 
-A side whose first loss differs from ours did other work: it is shown, marked, and not ranked. Where a step of a packed
-side holds other rows than ours, its mean loss over all steps is what is compared.
+A side whose first loss differs from ours did different work: it is shown, marked, and not ranked. If a step of a packed
+side holds other rows than ours, the mean loss over all steps is compared instead.
 """
 
 import json
@@ -23,7 +23,7 @@ from ft_dist.resources import versions as own_versions
 
 NAMES = environments.NAMES
 FIRST_LOSS_TOLERANCE = {"fp32": 2e-3, "bf16": 3e-2}
-"""Relative: some logs round to four digits; bf16 adds up differently in every library"""
+"""Relative: some logs round to four digits, and bf16 sums differ between libraries"""
 MEAN_LOSS_TOLERANCE = 0.1
 """Relative, of packed rows: the same samples in other steps, with other adapters' random starts"""
 
@@ -57,7 +57,7 @@ def compare(
     limit_s: float,
     work: Path | None = None,
 ) -> dict[str, Any]:
-    """Run every side `turns` times; returns the report. `case` lacks model and data, which are made here."""
+    """Run every side `turns` times and return the report. `case` has no model or data yet; they are made here."""
     load_at_start = os.getloadavg()[0]
     failures: dict[str, str] = {}
     sides: list[tuple[Peer, Path]] = [(ours.PEER, Path())]
@@ -94,9 +94,9 @@ def compare(
 def _take_turns(
     sides: Sequence[tuple[Peer, Path]], case: Case, *, turns: int, folder: Path, options: dict[str, Any]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Every side unpacked, and packed where it can, then all again. What failed once is not tried again.
+    """Every side unpacked, and packed if it can; repeated for each turn. A side that failed is not retried.
 
-    Ctrl-C ends the turns, not the report.
+    Ctrl-C ends the turns; the report is still written.
     """
     todo = [(peer, binaries, replace(case, packed=flag)) for peer, binaries in sides for flag in (False, True)]
     todo = [(peer, binaries, one) for peer, binaries, one in todo if peer.packs or not one.packed]
@@ -111,7 +111,7 @@ def _take_turns(
             taken[side].append(result)
             print(_line(result), flush=True)
     except KeyboardInterrupt:
-        print("interrupted: the report holds the turns that are done", flush=True)
+        print("interrupted: the report holds the finished turns", flush=True)
     return taken
 
 
@@ -140,7 +140,7 @@ def _dealt(peer: Peer, case: Case) -> Path:
 
 
 def summary(taken: dict[str, list[dict[str, Any]]], *, dtype: str) -> dict[str, Any]:
-    """Medians over the turns of each side, whether its work equals ours, and the ratios to ours."""
+    """Medians over the turns of each side, whether it did the same work as ours, and the ratios to ours."""
     sides: dict[str, dict[str, Any]] = {}
     for side, turns in taken.items():
         sides[side] = {
@@ -165,7 +165,7 @@ def summary(taken: dict[str, list[dict[str, Any]]], *, dtype: str) -> dict[str, 
 
 
 def unequal(reference: dict[str, Any], row: dict[str, Any], *, packed: bool, dtype: str) -> str | None:
-    """In words, how a side's losses tell that it did other work than ours; None if they do not."""
+    """Why a side's losses show that it did different work from ours; None if they match."""
     tolerance = FIRST_LOSS_TOLERANCE[dtype]
     first = abs(row["first_loss"] / reference["first_loss"] - 1)
     if first <= tolerance:
@@ -179,7 +179,7 @@ def unequal(reference: dict[str, Any], row: dict[str, Any], *, packed: bool, dty
 
 
 def ratios(equal: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Ours to the fastest peer: both at their best, both unpacked; and the time to the first step."""
+    """Ours to the fastest peer: both at their best, both unpacked, and the time to the first step."""
     mine = [row for side, row in equal.items() if side.startswith("ours")]
     theirs = {side: row for side, row in equal.items() if not side.startswith("ours")}
     if not theirs:
@@ -203,7 +203,7 @@ def ratios(equal: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """One row a side, fastest first; below them those that were not ranked, and why."""
+    """One row per side, fastest first, then the sides that were not ranked, with the reason."""
     lines = [
         f"{'':22}{'labelled/s':>11}{'real/s':>9}{'step s':>9}{'first step s':>14}{'peak MiB':>10}{'first loss':>12}"
     ]

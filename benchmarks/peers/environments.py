@@ -1,7 +1,7 @@
-"""A virtual environment a peer, made on demand and kept: `~/.cache/ft_dist/peers/NAME`.
+"""One virtual environment per peer, built on demand and kept: `~/.cache/ft_dist/peers/NAME`.
 
-`requirements.txt` in the peer's folder is the recipe: torch comes first, by its exact version, and pins what follows.
-Lines of `steps.txt`, if there, are pip commands to run afterwards. A recipe that changes makes the environment anew.
+`requirements.txt` in the peer's folder is the recipe: torch is installed first, at an exact version, and pins the rest.
+Lines of `steps.txt`, if present, are pip commands to run afterwards. A changed recipe rebuilds the environment.
 """
 
 import hashlib
@@ -17,11 +17,11 @@ NAMES = ("trl", "llamafactory", "ms-swift", "litgpt", "torchtune", "axolotl")
 RECIPES = Path(__file__).parent
 TORCH = "torch==2.13.0"
 LIMIT_S = 1800.0
-TOLD = ("torch", "transformers", "peft", "accelerate", "lightning", *NAMES)
+REPORTED = ("torch", "transformers", "peft", "accelerate", "lightning", *NAMES)
 
 
 class EnvironmentFailedError(Exception):
-    """What pip said last."""
+    """pip's last lines"""
 
 
 def place(name: str) -> Path:
@@ -56,12 +56,12 @@ def build(name: str, *, say: bool = True) -> Path:
 
 
 def versions(name: str) -> dict[str, str]:
-    """What pip put there, of the packages that matter to a reader."""
+    """The installed versions of the packages that matter to a reader."""
     command = [str(place(name) / "bin" / "python"), "-m", "pip", "list", "--format=json", "--disable-pip-version-check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     found = json.loads(done.stdout) if done.returncode == 0 else []
     versions = {entry["name"].lower().replace("_", "-"): entry["version"] for entry in found}
-    return {package: versions[package] for package in TOLD if package in versions}
+    return {package: versions[package] for package in REPORTED if package in versions}
 
 
 def _folder(name: str) -> Path:

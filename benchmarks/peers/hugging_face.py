@@ -1,4 +1,4 @@
-"""What the peers that stand on Hugging Face's Trainer have in common: its log lines and its state file."""
+"""Shared by the peers built on Hugging Face's Trainer: its log lines and its state file."""
 
 import ast
 import json
@@ -12,7 +12,7 @@ _LOG = re.compile(r"\{'loss': .*\}")
 
 
 def step_of(line: str, seen: int) -> Step | None:
-    """`{'loss': '2.31', 'grad_norm': '1.2', ...}`, one an optimizer step; older releases print numbers, not strings."""
+    """`{'loss': '2.31', 'grad_norm': '1.2', ...}` per optimizer step; older releases print numbers, not strings."""
     found = _LOG.search(line)
     if not found:
         return None
@@ -23,7 +23,7 @@ def step_of(line: str, seen: int) -> Step | None:
 
 
 def losses(folder: Path) -> dict[int, float]:
-    """Losses with all their digits, from the state file beside the checkpoint that the run leaves."""
+    """Losses with all their digits, from the state file in the run's last checkpoint."""
     files = sorted(folder.rglob("trainer_state.json"), key=lambda path: path.stat().st_mtime)
     if not files:
         return {}
@@ -32,7 +32,7 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 def training_arguments(case: Case, folder: Path) -> dict[str, Any]:
-    """The arguments of transformers' TrainingArguments that make the same work."""
+    """The TrainingArguments of transformers that give the same work."""
     return {
         "output_dir": str(folder / "out"),
         "per_device_train_batch_size": case.rows,

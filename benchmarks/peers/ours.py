@@ -1,4 +1,4 @@
-"""Our own side: `ft-dist train` on the same case. Packed rows hold about as many samples a step as the peers take."""
+"""Our side: `ft-dist train` on the same case. Packed steps hold about as many samples as the peers' steps."""
 
 import json
 import os
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def settings(case: Case, folder: Path, *, chats: Path, packed_length: int = 0) -> dict[str, Any]:
-    """The config tree of a run on `chats`; `packed_length` tokens in the one packed row of a step, 0 for no packing."""
+    """The config of a run on `chats`; `packed_length`: tokens in the step's single packed row, 0 for no packing."""
     packing = {"packing": True, "max_length": packed_length} if packed_length else {"packing": False}
     rows = 1 if packed_length else case.rows
     return {
@@ -37,12 +37,12 @@ def settings(case: Case, folder: Path, *, chats: Path, packed_length: int = 0) -
 
 
 def config(case: Case, folder: Path, *, chats: Path) -> RunConfig:
-    """The unpacked run as the product reads it."""
+    """The unpacked run's config as the product loads it."""
     return validate(settings(case, folder, chats=chats))
 
 
 def command(case: Case, folder: Path, binaries: Path) -> Command:
-    """`case.ordered` is a file beside `chats.jsonl`, which is what we train on; our order makes it the peers' order."""
+    """We train on `chats.jsonl`, next to `case.ordered`, which holds the same chats in our order for the peers."""
     chats = case.ordered.with_name("chats.jsonl")
     length = case.packed_length if case.packed else 0
     tree = settings(case, folder, chats=chats, packed_length=length)

@@ -1,4 +1,4 @@
-"""One side's process under the clock: every line stamped as it comes, memory of the whole tree, a limit of time."""
+"""Times one side's process: a timestamp for every line, memory of the whole process tree, a time limit."""
 
 import os
 import resource
@@ -14,9 +14,9 @@ from benchmarks.peers.case import Command
 SAMPLE_S = 0.1
 TAIL_S = 0.01
 END_S = 5.0
-"""A killed process that is still there after this long is stuck in the kernel"""
+"""A killed process that still exists after this long is stuck in the kernel"""
 UNSET = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""Every side chooses its own threads"""
+"""Unset, so that every side chooses its own threads"""
 
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -31,7 +31,7 @@ OFFLINE = {
 
 @dataclass(frozen=True)
 class Finished:
-    """`lines` with the seconds since the command was given; `code` None when the limit cut it off."""
+    """`lines` with the seconds since the start; `code` is None if the limit cut it off."""
 
     lines: list[tuple[float, str]]
     step_lines: list[tuple[float, str]]
@@ -41,7 +41,7 @@ class Finished:
 
 
 def run(command: Command, *, folder: Path, limit_s: float) -> Finished:
-    """Start it, watch it, end it."""
+    """Start the command, time its lines, end it."""
     environment = {key: value for key, value in os.environ.items() if key not in UNSET}
     environment |= OFFLINE | command.environment
     lines: list[tuple[float, str]] = []
@@ -89,7 +89,7 @@ def _read(process: "subprocess.Popen[str]", lines: list[tuple[float, str]], star
 
 
 def _tail(path: Path, lines: list[tuple[float, str]], started: float, done: threading.Event) -> None:
-    """Whole lines of a file that grows, until nothing more can come."""
+    """Whole lines of a growing file, until the writer has ended."""
     kept = ""
     position = 0
     while True:
@@ -107,7 +107,7 @@ def _tail(path: Path, lines: list[tuple[float, str]], started: float, done: thre
 
 
 class _Watch:
-    """Resident memory of a process and all that it started, and their end."""
+    """Resident memory of a process and its descendants, and how to end them."""
 
     def __init__(self, pid: int) -> None:
         self._root = pid
@@ -122,9 +122,9 @@ class _Watch:
             self.peak_bytes = max(self.peak_bytes, sum(_resident_pages(pid) for pid in tree) * page)
 
     def kill_all(self) -> None:
-        """Kill whatever is left of the tree and wait until it has ended, which a busy machine takes a while for.
+        """Kill what is left of the tree and wait until it has ended, which can take a while on a busy machine.
 
-        A number that was given to a stranger since is not in our session.
+        A process id that was reused by a stranger is not in our session.
         """
         killed = []
         for pid in sorted(self._seen | set(_tree(self._root))):
@@ -141,7 +141,7 @@ class _Watch:
 
 
 def _runs(pid: int) -> bool:
-    """Whether the process is there and has not ended; one that nobody has waited for yet has."""
+    """Whether the process exists and has not ended; a zombie has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
     except OSError:
@@ -158,7 +158,7 @@ def _tree(pid: int) -> list[int]:
 
 
 def _descends_or_orphaned(pid: int, ours: set[int]) -> bool:
-    """Whether `pid` still has a parent of ours, or lost it to init, and its session is one that we opened."""
+    """Whether `pid` has one of our processes or init as its parent, and its session is one that we opened."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

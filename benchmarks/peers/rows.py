@@ -1,7 +1,7 @@
-"""The one writer of what every side trains on: CSV or JSON Lines -> chats, a checkpoint, and the order of the rows.
+"""Writes what every side trains on: CSV or JSON Lines -> chats, a checkpoint, and the order of the rows.
 
-Our own order is a keyed permutation that depends on the data itself, so ours leads: `in_our_order` asks our stream
-which samples it deals, and writes the same chats in that order for the peers, who read them from first to last.
+Our order is a keyed permutation that depends on the data, so it comes first: `in_our_order` asks our stream
+which samples it deals and writes the same chats in that order for the peers, which read them from first to last.
 """
 
 import csv
@@ -14,21 +14,21 @@ from typing import Any
 
 TEMPLATE = Path(__file__).with_name("chatml.jinja")
 SYSTEM = "Sort the customer's message into one of the known intents."
-"""Said in every chat: some templates put a system prompt of their own where there is none"""
+"""In every chat, because some templates add their own system prompt if there is none"""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Tokens of every optimizer step, as our own data path counts them."""
+    """Tokens of every optimizer step, counted by our own data path."""
 
     real: list[int]
     labelled: list[int]
 
 
 def read_chats(path: Path) -> list[dict[str, Any]]:
-    """All chats of a file. A CSV's first column is what the user says, its second what the assistant answers.
+    """All chats of a file. A CSV's first column is the user's message, its second the assistant's answer.
 
-    Raises SystemExit for a file of another kind.
+    Raises SystemExit for any other kind of file.
     """
     if path.suffix == ".csv":
         with path.open(encoding="utf-8", newline="") as file:
@@ -47,10 +47,10 @@ def chat(question: str, answer: str) -> dict[str, Any]:
 
 
 def spread(chats: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """`count` chats at equal distances: files are often sorted. Raises SystemExit where there are fewer."""
+    """`count` evenly spaced chats, since files are often sorted. Raises SystemExit if there are fewer."""
     if len(chats) < count:
         raise SystemExit(
-            f"{count} rows are needed (steps x rows a step), the data has {len(chats)}. Ask for fewer steps."
+            f"{count} rows are needed (steps x rows per step), the data has {len(chats)}. Ask for fewer steps."
         )
     return [chats[at * len(chats) // count] for at in range(count)]
 
@@ -82,7 +82,7 @@ def in_our_order(config: Any, chats: Sequence[dict[str, Any]], steps: int) -> tu
 
 
 def deal(chats: Sequence[dict[str, Any]], order: Sequence[int]) -> list[dict[str, Any]]:
-    """The file from which a loader that takes row `order[i]` at position i reads `chats` in their order."""
+    """`chats` rearranged so that a loader that takes row `order[i]` at position i reads them in our order."""
     placed: list[dict[str, Any]] = [{}] * len(chats)
     for position, row in enumerate(order):
         placed[row] = chats[position]
@@ -90,10 +90,10 @@ def deal(chats: Sequence[dict[str, Any]], order: Sequence[int]) -> list[dict[str
 
 
 def checkpoint(name: str, dtype: str, cache: Path) -> Path:
-    """`name` (built-in, folder or hub id) in `dtype` with the template that every side obeys, made once.
+    """`name` (built-in, folder or hub id) in `dtype` with the chat template of every side, made once.
 
-    The template ends a last answer at its end token: a line break behind it, which some peers would learn and others
-    not, stands between turns only.
+    The template ends the last answer at its end token: line breaks, which only some peers would train on,
+    come only between turns.
     """
     from ft_dist.model.builtin import resolve_model
     from ft_dist.model.folder import whole_folder
@@ -113,7 +113,7 @@ def checkpoint(name: str, dtype: str, cache: Path) -> Path:
         )
         model.save_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(source)
-        # peers that know no generation marks read the tokenizer's own template
+        # peers without generation marks read the tokenizer's own template
         tokenizer.chat_template = text.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
         tokenizer.eos_token = "<|im_end|>" if "<|im_end|>" in tokenizer.get_vocab() else tokenizer.eos_token
         tokenizer.save_pretrained(folder)
@@ -121,7 +121,7 @@ def checkpoint(name: str, dtype: str, cache: Path) -> Path:
 
 
 def longest(config: Any) -> int:
-    """Tokens of the longest sample of `config`'s data, which is prepared."""
+    """Tokens of the longest sample of `config`'s data; prepares the data."""
     from ft_dist.data.prepare.build import prepare
     from ft_dist.model.tokenizer import load_tokenizer
 

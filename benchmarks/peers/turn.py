@@ -1,4 +1,4 @@
-"""One turn of one side: a process from command to last step, its log turned into figures of one shape."""
+"""One turn of one side: a process from start to last step, and the figures from its log."""
 
 import shutil
 import statistics
@@ -12,19 +12,19 @@ from benchmarks.peers.case import Case, Peer, Step
 from benchmarks.peers.process import Finished, run
 from benchmarks.peers.rows import Counts
 
-TOLD_CHARACTERS = 300
+REASON_CHARACTERS = 300
 
 
 def take(
     peer: Peer, case: Case, *, counts: Counts, folder: Path, binaries: Path, warmup: int, limit_s: float
 ) -> dict[str, Any]:
-    """Run `peer` on `case` once. A run that fails, hangs or stops early has `failed`, the reason in words."""
+    """Run `peer` on `case` once. If the run fails, hangs or stops early, `failed` gives the reason."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
         command = peer.command(case, folder, binaries)
     except (LookupError, subprocess.SubprocessError) as error:
-        return {"side": side_name(peer, case), "failed": f"could not be set up: {error}"[:TOLD_CHARACTERS]}
+        return {"side": side_name(peer, case), "failed": f"could not be set up: {error}"[:REASON_CHARACTERS]}
     finished = run(command, folder=folder, limit_s=limit_s)
     stamped = steps(peer, finished)
     figures: dict[str, Any] = {
@@ -61,7 +61,7 @@ def side_name(peer: Peer, case: Case) -> str:
 
 
 def steps(peer: Peer, finished: Finished) -> list[tuple[float, Step]]:
-    """When each step was done, in seconds since the command."""
+    """When each step ended, in seconds since the start."""
     found: list[tuple[float, Step]] = []
     for when, line in finished.step_lines:
         step = peer.step_of(line, len(found))
@@ -71,7 +71,7 @@ def steps(peer: Peer, finished: Finished) -> list[tuple[float, Step]]:
 
 
 def tokens(peer: Peer, case: Case, counts: Counts, folder: Path, taken: int) -> tuple[list[float], list[float]]:
-    """Real and labelled tokens of every step; their means where a peer packs rows of its own."""
+    """Real and labelled tokens of every step; their means if a peer packs its own rows."""
     if peer.name == "ours":
         records = ours.metrics(folder)
         return [record["real_tokens"] for record in records], [record["labelled_tokens"] for record in records]
@@ -87,11 +87,13 @@ def weighted_mean(losses: list[float], weights: list[float]) -> float:
 
 
 def reason(finished: Finished, taken: int, limit_s: float) -> str:
-    """Why a run gives no figures: the last line that looks like an error."""
+    """Why a run gave no figures: the last line that looks like an error."""
     if finished.code is None:
         return f"cut off after {limit_s:.0f} s at step {taken}"
-    # a launcher's own complaint that its child failed says nothing
-    told = [line for _, line in finished.lines if ("Error" in line or "error:" in line) and "CalledProcess" not in line]
+    # a launcher's message that its child failed explains nothing
+    errors = [
+        line for _, line in finished.lines if ("Error" in line or "error:" in line) and "CalledProcess" not in line
+    ]
     last = [line for _, line in finished.lines if line.strip()]
-    words = (told or last or ["no output"])[-1].strip()
-    return f"exit code {finished.code} after {taken} steps: {words[:TOLD_CHARACTERS]}"
+    words = (errors or last or ["no output"])[-1].strip()
+    return f"exit code {finished.code} after {taken} steps: {words[:REASON_CHARACTERS]}"

@@ -1,1 +1,1 @@
-"""Plots of what `ft_dist.plan` says, for the docs."""
+"""Plots of the plan's figures, for the docs."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.plan`: how tokens/s would grow to 1,024 GPUs, as docs/plan-scaling.svg. No GPU is needed.
+"""`python -m benchmarks.plan`: planned tokens/s up to 1,024 GPUs, as docs/plan-scaling.svg. Needs no GPU.
 
 LoRA and full fine-tuning of the shapes of Llama 3 8B and 70B, ZeRO 2, 3 and ++, on two interconnects. It is the plan's
 arithmetic (ft_dist/plan/speed.py), not a measurement; docs/how-to/plan.md lists what it assumes.
@@ -43,7 +43,7 @@ def shape(name: str) -> ModelShape:
 
 @cache
 def job(model: str, method: str, stage: int, ranks: int) -> tuple[Job, int]:
-    """One row of LENGTH tokens for each GPU, two micro-batches a step; and the bytes of a GPU at its peak."""
+    """One row of LENGTH tokens per GPU, two micro-batches per step; and the peak bytes of a GPU."""
     tree: dict[str, Any] = {
         "model": {"path": model},
         "method": {"kind": method},
@@ -57,7 +57,7 @@ def job(model: str, method: str, stage: int, ranks: int) -> tuple[Job, int]:
 
 
 def efficiency(model: str, method: str, stage: int, plusplus: bool, network: float) -> list[tuple[int, float]]:
-    """(GPUs, tokens/s a GPU) where it fits."""
+    """(GPUs, tokens/s per GPU) where it fits."""
     chip = gpu_named(CHIP)
     jobs = [(ranks, *job(model, method, stage, ranks)) for ranks in GPUS]
     return [

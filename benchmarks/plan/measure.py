@@ -1,8 +1,8 @@
-"""`python -m benchmarks.plan.measure`: 8 settings trained on this machine's GPU beside what the plan said of them.
+"""`python -m benchmarks.plan.measure`: trains 8 settings on this machine's GPU and compares them with their plans.
 
-A model of the widths of Llama 3 8B with a quarter of its blocks (random weights, made on the spot) takes a few steps
-of each setting; summary.json of each run holds planned and real peak and step. Written for a GPU: on CPU there is no
-time to compare, only memory.
+A model with the widths of Llama 3 8B and a quarter of its blocks (random weights, made on the spot) takes a few steps
+of each setting; each run's summary.json holds planned and real peak memory and step time. Meant for a GPU: on CPU only
+memory can be compared.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-# method, stage, checkpointing, kernels, rows a micro-batch
+# method, stage, checkpointing, kernels, rows per micro-batch
 SETTINGS = [
     ("lora", 2, False, "auto", 1),
     ("lora", 2, False, "auto", 4),
@@ -38,7 +38,7 @@ SHAPE = {
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plan.measure")
     parser.add_argument("--json")
-    parser.add_argument("--tiny", action="store_true", help="tiny-llama in place of the wide model: to try the script")
+    parser.add_argument("--tiny", action="store_true", help="tiny-llama instead of the wide model, to try the script")
     options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:

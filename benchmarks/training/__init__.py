@@ -1,3 +1,3 @@
-"""Whole training steps, ours beside what a user would run instead."""
+"""Whole training steps, ours against what a user would run instead."""
 
 import benchmarks.kernels  # noqa: F401 - makes the kernels importable from a source tree that is not installed

@@ -1,5 +1,5 @@
-"""`python -m benchmarks.training`: what `ft-dist bench` measures; with `--peers`, the peers and we in turn; with
-`--curves`, TRL's loss and ours step by step.
+"""`python -m benchmarks.training`: what `ft-dist bench` measures; with `--peers`, ours and the peers in turn; with
+`--curves`, TRL's loss and ours, step by step.
 
     python -m benchmarks.training --model smollm2-135m --method lora --length 512
     python -m benchmarks.training --peers all --model smollm2-135m --data train.csv --method lora --json F
@@ -19,9 +19,7 @@ def main() -> int:
     options = parse()
     if options.peers or options.curves:
         if not options.data:
-            raise SystemExit(
-                "--peers and --curves train on real rows: name them with --data FILE.csv (or chats, .jsonl)."
-            )
+            raise SystemExit("--peers and --curves train on real rows: pass --data FILE.csv (or chats, .jsonl).")
         report = curves(options) if options.curves else peers(options)
     else:
         report = alone(options)
@@ -49,7 +47,7 @@ def peers(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def curves(options: argparse.Namespace) -> dict[str, Any]:
-    from benchmarks.training.curves import compare_losses, plot, tell
+    from benchmarks.training.curves import compare_losses, plot, summary
 
     report = compare_losses(
         case(options, steps=options.steps or 100),
@@ -58,7 +56,7 @@ def curves(options: argparse.Namespace) -> dict[str, Any]:
         limit_s=options.limit_s,
         work=options.work,
     )
-    print(tell(report))
+    print(summary(report))
     if options.html:
         options.html.parent.mkdir(parents=True, exist_ok=True)
         options.html.write_text(plot(report), encoding="utf-8")
@@ -89,7 +87,7 @@ def alone(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def case(options: argparse.Namespace, *, steps: int) -> Case:
-    """Model and rows are made by the comparison."""
+    """The comparison makes the model and the rows."""
     return Case(
         model=Path(),
         ordered=Path(),
@@ -108,24 +106,24 @@ def case(options: argparse.Namespace, *, steps: int) -> Case:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__.partition("\n\n")[0])
     parser.add_argument("overrides", nargs="*", metavar="KEY.SUB=VALUE", help="without peers: keys of our config")
-    parser.add_argument("--peers", metavar="all|built|NAME,NAME", help="run these beside us")
+    parser.add_argument("--peers", metavar="all|built|NAME,NAME", help="compare with these peers")
     parser.add_argument(
         "--curves", action="store_true", help="losses of TRL and ours on the same rows in the same order"
     )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--data", type=Path, metavar="FILE")
     parser.add_argument("--method", default="lora", choices=["lora", "full"])
-    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="of all sides")
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="precision of all sides")
     parser.add_argument("--rows", type=int, default=8, help="rows in a step; a peer takes them in one micro-batch")
     parser.add_argument(
         "--length", type=int, default=256, help="longest sample, or tokens of a packed row without peers"
     )
     parser.add_argument("--steps", type=int, help="[default: 12 with peers, 100 for curves, 5 alone]")
-    parser.add_argument("--warmup", type=int, default=2, help="steps of a turn that are not timed")
-    parser.add_argument("--turns", type=int, default=2, help="times that each side runs, A B A B")
+    parser.add_argument("--warmup", type=int, default=2, help="untimed steps of a turn")
+    parser.add_argument("--turns", type=int, default=2, help="how often each side runs, A B A B")
     parser.add_argument("--limit-s", type=float, default=600, help="a turn is cut off after this long")
     parser.add_argument("--lr", type=float, default=1e-4)
-    parser.add_argument("--rank", type=int, default=16, help="of the adapters; alpha is twice that")
+    parser.add_argument("--rank", type=int, default=16, help="rank of the adapters; alpha is twice that")
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--nproc", type=int)
     parser.add_argument("--sweep", action="store_true")

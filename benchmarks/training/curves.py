@@ -1,7 +1,7 @@
-"""TRL's loss and ours, step by step, on the same rows in the same order from the same weights.
+"""TRL's loss and ours, step by step, from the same weights on the same rows in the same order.
 
-In full fine-tuning nothing is random, so the curves must lie on each other. peft draws adapters from torch's generator,
-which both seed alike before anything else is drawn.
+Nothing in full fine-tuning is random, so the curves must coincide. peft draws adapters from torch's generator,
+which both sides seed with the same value first.
 """
 
 import tempfile
@@ -18,7 +18,7 @@ from ft_dist.bench.report import machine
 from ft_dist.resources import versions as own_versions
 
 TOLERANCE = 1e-3
-"""Of the last loss, absolute"""
+"""Largest absolute difference of the last losses"""
 PEER = "trl"
 _WIDTH, _HEIGHT, _MARGIN = 900, 420, 50
 
@@ -50,7 +50,7 @@ def compare_losses(case: Case, *, model: str, data: Path, limit_s: float, work: 
     }
 
 
-def tell(report: dict[str, Any]) -> str:
+def summary(report: dict[str, Any]) -> str:
     count = len(report["losses"]["ours"])
     verdict = "within" if report["passed"] else "NOT within"
     return (
@@ -61,7 +61,7 @@ def tell(report: dict[str, Any]) -> str:
 
 
 def plot(report: dict[str, Any]) -> str:
-    """Both curves in one drawing, ours thin upon TRL's broad line, as a self-contained page."""
+    """Both curves in one drawing, our thin line over TRL's broad one, as a self-contained page."""
     from ft_dist.bench.show import page
 
     losses = report["losses"]
@@ -80,7 +80,7 @@ def plot(report: dict[str, Any]) -> str:
         drawn.append(f'<text x="4" y="{y + 4:.0f}">{share * top:.2f}</text>')
     drawn.append(f'<text x="{_WIDTH / 2}" y="{_HEIGHT - 15}">step, 1 to {len(losses["ours"])}</text>')
     svg = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" font-size="12">{"".join(drawn)}</svg>'
-    return page("Loss on the same rows in the same order", [svg, f"<p>{escape(tell(report))}</p>"])
+    return page("Loss on the same rows in the same order", [svg, f"<p>{escape(summary(report))}</p>"])
 
 
 def _points(curve: Sequence[float], top: float) -> str:

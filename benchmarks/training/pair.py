@@ -1,8 +1,8 @@
-"""`python -m benchmarks.training.pair`: a bare training step of ours beside Hugging Face's, in turn A B A B.
+"""`python -m benchmarks.training.pair`: our bare training step against Hugging Face's, in turn A B A B.
 
-No launcher, data or checkpoints: model, loss and optimizer alone, on random tokens. Every turn is a process of its own;
-times are medians over all turns of a side, memory the largest. A first loss that differs means unequal work: that side
-is told and not compared, and the command ends with exit code 1. A side that cannot run is told with its reason.
+No launcher, data or checkpoints: only model, loss and optimizer, on random tokens. Every turn is its own process; times
+are medians over the turns of a side, memory is the maximum. A side whose first loss differs did different work: it is
+reported but not compared, and the command exits with 1. A side that cannot run is reported with the reason.
 """
 
 import argparse
@@ -54,8 +54,8 @@ def take_turns(
     limit_s: float = 600.0,
     after: Callable[[dict[str, Any]], None] = lambda taken: None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Every side `turns` times, A B A B. A side that failed once is not tried again; its record says `failed`. `after`
-    each turn the caller sees all of them, so that a crash leaves what there was."""
+    """Every side `turns` times, A B A B. A side that failed is not retried; its record has `failed`. `after` is called
+    with all turns after each one, so a crash keeps the earlier turns."""
     taken: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     for _ in range(turns):
         for side in sides:
@@ -66,8 +66,8 @@ def take_turns(
             last = taken[side][-1]
             if last.get("stderr"):
                 print(last["stderr"], file=sys.stderr, flush=True)
-            told = last["failed"] if "failed" in last else f"{last['tokens_per_s']:10.1f} tokens/s"
-            print(f"  {side:8} {told}", flush=True)
+            shown = last["failed"] if "failed" in last else f"{last['tokens_per_s']:10.1f} tokens/s"
+            print(f"  {side:8} {shown}", flush=True)
     return taken
 
 
@@ -97,7 +97,7 @@ def run(side: str, arguments: Sequence[str], *, limit_s: float) -> dict[str, Any
 
 
 def compare(turns: dict[str, list[dict[str, Any]]], *, loss_tolerance: float = 1e-3) -> dict[str, Any]:
-    """Each side's figures, the ratios of ours to every side that did the same work, and who did not."""
+    """Each side's figures, the ratios of ours to every side that did the same work, and the sides that did not."""
     failed = {side: taken[0]["failed"] for side, taken in turns.items() if taken and "failed" in taken[0]}
     sides = {
         side: {
@@ -141,8 +141,8 @@ def table(report: dict[str, Any]) -> None:
             f"{row['peak_above_weights_bytes'] / mib:16.0f}{row['first_loss']:12.5f}"
         )
     for side, ratios in report["ratios"].items():
-        told = ", ".join(f"{name} {value:.2f}" for name, value in ratios.items())
-        print(f"ours / {side}: {told}")
+        shown = ", ".join(f"{name} {value:.2f}" for name, value in ratios.items())
+        print(f"ours / {side}: {shown}")
     for side, why in {**report["unequal"], **report["failures"]}.items():
         print(f"{side:8}{why}")
 
@@ -167,7 +167,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         epilog="Other options go to each side: see benchmarks/training/side.py.",
     )
     parser.add_argument("--sides", nargs="+", default=["ours", "hf"], choices=SIDES)
-    parser.add_argument("--turns", type=int, default=2, help="times that each side runs")
+    parser.add_argument("--turns", type=int, default=2, help="how often each side runs")
     parser.add_argument("--loss-tolerance", type=float, default=1e-3)
     parser.add_argument("--limit-s", type=float, default=600.0, help="a turn is cut off after this long")
     parser.add_argument("--json", type=Path)

@@ -1,8 +1,8 @@
-"""`make bench-quick`: a guard against getting slower, in under three minutes.
+"""`make bench-quick`: guards against slowdowns, in under three minutes.
 
-Ours beside Hugging Face + PEFT, paired, in LoRA and full fine-tuning of the SmolLM2-135M shape; and the command's start
-beside the import of torch. Ratios are kept, never times: those of a busy or another machine mean nothing later. A ratio
-that is worse than the last one of the same machine by more than TOLERANCE ends with exit code 1.
+Ours against Hugging Face + PEFT, paired, in LoRA and full fine-tuning of the SmolLM2-135M shape; and the start of the
+command against the import of torch. Keeps ratios, never times, which mean nothing on a busy or different machine. A
+ratio that is more than TOLERANCE worse than the last one on the same machine gives exit code 1.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from ft_dist.bench.report import cpu_name
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 WORK = ["--model", "smollm2-135m", "--rows", "1", "--tokens", "256", "--labelled", "0.5", "--steps", "3"]
 TOLERANCE = 0.2
-"""Relative; two paired turns on a machine that others use differ by less"""
+"""Relative; two paired turns on a shared machine differ by less"""
 HIGHER_IS_BETTER = ("tokens_per_s",)
 
 
@@ -53,7 +53,7 @@ def main() -> int:
 
 
 def start_ratio() -> float:
-    """Time of `ft-dist --help` over that of importing torch, medians of three in turn."""
+    """Time of `ft-dist --help` over the time of importing torch, medians of three alternating runs."""
     sides = {"help": ["-m", "ft_dist.cli", "--help"], "torch": ["-c", "import torch"]}
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(3):
@@ -65,14 +65,14 @@ def start_ratio() -> float:
 
 
 def newest(results: Path, record: dict[str, Any]) -> dict[str, Any] | None:
-    """The last record of the same machine, device and work."""
+    """The last record with the same machine, device and work."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*-quick.json"))]
     same = [one for one in found if all(one.get(key) == record[key] for key in ("machine", "device", "work"))]
     return same[-1] if same else None
 
 
 def regressions(before: dict[str, float], now: dict[str, float]) -> list[str]:
-    """A line for every ratio that got worse by more than TOLERANCE."""
+    """One line per ratio that got worse by more than TOLERANCE."""
     lines = []
     for name in sorted(set(before) & set(now)):
         change = now[name] / before[name]

@@ -1,4 +1,4 @@
-"""A bare model of a published shape with random weights: speed does not depend on the values."""
+"""A bare model of a published shape with random weights, since speed does not depend on the values."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ POSITIONS = 8192
 
 
 def build(name: str, *, dtype: torch.dtype, device: str, layers: int | None = None) -> Any:
-    """In training mode, the same weights on every call; with `layers`, so many in place of the shape's own."""
+    """In training mode, with the same weights on every call; `layers` overrides the shape's number of layers."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     shape = {key: value for key, value in SHAPES[name].items() if key != "architectures"}

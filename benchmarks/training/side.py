@@ -1,6 +1,6 @@
-"""One contestant in a process of its own, so that its peak memory is its own: prints one line of JSON.
+"""One contestant in its own process, so that its peak memory is its own; prints one line of JSON.
 
-On a GPU that is too small for a side, the side runs again with activation checkpointing, and its line says so.
+If the GPU is too small for a side, the side runs again with activation checkpointing, and its line records that.
 
 `ours` runs the objective on our kernels, `hf` the same model with Hugging Face's forward and loss and peft's LoRA,
 `liger` that with Liger's kernels, `unsloth` Unsloth's own model; all with torch's AdamW, the same rows, labels and
@@ -42,7 +42,7 @@ def main() -> None:
         emit("side", side=options.side, checkpointing=False, failed=f"out of memory: {error}"[:500])
         options.checkpointing = True
         result = None
-    if result is None:  # outside the handler, whose traceback keeps the tensors alive
+    if result is None:  # outside the handler, because its traceback keeps the tensors alive
         gc.collect()
         torch.cuda.empty_cache()
         result = measure(options)
@@ -108,7 +108,7 @@ def plain_model(options: argparse.Namespace, *, layers: int | None = None) -> An
 
 
 def with_adapters(model: Any, options: argparse.Namespace) -> Any:
-    """peft's LoRA and activation checkpointing where they are asked for."""
+    """Adds peft's LoRA and activation checkpointing as asked."""
     if options.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if options.method == "full":
@@ -120,7 +120,7 @@ def with_adapters(model: Any, options: argparse.Namespace) -> Any:
 
 
 def unsloth_model(options: argparse.Namespace) -> Any:
-    """The same weights, read from a folder as Unsloth wants them."""
+    """The same weights, read from a folder as Unsloth expects."""
     from unsloth import FastLanguageModel  # before transformers, which it patches
 
     from ft_dist.model.tiny import byte_tokenizer
@@ -154,13 +154,13 @@ def unsloth_model(options: argparse.Namespace) -> Any:
 
 
 def _in_memory(need_bytes: int) -> str | None:
-    """A file system in memory that has the room twice, for 16 GB of weights that a disk would take a minute for."""
+    """An in-memory file system with twice the room, because a disk would take a minute for 16 GB of weights."""
     memory = "/dev/shm"
     return memory if os.path.isdir(memory) and shutil.disk_usage(memory).free > 2 * need_bytes else None
 
 
 def utilisation(model: Any, options: argparse.Namespace, tokens_per_s: float) -> float | None:
-    """Of the chip's dense bf16 peak; None where no data sheet is known, as on CPU."""
+    """Share of the chip's dense bf16 peak; None if no data sheet is known, as on CPU."""
     from ft_dist.resources import flops_per_token
     from ft_dist.run.step_record import device_peak_flops
 
@@ -203,11 +203,11 @@ def our_forward(model: Any, options: argparse.Namespace) -> Any:
 
 
 def hugging_face_forward(model: Any, *, packed: bool) -> Any:
-    """Positions are handed over only where rows hold several samples. transformers masks these apart; rows of one
-    sample take its fast path, without a mask and without copies of keys and values for every query head."""
+    """Passes positions only if rows hold several samples: transformers then masks them apart; rows of one
+    sample take its fast path, without a mask and without a copy of keys and values per query head."""
 
     def forward(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        # transformers shifts labels itself: give back the first column that the shifted form lacks
+        # transformers shifts labels itself, so restore the first column that the shifted form lacks
         first = torch.full_like(batch["labels"][:, :1], -100)
         labels = torch.cat([first, batch["labels"][:, :-1]], dim=1)
         positions = {"position_ids": batch["position_ids"]} if packed else {}
@@ -217,7 +217,7 @@ def hugging_face_forward(model: Any, *, packed: bool) -> Any:
 
 
 def rows(options: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """Random tokens, `samples` of unlike lengths in every row. Of each the last `labelled` share carries labels, except
+    """Random tokens, `samples` of different lengths in every row. The last `labelled` share of each has labels, except
     its very last token."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, 400, (options.rows, options.tokens), generator=generator)
@@ -263,7 +263,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--samples", type=int, default=1, help="samples in a row")
-    parser.add_argument("--labelled", type=float, default=1.0, help="share of a sample that is learnt")
+    parser.add_argument("--labelled", type=float, default=1.0, help="share of a sample that has labels")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--steps", type=int, default=2)

@@ -1,4 +1,4 @@
-"""Write train.jsonl and test.jsonl beside this file: customer e-mails to sort into invoice, order, support or spam.
+"""Write train.jsonl and test.jsonl next to this file: customer e-mails to sort into invoice, order, support or spam.
 
 Usage: python configs/emails/generate.py [FOLDER]
 

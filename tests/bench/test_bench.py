@@ -113,7 +113,7 @@ def test_rates_leave_out_padding_and_warm_up(tmp_path: Path) -> None:
     assert found["real_tokens_per_s"] == 100
     assert found["labelled_tokens_per_s"] == 50
     assert found["padded_share"] == 0.5
-    # 4 N + 12 x width x context, a token
+    # 4 N + 12 x width x context, per token
     assert found["mfu"] == pytest.approx(100 * (4 * 1000 + 12 * 10 * 5) / 1e6)
     full = figures(spec(tmp_path), seen(1.0, trainable_share=1.0))
     assert full["flops_a_token"] == 6 * 1000 + 12 * 10 * 5
@@ -237,7 +237,7 @@ def test_invalid_options_are_reported(changed: dict[str, Any], message: str, tmp
         spec(tmp_path, **changed)
 
 
-def test_what_cannot_fit_is_refused(cli: Any) -> None:
+def test_a_setting_that_cannot_fit_is_refused(cli: Any) -> None:
     done = cli("bench", "llama3-8b", "--length", "131072", "--rows", "8")
     assert done.returncode == 2
     assert "this run needs about" in done.stderr

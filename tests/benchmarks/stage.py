@@ -1,4 +1,4 @@
-"""A stage for tests of `benchmarks.gpu`: says a row, then ends in the way that it is asked for."""
+"""A stage for tests of `benchmarks.gpu`: writes a row, then ends as its arguments say."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Unequal work is refused, failures are told, and what hangs is cut off with all that it started."""
+"""Unequal work is not ranked, failures are reported, and a hung side is killed with its children."""
 
 import os
 import sys
@@ -39,7 +39,7 @@ def test_a_side_with_another_first_loss_is_shown_and_not_ranked() -> None:
     assert "axolotl               failed: not installed: no wheel" in shown
 
 
-def test_packed_rows_are_held_to_the_mean_loss() -> None:
+def test_packed_rows_are_compared_by_the_mean_loss() -> None:
     taken = {
         "ours": [turn(100, 2.5, 2.0)],
         "near packed": [turn(100, 3.0, 2.02)],
@@ -68,7 +68,7 @@ def test_a_hang_is_cut_off_with_its_children(tmp_path: Path) -> None:
     assert not _alive(pid)
 
 
-def test_a_failure_is_told_in_its_own_words(tmp_path: Path) -> None:
+def test_a_failure_is_reported_with_its_error(tmp_path: Path) -> None:
     script = "import sys; print('ValueError: no such layer'); print('CalledProcessError: child'); sys.exit(3)"
     finished = run(Command([sys.executable, "-c", script]), folder=tmp_path, limit_s=60)
     assert reason(finished, 0, 60) == "exit code 3 after 0 steps: ValueError: no such layer"
@@ -82,7 +82,7 @@ def test_memory_of_the_whole_tree_is_counted(tmp_path: Path) -> None:
     assert 200e6 < finished.peak_bytes < 400e6
 
 
-def test_steps_in_a_file_are_stamped_as_they_come(tmp_path: Path) -> None:
+def test_steps_in_a_file_get_timestamps_as_they_arrive(tmp_path: Path) -> None:
     script = "import time\nfor n in range(3):\n open('steps', 'a').write(f'{n}\\n')\n time.sleep(0.3)\n"
     finished = run(Command([sys.executable, "-c", script], steps_file=tmp_path / "steps"), folder=tmp_path, limit_s=60)
     times = [when for when, _ in finished.step_lines]

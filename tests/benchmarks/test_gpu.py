@@ -1,4 +1,4 @@
-"""`benchmarks/gpu.sh`: a stage that crashes, hangs or takes too long costs itself alone, and what it knew is kept."""
+"""`benchmarks/gpu.sh`: a stage that crashes, hangs or takes too long costs only itself, and its rows are kept."""
 
 import json
 import os
@@ -45,14 +45,14 @@ def gone(pid: int) -> bool:
         return True
 
 
-def test_the_budgets_add_up_to_what_one_call_allows() -> None:
+def test_the_budgets_fit_into_one_call() -> None:
     assert sum(one.seconds for one in STAGES) <= 410
     listed = subprocess.run(["benchmarks/gpu.sh", "--list"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert listed.stdout.strip() == table(STAGES)
     assert listed.stdout.split()[-1] == "410"
 
 
-def test_a_stage_overruns_only_into_time_promised_to_nobody() -> None:
+def test_a_stage_overruns_only_into_unpromised_time() -> None:
     assert limit_of(40, later=100, left=200) == 80, "by its own seconds at most"
     assert limit_of(40, later=100, left=150) == 50
     assert limit_of(40, later=100, left=120) == 40, "its own seconds are its own; the last ones lose"
@@ -60,7 +60,7 @@ def test_a_stage_overruns_only_into_time_promised_to_nobody() -> None:
     assert limit_of(40, later=0, left=15) is None, "skipped"
 
 
-def test_a_crash_or_a_kill_leaves_the_rows_of_the_others_and_its_own(tmp_path: Path) -> None:
+def test_a_crash_or_a_kill_keeps_all_rows(tmp_path: Path) -> None:
     driver, bad = ran(tmp_path, [stage("crash"), stage("fine"), stage("killed"), stage("fine too")])
     said, ended = rows_of(driver, "said"), rows_of(driver, "stage")
     assert list(said) == ["crash", "fine", "killed", "fine too"]
@@ -77,7 +77,7 @@ def test_a_crash_or_a_kill_leaves_the_rows_of_the_others_and_its_own(tmp_path: P
     assert "last words of killed" in driver.log.read_text()
 
 
-def test_a_stage_over_its_time_is_cut_with_all_that_it_started(tmp_path: Path) -> None:
+def test_a_stage_over_its_time_is_killed_with_its_children(tmp_path: Path) -> None:
     started = time.monotonic()
     # the import alone takes a second or two on a busy machine
     driver, bad = ran(tmp_path, [stage("hang", seconds=4), stage("fine")], total_s=5 + 4 + 30)
@@ -90,7 +90,7 @@ def test_a_stage_over_its_time_is_cut_with_all_that_it_started(tmp_path: Path) -
     assert gone(rows_of(driver, "said")["hang"]["child"]), "also what it started in a session of its own"
 
 
-def test_the_total_deadline_skips_the_last_stages_and_says_so(tmp_path: Path) -> None:
+def test_the_total_deadline_skips_and_reports_the_last_stages(tmp_path: Path) -> None:
     driver, bad = ran(tmp_path, [stage("hang", seconds=3), stage("fine", seconds=60)], total_s=5 + 3 + 2)
     ended = rows_of(driver, "stage")
     assert ended["fine"]["outcome"] == "skipped"
@@ -115,7 +115,7 @@ def test_long_output_is_cut_in_the_middle(tmp_path: Path, monkeypatch: pytest.Mo
     assert path.read_bytes().endswith(b"z" * 100)
 
 
-def test_a_file_too_large_to_come_back_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_over_the_size_limit_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(script, "MAX_BYTES", 100)
     driver = Driver(tmp_path / "out", tmp_path / "work", 60, dry=True)
     (driver.out / "trace.json.gz").write_bytes(b"x" * 200)
@@ -125,7 +125,7 @@ def test_a_file_too_large_to_come_back_is_left_out(tmp_path: Path, monkeypatch: 
     assert read_lines(driver.results)[-1]["file"] == "trace.json.gz"
 
 
-def test_a_stop_of_the_script_is_recorded_and_leaves_nothing_running(tmp_path: Path) -> None:
+def test_stopping_the_script_is_recorded_and_leaves_nothing_running(tmp_path: Path) -> None:
     code = (
         "import sys; from benchmarks.gpu import __main__ as m, stages; from tests.benchmarks.test_gpu import stage;"
         "m.STAGES = (stage('hang', 100.0),); m.NAMES = ['hang']; sys.exit(m.main())"
@@ -154,7 +154,7 @@ def test_torch_is_not_needed_to_start() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False).returncode == 0
 
 
-def test_a_bad_wheel_costs_itself_alone(tmp_path: Path) -> None:
+def test_a_bad_wheel_does_not_stop_the_others(tmp_path: Path) -> None:
     wheels = tmp_path / "wheels"
     wheels.mkdir()
     for name in ("one", "two"):
@@ -179,7 +179,7 @@ def dry_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The whole list on CPU, in one process tree."""
     out = tmp_path_factory.mktemp("gpu")
     command = ["benchmarks/gpu.sh", "--dry-run", "--total-s", "1500", "--out", str(out)]
-    # what the suite's own machine takes longer for than a GPU machine may not count as a failure
+    # a slow test machine must not count as a failure
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True
     )
@@ -207,7 +207,7 @@ def test_the_whole_list_runs_on_cpu(dry_run: Path) -> None:
         assert f"== {one.name} (" in log or ended[one.name]["outcome"] == "not available"
 
 
-def test_its_folder_becomes_results_and_tables(dry_run: Path, tmp_path: Path) -> None:
+def test_the_output_folder_becomes_results_and_tables(dry_run: Path, tmp_path: Path) -> None:
     """With the name of a chip in it, as a GPU would have brought it back."""
     rows = read_lines(dry_run / "results.jsonl")
     for row in rows:
@@ -218,7 +218,7 @@ def test_its_folder_becomes_results_and_tables(dry_run: Path, tmp_path: Path) ->
     docs.write_text("# Benchmarks\n")
     front.write_text(f"before\n{readme.BEGIN}\n{readme.END}\nafter\n")
     to = ["--results", str(tmp_path / "results"), "--docs", str(docs), "--readme", str(front)]
-    for _ in range(2):  # the second time markers are there
+    for _ in range(2):  # the second time, the markers exist
         assert gpu_report.main([str(tmp_path), *to]) == 0
     (written,) = (tmp_path / "results").iterdir()
     assert written.name.endswith("-nvidia-h100-80gb-hbm3.json")
@@ -236,7 +236,7 @@ def test_a_dry_run_does_not_reach_the_results_of_the_project(tmp_path: Path) -> 
     assert gpu_report.main([str(tmp_path)]) == 2
 
 
-def test_early_figures_stay_where_the_rest_failed() -> None:
+def test_early_figures_stay_if_the_rest_fails() -> None:
     rows = [
         {"stage": "bench", "kind": "bench timed", "real_tokens_per_s": 5.0, "step_s": 1.0, "peak_bytes": 1},
         {"stage": "bench", "kind": "bench", "failed": "the commit"},
@@ -247,8 +247,8 @@ def test_early_figures_stay_where_the_rest_failed() -> None:
     assert "Not measured: bench: failed, exit code 1." in gpu_report.section(report)
 
 
-def test_the_list_of_kernels_is_made_without_asking_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that has asked CUDA for anything cannot be forked into the workers that compile."""
+def test_the_list_of_kernels_is_built_without_touching_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that has initialised CUDA cannot be forked into the compile workers."""
     import torch
 
     from benchmarks.gpu import compile as compiling

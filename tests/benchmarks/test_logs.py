@@ -1,4 +1,4 @@
-"""Every peer's log becomes steps with losses: lines as they were printed by real runs, between what else is printed."""
+"""Every peer's log becomes steps with losses. The lines are from real runs, with other output around them."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The tables come from the result files, and say what was not measured; a worse ratio is a regression."""
+"""The tables come from the result files and list what was not measured; a worse ratio is a regression."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Every side is given the same rows, in the same order, with the same labels."""
+"""Every side gets the same rows, in the same order, with the same labels."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def test_a_csv_becomes_the_chats_that_every_side_reads(work: tuple[Case, rows.Co
     assert sorted(mine, key=json.dumps) == sorted(theirs, key=json.dumps)
 
 
-def test_the_peers_order_is_the_one_that_our_stream_deals(work: tuple[Case, rows.Counts], tmp_path: Path) -> None:
+def test_the_peers_order_is_our_streams_order(work: tuple[Case, rows.Counts], tmp_path: Path) -> None:
     case, counts = work
     chats = case.ordered.with_name("chats.jsonl")
     config = ours.config(case, tmp_path, chats=chats)
@@ -53,7 +53,7 @@ def test_the_peers_order_is_the_one_that_our_stream_deals(work: tuple[Case, rows
     assert steps == counts.real
 
 
-def test_a_loader_that_shuffles_deals_the_same_order(work: tuple[Case, rows.Counts]) -> None:
+def test_a_loader_that_shuffles_gives_the_same_order(work: tuple[Case, rows.Counts]) -> None:
     case, _ = work
     written = rows.read_chats(_dealt(litgpt.PEER, case))
     generator = torch.Generator().manual_seed(litgpt.DATA_SEED)
@@ -71,7 +71,7 @@ def test_every_template_gives_our_tokens_and_labels(work: tuple[Case, rows.Count
     store = prepare(config.data.train, tokenizer, data=config.data, model_path=str(case.model)).store
     tuned = ChatTokenizer(str(case.model / "tokenizer.json"), 256)
     for number, row in enumerate(chats):
-        tokens, learnt, _ = (part.tolist() for part in store.gather(torch.tensor([number]).numpy()))
+        tokens, labelled, _ = (part.tolist() for part in store.gather(torch.tensor([number]).numpy()))
         marked = tokenizer.apply_chat_template(
             row["messages"],
             chat_template=rows.TEMPLATE.read_text(),
@@ -79,9 +79,9 @@ def test_every_template_gives_our_tokens_and_labels(work: tuple[Case, rows.Count
             return_assistant_tokens_mask=True,
         )
         assert marked["input_ids"] == tokens, "TRL"
-        assert [bool(one) for one in marked["assistant_masks"]] == learnt, "TRL"
+        assert [bool(one) for one in marked["assistant_masks"]] == labelled, "TRL"
         made = tuned({"messages": [_Message(turn) for turn in row["messages"]]})
-        assert made == {"tokens": tokens, "mask": [not one for one in learnt]}, "torchtune"
+        assert made == {"tokens": tokens, "mask": [not one for one in labelled]}, "torchtune"
         given = litgpt.sample(row["messages"])
         # its style "smollm2", given a system prompt
         text = (
@@ -91,7 +91,7 @@ def test_every_template_gives_our_tokens_and_labels(work: tuple[Case, rows.Count
         prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
         answer = tokenizer(given["output"], add_special_tokens=False)["input_ids"]
         assert [*prompt, *answer, tokenizer.eos_token_id] == tokens, "LitGPT"
-        assert [False] * len(prompt) + [True] * (len(answer) + 1) == learnt, "LitGPT"
+        assert [False] * len(prompt) + [True] * (len(answer) + 1) == labelled, "LitGPT"
 
 
 class _Message:
@@ -101,24 +101,24 @@ class _Message:
         self.role, self.text_content = turn["role"], turn["content"]
 
 
-def test_too_few_rows_are_told() -> None:
+def test_too_few_rows_are_reported() -> None:
     with pytest.raises(SystemExit, match="20 rows are needed"):
         rows.spread([{}] * 13, 20)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_every_peer_is_given_the_file_the_batch_and_the_rate(
+def test_every_peer_gets_the_file_the_batch_and_the_learning_rate(
     name: str, method: str, work: tuple[Case, rows.Counts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = Case(**{**vars(work[0]), "method": method})
-    # converting a checkpoint takes LitGPT itself
+    # only LitGPT itself can convert a checkpoint
     monkeypatch.setattr(litgpt, "converted", lambda case, binaries: case.model)
     command = peer_of(name).command(case, tmp_path, Path("/environment/bin"))
-    told = " ".join(command.arguments) + "".join(
+    text = " ".join(command.arguments) + "".join(
         file.read_text() for file in tmp_path.rglob("*") if file.is_file() and not file.is_symlink()
     )
     assert command.arguments[0].startswith("/environment/bin/")
-    assert "0.0001" in told
-    assert str(case.ordered) in told or (tmp_path / "data").is_dir()
-    assert ("lora" in told.replace(str(tmp_path), "")) == (method == "lora")
+    assert "0.0001" in text
+    assert str(case.ordered) in text or (tmp_path / "data").is_dir()
+    assert ("lora" in text.replace(str(tmp_path), "")) == (method == "lora")

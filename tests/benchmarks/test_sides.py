@@ -1,4 +1,4 @@
-"""Ours and the peers do the same work, and each may take its own fast path."""
+"""Ours and the peers do the same work, each on its own fast path."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def test_hugging_face_masks_only_where_rows_hold_several_samples(samples: int, m
     torch.testing.assert_close(loss, ours, rtol=1e-5, atol=0)
 
 
-def test_a_side_that_fails_keeps_all_that_it_said() -> None:
+def test_a_side_that_fails_keeps_its_output() -> None:
     failed = pair.run("hf", ["--model", "no-such-shape"], limit_s=100)
     assert failed["failed"].startswith("KeyError")
     assert "in plain_model" in failed["stderr"]
@@ -42,8 +42,8 @@ def _attention() -> Case:
     return cases_of(TINY, 64)["segment_attention"][0]()
 
 
-def test_a_gradient_that_is_zero_is_held_against_its_natural_scale() -> None:
-    """At one token attention's queries have none: what cancellation leaves is no error of 100%."""
+def test_a_zero_gradient_is_compared_with_its_natural_scale() -> None:
+    """With one token, attention's queries have a gradient of 0; the rest of a cancellation is not an error of 100%."""
     case = _attention()
     exact = case.ours
 
@@ -70,7 +70,7 @@ def test_different_bits_pass_only_where_cudnn_ran(monkeypatch: pytest.MonkeyPatc
     assert (row["bit_equal"], row["cudnn"], row["passed"]) == (False, True, True)
 
 
-def test_a_case_that_raises_is_a_row_and_no_end() -> None:
+def test_a_case_that_raises_is_a_row_and_the_others_run() -> None:
     case = _attention()
 
     def broken(**inputs: Any) -> torch.Tensor:

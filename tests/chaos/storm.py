@@ -1,4 +1,4 @@
-"""Runs that are killed at random instants until they are done: `python -m tests.chaos.storm [--kills N] [--seed S]`.
+"""Kills runs at random instants until they finish: `python -m tests.chaos.storm [--kills N] [--seed S]`.
 
 An episode trains a tiny model for STEPS steps. Each of its lives draws a layout (ranks, ZeRO stage), an instant and a
 victim (one rank, all of them, the launcher) from the seed and ends by SIGKILL; the same command starts the next life.
@@ -73,7 +73,7 @@ def draw_blow(rng: random.Random) -> Blow:
 
 
 class Storm:
-    """Episodes in `folder` until `kills` blows have fallen; `hits` counts what they hit."""
+    """Run episodes in `folder` until `kills` kills have happened; `hits` counts what they hit."""
 
     def __init__(self, *, kills: int, seed: int, folder: Path) -> None:
         self.kills, self.seed, self.folder = kills, seed, folder
@@ -101,7 +101,7 @@ class Storm:
         self._compare(folder, self._reference(kind, fixed or Layout(1, 0)), exact=exact, what=f"{kind} {fixed}")
 
     def _life(self, folder: Path, kind: str, layout: Layout, blow: Blow | None) -> int:
-        """Start, strike if there is a blow, wait for the end; returns the exit code."""
+        """Start the run, kill it as drawn, wait for the end; returns the exit code."""
         committed, starts = newest_commit(folder), starts_of(folder)
         settings = [f"method.kind={kind}", f"engine.zero_stage={layout.stage}", f"output_dir={folder}"]
         process = start_cli("train", *SETTINGS, *settings, "--nproc", str(layout.ranks), "--max-restarts", "0")
@@ -161,7 +161,7 @@ class Storm:
 
 
 def moment_comes(process: "subprocess.Popen[str]", folder: Path, blow: Blow) -> bool:
-    """Wait for the instant of the blow; False if the process ends before."""
+    """Wait for the instant of the kill; False if the process ends first."""
     metrics, root = folder / "metrics.jsonl", folder / "checkpoints"
     began = time.time()
     if blow.moment == "start":
@@ -195,7 +195,7 @@ def open_commits(root: Path, *, since: float) -> list[Path]:
 
 
 def starts_of(folder: Path) -> list[int]:
-    """The steps from which the lives so far started."""
+    """The first step of each life so far."""
     path = folder / "events.jsonl"
     events = read_lines(path) if path.exists() else []
     return [event["step"] for event in events if event["event"] in ("start", "resume")]

@@ -1,8 +1,8 @@
 """One rank that trains, saves and loads a model with odd parameters at every ZeRO stage.
 
-`python -m tests.checkpoint.odd_ranks train FOLDER`: at each stage two steps and a commit, two more and another.
-`python -m tests.checkpoint.odd_ranks go-on FOLDER`: from every first of these commits, at another stage, what was
-loaded is committed again, unchanged, and once more after two steps. The commits of stage N are steps N2 and N4.
+`python -m tests.checkpoint.odd_ranks train FOLDER`: at each stage two steps and a commit, then both once more.
+`python -m tests.checkpoint.odd_ranks continue FOLDER`: loads the first commit of each stage at another stage, commits
+it again unchanged, and once more after two steps. The commits of stage N are steps N2 and N4.
 """
 
 import os

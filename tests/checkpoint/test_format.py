@@ -1,4 +1,4 @@
-"""A folder is a commit exactly if it has a manifest, and any damage to it is found."""
+"""A folder is a commit if and only if it has a manifest, and any damage to it is found."""
 
 import json
 import shutil

@@ -29,7 +29,7 @@ def check(before, after, base, other=None):
     return check_identity(saved, identity(after, folder=str(other or base)), where=base)
 
 
-def test_how_it_runs_may_change_and_is_shown(base):
+def test_settings_of_the_execution_may_change_and_are_shown(base):
     after = config(
         engine={"zero_stage": 3, "offload": "cpu"}, batch={"micro_rows": 4}, model={"dtype": "fp32"}, optim={"lr": 1e-5}
     )
@@ -56,12 +56,12 @@ def test_how_it_runs_may_change_and_is_shown(base):
         ("model", "new_tokens", ["<x>"]),
     ],
 )
-def test_what_the_tensors_mean_may_not_change(base, section, key, value):
+def test_settings_that_give_tensors_their_meaning_may_not_change(base, section, key, value):
     with pytest.raises(CheckpointError, match=f"{section}.{key}="):
         check(config(), config(**{section: {key: value}}), base)
 
 
-def test_keys_of_lora_do_not_bind_full_fine_tuning(base):
+def test_lora_keys_do_not_restrict_full_fine_tuning(base):
     full = {"kind": "full"}
     assert check(config(method=full), config(method={**full, "rank": 8}), base) == []
 
@@ -76,7 +76,7 @@ def test_adapters_stay_with_their_base(base, tmp_path):
     assert check(config(method={"kind": "full"}), config(method={"kind": "full"}), base, other) == []
 
 
-def test_the_digest_is_of_content_not_of_place(base, tmp_path):
+def test_the_digest_depends_on_content_not_on_the_path(base, tmp_path):
     moved = tmp_path / "moved"
     moved.mkdir()
     (moved / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes())

@@ -176,13 +176,13 @@ def test_a_damaged_local_commit_is_downloaded_again(tmp_path, place):
     assert (tmp_path / "local" / "step-00000004.damaged").is_dir()
 
 
-def test_milestones_wait_their_turn(tmp_path, place, monkeypatch):
-    started, go_on = threading.Event(), threading.Event()
+def test_milestones_are_uploaded_in_order(tmp_path, place, monkeypatch):
+    started, release = threading.Event(), threading.Event()
     real = mirror_module.upload
 
     def slow(commit, storage):
         started.set()
-        go_on.wait(30)
+        release.wait(30)
         real(commit, storage)
 
     monkeypatch.setattr(mirror_module, "upload", slow)
@@ -191,7 +191,7 @@ def test_milestones_wait_their_turn(tmp_path, place, monkeypatch):
         mirror.offer(commit(tmp_path, step), losses={})
         assert started.wait(30)
     assert mirror.unfinished() == {1, 2, 4, 5}
-    go_on.set()
+    release.set()
     mirror.close()
     assert [event.step for event in mirror.new_events()] == [1, 2, 4, 5]
     assert remote_steps(mirror.storage) == [2, 4, 5]

@@ -1,4 +1,4 @@
-"""Parameters that get no gradient, tied weights and sizes that nothing divides: at every ZeRO stage on 2 ranks, then
+"""Parameters without a gradient, tied weights and sizes that no world divides: at every ZeRO stage on 2 ranks, then
 loaded at another stage on 3.
 """
 
@@ -23,7 +23,7 @@ KINDS = ("master", "exp_avg", "exp_avg_sq")
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("odd")
-    for what, size in (("train", 2), ("go-on", 3)):
+    for what, size in (("train", 2), ("continue", 3)):
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
         place |= {"LOCAL_WORLD_SIZE": str(size), "PYTHONPATH": f"{ROOT}:{ROOT}/kernels"}
         ranks = [
@@ -43,7 +43,7 @@ def trained(tmp_path_factory) -> Path:
 
 
 def state_of(root: Path, stage: int, steps: int) -> dict[tuple[str, str], torch.Tensor]:
-    """Flat tensors by (kind, parameter), of a stage's commit after `steps`."""
+    """Flat tensors by (kind, parameter) of a stage's commit after `steps`."""
     commit = next(commit for commit in commits(root) if commit.step == 10 * stage + steps)
     state = commit.state()
     assert state["adam_step"] == steps
@@ -57,7 +57,7 @@ def state_of(root: Path, stage: int, steps: int) -> dict[tuple[str, str], torch.
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_parameter_is_saved_once_and_loaded_at_another_stage(trained, stage):
-    saved, loaded = state_of(trained / "train", stage, 2), state_of(trained / "go-on", stage, 2)
+    saved, loaded = state_of(trained / "train", stage, 2), state_of(trained / "continue", stage, 2)
     names = {name for _, name in saved}
     assert names == {
         "embed.weight", "mix.weight", "mix.bias", "scale", "unused_first", "unused.weight", "unused.bias"
@@ -74,7 +74,7 @@ def test_it_continues_as_if_uninterrupted(trained, stage):
     truth = state_of(trained / "train", 0, 4)
     before = state_of(trained / "train", 0, 2)
     assert all((truth["master", name] != before["master", name]).any() for name in ("embed.weight", "unused.weight"))
-    for run in ("train", "go-on"):
+    for run in ("train", "continue"):
         found = state_of(trained / run, stage, 4)
         for key, values in truth.items():
             torch.testing.assert_close(found[key], values, rtol=2e-6, atol=1e-6, msg=f"{run} {key}")

@@ -45,19 +45,19 @@ def events(writer):
 
 
 class SlowToCopy:
-    """Values whose copy waits for `go_on`."""
+    """Values whose copy waits for `release`."""
 
     dtype = torch.float32
 
     def __init__(self, values):
         self.values, self.shape, self.nbytes = values, values.shape, values.nbytes
-        self.go_on = threading.Event()
+        self.release = threading.Event()
 
     def element_size(self):
         return 4
 
     def detach(self):
-        self.go_on.wait(30)
+        self.release.wait(30)
         return self.values
 
 
@@ -67,7 +67,7 @@ def test_an_update_waits_for_the_copy_and_not_for_the_disk(tmp_path):
     slow = SlowToCopy(torch.ones(10))
     save(writer, 1, {"master/w@0": slow})
     assert not writer._copied.is_set()
-    threading.Timer(0.3, slow.go_on.set).start()
+    threading.Timer(0.3, slow.release.set).start()
     assert writer.wait_until_copied() > 0.2
     slow.values.zero_()
     writer.close()

@@ -1,4 +1,4 @@
-"""What a config may say, and how each mistake in it is told."""
+"""What a config may contain, and how each mistake in it is reported."""
 
 import json
 from typing import get_args
@@ -31,7 +31,7 @@ def test_overrides_reach_any_depth_and_keep_their_type(recipe):
     assert config.engine.zero_stage == 3
 
 
-def test_off_is_a_word_and_not_a_truth_value(tmp_path):
+def test_off_is_a_string_and_not_a_boolean(tmp_path):
     path = tmp_path / "off.yaml"
     path.write_text(yaml.safe_dump(SMALL) + "observe: {wandb: off, tensorboard: true}\n")
     config = load_config(str(path), ["model.kernels=off", "data.packing=false"])
@@ -40,7 +40,7 @@ def test_off_is_a_word_and_not_a_truth_value(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "override, told",
+    "override, message",
     [
         ("optim.warmup_step=1", "unknown key. Did you mean optim.warmup_steps?"),
         ("zero_stage=2", "unknown key. Did you mean engine.zero_stage?"),
@@ -56,14 +56,14 @@ def test_off_is_a_word_and_not_a_truth_value(tmp_path):
         ("data.train=[]", "data.train=[]"),
     ],
 )
-def test_a_mistake_names_key_rule_and_fix(recipe, override, told):
+def test_a_mistake_names_key_rule_and_fix(recipe, override, message):
     with pytest.raises(ConfigError) as error:
         load_config(str(recipe), [override])
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_names_of_peers_lead_to_keys_that_exist():
+def test_key_names_of_peers_suggest_existing_keys():
     sections = {name: field.annotation for name, field in RunConfig.model_fields.items()}
     for key in PEER_NAMES.values():
         section, _, name = key.partition(".")
@@ -95,7 +95,7 @@ def test_a_missing_required_key_is_named():
         validate({"model": {"path": "m"}, "data": {"train": ["a"]}})
 
 
-def test_data_is_looked_up_beside_the_config_too(recipe):
+def test_data_is_also_looked_up_next_to_the_config(recipe):
     (recipe.parent / "a.jsonl").write_text("{}")
     assert load_config(str(recipe)).data.train[0].path == str(recipe.parent / "a.jsonl")
 

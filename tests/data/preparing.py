@@ -1,6 +1,6 @@
-"""Prepare a file as a process of its own: `python -m tests.data.preparing FILE PLACE WORKERS [cache]`; small shards.
+"""Prepare a file in its own process, in small shards: `python -m tests.data.preparing FILE PLACE WORKERS [cache]`.
 
-With `cache` the set lies below PLACE-cache/data, in a folder named by its fingerprint, as a run's own does.
+With `cache` the set goes to PLACE-cache/data, in a folder named by its fingerprint, as in a run.
 """
 
 import sys

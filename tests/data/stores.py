@@ -1,4 +1,4 @@
-"""Sample stores held in memory, for tests of what comes after the files."""
+"""Sample stores in memory, for tests of the layers above the files."""
 
 from collections.abc import Sequence
 
@@ -39,7 +39,7 @@ class ListStore:
 
 
 class Lengths(ListStore):
-    """A store of which only the lengths matter."""
+    """A store whose contents do not matter, only its lengths."""
 
     def __init__(self, size: int, longest: int = 32, seed: int = 0, fingerprint: str | None = None) -> None:
         self.fingerprint = fingerprint or f"{size}-{longest}-{seed}"

@@ -36,7 +36,7 @@ class Page(NamedTuple):
 
 
 def read_page(name: str) -> Page:
-    """The commands that a page wants run, and the YAML files that it shows by name."""
+    """The commands on a page, and the YAML files that it shows by name."""
     commands, files = [], {}
     for block in BLOCK.finditer((ROOT / name).read_text(encoding="utf-8")):
         lines = block["text"].splitlines()
@@ -52,7 +52,7 @@ def with_commands() -> list[str]:
 
 
 def run_page(name: str, folder: Path, **environment: str) -> dict[str, str]:
-    """Command -> what it printed. `mine.jsonl` and `held_out.jsonl` are the reader's own data."""
+    """Command -> its output. `mine.jsonl` and `held_out.jsonl` are the reader's own data."""
     page = read_page(name)
     for file, text in page.files.items():
         (folder / file).write_text(text)
@@ -121,7 +121,7 @@ def anchors_of(path: Path) -> list[str]:
 
 
 def test_a_block_cannot_escape() -> None:
-    """Only `bash` blocks are commands: a block in another shell's name would never run."""
+    """Only `bash` blocks are commands: a block marked as another shell would never run."""
     for name in PAGES:
         languages = re.findall(r"^```(\w+)", (ROOT / name).read_text(encoding="utf-8"), flags=re.MULTILINE)
         assert set(languages) <= {"bash", "yaml"}, name

@@ -20,5 +20,5 @@ def test_every_section_and_verb_is_there() -> None:
 
 
 def test_the_plot_matches_the_plan() -> None:
-    """`python -m benchmarks.plan` draws it again."""
+    """`python -m benchmarks.plan` redraws it."""
     assert (ROOT / "docs" / "plan-scaling.svg").read_text() == plot()

@@ -1,4 +1,4 @@
-"""Fine-tuning in plain PyTorch, the yardstick of ft_dist's step. It shares no code with ft_dist: one sample per
+"""Fine-tuning in plain PyTorch, the reference for ft_dist's step. It shares no code with ft_dist: one sample per
 forward, no padding, no packing, gradients summed and divided once by the labelled tokens of the step. A bf16 model
 computes in bf16, with master weights and gradient sums in fp32."""
 

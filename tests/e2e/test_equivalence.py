@@ -80,7 +80,7 @@ def test_steps_equal_plain_pytorch(cli, plain, tmp_path, kind, stage, nproc, mic
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, stage, nproc, micro_rows", [case for case in ALL if case not in FEW])
-def test_every_cut_equals_plain_pytorch(cli, plain, tmp_path, kind, stage, nproc, micro_rows):
+def test_every_split_equals_plain_pytorch(cli, plain, tmp_path, kind, stage, nproc, micro_rows):
     check_run(cli, plain, tmp_path / "run", kind, stage, nproc, micro_rows)
 
 

@@ -1,4 +1,4 @@
-"""A run whose disk is lost resumes from checkpoint.path; changes are shown, and forbidden ones refused."""
+"""A run whose disk is lost resumes from checkpoint.path; changed settings are shown, and forbidden ones refused."""
 
 import shutil
 

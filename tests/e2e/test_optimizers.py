@@ -1,4 +1,4 @@
-"""Every optimizer on every layout, also resumed from a commit."""
+"""Every optimizer on every layout, including a resume from a commit."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Real runs that are asked to stop, or that hang: they commit, exit with 75 or 76 in time, and resume completely."""
+"""Real runs that are asked to stop, or that hang: they commit, exit with 75 or 76 in time, and resume exactly."""
 
 import os
 import signal

@@ -39,7 +39,7 @@ def smoke(tmp_path_factory):
     return folder, done
 
 
-def test_a_normal_run_warns_of_nothing(smoke):
+def test_a_normal_run_has_no_warnings(smoke):
     _, done = smoke
     assert done.stderr == ""
     assert "Warning" not in done.stdout
@@ -111,7 +111,7 @@ def test_a_finished_run_started_again_stays_finished(smoke, cli):
     assert (folder / "metrics.jsonl").read_text() == before
 
 
-def test_torchrun_is_the_same_job(cli, tmp_path):
+def test_torchrun_gives_the_same_run(cli, tmp_path):
     overrides = ["smoke", "optim.max_steps=3", "data.eval=[]"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29717"]
     command = [*torchrun, "-m", "ft_dist.train", *overrides, f"output_dir={tmp_path / 'a'}"]

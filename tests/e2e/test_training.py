@@ -14,7 +14,7 @@ def losses(folder):
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_steps_that_are_not_finite_are_skipped_then_stop_the_run(cli, tmp_path, stage):
+def test_non_finite_steps_are_skipped_then_stop_the_run(cli, tmp_path, stage):
     explode = ["method.kind=full", "optim.lr=1e30", "optim.max_grad_norm=0", "optim.max_skipped_steps=3"]
     done = train(cli, tmp_path / "run", *explode, f"engine.zero_stage={stage}", "--max-restarts", "0")
     assert done.returncode == 1
@@ -34,7 +34,7 @@ def test_steps_that_are_not_finite_are_skipped_then_stop_the_run(cli, tmp_path, 
         ["engine.zero_stage=2", "model.kernels=off"],
     ],
 )
-def test_how_it_runs_does_not_change_what_it_learns(cli, tmp_path, overrides):
+def test_execution_settings_do_not_change_the_result(cli, tmp_path, overrides):
     assert train(cli, tmp_path / "plain", "engine.zero_stage=1", nproc=1).returncode == 0
     done = train(cli, tmp_path / "other", *overrides)
     assert done.returncode == 0, done.stderr

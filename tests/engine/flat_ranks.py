@@ -1,4 +1,4 @@
-"""One rank of worlds that update small bf16 models: `python -m tests.engine.flat_ranks OUT` writes what rank 0 saw.
+"""One rank that updates small bf16 models: `python -m tests.engine.flat_ranks OUT` writes rank 0's results.
 
 Every step takes the same two micro-batches, both on one rank or one on each of two.
 """
@@ -29,7 +29,7 @@ NO_KERNELS |= {"empty", "new_empty", "_record_function_enter_new", "_record_func
 
 
 class Spoilt(Objective):
-    """`factor` spoils the loss of this rank."""
+    """`factor` makes this rank's loss non-finite."""
 
     factor = 1.0
 
@@ -66,7 +66,7 @@ class Counted(TorchDispatchMode):
 
 def make_engine(world: World, *settings: str, model: type[torch.nn.Module] = Odd) -> Engine:
     base = ["model.dtype=bf16", "method.kind=full", "engine.zero_stage=1", f"optim.max_grad_norm={MAX_NORM}"]
-    base += [f"optim.weight_decay={DECAY}"]  # of matrices: there are two groups
+    base += [f"optim.weight_decay={DECAY}"]  # matrices only: there are two groups
     torch.manual_seed(0)
     with quietly():
         objective: Any = Spoilt(model())
@@ -90,7 +90,7 @@ def take(engine: Engine, step: int, *, dummies: int = 0, **options: Any) -> Step
 
 
 def state(engine: Engine) -> dict[str, torch.Tensor]:
-    """Master weights and moments that this rank holds, and the weights that it computes with: `KIND/NAME@START`."""
+    """This rank's master weights and moments, and the weights it computes with: `KIND/NAME@START`."""
     kept: dict[str, torch.Tensor] = {}
     if engine.stage < 3:
         kept = {f"bf16/{name}@0": p.detach().clone() for name, p in engine.trainable()}
@@ -111,7 +111,7 @@ def two_steps(world: World, *settings: str, dummies: int = 0) -> tuple[dict[str,
 
 
 def spoilt_step(world: World, *settings: str) -> dict[str, Any]:
-    """A step that is not finite on rank 0 alone, between two that are."""
+    """A step that is non-finite only on rank 0, between two finite ones."""
     engine = make_engine(world, *settings)
     take(engine, 0)
     before = state(engine)
@@ -151,7 +151,7 @@ def order_of_events(world: World) -> dict[str, Any]:
 
 
 def counts(world: World, stage: int) -> dict[str, int]:
-    """Operations of a second update of a single group, and what gathering gradients adds to a backward."""
+    """Operations of a second update of a single group, and those that gathering gradients adds to a backward pass."""
     engine = make_engine(world, "optim.weight_decay=0", f"engine.zero_stage={stage}", model=Many)
     take(engine, 0)
     counted = {}

@@ -1,4 +1,4 @@
-"""What a start loads."""
+"""The modules that a start loads."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ import sys
 from tests.conftest import ROOT, SMALL_RUN
 
 
-def test_a_run_does_without_the_compiler(tmp_path):
+def test_a_run_does_not_load_the_compiler(tmp_path):
     """torch's Inductor costs every rank seconds of a start."""
     settings = [*SMALL_RUN, "optim.max_steps=1", f"output_dir={tmp_path / 'run'}"]
     command = [sys.executable, "-X", "importtime", "-m", "ft_dist.train", *settings]

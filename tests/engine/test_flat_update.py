@@ -1,4 +1,4 @@
-"""Updates of bf16 models in a handful of operations: of one rank and of two, against plain PyTorch."""
+"""Updates of bf16 models in a handful of operations, on one rank and on two, against plain PyTorch."""
 
 import math
 import os
@@ -15,12 +15,12 @@ from tests.engine.flat_ranks import DECAY, MAX_NORM, RATE, ROWS, TOKENS, micro_b
 from tests.object_store import free_port
 
 UPDATE_OPERATIONS = 20
-"""With collectives, and the two that add up the gradients of a micro-batch"""
+"""Including collectives and the two operations that add up a micro-batch's gradients"""
 
 
 @pytest.fixture(scope="module", params=[1, 2])
 def seen(request: Any, tmp_path_factory: Any) -> dict[Any, Any]:
-    """What rank 0 of a world of `ranks` wrote down; see flat_ranks.py."""
+    """The results of rank 0 in a world of `ranks`; see flat_ranks.py."""
     out, size = tmp_path_factory.mktemp("flat") / "seen.pt", request.param
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
     place |= {"LOCAL_WORLD_SIZE": str(size), "PYTHONPATH": f"{ROOT}:{ROOT}/kernels"}
@@ -35,8 +35,8 @@ def seen(request: Any, tmp_path_factory: Any) -> dict[Any, Any]:
         )
         for rank in range(size)
     ]
-    told = [rank.communicate(timeout=600)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * size, told
+    output = [rank.communicate(timeout=600)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * size, output
     return {"ranks": size, **torch.load(out, weights_only=False)}
 
 
@@ -90,7 +90,7 @@ def test_steps_equal_plain_pytorch(seen, key, max_norm):
 
 @pytest.mark.parametrize("way", ["dummies", "pieces", "one_by_one"])
 def test_no_bit_depends_on_how_gradients_are_gathered(seen, way):
-    """All at once, piece by piece or each as it is made; nor on a micro-batch that has no label."""
+    """All at once, in pieces or one by one; a micro-batch without labels changes nothing either."""
     (state, results), (other_state, other_results) = seen["two_steps"], seen[way]
     assert results == other_results
     assert state.keys() == other_state.keys()
@@ -98,8 +98,8 @@ def test_no_bit_depends_on_how_gradients_are_gathered(seen, way):
 
 
 @pytest.mark.parametrize("how", ["adamw", "adamw_8bit", "muon", "stage 2", "stage 3"])
-def test_a_step_that_is_not_finite_changes_nothing(seen, how):
-    """Neither weights nor moments nor their count, on any rank, and the next step is as if it had not been."""
+def test_a_non_finite_step_changes_nothing(seen, how):
+    """On every rank, weights, moments and step count stay, and the next step is the same as without it."""
     assert seen["spoilt", how] == {"skipped": True, "unchanged": True, "forgotten": True}
 
 
@@ -107,17 +107,18 @@ def test_weights_change_after_before_update_and_not_at_all_if_abandoned(seen):
     order = seen["order"]
     assert order["abandoned"]
     assert order["asked_before"]
-    # one rank is asked when the update is done, ranks of several before it
+    # a single rank is asked after the update, several ranks before it
     assert order["sums"] == ([2.0, 1.0, 0.0] if seen["ranks"] == 1 else [4.0, 0.0, 0.0])
 
 
-def test_an_update_takes_a_few_operations_however_many_tensors(seen):
+def test_an_update_takes_few_operations_for_any_number_of_tensors(seen):
     counts = seen["counts", 1]
     assert counts["add_gradients"] == 2
     assert sum(counts.values()) <= UPDATE_OPERATIONS, counts
 
 
 @pytest.mark.parametrize("stage, alone, together", [(2, 80, 80), (3, 80, 300)])
-def test_updates_of_deepspeed_take_one_norm(seen, stage, alone, together):
-    """Of 203 tensors, 3,118 and 451 operations before; on several ranks stage 3 copies each small tensor once."""
+def test_updates_of_deepspeed_compute_one_norm(seen, stage, alone, together):
+    """For 203 tensors; DeepSpeed alone takes 3,118 and 451 operations. On several ranks, stage 3 copies each small
+    tensor once."""
     assert seen["counts", stage]["_update"] < (alone if seen["ranks"] == 1 else together)

@@ -1,4 +1,4 @@
-"""What DeepSpeed is told; what it then allocates is measured in tests/plan/test_measured.py."""
+"""The settings given to DeepSpeed; tests/plan/test_measured.py measures what it then allocates."""
 
 import pytest
 
@@ -15,7 +15,7 @@ from ft_dist.engine.settings import (
 @pytest.mark.parametrize(
     "trainable, elements", [(17_920, 17_920), (17_921, 17_922), (8_000_000_000, REDUCE_BUCKET_ELEMENTS)]
 )
-def test_a_bucket_is_no_larger_than_what_is_trained(stage, trainable, elements):
+def test_a_bucket_is_no_larger_than_the_trained_parameters(stage, trainable, elements):
     config = load_config("smoke", [f"engine.zero_stage={stage}"])
     zero = deepspeed_config(config, stage=stage, device_type="cpu", trainable=trainable)["zero_optimization"]
     assert zero["reduce_bucket_size"] == elements
@@ -44,6 +44,6 @@ def test_stage(asked, dtype, ranks, trainable, stage):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_offloaded_state_needs_a_stage_that_knows_it(dtype):
+def test_offloaded_state_needs_a_stage_that_supports_it(dtype):
     config = load_config("smoke", ["engine.zero_stage=auto", f"model.dtype={dtype}", "engine.offload=cpu"])
     assert effective_stage(config, 1, trainable=FEW) == 2

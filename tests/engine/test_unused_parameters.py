@@ -1,4 +1,4 @@
-"""A weight that no forward reaches has no gradient; every stage treats it alike."""
+"""A weight that no forward pass uses has no gradient; every stage treats it the same way."""
 
 import json
 import os
@@ -10,9 +10,9 @@ import pytest
 from tests.conftest import ROOT, SMALL_RUN
 
 
-def test_it_decays_as_it_does_in_shares(tmp_path):
-    """Stage 0 hands torch's AdamW the parameters themselves, which skips those without a gradient; DeepSpeed's shares
-    are whole."""
+def test_it_decays_the_same_at_every_stage(tmp_path):
+    """Stage 0 gives torch's AdamW the parameters themselves, and it skips those without a gradient; DeepSpeed's shards
+    always have one."""
     after = {}
     for stage in (0, 2):
         out = tmp_path / f"{stage}.json"

@@ -1,6 +1,6 @@
-"""A real run of a model with one weight that no forward reaches: `python -m ... OUT CONFIG [key=value ...]`.
+"""A real run of a model with one weight that no forward pass uses: `python -m ... OUT CONFIG [key=value ...]`.
 
-Writes what that weight is after each step.
+Writes that weight's value after each step.
 """
 
 import functools

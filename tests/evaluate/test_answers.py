@@ -1,4 +1,4 @@
-"""Batched, padded answers equal those of one prompt at a time, and matching ignores only form."""
+"""Batched, padded answers equal those of one prompt at a time, and matching ignores only formatting."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def model_and_tokenizer(request, tmp_path_factory) -> tuple[Any, Any]:
     folder = tmp_path_factory.mktemp(request.param)
     make_tiny(request.param, folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    model.config.use_cache = False  # as training leaves it
+    model.config.use_cache = False  # the state after training
     return model, AutoTokenizer.from_pretrained(folder)
 
 
@@ -61,7 +61,7 @@ def test_an_answer_ends_at_any_stop_token(model_and_tokenizer: tuple[Any, Any]) 
 
 
 @pytest.mark.parametrize("answer", ["spam", " Spam.", "SPAM\n", '"spam"', "**spam**", "spam!"])
-def test_form_is_ignored(answer: str) -> None:
+def test_formatting_is_ignored(answer: str) -> None:
     assert exact_match(answer, "spam")
 
 

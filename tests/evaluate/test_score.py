@@ -49,7 +49,7 @@ def test_loss_weighs_tokens_not_batches() -> None:
     assert math.isnan(held_out_loss(lambda batch: (torch.tensor(0.0), 0), [micro_batch(0)])[0])
 
 
-def test_loss_adds_in_double_precision() -> None:
+def test_loss_sums_in_double_precision() -> None:
     loss, _ = held_out_loss(
         lambda batch: (torch.tensor(1e8 if batch.labelled_tokens else 1.0), 1), [micro_batch(1)] + [micro_batch(0)] * 50
     )
@@ -60,7 +60,7 @@ def chat(*turns: tuple[str, str]) -> Sample:
     return Sample([{"role": role, "content": content} for role, content in turns], None, "here")
 
 
-def test_only_conversations_that_end_with_an_answer_are_asked() -> None:
+def test_only_conversations_that_end_with_an_answer_are_generated() -> None:
     tokenizer = byte_tokenizer()
     samples = [
         chat(("system", "sort"), ("user", "mail"), ("assistant", "spam")),
@@ -72,7 +72,7 @@ def test_only_conversations_that_end_with_an_answer_are_asked() -> None:
     assert tokenizer.decode(prompt.tokens).endswith("mail<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_scores_are_json_even_where_they_are_not_finite() -> None:
+def test_non_finite_scores_are_valid_json() -> None:
     scores = Scores(loss=math.log(4), labelled_tokens=3)
     assert scores.to_dict()["perplexity"] == pytest.approx(4)
     assert scores.to_dict()["accuracy"] is None

@@ -1,1 +1,1 @@
-"""A training step as if on an H100, on a machine without a GPU: what would fail there, and what it would cost."""
+"""Simulates a training step on an H100 without a GPU: finds what would fail there and counts what it would cost."""

@@ -1,4 +1,4 @@
-"""The simulated GPU runs in processes of its own, since it changes torch for the whole process."""
+"""The simulated GPU runs in separate processes, because it changes torch for the whole process."""
 
 import json
 import os
@@ -15,8 +15,8 @@ from tests.conftest import ROOT
 
 @pytest.fixture
 def simulated(tmp_path: Path) -> Callable[..., Any]:
-    """Run `python -m tests.gpu_fake.MODULE ARGUMENTS` and return what it wrote as JSON. `first` comes first on the
-    path of modules."""
+    """Run `python -m tests.gpu_fake.MODULE ARGUMENTS` and return its JSON output. `first` comes first on the
+    module path."""
 
     def run(module: str, *arguments: str, first: str = "") -> Any:
         written = tmp_path / "written.json"

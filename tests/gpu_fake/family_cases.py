@@ -1,4 +1,4 @@
-"""Each family that our kernels know, each way of training it: packed rows, then a rank that has none.
+"""Each family that our kernels support, with each method: packed rows, then a rank without rows.
 
     python -m tests.gpu_fake.family_cases [FAMILY ...] [--json FILE]
 
@@ -59,7 +59,7 @@ def run(family: str, method: str, *, stage: int | None, ranks: int) -> dict[str,
                 real, dummy = next(step.batches(setting, config)), step.dummy(config)
             for micro_batches in ([*real, dummy], [dummy]):
                 engine.train_step(micro_batches, weight=100, learning_rate=step.LEARNING_RATE)
-    except Exception as problem:  # whatever torch, DeepSpeed or a compiler says
+    except Exception as problem:  # any error of torch, DeepSpeed or a compiler
         where = traceback.extract_tb(problem.__traceback__)[-1]
         place = f"{Path(where.filename).name}:{where.lineno}"
         row["error"] = f"{type(problem).__name__} at {place}: {(str(problem).strip().splitlines() or [''])[-1][:300]}"

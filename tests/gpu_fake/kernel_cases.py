@@ -1,8 +1,8 @@
-"""Every op of our kernels, forward and backward, at aligned, ragged and one-row lengths: each kernel is compiled.
+"""Compiles every op of our kernels, forward and backward, at aligned, ragged and one-row lengths.
 
     python -m tests.gpu_fake.kernel_cases [OP ...] [--json FILE]
 
-The ops are those of `benchmarks/kernels`, at the shapes that its parity check and its timings use on a GPU. Exits 1 if
+The ops are those of `benchmarks/kernels`, at the shapes of its parity check and its timings on a GPU. Exits 1 if
 one of them fails.
 """
 
@@ -41,17 +41,17 @@ def all_ops() -> tuple[str, ...]:
 
 
 def run(op: str) -> list[dict[str, Any]]:
-    """One row for each case and length; `error` is empty where everything compiled."""
+    """One row per case and length; `error` is empty if everything compiled."""
     import triton
 
     from benchmarks.kernels import cases, parity
 
-    # the numbers do not matter here, and billions of them would be drawn
+    # the values do not matter, and drawing billions of them would take long
     cases._normal = _empty
     models = [cases.SMOLLM2, cases.SMOLLM2._replace(gelu=True), parity.RAGGED, cases.LLAMA3, cases.QWEN3, cases.GEMMA3]
     rows = []
     for model in models:
-        with device.fake_tensors():  # whether the chip multiplies in FP8 is tried
+        with device.fake_tensors():  # an FP8 product is tried on the chip
             makes = cases.cases_of(model, max(LENGTHS)).get(op, ())
         for make in makes:
             for tokens in LENGTHS:
@@ -68,12 +68,12 @@ def _empty(*shape: int, dtype: Any, device: str, std: float = 1.0, grad: bool = 
 
 
 def _error(case: Any, tokens: int) -> str:
-    """What goes wrong in a forward and backward pass of the case; nothing if all is well."""
+    """The error of the case's forward and backward pass; empty on success."""
     import torch
 
     from tests.gpu_fake.simulator.counting import Count
 
-    # real and on the host, but laid out as for another device than "cpu"
+    # real and on the host, but with the layout for a device other than "cpu"
     inputs = {} if case.views else case.make(tokens, torch.bfloat16, "cpu:0")
     try:
         with device.fake_tensors(), Count():
@@ -84,13 +84,13 @@ def _error(case: Any, tokens: int) -> str:
             leaves = [value for value in given.values() if isinstance(value, torch.Tensor) and value.requires_grad]
             if leaves:
                 torch.autograd.grad(outputs, leaves, [torch.empty_like(output) for output in outputs])
-    except Exception as problem:  # whatever a compiler says
+    except Exception as problem:  # any compiler error
         return f"{type(problem).__name__}: {str(problem).strip().splitlines()[-1][:300]}"
     return ""
 
 
 def _moved(value: Any) -> Any:
-    """The same on the device, as a leaf where it was one."""
+    """The same tensor on the device; a leaf stays a leaf."""
     import torch
 
     if isinstance(value, torch.Tensor):

@@ -1,8 +1,8 @@
-"""What a step costs on the simulated device, by the numbers that `budgets.yaml` bounds.
+"""The cost of a step on the simulated device, in the numbers that `budgets.yaml` limits.
 
     python -m tests.gpu_fake.report MODEL METHOD [--stage N] [--lengths full|MEDIAN] [--json FILE] [--ops]
 
-Numbers a layer are the difference between a model of three layers and one of two, so they are exact.
+Numbers per layer are the difference between a model of three layers and one of two, so they are exact.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
 
 
 def _named(arguments: list[str]) -> list[str]:
-    """The arguments that say what is measured, not where it is written."""
+    """The arguments that select what is measured, without the output path."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--json")
     parser.add_argument("--ops", action="store_true")

@@ -1,4 +1,4 @@
-"""The product's engine on the simulated device: its own model code, DeepSpeed, optimizer and batches.
+"""The product's engine on the simulated device, with its own model code, DeepSpeed, optimizer and batches.
 
 Import after `device.simulate()`.
 """
@@ -37,7 +37,7 @@ from tests.gpu_fake.simulator.counting import BACKWARD, BATCH, FORWARD, UPDATE, 
 from tests.gpu_fake.simulator.device import fake_tensors
 
 LEARNING_RATE = 1e-4
-# what a method means in the config
+# the config of each method
 METHODS: dict[str, list[str]] = {
     "full": ["method.kind=full"],
     "lora": ["method.kind=lora"],
@@ -47,7 +47,7 @@ METHODS: dict[str, list[str]] = {
     "lora-head": ["method.kind=lora", "method.target_modules=[q_proj,lm_head]"],
     "lora-fp8": ["method.kind=lora", "method.dropout=0.05", "model.base_dtype=fp8"],
 }
-# a tiny model of each family that our kernels know, wide enough for all of them
+# a tiny model of each family that our kernels support, wide enough for all of them
 FAMILY_MODELS = {
     "llama": "tiny-llama",
     "mistral": "tiny-mistral",
@@ -131,12 +131,12 @@ class Setting:
 
 
 def form_world(ranks: int) -> World:
-    """This process as rank 0 of a world whose other ranks are not there: collectives return at once."""
+    """This process as rank 0 of a world whose other ranks do not exist: collectives return at once."""
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     if not dist.is_initialized():
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     assert dist.get_world_size() == ranks, "DeepSpeed keeps its groups: another world needs another process"
-    # ZeRO-3 asks whether all ranks trace the same modules, by values that are not there
+    # ZeRO-3 compares traces between ranks by values, which do not exist here
     coordinator.assert_ints_same_as_other_ranks = lambda _: None
     return World(0, ranks, 0, ranks, torch.device("cuda", 0))
 
@@ -147,7 +147,7 @@ def build(setting: Setting) -> tuple[Engine, RunConfig]:
     config = setting.config(folder)
     world = form_world(setting.ranks)
     tokenizer = VocabularyOnly(setting.vocabulary(config))
-    with Count():  # answers where a tensor's value is asked for
+    with Count():  # replaces reads of a tensor's value
         return build_engine(config, world, folder=config.model.path, tokenizer=tokenizer, load=random_model), config
 
 
@@ -174,14 +174,14 @@ def batches(setting: Setting, config: RunConfig) -> Iterator[list[MicroBatch]]:
 
 
 def dummy(config: RunConfig) -> MicroBatch:
-    """What a rank without rows runs."""
+    """The micro-batch of a rank without rows."""
     no_store: Any = None
     return collate((), no_store, gpu_length=config.data.max_length)
 
 
 @dataclass
 class Step:
-    """What was counted in one step. `held_bytes` is what its last forward pass left behind for the backward pass."""
+    """The counts of one step. `held_bytes`: what its last forward pass kept for the backward pass."""
 
     phases: dict[str, Phase]
     held_bytes: int
@@ -191,7 +191,7 @@ class Step:
 
 
 def count_step(setting: Setting, *, steps: int = 2, micro_batches: list[MicroBatch] | None = None) -> Step:
-    """Counts of the last of `steps` steps; the ones before it make the optimizer's state and other things kept."""
+    """Counts of the last of `steps` steps; the earlier ones create the optimizer's state and other lasting objects."""
     with fake_tensors():
         engine, config = build(setting)
         with unset_fake_temporarily():
@@ -206,7 +206,7 @@ def count_step(setting: Setting, *, steps: int = 2, micro_batches: list[MicroBat
 
 @contextmanager
 def _phases_told_apart(engine: Engine, count: Count) -> Iterator[list[int]]:
-    """Yields a list that gets the bytes which each forward pass leaves behind."""
+    """Yields a list that collects the bytes kept by each forward pass."""
     held: list[int] = []
     forward, backward = engine.objective.forward, torch.autograd.backward
 
@@ -220,7 +220,7 @@ def _phases_told_apart(engine: Engine, count: Count) -> Iterator[list[int]]:
     def counted_backward(*args: Any, **kwargs: Any) -> Any:
         count.phase = BACKWARD
         backward(*args, **kwargs)
-        # until the next forward pass begins, if there is one
+        # until the next forward pass begins, if any
         count.phase = UPDATE
 
     engine.objective.forward, torch.autograd.backward = counted_forward, counted_backward  # type: ignore[method-assign]
@@ -231,7 +231,7 @@ def _phases_told_apart(engine: Engine, count: Count) -> Iterator[list[int]]:
 
 
 def count_attention(setting: Setting, batches_read: int) -> Counter[str]:
-    """Calls of attention by what their plan depends on, over the forward passes of so many batches."""
+    """Attention calls by the key of their plan, over the forward passes of the given batches."""
     with fake_tensors():
         engine, config = build(setting)
         with unset_fake_temporarily():

@@ -1,4 +1,4 @@
-"""What a step costs on the simulated GPU stays within `budgets.yaml`."""
+"""The cost of a step on the simulated GPU stays within `budgets.yaml`."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +27,7 @@ def test_a_budget_can_be_exceeded() -> None:
 
 
 def excess(name: str, budget: dict[str, float], report: dict[str, Any]) -> Iterator[str]:
-    """One line for each number above its bound."""
+    """One line per number above its limit."""
     for key, limit in budget.items():
         if key == "off_plan_by":
             saved, planned = report["saved_mib_a_layer"], report["planned_mib_a_layer"]

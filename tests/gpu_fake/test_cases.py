@@ -1,4 +1,4 @@
-"""Everything that a GPU would be given compiles, and is on the GPU: kernels at all lengths, families in all methods."""
+"""Everything a GPU would run compiles and is on the GPU: kernels at all lengths, families in all methods."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="no Triton here: its wheels exist for Linux only")
 
-# about equal work, for two workers
+# about equal work for two workers
 OPS = (
     ("lora_linear", "lora_extended"),
     ("linear_cross_entropy", "rms_norm", "swiglu", "geglu", "rope", "segment_attention", "nf4", "fp8_linear"),

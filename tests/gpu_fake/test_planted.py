@@ -1,4 +1,4 @@
-"""The simulation's checks can fail: each planted fault is refused, or counted, by name."""
+"""The simulation's checks can fail: each planted fault is refused or counted, by name."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ from typing import Any
 from tests.conftest import ROOT
 
 EXPECTED = {
-    # how many bytes it takes is the compiler's choice
+    # the compiler decides how many bytes it takes
     "shared memory": "bytes of shared memory; a block of this chip has 232448",
     "argument on the host": "add_one: an argument of shape (16,) is on cpu, not cuda",
     "grid too large": "add_one: grid (1, 70000) has y=70000, which must be in 1..65535",
@@ -26,7 +26,7 @@ EXPECTED = {
 }
 
 
-def test_planted_faults_are_seen(simulated: Callable[..., Any]) -> None:
+def test_planted_faults_are_found(simulated: Callable[..., Any]) -> None:
     said = simulated("planted")
     assert said.pop("copy that does not") == ""
     assert said.keys() == EXPECTED.keys()
@@ -34,7 +34,7 @@ def test_planted_faults_are_seen(simulated: Callable[..., Any]) -> None:
     assert not unseen
 
 
-def test_a_machine_without_a_compiler_is_told_so(tmp_path: Path) -> None:
+def test_a_missing_compiler_is_reported(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.gpu_fake.planted"],
         cwd=ROOT,

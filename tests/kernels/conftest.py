@@ -1,8 +1,8 @@
 """Runs the Triton kernels on CPU tensors, under Triton's interpreter, wherever Triton is installed.
 
-The interpreter is chosen when a kernel is decorated, so TRITON_INTERPRET must be set while triton and the kernels are
-imported, and only then: it is unset again before any test runs, so that no process started by another test inherits it.
-Where something imported triton earlier in this process, the tests marked `interpreter` run in a process of their own.
+Triton chooses the interpreter when a kernel is decorated, so TRITON_INTERPRET must be set while triton and the kernels
+are imported, and only then: it is unset before any test runs, so that no process started by another test inherits it.
+If something imported triton earlier in this process, the tests marked `interpreter` run in a separate process.
 """
 
 import contextlib
@@ -29,10 +29,10 @@ def _import_interpreted() -> bool:
     try:
         triton = importlib.import_module("triton.language")
         with contextlib.suppress(ImportError):
-            # The interpreter imports it at the first launch, and it asserts the variable.
+            # The interpreter imports it at the first launch, and it asserts that the variable is set.
             importlib.import_module("triton.experimental.gluon")
         for module in pkgutil.walk_packages(ft_dist_kernels.__path__, "ft_dist_kernels."):
-            # A module that does not import fails the tests of its own file, which import it too.
+            # A module that fails to import fails its own tests, which import it too.
             with contextlib.suppress(ImportError):
                 importlib.import_module(module.name)
     finally:

@@ -1,8 +1,8 @@
-"""What every parity test of an op shares: fp64 truth, the eager form of the same dtype as yardstick, poisoned memory.
+"""Shared by the parity tests of ops: fp64 truth, a tolerance from the eager form of the same dtype, poisoned memory.
 
 The rule: |ours - truth| <= 2 |eager - truth| + 1e-6, for the largest error and for the relative norm, where truth is
-the reference in fp64 on the very same (already rounded) inputs and upstream gradients. The error of a sum over tokens
-is one random number, by luck near zero; a sum is held to the errors of its terms instead.
+the reference in fp64 on the same (already rounded) inputs and upstream gradients. The error of a sum over tokens
+is one random number, which may happen to be near zero; so a sum is compared with the errors of its terms instead.
 """
 
 import math
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.interpreter)]
-# bf16 arithmetic of the interpreter is wrong (research notes of the kernels), so the CPU form alone is held to it.
+# the interpreter's bf16 arithmetic is wrong, so only the CPU form is tested in it
 BACKEND_DTYPES = [
     pytest.param("torch", torch.float32, id="torch-fp32"),
     pytest.param("torch", torch.bfloat16, id="torch-bf16"),
@@ -29,7 +29,7 @@ Outputs = tuple[Tensor, ...]
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Memory from torch.empty and its kin holds NaN (integers: a huge value), so that an unwritten element shows."""
+    """Memory from torch.empty and similar holds NaN (integers: a huge value), so that an unwritten element shows."""
 
     def poison(allocate):
         def call(*args, **kwargs):
@@ -54,10 +54,11 @@ def poisoned() -> Iterator[None]:
 
 
 def assert_no_further(ours: Tensor, eager: Tensor, truth: Tensor, name: str) -> None:
-    """Ours is no further from the truth than eager is, twice over, by largest error and by relative norm.
+    """Our error is at most twice eager's, by largest error and by relative norm.
 
-    The largest error of a result rounded twice (when made, and when scaled by the upstream gradient) may be one step of
-    its dtype, where eager's happens to be less; of a result of one element so may the norm, of larger ones less.
+    The largest error of a result rounded twice (when computed, and when scaled by the upstream gradient) may be one
+    step of its dtype even if eager's is less; the same holds for the norm of a single element, and in part for larger
+    results.
     """
     assert ours.shape == truth.shape, f"{name}: shape {tuple(ours.shape)}, not {tuple(truth.shape)}"
     if truth.numel() == 0:
@@ -75,7 +76,7 @@ def assert_no_further(ours: Tensor, eager: Tensor, truth: Tensor, name: str) -> 
 
 
 def assert_sum_no_further(ours: Tensor, eager_terms: Tensor, true_terms: Tensor, name: str) -> None:
-    """A sum is no further from the truth than its terms are together in the eager form, twice over."""
+    """A sum's error is at most twice that of its terms together in the eager form."""
     truth = true_terms.double().sum()
     allowed = 2 * float((eager_terms.double() - true_terms.double()).abs().sum()) + TOLERANCE * max(1.0, abs(truth))
     error = abs(ours.double() - truth)
@@ -122,10 +123,10 @@ def check_parity(
     frozen: tuple[str, ...] = (),
     terms: Callable[..., Outputs] | None = None,
 ) -> None:
-    """Outputs and gradients against the truth, with poisoned memory; untouched inputs; two runs with the same bits.
+    """Check outputs and gradients against the truth with poisoned memory, unchanged inputs, and equal bits of two runs.
 
-    `inputs` are already in the dtype under test. `upstream` holds one gradient for each differentiable output. Where
-    outputs are sums, `terms` is the eager form of what they sum.
+    `inputs` are already in the dtype under test. `upstream` holds one gradient per differentiable output. If
+    outputs are sums, `terms` is the eager form of their terms.
     """
     before = {name: tensor.clone() for name, tensor in inputs.items() if tensor is not None}
     expected, expected_grads = run(eager, inputs, upstream, torch.float64, frozen)
@@ -150,7 +151,7 @@ def check_parity(
 
 
 def check_backward_twice(function: Callable[..., Outputs], inputs: dict[str, Tensor | None]) -> None:
-    """A retained graph gives the same gradients again, and leaves the upstream gradient as it was."""
+    """A retained graph gives the same gradients again and does not change the upstream gradient."""
     arguments = leaves(inputs, None, ())
     output = function(**arguments)[0]
     upstream = torch.full_like(output, 0.375)

@@ -1,4 +1,4 @@
-"""The dropout mask: exact values, agreement of the two forms, and its statistics."""
+"""The dropout mask: exact values, agreement of both forms, and statistics."""
 
 import math
 
@@ -86,13 +86,13 @@ def test_seeds_are_uncorrelated(other):
 
 
 def test_thresholds_nest_in_p():
-    """The same draw decides for every p: what a larger p keeps, a smaller p keeps too."""
+    """The same draw decides for every p: a smaller p keeps everything that a larger p keeps."""
     strict, loose = (keep_mask(64, 64, p=p, seed=1) for p in (0.6, 0.2))
     assert not (strict & ~loose).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_masked_copy_zeroes_even_what_is_not_finite(dtype):
+def test_masked_copy_zeroes_even_non_finite_values(dtype):
     x = torch.full((4, 7), float("inf"), dtype=dtype)
     keep = keep_bits(torch.arange(4), 7, 0.5, 5, dtype)
     masked = masked_copy(x, keep)

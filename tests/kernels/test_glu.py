@@ -1,4 +1,4 @@
-"""swiglu and geglu against fp64 truth, apart and as halves of one tensor."""
+"""swiglu and geglu against fp64 truth, as separate tensors and as halves of one tensor."""
 
 import pytest
 import torch
@@ -51,11 +51,11 @@ def test_strided_halves_and_large_values(kind, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_result_with_room_behind_its_rows(backend):
+def test_a_result_with_spare_columns(backend):
     inputs = {name: tensor.requires_grad_() for name, tensor in make_inputs((2, 7, 37), torch.float32).items()}
     plain, roomy = swiglu(**inputs, backend=backend), swiglu(**inputs, spare=11, backend=backend)
     assert roomy.stride() == (7 * 48, 48, 1)
-    torch.testing.assert_close(roomy, plain)  # vectors end elsewhere on CPU
+    torch.testing.assert_close(roomy, plain)  # the spare columns move the vector boundaries on CPU
     upstream = torch.randn(plain.shape)
     torch.testing.assert_close(*(torch.autograd.grad(y, list(inputs.values()), upstream) for y in (plain, roomy)))
 
@@ -78,7 +78,7 @@ def test_any_shape(rows, width, seed, kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bits_of_the_operators_it_replaces(dtype):
+def test_the_bits_equal_those_of_the_replaced_operators(dtype):
     inputs = make_inputs((40, 96), dtype)
     assert torch.equal(swiglu(**inputs), swiglu_reference(**inputs))
     assert torch.equal(geglu(**inputs), geglu_reference(**inputs))
@@ -103,6 +103,6 @@ def test_upstream_that_is_expanded_or_transposed():
         (lambda: geglu(torch.zeros(2, 4), approximate="erf"), "approximate"),
     ],
 )
-def test_mistakes_are_named(call, message):
+def test_errors_name_the_value(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -1,4 +1,4 @@
-"""Linear layers that share x: values and gradients against fp64 truth, with torch's own layer as yardstick."""
+"""Linear layers that share x: values and gradients against fp64 truth, with torch's own layer as the tolerance."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_parity(shape, dtype, bias, frozen):
     )
 
 
-def test_an_output_that_nobody_uses_leaves_its_weight_alone():
+def test_an_unused_output_gives_its_weight_no_gradient():
     inputs = make_inputs((8, 64, (64, 64)), torch.float32, True)
     leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
     linear_group(leaves["x"], members({k: v for k, v in leaves.items() if k != "x"}))[1].sum().backward()
@@ -47,7 +47,7 @@ def test_an_output_that_nobody_uses_leaves_its_weight_alone():
     torch.testing.assert_close(leaves["x"].grad, leaves["weight1"].sum(0).expand(8, 64))
 
 
-def test_leading_shapes_and_a_weight_that_does_not_fit():
+def test_leading_shapes_and_a_weight_of_the_wrong_width():
     weight = torch.randn(6, 5)
     assert linear_group(torch.randn(2, 3, 5), [(weight, None)])[0].shape == (2, 3, 6)
     with pytest.raises(ValueError, match="must be \\(out, 4\\)"):

@@ -1,4 +1,5 @@
-"""linear_cross_entropy and linear_log_probs against fp64 truth, the whole-logits form as yardstick; memory; edges."""
+"""linear_cross_entropy and linear_log_probs against fp64 truth, with full logits as the tolerance; memory; edge
+cases."""
 
 import weakref
 
@@ -48,14 +49,14 @@ def make_inputs(shape, dtype, *, ignored=0.4, extras=(), seed=0):
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """Several chunks and several widened tiles even at the shapes of a test."""
+    """Several chunks and several widened tiles even at test shapes."""
     monkeypatch.setattr(sizes, "CPU_LOGITS_BYTES", 12 * 301 * 4)
     monkeypatch.setattr(sizes, "CPU_CHUNK_ROWS", (5, 12))
     monkeypatch.setattr(sizes, "WIDENED_TILE_BYTES", 1)
 
 
 def by_token(**options):
-    """The outputs of every row by itself: the terms of the sums."""
+    """The outputs of every single row: the terms of the sums."""
     per_row = ("hidden", "labels", "lora_hidden", "token_weights")
 
     def terms(labels, **tensors):
@@ -107,7 +108,7 @@ def test_loss_shapes(backend, dtype, shape, ignored):
 
 @pytest.mark.parametrize("ignored", [0.0, 0.4, 1.0], ids=["none-ignored", "some-ignored", "all-ignored"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_known_rows_give_the_same_bits_and_are_not_searched_for(backend, ignored):
+def test_given_rows_give_the_same_bits_without_a_search(backend, ignored):
     results = []
     for known in (False, True):
         inputs = make_inputs((23, 96, 301), torch.float32, ignored=ignored)
@@ -164,7 +165,7 @@ def test_loss_any_shape(rows, width, vocabulary, seed, softcap):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rows", [0, 5], ids=["zero-rows", "all-ignored"])
-def test_nothing_labelled(backend, rows):
+def test_no_labels(backend, rows):
     inputs = make_inputs((rows, 8, 33), torch.float32, ignored=2.0, extras=("bias", "lora_a", "lora_b"))
     tensors = {name: inputs[name].requires_grad_() for name in TENSORS if name in inputs}
     out = linear_cross_entropy(**tensors, labels=inputs["labels"], backend=backend)
@@ -206,7 +207,7 @@ def test_frozen_head_skips_its_gradient(backend, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_no_gradient_is_made_under_no_grad(backend, monkeypatch):
+def test_no_gradient_is_computed_under_no_grad(backend, monkeypatch):
     monkeypatch.setattr(chunks, "_accumulate", None)
     inputs = make_inputs((30, 16, 64), torch.float32)
     expected = linear_cross_entropy_reference(**inputs)
@@ -253,7 +254,7 @@ def test_under_checkpoint_and_autocast():
 
 
 def test_under_compile():
-    """Not traced, but right: the call breaks the graph and runs as it is."""
+    """Correct but not traced: the call breaks the graph and runs eagerly."""
     inputs = make_inputs((23, 96, 301), torch.float32)
     grads = []
     for wrap in (lambda f: f, lambda f: torch.compile(f, backend="eager")):
@@ -298,7 +299,7 @@ def test_triton_treats_a_wrong_label_safely():
         ({"rows": torch.tensor([0, 1])}, "label -100 is outside"),
     ],
 )
-def test_mistakes_are_named(change, message):
+def test_errors_name_the_value(change, message):
     arguments = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(5, 4), "labels": torch.tensor([0, -100, 4])}
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(**(arguments | change))
@@ -314,7 +315,7 @@ def test_chunk_rows_keep_a_gpu_busy():
 
 
 class PeakBytes(TorchDispatchMode):
-    """The most bytes alive at once in storages that were made under this mode, on top of the inputs."""
+    """The peak bytes of storages created under this mode, in addition to the inputs."""
 
     def __init__(self, *inputs):
         super().__init__()
@@ -339,8 +340,8 @@ class PeakBytes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_memory_is_a_tenth_of_whole_logits(monkeypatch, trained):
-    """The proportions of T=4096, V=49152, H=576 and of the real budget at a sixteenth of the size."""
+def test_memory_is_a_tenth_of_full_logits(monkeypatch, trained):
+    """The proportions of T=4096, V=49152, H=576 and of the real budget, at a sixteenth of the size."""
     monkeypatch.undo()
     monkeypatch.setattr(sizes, "CPU_LOGITS_BYTES", sizes.CPU_LOGITS_BYTES // 64)
     rows, width, vocabulary = 1024, 72, 6144

@@ -31,17 +31,17 @@ def test_every_kernel_fits_every_chip(tmp_path, form):
     prefix = "ft_dist_kernels."
     modules = {info.name.removeprefix(prefix) for info in pkgutil.walk_packages(ft_dist_kernels.__path__, prefix)}
     with_kernels = {re.sub("[._]kernels$", "", name) for name in modules if name.endswith("kernels")}
-    with_kernels -= {"dropout"}  # functions that other kernels call, not a kernel
+    with_kernels -= {"dropout"}  # functions called by kernels, not kernels
     without = {("quantised.fp8", "sm_80"), ("quantised.fp8", "gfx942")}  # these chips lack this kind of e4m3
     assert {(row["op"], row["chip"]) for row in rows} >= {(op, chip) for op in with_kernels for chip in CHIPS} - without
     assert all(row["registers"] > 0 and row["spill_bytes"] == 0 and not row["problem"] for row in rows)
-    # Sizes that Triton may not specialise on, though they bound a tile's columns, split its loads into single numbers;
-    # a tile of as many numbers as threads needs one such load
+    # A size that bounds a tile's columns but is excluded from specialisation splits its loads into single elements;
+    # a tile with as many elements as threads needs one such load
     lora = [row for row in rows if row["op"].startswith("lora") and "rank 8" not in row["kernel"]]
     assert [row for row in lora if row["narrow_loads"] > 1] == []
 
 
-def test_every_kernel_compiles_where_an_argument_is_one():
+def test_every_kernel_compiles_if_an_argument_is_one():
     """Triton turns an integer equal to 1 into a constant: one token, rank 1, one output."""
     result = resources(module="ones")
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]

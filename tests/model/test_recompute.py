@@ -1,4 +1,4 @@
-"""A product that backward makes once more: the same bits as kept, and nothing keeps it."""
+"""A product that the backward pass recomputes: the same bits as a stored one, and nothing stores it."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def dora(x, w):
 
 
 def twice(x, w):
-    """As peft's own form: two layers keep x."""
+    """As in peft's own form: two layers keep x."""
     return linear(x, w) + nn.functional.linear(nn.functional.linear(x, w["a"]), w["b"])
 
 
@@ -44,7 +44,7 @@ def counted(made, gate, up):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layer", [linear, lora, dora, twice])
-def test_gradients_have_the_bits_of_a_kept_product(layer, dtype):
+def test_gradients_have_the_bits_of_a_stored_product(layer, dtype):
     results = []
     for again in (False, True):
         w = inputs(dtype)
@@ -73,7 +73,7 @@ def test_gradients_have_the_bits_of_a_kept_product(layer, dtype):
 
 
 class _Behind(torch.autograd.Function):
-    """Writes behind the rows of x, as merged layers do, and saves all of it in one tensor."""
+    """Writes into spare columns after the rows of x, as merged layers do, and saves everything in one tensor."""
 
     @staticmethod
     def forward(ctx, x_TI, values_TS):
@@ -88,7 +88,7 @@ class _Behind(torch.autograd.Function):
         return upstream * x_TK[:, :8].clone(), upstream * x_TK[:, 8:].clone()
 
 
-def test_what_others_write_behind_the_rows_is_kept():
+def test_spare_columns_written_by_others_are_kept():
     gate, values = torch.randn(5, 8, requires_grad=True), torch.randn(5, 4, requires_grad=True)
     product = swiglu(gate, gate, spare=4)
     expected, memory = product.detach().clone(), StorageWeakRef(product.untyped_storage())
@@ -105,7 +105,7 @@ def test_what_others_write_behind_the_rows_is_kept():
     assert memory.expired()
 
 
-def test_a_frozen_layer_asks_for_nothing():
+def test_a_frozen_layer_recomputes_nothing():
     gate = torch.randn(2, 8, requires_grad=True)
     weight = torch.randn(4, 8)
     product = swiglu(gate, gate)
@@ -119,8 +119,8 @@ def test_a_frozen_layer_asks_for_nothing():
     assert gate.grad is not None
 
 
-def test_parameters_are_kept_as_they_are():
-    """ZeRO-3 frees a weight after forward and gathers it into another place before backward."""
+def test_parameters_are_not_copied():
+    """ZeRO-3 frees a weight after forward and gathers it at another address before backward."""
     w = {name: nn.Parameter(tensor.detach()) for name, tensor in inputs().items()}
     values, x = w["weight"].detach().clone(), w["gate"]
     expected = torch.autograd.grad(lora(x * 2, w).sum(), x)[0]

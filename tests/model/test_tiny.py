@@ -1,4 +1,4 @@
-"""The tiny models load with plain transformers, are the same bits every time, and tell their facts without torch."""
+"""The tiny models load with plain transformers, have the same bits every time, and give their facts without torch."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def test_loads_and_computes(tiny: dict[str, Path], name: str) -> None:
     assert tokenizer.decode(ids[0]) == text
     assert ids.max() < model.config.vocab_size == len(tokenizer)
     loss = model(ids, labels=ids).loss
-    assert 4 < loss.item() < 8  # ln(260) = 5.6: random, but not saturated
+    assert 4 < loss.item() < 8  # ln(260) = 5.6: random but not saturated
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id != tokenizer.pad_token_id
 
 

@@ -1,4 +1,4 @@
-"""Padding and end tokens: right where they were missing, untouched where they were right, and said aloud."""
+"""Padding and end tokens: added where missing, unchanged where present, and every change is reported."""
 
 from pathlib import Path
 
@@ -17,19 +17,19 @@ def saved(folder: Path, **changes: object) -> str:
     return str(folder)
 
 
-def test_a_complete_tokenizer_is_left_alone(tmp_path: Path) -> None:
+def test_a_complete_tokenizer_is_not_changed(tmp_path: Path) -> None:
     tokenizer, notes = load_tokenizer(saved(tmp_path))
     assert notes == []
     assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|pad|>", "<|im_end|>")
 
 
-def test_missing_padding_takes_a_reserved_token_that_is_no_end(tmp_path: Path) -> None:
+def test_missing_padding_uses_a_reserved_token_that_ends_nothing(tmp_path: Path) -> None:
     tokenizer, notes = load_tokenizer(saved(tmp_path, pad_token=None))
     assert tokenizer.pad_token == "<|pad|>"
     assert notes == ["the tokenizer has no padding token: <|pad|> is used"]
 
 
-def test_missing_padding_falls_back_to_the_end_token_and_says_so(tmp_path: Path, monkeypatch) -> None:
+def test_missing_padding_falls_back_to_the_end_token_with_a_report(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("ft_dist.model.tokenizer._PAD_CANDIDATES", ())
     tokenizer, notes = load_tokenizer(saved(tmp_path, pad_token=None))
     assert tokenizer.pad_token == tokenizer.eos_token

@@ -21,7 +21,7 @@ def build(name, kernels, *, method=None, dtype=torch.float32, checkpointing=Fals
         model = method.adapt(model)
         for parameter_name, parameter in model.named_parameters():
             if nonzero and "lora_B" in parameter_name:
-                # B starts at zero, which would hide every mistake in A's gradient
+                # B starts at zero, which would hide every error in A's gradient
                 torch.nn.init.normal_(parameter, std=0.05)
     causal_lm = model.get_base_model() if method is not None else model
     report = fuse(causal_lm, kernels=kernels, device_type="cpu", zero3=False)
@@ -49,7 +49,8 @@ def gradients(objective, **size):
 
 
 def assert_same(ours, truth, *, relative=2e-5):
-    """Of (loss, gradients by name), ours as close to the truth as fp32 sums in another order are."""
+    """Check that our (loss, gradients by name) differ from the truth by no more than the order of fp32 sums
+    explains."""
     (loss, grads), (true_loss, true_grads) = ours, truth
     torch.testing.assert_close(loss, true_loss, rtol=1e-5, atol=0)
     assert grads.keys() == true_grads.keys()

@@ -24,7 +24,7 @@ def build(kind: str, kernels: str) -> CausalObjective:
         model = Lora(rank=4).adapt(model)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if "lora_B" in name:  # zero at the start, which would leave the gradients of A at zero
+                if "lora_B" in name:  # B is zero at the start, which would make A's gradients zero
                     parameter.normal_(std=0.05)
     causal_lm = model.get_base_model() if kind != "full" else model
     report = fuse(causal_lm, kernels=kernels, device_type="cpu", zero3=False)

@@ -1,4 +1,4 @@
-"""8 bits keep what 32 would, closely enough to learn the same, and exactly enough to be saved."""
+"""8-bit states are close enough to 32-bit ones to learn the same, and are saved exactly."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def moment(values, *, signed):
 
 
 @given(st.integers(1, 3 * BLOCK), st.integers(0, 9), st.booleans(), st.floats(-30, 30))
-def test_what_was_read_is_written_as_it_was(numel, seed, signed, exponent):
+def test_decoded_values_encode_to_the_same_codes(numel, seed, signed, exponent):
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(numel, generator=generator) ** 3 * 10**exponent
     kept = moment(values if signed else values.abs(), signed=signed)
@@ -45,7 +45,7 @@ def test_a_small_second_moment_is_not_lost():
 
 
 def test_it_learns_what_adamw_learns():
-    """A least-squares problem: after 200 steps both are as near to its solution."""
+    """On a least-squares problem, both are equally close to the solution after 200 steps."""
 
     def distance(make):
         torch.manual_seed(0)

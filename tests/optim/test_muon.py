@@ -8,7 +8,7 @@ from ft_dist.optim.partition import Segment
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (32, 8), (8, 33), (1, 7)])
-def test_singular_values_come_near_one(shape):
+def test_singular_values_approach_one(shape):
     torch.manual_seed(0)
     found = orthogonal(torch.randn(shape))
     values = torch.linalg.svdvals(found)
@@ -17,7 +17,7 @@ def test_singular_values_come_near_one(shape):
     assert values.max() < 1.3
 
 
-def test_the_directions_are_those_of_the_matrix():
+def test_the_singular_vectors_are_kept():
     torch.manual_seed(1)
     matrix = torch.randn(16, 24)
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
@@ -25,7 +25,7 @@ def test_the_directions_are_those_of_the_matrix():
     assert (kept - torch.diag(kept.diag())).abs().max() < 1e-4
 
 
-def test_a_step_is_momentum_made_orthogonal_and_decay():
+def test_a_step_is_orthogonalised_momentum_and_decay():
     torch.manual_seed(2)
     weights = torch.nn.Parameter(torch.randn(6 * 4 + 3))
     before = weights.detach().clone()
@@ -43,7 +43,7 @@ def test_a_step_is_momentum_made_orthogonal_and_decay():
     torch.testing.assert_close(segment.of(weights.data).view(6, 4), expected)
 
 
-def test_an_update_is_as_large_as_one_of_adamw():
+def test_an_update_is_as_large_as_adamws():
     torch.manual_seed(3)
     for shape in ((64, 64), (256, 32)):
         update = RMS_OF_ADAMW * max(shape) ** 0.5 * orthogonal(torch.randn(shape))

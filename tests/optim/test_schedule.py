@@ -1,4 +1,4 @@
-"""Rates are a function of the step; weight decay spares vectors."""
+"""The learning rate is a function of the step; weight decay skips vectors."""
 
 import itertools
 

@@ -91,8 +91,8 @@ FP8 = [
 
 
 def write_text(path: Path, *, short: bool = False) -> Path:
-    """One text so long that its rows are full, all but the last, or `short` ones for rows of many; every token but the
-    last of a row, or of a text, is labelled."""
+    """One long text that fills all rows but the last, or `short` texts for rows of many samples; every token but the
+    last of a row or a text has a label."""
     words = [
         "the",
         "quick",
@@ -119,7 +119,7 @@ def write_text(path: Path, *, short: bool = False) -> Path:
 
 
 def measure(combination: Combination, folder: Path) -> dict[str, int]:
-    """Run it under torch's profiler; what rank 0 saw (see tests/plan/measured.py)."""
+    """Run it under torch's profiler and return rank 0's measurements (see tests/plan/measured.py)."""
     data = write_text(folder / "text.jsonl", short=combination.packing)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

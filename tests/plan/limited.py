@@ -1,6 +1,6 @@
-"""One rank of a real run whose address space is limited from its first step on: `... MIB CONFIG [key=value ...]`.
+"""One rank of a real run with a limited address space from its first step on: `... MIB CONFIG [key=value ...]`.
 
-Above MIB more than the process has then, torch's allocator fails for real.
+Beyond MIB more than the process has at that point, torch's allocator really fails.
 """
 
 import resource

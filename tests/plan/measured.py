@@ -1,8 +1,8 @@
 """One rank of a real run under torch's profiler: the bytes of tensors live at the peak of its steps, as JSON.
 
-`python -m tests.plan.measured OUT CONFIG [key=value ...]`. What lives when a step begins is counted tensor by tensor
-(weights are loaded by threads and mapped from files, where no profiler looks); what comes and goes within it are the
-events of torch's CPU allocator, those inside operators too.
+`python -m tests.plan.measured OUT CONFIG [key=value ...]`. Tensors alive when a step begins are counted one by one
+(threads load weights and map them from files, which no profiler sees); allocations within the step come from the
+events of torch's CPU allocator, including those inside operators.
 """
 
 import gc
@@ -42,15 +42,15 @@ def main() -> None:
 
 
 def held_bytes() -> int:
-    """Bytes of all storages of weights, gradients, state and buffers. Token ids, which lie in numpy's memory, are no
-    part of it."""
+    """Bytes of all storages of weights, gradients, state and buffers. Token ids are not included, because they are in
+    numpy's memory."""
     found: dict[int, int] = {}
-    gc.unfreeze()  # a run freezes what lives before its first step, and get_objects() leaves that out
+    gc.unfreeze()  # a run freezes the objects that exist before its first step, and get_objects() omits frozen ones
     for thing in gc.get_objects():
         if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.device.type == "cpu":
             storage = thing.untyped_storage()
             if thing.dtype != torch.int64:
-                # of a mapped file only what the tensor covers
+                # of a mapped file, only the part that the tensor covers
                 mapped = storage.filename is not None
                 place = thing.data_ptr() if mapped else storage.data_ptr()
                 found[place] = thing.numel() * thing.element_size() if mapped else storage.nbytes()
@@ -59,7 +59,7 @@ def held_bytes() -> int:
 
 
 def growths_of(profiler: Any) -> list[int]:
-    """How far memory grows within each step."""
+    """The growth of memory within each step."""
     events = profiler.profiler.kineto_results.events()
     steps = sorted((e.start_ns(), e.end_ns()) for e in events if e.name() == STEP)
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")

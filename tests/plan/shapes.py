@@ -1,4 +1,4 @@
-"""config.json of published models, as far as plan reads it, and a folder that holds nothing else."""
+"""config.json of published models (the keys that the plan reads), and folders that contain only that file."""
 
 import json
 from pathlib import Path

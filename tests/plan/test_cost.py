@@ -1,4 +1,4 @@
-"""Hours, price, and how often to commit."""
+"""Hours, price, and the commit interval."""
 
 import math
 
@@ -12,8 +12,8 @@ from tests.plan.shapes import LLAMA_8B, folder
 
 @pytest.mark.parametrize("commit_s", [0.5, 10.0, 120.0])
 @pytest.mark.parametrize("mean_h", [1.0, 8.0, 100.0])
-def test_the_interval_suggested_loses_least(commit_s, mean_h):
-    """Daly's estimate lies within a hundredth of the best of his own full model."""
+def test_the_suggested_interval_loses_least(commit_s, mean_h):
+    """Daly's estimate is within 1 % of the optimum of his full model."""
     mean_s = mean_h * 3600
     best = best_interval(commit_s, mean_s)
     least = min(lost_share(best * factor, commit_s, mean_s) for factor in (0.5, 0.7, 0.9, 1.1, 1.3, 1.5, 2.0))
@@ -21,7 +21,7 @@ def test_the_interval_suggested_loses_least(commit_s, mean_h):
     assert best == pytest.approx(math.sqrt(2 * commit_s * mean_s), rel=0.15)
 
 
-def test_no_failures_lose_only_commits():
+def test_without_failures_only_commits_cost_time():
     assert lost_share(1000.0, 10.0, 1e12, 0.0) == pytest.approx(10 / 1010, rel=1e-3)
 
 
@@ -57,7 +57,7 @@ def test_the_length_of_local_data_is_estimated_and_bounded(job, tmp_path):
     assert run_plan(job("data.train=s3://bucket/x"), 1.0, tokens=None, price=None) is None
 
 
-def test_preemptions_cost_time_and_more_nodes_meet_more_of_them(job):
+def test_preemptions_cost_time_and_grow_with_the_nodes(job):
     one, four = job(nodes=1), job(nodes=4)
     run = run_plan(one, 2.0, tokens=10**8, price=1.0)
     assert run is not None

@@ -1,4 +1,4 @@
-"""The fastest setting that fits, and what is said of those that do not."""
+"""The fastest setting that fits, and the messages about those that do not."""
 
 import pytest
 import yaml
@@ -22,7 +22,7 @@ def model(tmp_path):
     return folder(SMALL_8B, tmp_path / "model")
 
 
-def test_the_recipe_written_is_the_fastest_that_fits(cli, tmp_path, model):
+def test_the_written_recipe_is_the_fastest_that_fits(cli, tmp_path, model):
     path = tmp_path / "fitted.yaml"
     recipe = ["llama3_8b_full_zero3", f"model.path={model}", "batch.global_rows=64"]
     where = ["--gpu", "4090", "--gpus-per-node", "2"]
@@ -49,7 +49,7 @@ def test_the_recipe_written_is_the_fastest_that_fits(cli, tmp_path, model):
                     assert step_plan(rival, chip).tokens_per_s <= speed * 1.011, values
 
 
-def test_what_cannot_fit_is_refused_with_the_nearest_that_does(model):
+def test_a_setting_that_cannot_fit_is_refused_with_the_nearest_that_does(model):
     wide = ["engine.zero_stage=1", "batch.global_rows=512", "batch.micro_rows=64"]
     config = load_config("llama3_8b_full_zero3", [f"model.path={model}", *wide])
     device = Device("NVIDIA GeForce RTX 4090", gpu_named("4090").memory, gpu=True)
@@ -57,12 +57,12 @@ def test_what_cannot_fit_is_refused_with_the_nearest_that_does(model):
         check_fits(config, ranks=8, ranks_per_node=8, device=device)
     fix = str(raised.value).split("This fits: ")[1].split(" (")[0]
     mended = load_config("llama3_8b_full_zero3", [f"model.path={model}", *fix.split()])
-    told = check_fits(mended, ranks=8, ranks_per_node=8, device=device)
-    assert told is not None
-    assert told.startswith("memory: ")
+    message = check_fits(mended, ranks=8, ranks_per_node=8, device=device)
+    assert message is not None
+    assert message.startswith("memory: ")
 
 
-def test_more_gpus_are_proposed_where_nothing_else_helps(tmp_path):
+def test_more_gpus_are_proposed_if_nothing_else_helps(tmp_path):
     config = load_config(
         "llama3_8b_full_zero3", [f"model.path={folder(LLAMA_70B | {'num_hidden_layers': 20}, tmp_path / 'm')}"]
     )
@@ -71,7 +71,7 @@ def test_more_gpus_are_proposed_where_nothing_else_helps(tmp_path):
         check_fits(config, ranks=1, ranks_per_node=8, device=device)
 
 
-def test_nothing_is_said_of_what_is_not_known(model, tmp_path):
+def test_unknown_devices_and_models_are_not_judged(model, tmp_path):
     config = load_config("llama3_8b_lora", [f"model.path={model}"])
     assert check_fits(config, ranks=1, ranks_per_node=1, device=None) is None
     strange = folder({"model_type": "mamba"}, tmp_path / "mamba")
@@ -79,7 +79,7 @@ def test_nothing_is_said_of_what_is_not_known(model, tmp_path):
     assert check_fits(config, ranks=1, ranks_per_node=1, device=Device("GPU", 1, gpu=True)) is None
 
 
-def test_ties_go_to_the_plainest_setting(model):
+def test_ties_go_to_the_simplest_setting(model):
     config = load_config("llama3_8b_lora", [f"model.path={model}", "batch.global_rows=8"])
     chip = gpu_named("h200")
     found = fit(Cluster(gpu="h200").job(config), Place(chip.memory, chip))
@@ -90,8 +90,8 @@ def test_ties_go_to_the_plainest_setting(model):
 
 
 def test_train_refuses_on_this_machine_unless_forced(cli, tmp_path):
-    """Rows of 2 ** 20 tokens that no machine's memory holds; the tiny model has no such positions, which only training
-    itself would find: --force gets as far as that."""
+    """No machine's memory holds rows of 2 ** 20 tokens. The tiny model does not have that many positions either, which
+    only training itself finds; --force gets that far."""
     huge = [*SMALL_RUN, "method.kind=full", "data.max_length=4096", "batch.global_rows=4000000"]
     huge += ["batch.micro_rows=4000000", f"output_dir={tmp_path / 'run'}", "optim.max_steps=1"]
     done = cli("train", *huge, "--nproc", "1")
@@ -102,7 +102,7 @@ def test_train_refuses_on_this_machine_unless_forced(cli, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_launch_goes_by_the_gpu_that_the_profile_names(cli, tmp_path):
+def test_launch_plans_for_the_gpu_of_the_profile(cli, tmp_path):
     profile = tmp_path / "cluster.yaml"
     profile.write_text(
         yaml.safe_dump({"gpus_per_node": 1, "gpu": "L40S", "volumes": {"/data": "claim"}, "container": "image"})

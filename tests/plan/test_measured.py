@@ -1,6 +1,6 @@
-"""The plan against the tensors that live at the peak of real runs, DeepSpeed's own among them, on CPU: within 5 %.
+"""The plan against the tensors alive at the peak of real runs on CPU, including DeepSpeed's own: within 5 %.
 
-All 24 combinations are `make plan`; the first few here.
+`make plan` runs all 24 combinations; the first few run here.
 """
 
 import pytest
@@ -17,22 +17,24 @@ def error(combination: Combination, folder) -> tuple[float, str]:
     real = max(measure(combination, folder)["peak_bytes"])
     config = load_config("smoke", combination.overrides(folder / "text.jsonl", folder / "run"))
     planned = memory_plan(job_of(config, ranks=combination.ranks, gpu=False))
-    told = f"{combination.name}: {real:,} bytes live, {planned.tensors:,} planned ({planned.moment}): {planned.parts}"
-    print(told)
-    return planned.tensors / real - 1, told
+    message = (
+        f"{combination.name}: {real:,} bytes live, {planned.tensors:,} planned ({planned.moment}): {planned.parts}"
+    )
+    print(message)
+    return planned.tensors / real - 1, message
 
 
 @pytest.mark.parametrize("combination", [*SHORT, *PACKED, *FP8], ids=lambda each: each.name)
-def test_tensors_live_at_the_peak(combination, tmp_path):
-    off, told = error(combination, tmp_path)
-    assert abs(off) < 0.05, told
+def test_tensors_alive_at_the_peak(combination, tmp_path):
+    off, message = error(combination, tmp_path)
+    assert abs(off) < 0.05, message
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=lambda each: each.name)
-def test_tensors_live_at_the_peak_of_all_combinations(combination, tmp_path):
-    off, told = error(combination, tmp_path)
-    assert abs(off) < 0.05, told
+def test_tensors_alive_at_the_peak_of_all_combinations(combination, tmp_path):
+    off, message = error(combination, tmp_path)
+    assert abs(off) < 0.05, message
 
 
 def test_there_are_24_combinations():

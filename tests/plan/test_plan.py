@@ -1,4 +1,4 @@
-"""`ft-dist plan` on models of which only config.json is there."""
+"""`ft-dist plan` on models with only a config.json."""
 
 import json
 import xml.etree.ElementTree as ET
@@ -22,8 +22,8 @@ from tests.plan.shapes import LLAMA_8B, LLAMA_70B, folder, shape
 
 
 @pytest.mark.parametrize("name", tiny_names())
-def test_parameters_are_those_of_the_model(name):
-    """By count and by shape, of every architecture that is promised."""
+def test_parameters_equal_the_models(name):
+    """By count and by shape, for every supported architecture."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -41,7 +41,7 @@ def test_published_models_have_their_size():
     assert shape(LLAMA_70B).total_parameters == 70_553_706_496
 
 
-def test_nothing_is_fetched_or_made(tmp_path, monkeypatch):
+def test_nothing_is_downloaded_or_created(tmp_path, monkeypatch):
     monkeypatch.setenv("FT_DIST_CACHE", str(tmp_path / "cache"))
     for name in builtin_names():
         assert model_shape(name).total_parameters > 0
@@ -50,8 +50,8 @@ def test_nothing_is_fetched_or_made(tmp_path, monkeypatch):
 
 
 def test_what_a_block_of_llama3_8b_keeps_on_a_gpu():
-    """866.6 MiB of tensors live after forward in a simulated run at 2 x 4096, rank 16; checkpointing keeps what it did.
-    The columns that adapters need beside the weights were counted by hand."""
+    """866.6 MiB of tensors are alive after forward in a simulated run at 2 x 4096, rank 16; checkpointing is unchanged.
+    The extra columns for adapters next to the weights were counted by hand."""
     settings = ["model.dtype=bf16", "data.packing=false", "batch.micro_rows=2", "batch.global_rows=2"]
     config = load_config("smoke", [*settings, "data.max_length=4096", "method.rank=16"])
     job = Job(shape(LLAMA_8B), config, 1, 8, gpu=True)
@@ -63,7 +63,7 @@ def test_what_a_block_of_llama3_8b_keeps_on_a_gpu():
     assert kept_by_block(torch_kernels) - kept_by_block(job) == pytest.approx(8192 * 14336 * 2, rel=0.02)
 
 
-def test_experts_and_strangers_are_told():
+def test_experts_and_unknown_models_are_reported():
     with pytest.raises(ModelError, match="128 experts"):
         shape_of_config(LLAMA_8B | {"num_experts": 128}, "m")
     with pytest.raises(ModelError, match="no hidden_size"):
@@ -71,7 +71,7 @@ def test_experts_and_strangers_are_told():
 
 
 def test_a_plan_of_70b_needs_neither_torch_nor_weights(cli, tmp_path):
-    """In well under two seconds; here it is shown that nothing heavy is even imported."""
+    """It takes well under two seconds; this shows that nothing heavy is imported."""
     import subprocess
     import sys
 
@@ -113,7 +113,7 @@ def test_more_of_what_saves_memory_takes_less(tmp_path):
         < peak("engine.activation_checkpointing=false")
         < peak("engine.activation_checkpointing=false", "model.kernels=off")
     )
-    # attention on a GPU reads packed rows where they lie
+    # attention on a GPU reads packed rows in place
     assert peak("data.packing=false", "engine.activation_checkpointing=false") == peak(
         "engine.activation_checkpointing=false"
     )
@@ -122,7 +122,7 @@ def test_more_of_what_saves_memory_takes_less(tmp_path):
 def test_an_fp8_base_takes_the_memory_of_bf16_and_less_time(tmp_path):
     plain, fp8 = plan_of(tmp_path), plan_of(tmp_path, "model.base_dtype=fp8")
     weights = [tree["memory"]["parts_bytes"]["weights"] for tree in (plain, fp8)]
-    assert 0.99 < weights[1] / weights[0] < 1.002  # a scale for every row, both ways; no room beside the rows
+    assert 0.99 < weights[1] / weights[0] < 1.002  # a scale per row in both directions; no spare columns
     products = [tree["step"]["parts"]["matrix products"] for tree in (plain, fp8)]
     assert 0.55 < products[1] / products[0] < 0.65
     assert fp8["step"]["tokens_per_s"] > 1.2 * plain["step"]["tokens_per_s"]
@@ -146,7 +146,7 @@ def test_time_grows_with_work_and_shrinks_with_gpus(tmp_path):
     assert step(*full, nodes=8, network=3e9)["seconds"] > 1.5 * step(*full, nodes=8)["seconds"]
 
 
-def test_gpus_are_known_by_the_names_that_others_give_them():
+def test_gpus_are_found_by_common_names():
     for name, key in (
         ("NVIDIA H100 80GB HBM3", "h100"),
         ("NVIDIA A100-SXM4-80GB", "a100-80"),
@@ -175,15 +175,15 @@ def test_the_picture_is_one_file(tmp_path, cli):
 
 
 def test_lines_for_people(tmp_path):
-    told = table(plan_of(tmp_path, price=2.0, tokens=10_000_000, preemptions=2.0))
+    text = table(plan_of(tmp_path, price=2.0, tokens=10_000_000, preemptions=2.0))
     for line in ("fits", "tokens/s", "in all", "Young/Daly", "$"):
-        assert line in told
+        assert line in text
     assert "flash" in table(plan_of(tmp_path, "model.kernels=off"))
     assert "DOES NOT FIT" in table(plan_of(tmp_path, gpu="4090", recipe="llama3_8b_full_zero3"))
     assert "--tokens" in table(plan_of(tmp_path, "data.train=s3://bucket/data"))
 
 
-def test_host_memory_counts_what_is_offloaded(tmp_path):
+def test_host_memory_counts_offloaded_state(tmp_path):
     inside = plan_of(tmp_path, recipe="llama3_8b_full_zero3")["memory"]["host_bytes"]
     outside = plan_of(tmp_path, "engine.offload=cpu", recipe="llama3_8b_full_zero3")["memory"]["host_bytes"]
     assert outside - inside > 8e9 / 8 * 8
@@ -196,7 +196,7 @@ def test_a_gpu_that_is_not_in_the_table(cli):
     assert "Traceback" not in done.stderr
 
 
-def test_unwritable_places_are_told(tmp_path, cli):
+def test_unwritable_folders_are_reported(tmp_path, cli):
     done = cli("plan", "smoke", "--gpu", "h100", "--fit", str(tmp_path / "no" / "recipe.yaml"))
     assert done.returncode == 2
     assert "recipe.yaml: cannot be written" in done.stderr
@@ -213,7 +213,7 @@ def test_memory_is_counted_once(tmp_path):
 
 
 def test_an_update_costs_its_kernels_as_well_as_its_bytes():
-    """448 adapter tensors: what stage 2 does for each of them takes longer than what it moves."""
+    """With 448 adapter tensors, stage 2's work per tensor takes longer than moving the data."""
     h100 = gpu_named("h100")
 
     def update(ranks, *overrides):
@@ -239,5 +239,5 @@ def test_heads_too_wide_for_our_attention_backward_take_more_for_its_sums():
         return Walk(Job(wide, load_config("smoke", settings), 1, 8, gpu=True), Ledger())._wide_heads()
 
     assert sums(128) == 0
-    # three splits over 132 processors, in fp32, with 128 rows more a segment; and dK, dV of every query head
+    # three splits over 132 processors, in fp32, with 128 more rows per segment; and dK, dV of every query head
     assert sums(256) == 3 * (2 * 4096 + 128 * 2) * 32 * 256 * 4 + 2 * (2 * 4096) * 32 * 256 * 2

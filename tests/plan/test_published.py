@@ -1,4 +1,4 @@
-"""The plan against published figures, all with the one set of shares in ft_dist/plan/speed.py.
+"""The plan against published figures, all with the same constants in ft_dist/plan/speed.py.
 
 - ZeRO: Rajbhandari et al., arXiv 1910.02054v3, table 1 and figure 1: model states of 7.5 B parameters on 64 GPUs.
 - NeMo AutoModel: https://docs.nvidia.com/nemo/automodel/performance/performance-summary.md, LoRA of Llama 3 8B, one
@@ -7,8 +7,8 @@
   layers, Triton kernels for LoRA, no activation checkpointing.
 - torchtitan: benchmarks/llama3_h100_202412_torchtitan.md of pytorch/torchtitan, tables 1 and 3, Llama 3.1 8B, FSDP,
   sequence 8192, local batch 2, selective checkpointing that recomputes every second matrix product. Its H100s have
-  2.4 TB/s of HBM2e and 500 W: "the actual peak TFLOPs number is between SXM and NVL" (989 and 835), the middle of which
-  is taken here. A100: docs/performance.md of torchtitan as of 2024 (commit history), 64 A100, local batch 1.
+  2.4 TB/s of HBM2e and 500 W: "the actual peak TFLOPs number is between SXM and NVL" (989 and 835); the middle
+  is used here. A100: docs/performance.md of torchtitan as of 2024 (commit history), 64 A100, local batch 1.
 """
 
 from dataclasses import replace
@@ -24,7 +24,7 @@ from ft_dist.plan.memory.states import MASTER, MOMENTS, SUMS, WEIGHTS, States
 from ft_dist.plan.speed import step_plan
 from tests.plan.shapes import LLAMA_8B, LLAMA_70B, shape
 
-# 7.5 B parameters; the table depends on nothing else of the shape
+# 7.5 B parameters; the table depends on no other part of the shape
 SEVEN_AND_A_HALF_B = LLAMA_8B | {"hidden_size": 4096, "intermediate_size": 13040, "num_hidden_layers": 32}
 
 
@@ -35,7 +35,7 @@ def job(config: dict, ranks: int, *overrides: str) -> Job:
 
 @pytest.mark.parametrize("stage, ranks, published_gb", [(0, 1, 120.0), (1, 64, 31.4), (2, 64, 16.6), (3, 64, 1.9)])
 def test_memory_of_the_zero_paper(stage, ranks, published_gb):
-    """The paper keeps gradients in 16 bits; this engine adds them up in fp32, half of which is left out here."""
+    """The paper keeps gradients in 16 bits; this engine sums them in fp32, so half of their bytes are left out here."""
     planned = job(SEVEN_AND_A_HALF_B, ranks, "method.kind=full", f"engine.zero_stage={stage}")
     assert planned.total == pytest.approx(7.5e9, rel=0.01)
     ledger = Ledger()
@@ -97,13 +97,13 @@ ROWS = {
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_tokens_a_second_of_others(row):
+def test_published_tokens_per_second(row):
     published, gpu, planned, recomputed = ROWS[row]
     step = step_plan(planned, gpu, recomputed=recomputed)
     assert step.tokens_per_s_gpu == pytest.approx(published, rel=0.10)
 
 
-def test_a_row_that_is_further_off():
-    """128 H100 of torchtitan's table 3: 6,514. That nothing of the network shows is too good by a few percent."""
+def test_a_row_with_a_larger_error():
+    """128 H100 of torchtitan's table 3: 6,514. The plan hides all communication, which is a few percent too good."""
     planned = job(LLAMA_8B, 128, *FSDP, "batch.global_rows=256", "batch.micro_rows=2")
     assert step_plan(planned, capped_h100(), recomputed=0.5).tokens_per_s_gpu == pytest.approx(6_514, rel=0.12)

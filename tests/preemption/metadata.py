@@ -35,7 +35,7 @@ class MetadataServer(ThreadingHTTPServer):
         self.server_close()
 
     def announce(self, cloud: str) -> None:
-        """Announce that the machine goes away."""
+        """Announce that the machine will be taken away."""
         if cloud == "aws":
             when = (datetime.now(timezone.utc) + timedelta(minutes=2)).strftime("%Y-%m-%dT%H:%M:%SZ")
             self.answers["/latest/meta-data/spot/instance-action"] = json.dumps({"action": "terminate", "time": when})

@@ -1,4 +1,4 @@
-"""Recorded output of nvidia-smi and the kernel log, with and without faults written into it."""
+"""Recorded output of nvidia-smi and the kernel log, with and without planted faults."""
 
 import os
 from pathlib import Path
@@ -58,7 +58,7 @@ OLDER = T4[: T4.index("<ecc_errors>")] + (
 
 
 @pytest.mark.parametrize("query", [T4, NEWER, GEFORCE, OLDER])
-def test_a_sound_gpu_has_a_driver_and_no_errors(query):
+def test_a_healthy_gpu_has_a_driver_and_no_errors(query):
     assert parse_query(query) == {"driver": "515.105.01", "errors": []}
 
 
@@ -78,8 +78,8 @@ def test_a_fault_is_named(query, before, after, error):
     assert parse_query(query.replace(before, after, 1))["errors"] == [error]
 
 
-def test_earlier_errors_are_no_fault():
-    """`aggregate` counts over the life of the GPU."""
+def test_earlier_errors_are_not_a_fault():
+    """`aggregate` counts over the GPU's lifetime."""
     start, end = T4.split("<aggregate>")
     assert parse_query(start + "<aggregate>" + end.replace("correctable>0<", "correctable>7<"))["errors"] == []
 
@@ -92,7 +92,7 @@ LOG = """[    2.118] nvidia 0000:00:1e.0: enabling device (0000 -> 0003)
 """
 
 
-def test_hardware_faults_in_the_kernel_log_belong_to_their_gpu_only():
+def test_hardware_faults_in_the_kernel_log_count_for_their_gpu_only():
     assert parse_query(T4, LOG)["errors"] == ["Xid 79 in the kernel log (fallen off the bus)"]
     other = T4.replace("00000000:00:1E.0", "00000000:65:00.0")
     assert parse_query(other, LOG)["errors"] == ["Xid 64 in the kernel log (a memory row could not be remapped)"]
@@ -100,7 +100,7 @@ def test_hardware_faults_in_the_kernel_log_belong_to_their_gpu_only():
 
 
 @pytest.mark.parametrize("answer", ["", "No devices were found\n", "<nvidia_smi_log></nvidia_smi_log>"])
-def test_no_answer_is_no_fault(answer):
+def test_no_answer_is_not_a_fault(answer):
     assert parse_query(answer, LOG) == {}
 
 

@@ -54,7 +54,7 @@ def results(*ranks: "subprocess.Popen[str]") -> tuple[list[int], str]:
     return [process.returncode for process in ranks], "".join(out + err for out, err in outputs)
 
 
-def test_two_that_fit(port, tmp_path):
+def test_two_matching_ranks(port, tmp_path):
     codes, text = results(*(rank(number, port, f"output_dir={tmp_path / 'run'}") for number in range(2)))
     # other work on the machine may slow one of them
     problems = [

@@ -1,4 +1,4 @@
-"""Problems of a world whose ranks differ: node, value and fix, and whether they are fatal."""
+"""Problems of a world whose ranks differ: node, value, fix, and whether they are fatal."""
 
 import pytest
 
@@ -114,7 +114,7 @@ def test_one_machine_may_use_loopback():
     assert problems(world(lo, lo)) == []
 
 
-def test_of_two_that_differ_rank_0_is_right():
+def test_rank_0_is_the_reference_if_two_ranks_differ():
     (problem,) = problems(world({"code": "a"}, {"code": "b"}))
     assert problem.line.startswith("host1: ft_dist's source is b, but a on host0")
 

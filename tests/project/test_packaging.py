@@ -10,12 +10,12 @@ import pytest
 from tests.conftest import ROOT
 
 NOT_SHIPPED = {"configs/emails/generate.py", "configs/emails/templates.yaml"}
-"""What makes the example e-mails; only this repository uses it"""
+"""Generates the example e-mails; used only in this repository"""
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Names of the files in a wheel built from a copy of the tracked files, where no old build is in the way."""
+    """Names of the files in a wheel built from a copy of the tracked files, without leftovers of old builds."""
     tree, folder = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
     for name in tracked(""):
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
@@ -65,6 +65,6 @@ def test_every_data_file_is_in_the_wheel(wheel: list[str]) -> None:
 
 
 def test_packages_have_an_init(wheel: list[str]) -> None:
-    """A folder of modules without one is left out of the wheel without a word."""
+    """A folder of modules without one is silently left out of the wheel."""
     folders = {str(Path(name).parent) for name in wheel if name.endswith(".py")}
     assert all(f"{folder}/__init__.py" in wheel for folder in folders)

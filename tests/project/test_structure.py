@@ -1,4 +1,4 @@
-"""Rules of the tree that no other tool checks: sizes of files and folders, where a method is named, plain words."""
+"""Rules that no other tool checks: sizes of files and folders, which files name a method, plain words."""
 
 import re
 import subprocess

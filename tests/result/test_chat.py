@@ -33,7 +33,7 @@ def test_one_prompt_prints_one_answer(folder: Path, finished: Finished, capsys) 
     assert capsys.readouterr().out == f"{expected}\n"
 
 
-def test_turns_are_remembered_and_exit_leaves(folder: Path, capsys, monkeypatch) -> None:
+def test_turns_are_remembered_and_exit_ends_the_chat(folder: Path, capsys, monkeypatch) -> None:
     asked = []
     monkeypatch.setattr(Conversation, "answer", lambda self, text, write: asked.append(text))
     monkeypatch.setattr("sys.stdin", io.StringIO("first\n\nsecond\nexit\nnever\n"))
@@ -57,7 +57,7 @@ def test_ctrl_c_ends_the_answer_only(finished: Finished) -> None:
     def interrupt(piece: str) -> None:
         raise KeyboardInterrupt
 
-    talk.answer("go on for ever", interrupt)
+    talk.answer("never stop", interrupt)
     assert talk.messages[-1]["role"] == "assistant"
 
 
@@ -70,7 +70,7 @@ def test_an_error_while_generating_is_raised_not_waited_for(finished: Finished, 
         Conversation(finished).answer("hello", lambda piece: None)
 
 
-def test_old_turns_go_when_positions_run_out(finished: Finished) -> None:
+def test_old_turns_are_dropped_when_positions_run_out(finished: Finished) -> None:
     talk = Conversation(finished, system="Be brief.", max_new_tokens=2)
     for number in range(3):
         talk.messages += [{"role": "user", "content": f"{number}" * 1800}, {"role": "assistant", "content": "ok"}]

@@ -1,4 +1,4 @@
-"""Merged exports answer as the adapter does, load without ft_dist, and are whole or absent."""
+"""Merged exports answer like the adapter, load without ft_dist, and are complete or absent."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ from ft_dist.result.load import find_weights, load_finished, load_weights
 
 
 def finished_run(folder: Path, model: str, *, dtype: str = "fp32", kind: str = "lora", **lora: Any) -> Path:
-    """A run folder as training leaves it, its adapter random instead of trained."""
+    """A run folder as after training, with a random adapter instead of a trained one."""
     new_tokens = lora.pop("new_tokens", [])
     targets = lora.get("target_modules", "all-linear")
     tree = {
@@ -76,7 +76,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_merged_answers_as_the_adapter(tmp_path: Path, case: str) -> None:
+def test_merged_model_answers_like_the_adapter(tmp_path: Path, case: str) -> None:
     model, lora = CASES[case]
     run = finished_run(tmp_path / "run", model, **dict(lora))
     export_run(run, kind="merged", to=tmp_path / "merged")
@@ -93,7 +93,7 @@ def test_merged_answers_as_the_adapter(tmp_path: Path, case: str) -> None:
 
 
 def test_adapter_changes_something(tmp_path: Path) -> None:
-    """Or the test above would compare the base with itself."""
+    """Otherwise the test above would compare the base with itself."""
     run = finished_run(tmp_path / "run", "tiny-llama")
     adapter, base = load_finished(str(run), device="cpu"), load_finished("tiny-llama", device="cpu")
     ids = torch.tensor(prompts(base.tokenizer, 1))
@@ -102,9 +102,9 @@ def test_adapter_changes_something(tmp_path: Path) -> None:
 
 
 def test_bf16_merge_rounds_once(tmp_path: Path) -> None:
-    """The merged weights are base plus update in fp32, rounded once: to the bit, and nothing closer exists in bf16.
+    """The merged weights equal base plus update in fp32, rounded once, bit for bit; bf16 has nothing closer.
 
-    Computed in bf16 the merged model is then no further from the fp32 truth than the adapter model is, and the two
+    In bf16, the merged model is then no further from the fp32 truth than the adapter model, and the two
     differ by less than a unit in the last place (8 bits) of the largest logit, root mean square. Single logits of this
     random model, hotter than a trained one, are up to three units apart.
     """
@@ -125,7 +125,7 @@ def test_bf16_merge_rounds_once(tmp_path: Path) -> None:
     assert (ours - theirs).square().mean().sqrt() <= 2.0**-7 * truth.abs().max()
 
 
-def test_stop_tokens_are_in_the_export(tmp_path: Path) -> None:
+def test_the_export_has_the_stop_tokens(tmp_path: Path) -> None:
     export_run(finished_run(tmp_path / "run", "tiny-qwen3"), kind="merged", to=tmp_path / "merged")
     tree = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
@@ -160,7 +160,7 @@ def test_full_runs_are_copied(tmp_path: Path) -> None:
     assert not (tmp_path / "adapter").exists()
 
 
-def test_refuses_what_would_be_lost_or_is_not_there(tmp_path: Path) -> None:
+def test_missing_runs_and_existing_folders_are_refused(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run", "tiny-llama")
     taken = tmp_path / "taken"
     taken.mkdir()

@@ -1,4 +1,4 @@
-"""`ft-dist eval` on a model folder and on a run: the loss is the model's own, mistakes are told."""
+"""`ft-dist eval` on a model folder and on a run: the loss equals transformers', and mistakes are reported."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def expected_loss(folder: Path, count: int) -> tuple[float, int]:
-    """Straight from transformers: labels on the answer and its end token."""
+    """Directly from transformers: labels on the answer and its end token."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     total, tokens = 0.0, 0
     for user, said in ROWS[:count]:

@@ -1,4 +1,4 @@
-"""A rank whose allocator really fails, because its address space is limited during the run."""
+"""A rank whose allocator really fails, because the test limits its address space during the run."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The memory touched in advance is what a step will need."""
+"""The memory touched in advance is the memory that a step will need."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def test_no_more_than_planned_is_touched(kind, rows):
     assert one.trainable * 4 * 3 < sure_bytes(one) <= memory_plan(one).tensors
 
 
-def test_weights_gradients_and_moments_are_sure_in_full_training():
+def test_weights_gradients_and_moments_are_touched_in_full_training():
     one = job("method.kind=full")
     assert sure_bytes(one) >= one.trainable * 4 * 4
     frozen = one.total * 4

@@ -54,7 +54,7 @@ def command(case: Case, folder: Path, binaries: Path) -> Command:
     if case.method == "lora":
         settings |= {"adapter": "lora", "lora_r": case.rank, "lora_alpha": case.alpha, "lora_dropout": 0.0}
         settings |= {"lora_target_modules": list(case.targets)}
-        if case.device == "cpu":  # it switches on kernels that allocate on a GPU
+        if case.device == "cpu":  # by default it enables kernels that allocate on a GPU
             settings |= {f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o", "embedding")}
     (folder / "config.yaml").write_text(json.dumps(settings, indent=2), encoding="utf-8")
     return Command(

@@ -1,4 +1,4 @@
-"""`litgpt finetune_lora` and `finetune_full`, on a checkpoint converted once; its loader shuffles by a known seed."""
+"""`litgpt finetune_lora` and `finetune_full`, on a checkpoint converted once; its loader shuffles with a known seed."""
 
 import csv
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.peers.case import TARGETS, Case, Command, Peer, Step
 
 NAMES = {"smollm2-135m": "SmolLM2-135M-Instruct"}
-"""LitGPT finds a model's shape by the name of its folder"""
+"""LitGPT looks up a model's shape by the name of its folder"""
 
 DATA_SEED = 42
 
@@ -35,7 +35,7 @@ def command(case: Case, folder: Path, binaries: Path) -> Command:
         "train.global_batch_size": case.rows,
         "train.micro_batch_size": case.rows,
         "train.max_seq_length": case.max_length,
-        # it divides by it: the first step's rate is 0
+        # LitGPT divides by it; the learning rate of the first step is 0
         "train.lr_warmup_steps": 1,
         "train.epochs": 1,
         "eval.final_validation": "false",
@@ -54,15 +54,15 @@ def command(case: Case, folder: Path, binaries: Path) -> Command:
 
 
 def sample(turns: list[dict[str, str]]) -> dict[str, str]:
-    """As its own ChatML style takes it. Raises LookupError for a chat of more than one question and answer."""
+    """In the form of its ChatML style. Raises LookupError for a chat with more than one question and answer."""
     if [turn["role"] for turn in turns] != ["system", "user", "assistant"]:
-        raise LookupError("LitGPT takes one system prompt, one question and one answer a row")
+        raise LookupError("LitGPT takes one system prompt, one question and one answer per row")
     system, question, answer = (turn["content"] for turn in turns)
     return {"sys_prompt": system, "instruction": question, "output": answer}
 
 
 def adapters(targets: tuple[str, ...]) -> dict[str, str]:
-    """Its switches go by groups of layers."""
+    """Its switches select groups of layers."""
     wanted = set(targets)
     groups = {"query": {"q_proj"}, "key": {"k_proj"}, "value": {"v_proj"}, "projection": {"o_proj"}}
     groups["mlp"] = set(TARGETS[4:])
@@ -70,7 +70,7 @@ def adapters(targets: tuple[str, ...]) -> dict[str, str]:
 
 
 def converted(case: Case, binaries: Path) -> Path:
-    """The checkpoint in LitGPT's form, made before the clock starts and kept beside the original."""
+    """The checkpoint in LitGPT's form, made before the clock starts and kept next to the original."""
     name = next((name for known, name in NAMES.items() if case.model.name.startswith(known)), None)
     if name is None:
         raise LookupError(f"LitGPT is set up here for {', '.join(NAMES)} only, not {case.model.name}")
@@ -86,7 +86,7 @@ def converted(case: Case, binaries: Path) -> Path:
 
 
 def order(rows: int, seed: int) -> list[int]:
-    """What its DataLoader does with its generator: one of our own, seeded alike, deals the same positions."""
+    """Its DataLoader's order: a generator with the same seed gives the same permutation."""
     import torch
     from torch.utils.data import DataLoader
 
@@ -104,7 +104,7 @@ def step_of(line: str, seen: int) -> Step | None:
 
 
 def losses(folder: Path) -> dict[int, float]:
-    """With all digits, from the file of its csv logger."""
+    """With all digits, from the file of its CSV logger."""
     found = {}
     for file in sorted(folder.rglob("metrics.csv")):
         with file.open(encoding="utf-8", newline="") as text:
@@ -118,5 +118,5 @@ PEER = Peer(
     step_of=step_of,
     losses=losses,
     order=order,
-    note="has no packing for chats; does not clip; its rate starts at 0 and follows a cosine",
+    note="has no packing for chats; does not clip; its learning rate starts at 0 and follows a cosine",
 )

@@ -1,4 +1,4 @@
-"""`llamafactory-cli train`: it reads its template off the tokenizer, so that labels end where ours end."""
+"""`llamafactory-cli train`: it derives its template from the tokenizer, so labels end where ours end."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`swift sft` with a template registered by `plugin.py`: its own ChatML learns the line break behind a turn."""
+"""`swift sft` with a template registered by `plugin.py`: its own ChatML trains on the line break after a turn."""
 
 from pathlib import Path
 
@@ -40,5 +40,5 @@ PEER = Peer(
     command=command,
     step_of=hugging_face.step_of,
     losses=hugging_face.losses,
-    note="packing and padding_free ask for flash attention, which is for GPUs",
+    note="packing and padding_free need flash attention, which needs a GPU",
 )

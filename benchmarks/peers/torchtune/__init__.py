@@ -20,7 +20,7 @@ def command(case: Case, folder: Path, binaries: Path) -> Command:
         "tokenizer": {
             "_component_": f"{ours}.chat_tokenizer",
             "path": str(case.model / "tokenizer.json"),
-            # the length of a packed row; samples themselves are shorter
+            # the length of a packed row; samples are shorter
             "max_seq_len": case.packed_length if case.packed else case.max_length,
         },
         "checkpointer": {
@@ -91,7 +91,7 @@ def model(case: Case) -> dict[str, Any]:
         "max_seq_len": config["max_position_embeddings"],
         "norm_eps": config["rms_norm_eps"],
         "rope_base": int(rope["rope_theta"]),
-        # Llama 3's stretching of positions, switched off
+        # Llama 3's position scaling, switched off
         "scale_factor": 1,
     }
     if case.method == "full":

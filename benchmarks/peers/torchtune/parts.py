@@ -1,4 +1,4 @@
-"""Components that its config names by their place: a tokenizer of the template that all sides obey, a constant rate.
+"""Components that torchtune's config imports: a tokenizer with the template of all sides, a constant learning rate.
 
 Runs in torchtune's environment, not in ours.
 """
@@ -9,7 +9,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 class ChatTokenizer:
-    """`tokens` and `mask` (true: not learnt) of a conversation; what the assistant says and its end token is learnt."""
+    """`tokens` and `mask` (True: no label) of a conversation; the assistant's answers and their end tokens have
+    labels."""
 
     def __init__(self, path: str, max_seq_len: int) -> None:
         from tokenizers import Tokenizer

@@ -20,11 +20,11 @@ def command(case: Case, folder: Path, binaries: Path) -> Command:
         "dataset_name": str(data),
         "chat_template_path": str(TEMPLATE),
         "assistant_only_loss": True,
-        # flattened rows cannot be cut: without a limit, and all are below it anyway
+        # flattened rows cannot be cut; all samples are shorter than the limit anyway
         "max_length": None if case.packed else case.max_length,
         "train_sampling_strategy": "sequential",
         "eos_token": "<|im_end|>",
-        # the same rows in one row without padding; positions keep them apart
+        # the same samples in one row without padding; positions keep them apart
         "padding_free": case.packed,
     }
     if case.method == "lora":
@@ -40,5 +40,5 @@ PEER = Peer(
     step_of=hugging_face.step_of,
     losses=hugging_face.losses,
     packs=True,
-    note="packed: padding_free, the same rows a step",
+    note="packed: padding_free, the same rows per step",
 )

@@ -1,4 +1,4 @@
-"""Ids from looked-up pre-tokens are the library's own, for every pattern that the well-known families cut by."""
+"""Ids from cached pre-tokens equal the library's, for every split pattern of the well-known families."""
 
 import pytest
 from hypothesis import example, given
@@ -87,7 +87,7 @@ TEXT = st.one_of(
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_ids_are_the_librarys(name: str) -> None:
+def test_ids_equal_the_librarys(name: str) -> None:
     backend = TOKENIZERS[name]
     cache = PretokenCache.of(backend)
     assert cache is not None
@@ -103,8 +103,8 @@ def test_ids_are_the_librarys(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_every_character_is_cut_as_the_library_cuts_it(name: str) -> None:
-    """Each assigned or unassigned code point between letters, digits and spaces; a sixteenth of the planes of CJK."""
+def test_every_character_is_split_as_the_library_splits_it(name: str) -> None:
+    """Each assigned or unassigned code point between letters, digits and spaces; a sixteenth of the CJK planes."""
     backend = TOKENIZERS[name]
     cache = PretokenCache.of(backend)
     assert cache is not None
@@ -120,7 +120,7 @@ def test_every_character_is_cut_as_the_library_cuts_it(name: str) -> None:
     assert wrong == []
 
 
-def test_most_texts_are_not_left_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_most_texts_do_not_fall_back_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = ["The thing's 12", "naïve 语言 ½\u3000😀", "<|im_start|>user\nhello<|im_end|>"]
     for name in ("gpt2", "smollm", "llama3"):
         cache = PretokenCache.of(TOKENIZERS[name])
@@ -137,7 +137,7 @@ class Refusing:
         raise AssertionError("left to the library")
 
 
-def test_a_full_cache_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_cache_is_emptied(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretokens, "LIMIT", 10)
     backend = TOKENIZERS["gpt2"]
     cache = PretokenCache.of(backend)
@@ -166,5 +166,5 @@ def others() -> dict[str, Tokenizer]:
 
 
 @pytest.mark.parametrize("name", others())
-def test_what_is_not_known_to_be_equal_is_left_alone(name: str) -> None:
+def test_unknown_tokenizers_use_the_library(name: str) -> None:
     assert PretokenCache.of(others()[name]) is None

@@ -1,4 +1,4 @@
-"""Places of tokens by their bytes are the tokenizer's own."""
+"""Token positions derived from their bytes equal the tokenizer's offsets."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ pieces = st.lists(
 
 
 @given(pieces, st.data())
-def test_ranges_are_those_of_the_offsets(parts, data):
+def test_ranges_equal_the_offsets(parts, data):
     text = "".join(parts)
     start = data.draw(st.integers(0, len(text) - 1))
     end = data.draw(st.integers(start + 1, len(text)))
@@ -49,11 +49,11 @@ def test_ranges_are_those_of_the_offsets(parts, data):
         {"pre_tokenizer": pre_tokenizers.Whitespace()},
     ],
 )
-def test_tokens_that_are_not_the_bytes_of_the_text_are_left_to_offsets(parts):
+def test_tokens_that_differ_from_the_texts_bytes_use_offsets(parts):
     assert TokenBytes.of(trained(**parts)) is None
 
 
-def test_a_text_that_comes_out_otherwise_is_left_to_offsets():
+def test_a_text_that_decodes_differently_uses_offsets():
     composing = trained(normalizer=normalizers.NFC())
     spaced = trained(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True))
     for backend, text in ((composing, "cafe\u0301 the"), (spaced, "the thing")):

@@ -1,4 +1,4 @@
-"""The bytes of a prepared set depend neither on the number of workers nor on how often preparing was killed."""
+"""A prepared set's bytes do not depend on the number of workers or on how often preparing was killed."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(source, tmp_path_factory) -> dict[str, bytes]:
-    """What one process writes without being interrupted."""
+    """The set that one uninterrupted process writes."""
     place = tmp_path_factory.mktemp("whole") / "set"
     main(str(source), str(place), "1")
     return contents(place)
@@ -49,7 +49,7 @@ def contents(place: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in Path(f"{place}-0").iterdir()}
 
 
-def test_a_set_holds_what_was_asked(whole, source, tmp_path):
+def test_a_set_holds_the_requested_data(whole, source, tmp_path):
     assert len([name for name in whole if name.startswith("tokens-")]) > 8
     assert not [name for name in whole if name.startswith(("part-", "progress"))]
     index = json.loads(whole["index.json"])
@@ -104,7 +104,7 @@ def killed_after(source: Path, place: Path, *where: str, shards: int) -> int:
 
 
 def unfinished_set(place: Path, *where: str) -> Path:
-    """The folder of the one set that is being made."""
+    """The folder of the only set in progress."""
     found = Path(f"{place}-cache/data").glob("*/progress.json")
     return next((file.parent for file in found), place) if where else Path(f"{place}-0")
 
@@ -117,7 +117,7 @@ def children_of(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
-def test_other_data_never_continue_or_replace_a_set(whole, source, tmp_path):
+def test_different_data_never_continues_or_replaces_a_set(whole, source, tmp_path):
     place = tmp_path / "set"
     main(str(source), str(place), "1")
     changed = tmp_path / "changed.jsonl"
@@ -137,14 +137,14 @@ def test_other_data_never_continue_or_replace_a_set(whole, source, tmp_path):
 
 
 @pytest.mark.parametrize("where", [(), ("cache",)])
-def test_killed_and_then_the_file_changed_nothing_of_it_is_reused(source, tmp_path, where):
-    """As many bytes and the old time of modification, as `cp -p` and `rsync -t` can leave it."""
+def test_nothing_is_reused_if_the_file_changed_after_a_kill(source, tmp_path, where):
+    """Same size and old modification time, as after `cp -p` or `rsync -t`."""
     data, place = tmp_path / "chats.jsonl", tmp_path / "set"
     old, new = (source.read_text().replace("count to 7", f"count to {digit}", 1) for digit in "78")
     data.write_text(old)
     long_ago = time.time() - 3600
     os.utime(data, (long_ago, long_ago))
-    time.sleep(SETTLED_S + 0.1)  # from now on its digest is remembered
+    time.sleep(SETTLED_S + 0.1)  # from now on its digest is cached
     killed_after(data, place, *where, shards=3)
     left = unfinished_set(place, *where)
     before = {file.name: file.read_bytes() for file in left.iterdir()}
@@ -168,7 +168,7 @@ def test_killed_and_then_the_file_changed_nothing_of_it_is_reused(source, tmp_pa
     assert {file.name: file.read_bytes() for file in left.iterdir()} == before
 
 
-def test_a_prepared_set_is_a_source_and_must_fit(whole, source, tmp_path):
+def test_a_prepared_set_is_a_source_and_must_match(whole, source, tmp_path):
     place = tmp_path / "set"
     main(str(source), str(place), "1")
 

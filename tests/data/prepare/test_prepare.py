@@ -1,4 +1,4 @@
-"""Prepared once, found again by fingerprint, and never a sample lost without being counted."""
+"""Data is prepared once and found again by fingerprint, and every dropped sample is counted."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def small_shards(monkeypatch):
     monkeypatch.setattr("ft_dist.data.prepare.build.CHUNK_RECORDS", 3)
 
 
-def test_store_holds_what_the_encoder_gives(tmp_path, tokenizer_of):
+def test_the_store_holds_the_encoders_output(tmp_path, tokenizer_of):
     from ft_dist.data.encode.template import encode
     from ft_dist.data.read.formats import read_samples
 
@@ -52,7 +52,7 @@ def test_store_holds_what_the_encoder_gives(tmp_path, tokenizer_of):
     assert prepared.report["samples"] == 40
 
 
-def test_second_time_is_found_and_changes_are_noticed(tmp_path, tokenizer_of):
+def test_a_second_call_finds_the_set_and_changes_are_noticed(tmp_path, tokenizer_of):
     tokenizer = tokenizer_of("chatml")
     path = write_chats(tmp_path / "a.jsonl", ["one", "two"])
     first = run(tmp_path, path, tokenizer)
@@ -95,7 +95,7 @@ def test_flipped_byte_is_named_by_verify(tmp_path, tokenizer_of, name):
         store.verify()
 
 
-def test_shards_join_without_a_seam(tmp_path, tokenizer_of, monkeypatch):
+def test_samples_continue_across_shards(tmp_path, tokenizer_of, monkeypatch):
     path = write_chats(tmp_path / "a.jsonl", [f"answer {'x' * n}" for n in range(30)])
     whole = run(tmp_path, path, tokenizer_of("chatml")).store
     small_shards(monkeypatch)
@@ -145,20 +145,22 @@ def test_long_text_becomes_blocks_that_predict_every_token_once(tmp_path, tokeni
     assert targets.tolist() == whole[1:]
 
 
-def test_nothing_usable_says_why(tmp_path, tokenizer_of):
+def test_no_usable_sample_is_an_error_with_the_reason(tmp_path, tokenizer_of):
     path = write_chats(tmp_path / "a.jsonl", ["long " * 50] * 3)
     with pytest.raises(DataError, match=r"none of 3 records can be used: 3 over data\.max_length=16 \(longest: 2\d\d"):
         run(tmp_path, path, tokenizer_of("chatml"), max_length=16)
     assert not [name for name in os.listdir(tmp_path / "cache" / "data") if "tmp" in name]
 
 
-def test_template_that_hides_every_answer_says_so(tmp_path, tokenizer_of):
+def test_a_template_that_hides_every_answer_is_reported(tmp_path, tokenizer_of):
     tokenizer = tokenizer_of("chatml")
     path = write_chats(tmp_path / "a.jsonl", ["one", "two"])
     template = tokenizer.chat_template
     tokenizer.chat_template = template.replace("m['content']", "m['content'] | upper")
     try:
-        prepared = run(tmp_path, path, tokenizer)  # upper case is not what was written, but the turn is still whole
+        prepared = run(
+            tmp_path, path, tokenizer
+        )  # upper case differs from the record's text, but the turn is still complete
         assert tokenizer.decode(prepared.store.sample(0)[0][prepared.store.sample(0)[1]]) == "ONE<|im_end|>"
         tokenizer.chat_template = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
         with pytest.raises(DataError, match=r"2 without a labelled token, 2 assistant turns rewritten"):
@@ -185,7 +187,7 @@ def test_unwritable_cache_is_named(tmp_path, tokenizer_of):
         run(tmp_path, path, tokenizer_of("chatml"))
 
 
-def test_callers_at_once_prepare_once(tmp_path, tokenizer_of):
+def test_concurrent_callers_prepare_once(tmp_path, tokenizer_of):
     path = write_chats(tmp_path / "a.jsonl", [f"number {n}" for n in range(3000)])
     with ThreadPoolExecutor(3) as pool:
         jobs = [pool.submit(run, tmp_path, path, tokenizer_of("chatml")) for _ in range(3)]

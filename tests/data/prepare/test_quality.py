@@ -1,4 +1,4 @@
-"""Each fault that is planted is found and named; nothing is found where nothing is wrong."""
+"""Each planted fault is found and named; clean data has no finding."""
 
 import json
 from pathlib import Path
@@ -85,7 +85,7 @@ def test_planted_fault_is_found_and_no_other(tmp_path, tokenizer_of, name):
         assert warning.startswith(f"train {tmp_path / 'train.jsonl'}: {part}")
 
 
-def test_clean_data_have_no_warning(tmp_path, tokenizer_of):
+def test_clean_data_has_no_warning(tmp_path, tokenizer_of):
     report = report_of(tmp_path, tokenizer_of("chatml"), clean(200), clean(20, start=1000))
     assert report["warnings"] == report["notes"] == []
     assert report["leakage"]["records"] == 20
@@ -106,7 +106,7 @@ def test_leaks_are_found_exact_and_near(tmp_path, tokenizer_of):
     assert f"record 7 of {tmp_path / 'eval.jsonl'} and 201 of" in warning
 
 
-def test_few_samples_are_told(tmp_path, tokenizer_of):
+def test_few_samples_are_reported(tmp_path, tokenizer_of):
     report = report_of(tmp_path, tokenizer_of("chatml"), clean(12))
     assert report["warnings"] == ["only 12 training samples; fine-tuning needs at least 50 to 100 good ones"]
     assert report["recommended_epochs"] == 9
@@ -126,7 +126,7 @@ def test_a_template_that_prints_the_date_prints_the_same_one_for_ever(tmp_path, 
     ]
 
 
-def test_what_is_shown_is_what_is_learnt(tmp_path, tokenizer_of):
+def test_the_shown_sample_is_the_labelled_one(tmp_path, tokenizer_of):
     report = report_of(tmp_path, tokenizer_of("chatml"), clean(101))
     first, middle, last = report["train"]["sources"][0]["shown"]
     assert "".join(run["text"] for run in middle if run["learnt"]) == "It is 2500.<|im_end|>"
@@ -138,7 +138,7 @@ def test_what_is_shown_is_what_is_learnt(tmp_path, tokenizer_of):
     assert report_lines(report)[0].startswith(f"train {tmp_path / 'train.jsonl'}: 101 samples")
 
 
-def test_record_faults_are_told_together(tmp_path):
+def test_faults_of_records_are_reported_together(tmp_path):
     from ft_dist.config.schema import DataConfig
     from ft_dist.data.read.check import check_sources
 
@@ -151,16 +151,16 @@ def test_record_faults_are_told_together(tmp_path):
     path = write(tmp_path / "train.jsonl", [*clean(3), *bad])
     with pytest.raises(DataError) as raised:
         check_sources(DataConfig.model_validate({"train": [path]}))
-    told = str(raised.value)
-    assert "\n" not in told
+    message = str(raised.value)
+    assert "\n" not in message
     for line, part in (
         (4, "content is empty"),
         (5, "before any user turn"),
         (6, "content is null"),
         (7, "a text record"),
     ):
-        assert f"{path} line {line}: " in told
-        assert part in told
+        assert f"{path} line {line}: " in message
+        assert part in message
 
 
 def test_epochs_follow_the_published_rule():

@@ -1,4 +1,4 @@
-"""MDS folders and Megatron sets read as their own libraries wrote them.
+"""MDS folders and Megatron sets are read as their own libraries wrote them.
 
 The folders in `mds/` were written by mosaicml-streaming 0.13.0 (MDSWriter, size_limit=700 for the first three). The
 Megatron writer below follows megatron/core/datasets/indexed_dataset.py.
@@ -104,7 +104,7 @@ def test_damaged_megatron_is_named(tmp_path):
         records(tmp_path / "text.idx")
 
 
-def test_ready_tokens_enter_the_store_as_they_are(tmp_path, tokenizer_of):
+def test_tokens_enter_the_store_unchanged(tmp_path, tokenizer_of):
     tokenizer = tokenizer_of("chatml")
     write_megatron(tmp_path / "text", [[list(range(100))], [[7, 8, 9]]], np.int32, 4)
 

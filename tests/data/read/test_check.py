@@ -1,4 +1,4 @@
-"""The check before anything heavy: fast, light, and it finds each planted fault."""
+"""The first check is fast, imports nothing heavy, and finds each planted fault."""
 
 import json
 import subprocess
@@ -30,7 +30,7 @@ def test_facts_name_format_and_count(tmp_path):
     ]
 
 
-def test_reading_a_record_costs_little_beside_parsing_it(tmp_path):
+def test_reading_a_record_costs_little_compared_with_parsing_it(tmp_path):
     path = Path(write(tmp_path / "a.jsonl", [GOOD] * 10_000))
     data = DataConfig(train=[str(path)])
 

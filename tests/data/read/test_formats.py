@@ -61,7 +61,7 @@ def test_text_and_tools():
     assert [turn["content"] for turn in got.messages or []] == ["q", "", "4", "a"]
 
 
-def test_columns_map_our_names_to_theirs():
+def test_columns_map_our_names_to_the_files():
     got = sample({"prompt": "text", "completion": "category"}, text="q", category="a")
     assert (got.format, got.messages) == ("prompt_completion", [USER, ASSISTANT])
     with pytest.raises(DataError, match=r"FILE line 7: no column 'question' \(columns\.prompt\); the columns are text"):
@@ -105,14 +105,14 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fields, message", FAULTS)
-def test_fault_is_one_line_with_its_place(fields, message):
+def test_a_fault_is_one_line_with_its_position(fields, message):
     with pytest.raises(DataError, match=message) as raised:
         sample(**fields)
     assert str(raised.value).startswith("FILE line 7: ")
     assert "\n" not in str(raised.value)
 
 
-def test_format_comes_from_the_first_record_and_holds(tmp_path):
+def test_the_first_record_decides_the_format(tmp_path):
     path = tmp_path / "mixed.jsonl"
     rows = [{"prompt": "q", "completion": "a"}, {"messages": [USER, ASSISTANT]}]
     path.write_text("\n".join(json.dumps(row) for row in rows))

@@ -130,7 +130,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_fault_is_one_line_with_its_place(tmp_path, name):
+def test_a_fault_is_one_line_with_its_position(tmp_path, name):
     content, message = FAULTS[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message) as raised:
@@ -147,7 +147,7 @@ LONG = {
 }
 
 
-def test_a_hundred_megabytes_packed_into_some_kilobytes_are_refused_in_little_memory(tmp_path):
+def test_a_decompression_bomb_is_refused_in_little_memory(tmp_path):
     path = tmp_path / "long.jsonl.zst"
     path.write_bytes(zstandard.compress(b'{"text": "a"}\n{"text": "' + b"x" * 100 * 2**20))
     assert path.stat().st_size < 2**15
@@ -186,7 +186,7 @@ def test_a_hundred_megabytes_in_one_record_are_refused_in_little_memory(tmp_path
 
 @pytest.mark.parametrize("block_bytes", [1, 7, 64, 1000])
 @pytest.mark.parametrize("indent", [None, 1])
-def test_json_arrays_are_the_same_however_the_blocks_fall(tmp_path, monkeypatch, block_bytes, indent):
+def test_json_arrays_do_not_depend_on_block_boundaries(tmp_path, monkeypatch, block_bytes, indent):
     rows = [{"n": n, "text": 'é"\\ \n' * (n % 7), "inner": [{"deep": [n, -1.5e3, None]}]} for n in range(60)]
     (tmp_path / "rows.json").write_text(f"  {json.dumps(rows, indent=indent, ensure_ascii=indent is None)}\n", "utf-8")
     monkeypatch.setattr("ft_dist.data.read.text_files.BLOCK_BYTES", block_bytes)
@@ -202,12 +202,12 @@ def test_json_arrays_are_the_same_however_the_blocks_fall(tmp_path, monkeypatch,
 @pytest.mark.parametrize(
     "path", ["nowhere/train.jsonl", "nowhere.csv", "/nowhere/at/all", "./nowhere", "tests/nowhere"]
 )
-def test_missing_path_is_no_hub_error(path):
+def test_a_missing_path_is_not_a_hub_error(path):
     with pytest.raises(DataError, match=r"neither a file, a folder, a glob that matches, nor a dataset on the hub"):
         fields(path)
 
 
-def test_hub_id_that_does_not_answer_is_one_line(monkeypatch):
+def test_an_unreachable_hub_id_is_one_line(monkeypatch):
     import datasets
 
     def refuse(*_args, **_options):

@@ -1,4 +1,4 @@
-"""Sets read from a real S3 server through the cache of a node: killed servers, damage, several processes."""
+"""Sets read from a real S3 server through a node's cache: killed servers, damage, several processes."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Sets are mapped lazily, gathered in any order, and damage is named."""
+"""Sets are mapped lazily and gathered in any order, and damage is named."""
 
 import json
 from hashlib import blake2b

@@ -33,7 +33,7 @@ def test_a_dummy_has_no_labels():
     assert (got.real_tokens, got.labelled_tokens, got.padded_tokens) == (0, 0, 1)
 
 
-def test_shapes_on_a_gpu_do_not_follow_lengths():
+def test_shapes_on_a_gpu_do_not_vary_with_lengths():
     """Twenty steps of packed chats give kernels, allocator and matrix products few shapes."""
     store = SyntheticStore(max_length=4096, median=300, labelled=0.5, vocabulary=1000, seed=0)
     stream = DataStream([MixtureSource("chats", store)], seed=0, global_rows=2, max_length=4096, packing=True)

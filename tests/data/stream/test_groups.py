@@ -23,7 +23,7 @@ SAMPLES, MAX_LENGTH = 60, 48
 
 
 def write(folder, *, grouped_chunks, samples=SAMPLES, seed=0):
-    """A set of chunks of ten samples; each token is the number of its sample. Every token of a sequence is a target."""
+    """A set in chunks of ten samples; each token is its sample's number. Every token of a sequence is a target."""
     generator = np.random.default_rng(seed)
     storage = open_storage(str(folder), wait_s=1.0)
     writer = ShardWriter(storage, fingerprint=f"set-{seed}", made_with={}, dtype=np.uint16)
@@ -56,7 +56,7 @@ def stores(tmp_path_factory):
         return [write(folder / "pairs", grouped_chunks={0, 2, 3}), write(folder / "plain", grouped_chunks=(), seed=1)]
 
 
-def test_a_set_without_groups_has_the_files_and_keys_of_before(tmp_path):
+def test_a_set_without_groups_has_the_same_files_and_keys(tmp_path):
     store = write(tmp_path / "plain", grouped_chunks=())
     assert all("grouped" not in entry for entry in store.index["shards"])
     content = (tmp_path / "plain" / store.index["shards"][0]["file"]).read_bytes()
@@ -127,7 +127,7 @@ def check_groups(batch, ids, store):
     lengths, counts = store.sequences_of(ids)
     assert batch.groups.sample_of_sequence.bincount().tolist() == counts.tolist()
     assert batch.groups.sequence_of_label.bincount(minlength=len(lengths)).tolist() == (lengths - 1).tolist()
-    # the label of a token names its sample, so every label's sequence belongs to the sample that it came from
+    # a token's label names its sample, so every label's sequence must belong to that sample
     labels = batch.labels[batch.labels != IGNORED]
     sample_of_label = batch.groups.sample_of_sequence[batch.groups.sequence_of_label]
     assert torch.equal(torch.from_numpy(ids % SAMPLES)[sample_of_label], labels)

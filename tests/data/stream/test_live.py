@@ -1,4 +1,4 @@
-"""A live source gives the same rows to every reader, wherever it resumes."""
+"""A live source gives the same rows to every reader, wherever reading resumes."""
 
 import json
 import multiprocessing
@@ -61,7 +61,7 @@ def test_every_record_once_per_epoch_and_exact_resume(sources, tokenizer_of, kin
         assert sum(batch.real_tokens for batch, _, _ in epoch) == sum(expected)
     assert [batch.rows for batch, _, _ in epochs[0]] != [batch.rows for batch, _, _ in epochs[1]]
     assert steps[-1][0].progress == 2.0
-    # in the middle of a late window, by other workers than before, and on into the next epoch
+    # in the middle of a late window, with other workers than before, and into the next epoch
     at = len(epochs[0]) - 3
     resumed = make(sources[kind], tokenizer, workers=2)
     assert resumed.load_state_dict(steps[at][2]) == []

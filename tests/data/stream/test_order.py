@@ -23,7 +23,7 @@ def test_bijection_at_every_small_size(size, key):
     data=st.data(),
 )
 @some
-def test_large_sizes_stay_inside_and_never_meet(size, key, data):
+def test_large_sizes_stay_in_range_and_never_collide(size, key, data):
     start = data.draw(st.integers(0, size - 5000))
     permutation = Permutation(size, (key,))
     order = permutation.take(start, start + 5000)
@@ -75,13 +75,13 @@ def test_small_sizes_reach_every_permutation():
     assert min(seen.values()) > 50
 
 
-def test_keys_give_unrelated_orders():
+def test_keys_give_independent_orders():
     a, b = (Permutation(10_000, (5, "epoch", epoch)).take(0, 10_000) for epoch in (0, 1))
     assert np.count_nonzero(a == b) < 10
     assert abs(np.corrcoef(a, b)[0, 1]) < 0.05
 
 
-def test_outside_is_an_index_error():
+def test_out_of_range_is_an_index_error():
     with pytest.raises(IndexError):
         Permutation(5, (0,))[5]
 
@@ -113,7 +113,7 @@ def test_two_levels_at_any_size_come_from_few_blocks(size, key, data):
 def test_two_levels_shuffle_the_whole_range():
     order = BlockPermutation(1_000_000, (7,), 20_000).at(np.arange(1_000_000))
     grid, _, _ = np.histogram2d(np.arange(1_000_000), order, bins=10)
-    # blocks of 1250 are what is shuffled over the range: 100 of them lie in a tenth, 10 in a cell
+    # blocks of 1250 are shuffled over the range: 100 of them are in a tenth, 10 in a cell
     assert grid.min() > 0
     assert abs(np.corrcoef(np.arange(1_000_000), order)[0, 1]) < 0.15
 

@@ -1,4 +1,4 @@
-"""Rows never overflow, nothing is lost, and rows are full."""
+"""Rows never overflow, no sample is lost, and rows are full."""
 
 import time
 
@@ -23,7 +23,7 @@ def test_every_sample_once_within_capacity(case):
 
 
 def best_fit_by_search(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Best-fit decreasing as written in a textbook."""
+    """Textbook best-fit decreasing."""
     rows: list[list[int]] = []
     used: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -64,7 +64,7 @@ def test_log_normal_lengths_fill_rows(median):
 
 @pytest.mark.parametrize("median, sigma, shortest", [(204, 0.3, 97), (49, 0.2, 38)])
 def test_narrow_lengths_fill_rows(median, sigma, shortest):
-    """As in GSM8K and Banking77: best-fit decreasing stays below 99%, as its last rows hold only small samples."""
+    """As in GSM8K and Banking77. Best-fit decreasing stays below 99%, because its last rows hold only small samples."""
     generator = np.random.default_rng(median)
     lengths = np.maximum(generator.lognormal(np.log(median), sigma, 17_000), shortest).astype(np.int64)
     assert fullness(lengths, 2048) >= 0.995

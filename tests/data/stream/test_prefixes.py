@@ -1,4 +1,4 @@
-"""The tokens that run suffice for every label, each after its full prefix, with few others."""
+"""The computed tokens cover every label with its full prefix, and few others."""
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ sample = st.tuples(
 
 
 def laid(samples):
-    """Samples end to end, then three padding tokens; the last flag of a sample is for a token that nothing follows."""
+    """Concatenated samples, then three padding tokens; a sample's last flag belongs to a token that nothing follows."""
     tokens = [token for ids, _ in samples for token in ids] + [0] * 3
     predicts = [flag and place < len(ids) - 1 for ids, flags in samples for place, flag in enumerate(flags[: len(ids)])]
     positions = [place for ids, _ in samples for place in range(len(ids))] + [0] * 3
@@ -28,7 +28,7 @@ def test_every_label_has_its_token_after_its_full_prefix(samples, round_to):
     kept, segments = needed.kept.numpy(), needed.segments
     assert np.array_equal(kept, np.unique(kept))
     assert set(np.flatnonzero(predicts)) <= set(kept.tolist())
-    # each segment is the beginning of a sample, token by token at its place
+    # each segment is a prefix of a sample, with every token at its position
     found, at, at_query = [], 0, 0
     for count, begin, longest in segments.shapes:
         for _ in range(count):
@@ -55,7 +55,7 @@ def test_every_label_has_its_token_after_its_full_prefix(samples, round_to):
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(sample, min_size=1, max_size=8), st.sampled_from([1, 4, 8, 16]))
-def test_on_a_gpu_too_every_label_has_its_token_after_its_full_prefix(samples, round_to):
+def test_every_label_has_its_token_after_its_full_prefix_on_a_gpu(samples, round_to):
     tokens, predicts, positions = laid(samples)
     needed = needed_tokens(tokens, predicts, positions, round_to=round_to, ragged=True)
     kept, segments = needed.kept.numpy(), needed.segments

@@ -33,7 +33,7 @@ def epoch_of(stream: DataStream, epoch: int) -> list:
     return batches
 
 
-# Deadlines would fail on a busy machine, not on a mistake.
+# Deadlines would fail on a busy machine, not because of a defect.
 some = settings(max_examples=30, deadline=None)
 
 streams = st.fixed_dictionaries(
@@ -124,11 +124,11 @@ def test_weights_hold_exactly(sizes_and_weights, packing, seed):
             mine = ids[(ids >= starts[source]) & (ids < starts[source + 1])] - starts[source]
             assert len(mine) == max(1, round(weight * size))
             np.add.at(seen[source], mine, 1)
-            # nothing comes a third time before everything has come twice
+            # no sample comes a third time before every sample has come twice
             assert seen[source].max() - seen[source].min() <= 1
 
 
-def test_counts_of_a_batch_are_those_of_its_samples():
+def test_a_batchs_counts_equal_its_samples_counts():
     stream = make([(100, 1.0)])
     for _ in range(40):
         batch = stream.next_batch()
@@ -239,7 +239,7 @@ def test_rows_of_a_curriculum_go_from_short_to_long():
         assert means[stop - 1] > means[start] + 3
 
 
-def test_steps_are_counted_no_further_than_needed(monkeypatch):
+def test_steps_are_counted_only_as_far_as_needed(monkeypatch):
     stream = make([(10_000, 1.0)], window=100)
     assert stream.windows == 100
     exact = sum(stream.steps_in_epoch(epoch) for epoch in range(2))

@@ -1,1 +1,1 @@
-"""Faults planted in a step, each of which the simulated GPU must find."""
+"""Faults planted in a step; the simulated GPU must find each of them."""

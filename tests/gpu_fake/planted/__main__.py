@@ -1,4 +1,4 @@
-"""Faults planted on purpose: each line printed is what the simulation says about one of them.
+"""Faults planted on purpose: prints one line per fault, with the simulation's finding.
 
     python -m tests.gpu_fake.planted [--json FILE]
 
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
             try:
                 fault()
                 said[name] = ", ".join(f"{times} x {kind}" for (kind, _), times in count.now.waits.items())
-            except Exception as problem:  # whatever says it
+            except Exception as problem:  # any source of the error
                 said[name] = f"{type(problem).__name__}: {problem}"
     for name, line in said.items():
         print(f"{name}: {line}")

@@ -1,4 +1,4 @@
-"""Kernels for `__main__.py`: one sound, two with a fault that only a GPU would show."""
+"""Kernels for `__main__.py`: one correct, two with a fault that only a GPU would reveal."""
 
 import triton
 import triton.language as tl
@@ -12,7 +12,7 @@ def add_one(x, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def counts_in_64_bits(x, count, BLOCK: tl.constexpr):
-    """An argument that is 1 is a constant to the compiler, and a constant has no `to`."""
+    """The compiler turns an argument equal to 1 into a constant, and a constant has no `to`."""
     index = tl.program_id(0) * count.to(tl.int64) + tl.arange(0, BLOCK)
     tl.store(x + index, 0.0)
 

@@ -1,1 +1,1 @@
-"""The simulated GPU: its device, the launches it records, and what a step costs."""
+"""The simulated GPU: its device, the launches it records, and the cost of a step."""

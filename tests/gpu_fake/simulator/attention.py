@@ -1,4 +1,4 @@
-"""PyTorch's attention as a GPU runs it: by flash or memory-efficient operators, which a CPU build never chooses."""
+"""PyTorch's attention as a GPU runs it, with flash or memory-efficient operators, which a CPU build never chooses."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ FORWARD = (
 
 
 class AttentionError(AssertionError):
-    """A call that no fast kernel takes."""
+    """A call that no fast kernel supports."""
 
 
 def on_device() -> None:
@@ -54,7 +54,7 @@ def on_device() -> None:
 
 
 def efficient_backward(args: Any) -> tuple[Any, ...]:
-    """What `_efficient_attention_backward` returns. torch has a stand-in for it, which takes other arguments."""
+    """The results of `_efficient_attention_backward`. torch's own fake version takes different arguments."""
     import torch
 
     _, query, key, value, bias = args[:5]
@@ -65,7 +65,7 @@ def efficient_backward(args: Any) -> tuple[Any, ...]:
 
 
 def shape_of(name: str, args: Any, kwargs: Any) -> str:
-    """What the plan of a call depends on: shapes, lengths and causality."""
+    """The key of a call's plan: shapes, lengths and causality."""
     import torch
 
     shapes = [tuple(arg.shape) if isinstance(arg, torch.Tensor) else arg for arg in (*args, *kwargs.values())]

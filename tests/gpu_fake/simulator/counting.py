@@ -1,8 +1,8 @@
-"""What a step asks of the device: operations, launches, waits of the host and bytes held, by phase.
+"""Counts what a step asks of the device: operations, launches, host waits and bytes held, by phase.
 
-An operation is a call into PyTorch's library on the device that is more than a view or an allocation. A launch is a
-Triton kernel, or an operation times the kernels that it is known to start. A wait is a point where the host stops until
-the device has caught up: a value read, a size that depends on values, or a copy that was not asked to be non-blocking.
+An operation is a PyTorch call on the device other than a view or an allocation. A launch is a Triton kernel, or an
+operation times the kernels that it is known to start. A wait is a point where the host blocks until the device has
+caught up: a value read, a size that depends on values, or a copy without non_blocking.
 """
 
 import sys
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from tests.gpu_fake.simulator import attention, device, launches
 
 ROOT = Path(__file__).resolve().parents[3]
-# views, allocations and questions: nothing runs on the device
+# views, allocations and queries: nothing runs on the device
 # fmt: off
 FREE = {
     "view", "_unsafe_view", "reshape", "_reshape_alias", "t", "transpose", "permute", "expand", "squeeze",
@@ -31,7 +31,7 @@ FREE = {
     "sym_stride", "is_same_size", "device", "wait_tensor", "record_stream", "_local_scalar_dense",
 }
 # fmt: on
-# kernels that an operation starts, where it is not one
+# operations that start more or fewer than one kernel
 KERNELS = {
     "_scaled_dot_product_flash_attention_backward": 3,
     "_flash_attention_backward": 3,
@@ -46,15 +46,15 @@ BATCH, FORWARD, BACKWARD, UPDATE = PHASES = "batch", "forward", "backward", "upd
 
 @dataclass
 class Phase:
-    """Of one part of a step."""
+    """Counts of one part of a step."""
 
     ops: Counter[str] = field(default_factory=Counter)
     kernels: Counter[str] = field(default_factory=Counter)
     """Triton kernels by name"""
     hooked: int = 0
-    """Operations, out of `ops`, that gradient hooks of DeepSpeed or of our engine made"""
+    """The part of `ops` made by gradient hooks of DeepSpeed or of our engine"""
     waits: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """By kind and place in the source"""
+    """By kind and source location"""
 
     @property
     def launches(self) -> int:
@@ -66,14 +66,14 @@ class Phase:
 
 
 class Count(TorchDispatchMode):
-    """Counts while entered; enter it inside `device.fake_tensors()`. `phase` names where what follows belongs."""
+    """Counts while active; enter it inside `device.fake_tensors()`. `phase` assigns the following operations."""
 
     def __init__(self) -> None:
         super().__init__()
         self.phase = BATCH
         self.phases = {name: Phase() for name in PHASES}
         self.attention: Counter[str] = Counter()
-        """Calls by what their plan depends on"""
+        """Calls by the key of their plan"""
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
         self._lock = threading.Lock()
         self._listening = (
@@ -96,13 +96,13 @@ class Count(TorchDispatchMode):
         return self.phases[self.phase]
 
     def clear(self) -> None:
-        """A new step begins."""
+        """Start a new step."""
         self.phase = BATCH
         self.phases = {name: Phase() for name in PHASES}
         self.attention.clear()
 
     def held_bytes(self) -> int:
-        """Of all tensors on the device that were made since the count began and are still referred to."""
+        """Bytes of all tensors on the device that were made since the count began and are still referenced."""
         with self._lock:
             self._storages = {key: held for key, held in self._storages.items() if not held[0].expired()}
             return sum(nbytes for _, nbytes in self._storages.values())
@@ -148,7 +148,7 @@ class Count(TorchDispatchMode):
             try:
                 return func(*args)
             except DataDependentOutputException:
-                pass  # it came from the device: a loss or a norm
+                pass  # the value came from the device: a loss or a norm
         kind = tensors[0].dtype
         return False if kind == torch.bool else 0.0 if kind.is_floating_point else 0
 
@@ -177,7 +177,7 @@ def _device_of(kwargs: dict[str, Any]) -> str:
 
 
 def _crosses(name: str, args: Any, kwargs: Any, tensors: list[torch.Tensor]) -> str:
-    """What a copy between host and device that holds the host up is called; nothing for any other copy."""
+    """The name of a copy between host and device that blocks the host; empty for any other copy."""
     if name == "_to_copy":
         source, target = args[0].device.type, _device_of(kwargs) or args[0].device.type
         waits = not kwargs.get("non_blocking", False)
@@ -190,7 +190,7 @@ def _crosses(name: str, args: Any, kwargs: Any, tensors: list[torch.Tensor]) -> 
 
 
 def _all_of(tensor: torch.Tensor) -> torch.Tensor:
-    """As if every element were true: the most that there can be."""
+    """As if every element were true: the maximum."""
     return tensor.new_empty((tensor.numel(), tensor.dim()), dtype=torch.int64)
 
 
@@ -210,7 +210,7 @@ def _frames() -> Any:
 
 
 def _hooked() -> bool:
-    """Whether a hook of a gradient is at work: above autograd there is a function of DeepSpeed's or of our engine."""
+    """Whether a gradient hook is running: a function of DeepSpeed or of our engine is above autograd on the stack."""
     for frame in _frames():
         name = frame.f_code.co_filename
         if name.endswith(("torch/autograd/graph.py", "torch/_tensor.py", "torch/autograd/__init__.py")):
@@ -221,7 +221,7 @@ def _hooked() -> bool:
 
 
 def _place(depth: int = 3) -> str:
-    """The innermost lines outside torch and outside this folder, the innermost first."""
+    """The innermost lines outside torch and this folder, innermost first."""
     lines = []
     for frame in _frames():
         file = Path(frame.f_code.co_filename)

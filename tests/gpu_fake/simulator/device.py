@@ -1,7 +1,7 @@
-"""A simulated H100: tensors on `cuda` have shapes and no values, and the Python side of torch.cuda speaks for the chip.
+"""A simulated H100: tensors on `cuda` have shapes but no values, and the Python side of torch.cuda describes the chip.
 
-`simulate()` comes first in a process, before torch is imported. It changes torch for the whole process, so every use
-runs in a process of its own. Nothing computes: what depends on a value (a loss, a norm) reads as 0.
+Call `simulate()` first in a process, before torch is imported. It changes torch for the whole process, so every use
+runs in its own process. Nothing computes: every value (a loss, a norm) reads as 0.
 """
 
 import contextlib
@@ -16,15 +16,15 @@ from tests.gpu_fake.simulator import library
 
 MEMORY_BYTES = 80 << 30
 SHARED_MEMORY_BYTES = 232_448
-"""Of a thread block on sm_90, opted in"""
+"""Opt-in limit of a thread block on sm_90"""
 GRID = (2**31 - 1, 65_535, 65_535)
 CAPABILITY = (9, 0)
 LISTENERS: list[Callable[[str], None]] = []
-"""Called whenever the host waits by name: torch.cuda.synchronize, a stream's or an event's"""
+"""Called for every explicit wait of the host: torch.cuda.synchronize, a stream's or an event's"""
 
 
 def simulate() -> None:
-    """Make this process believe in its GPU. The Triton kernels that it compiles are kept in the cache."""
+    """Make this process see a GPU. The Triton kernels that it compiles are cached."""
     library.load()
     os.environ["DS_ACCELERATOR"] = "cuda"
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
@@ -91,7 +91,7 @@ def _answer_for_the_chip(torch: Any) -> None:
 
 
 class Event:
-    """A moment on a stream. All of them are past; to wait for one is to wait for the device."""
+    """An event on a stream. All events are past; waiting for one means waiting for the device."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.synchronize = _waits("event.synchronize")
@@ -149,10 +149,10 @@ def _let_tensors_be_fake(torch: Any) -> None:
     from torch.utils import _foreach_utils
 
     FakeTensorMode.avoid_device_init = property(lambda _: True)
-    # torch takes the foreach and fused forms of an update for these types only, and asks for the exact type
+    # torch uses the foreach and fused forms of an update only for these exact types
     for types in (optimizer._foreach_supported_types, _foreach_utils._foreach_supported_types):
         types.append(FakeTensor)
-    # one wait for all values; FakeTensor's own asks for them one by one
+    # one wait for all values; FakeTensor reads them one by one
     FakeTensor.tolist = _tolist
     torch.nn.Module._apply = _apply
 
@@ -168,7 +168,7 @@ def _tolist(tensor: Any) -> Any:
 
 
 def _apply(module: Any, change: Any, recurse: bool = True) -> Any:
-    """nn.Module._apply, which puts what it moved into the old parameter; a fake tensor takes no other's storage."""
+    """nn.Module._apply puts the moved data into the old parameter, but a fake tensor cannot take another's storage."""
     import torch
 
     if recurse:
@@ -188,9 +188,9 @@ def _apply(module: Any, change: Any, recurse: bool = True) -> Any:
 
 @cache
 def fake_tensors() -> Any:
-    """The mode in which tensors that are made have no values. Real ones may be read; what is made of them is fake.
+    """The mode in which new tensors have no values. Real tensors may be read; results computed from them are fake.
 
-    One for the process: what the product keeps from a step has to fit the next one.
+    One per process: tensors that the product keeps from one step must fit the next one.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -1,7 +1,7 @@
-"""Triton kernels compiled for the chip with the arguments that a launch gives them, and not run.
+"""Compiles Triton kernels for the chip with the arguments of a launch, without running them.
 
-What the compiler sees of an argument is its type, its alignment and whether it is 1, so the arguments here are the
-real ones; of a tensor, its dtype and the offset of its first element.
+The compiler sees an argument's type, its alignment and whether it is 1, so the arguments here are the
+real ones; of a tensor it sees the dtype and the offset of its first element.
 """
 
 import time
@@ -12,7 +12,7 @@ from typing import Any
 from tests.gpu_fake.simulator import device
 
 LISTENERS: list[Callable[[str], None]] = []
-"""Each is given the kernel's name at every launch"""
+"""Each is called with the kernel's name at every launch"""
 
 
 class LaunchError(AssertionError):
@@ -33,7 +33,7 @@ COMPILED: dict[str, Compiled] = {}
 
 
 class _Pointer:
-    """A tensor as Triton's launcher looks at it. The allocator aligns memory to 512 bytes."""
+    """A tensor as Triton's launcher sees it. The allocator aligns memory to 512 bytes."""
 
     def __init__(self, tensor: Any) -> None:
         self.dtype = tensor.dtype
@@ -44,7 +44,7 @@ class _Pointer:
 
 
 class _Driver:
-    """What Triton asks of a driver before it compiles."""
+    """The driver interface that Triton queries before it compiles."""
 
     def get_current_device(self) -> int:
         return 0
@@ -66,7 +66,7 @@ class _Driver:
 
 
 def compile_only() -> None:
-    """From here on a launch compiles, checks and tells the listeners."""
+    """From here on, a launch compiles, checks and calls the listeners."""
     import triton
     from triton.runtime.jit import JITFunction
 

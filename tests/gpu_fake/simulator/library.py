@@ -15,12 +15,12 @@ ROOT = SOURCE.parents[3]
 
 
 def cache_dir() -> Path:
-    """Of the library and of compiled kernels; the tests' own cache, beside their models."""
+    """The folder of the library and of compiled kernels, in the tests' own cache."""
     return Path(os.environ.get("FT_DIST_CACHE") or ROOT / ".cache") / "gpu_fake"
 
 
 def load() -> None:
-    """Call before torch is imported. Exits with one line where the library cannot be built."""
+    """Call before torch is imported. Exits with a one-line error if the library cannot be built."""
     if "torch" in sys.modules:
         raise SystemExit("tests/gpu_fake: torch is loaded already; the simulated device has to come first.")
     ctypes.CDLL(str(_built()))

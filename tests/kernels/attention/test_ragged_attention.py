@@ -1,7 +1,7 @@
-"""Attention over ragged segments: the layout, the gathering of shared keys, and what PyTorch's kernels are asked.
+"""Attention over ragged segments: the layout, the gathering of shared keys, and the calls to PyTorch's kernels.
 
-Flash kernels do not run on CPU. `Kernels` takes the place of PyTorch's operators, keeps exactly to what these promise
-(and no more: what lies in no segment is NaN), and counts.
+Flash kernels do not run on CPU. `Kernels` replaces PyTorch's operators, does exactly what they promise
+(and no more: values outside every segment are NaN), and counts calls.
 """
 
 import inspect
@@ -107,7 +107,7 @@ class Kernels:
         bias_grad, *, scale, num_splits_key, window_size=0,
     ):  # fmt: skip
         assert (bias, p, mask, bias_grad, num_splits_key) == (None, 0.0, 2, False, 1)
-        # with fewer queries than keys its window begins elsewhere than that of the forward pass
+        # with fewer queries than keys, its window starts elsewhere than the forward pass's
         assert not window_size or torch.equal(query_ends, key_ends)
         ends = query_ends.tolist(), key_ends.tolist()
         gradients = self.gradients(dy[0], q[0], k[0], v[0], *ends, scale, window_size - 1)
@@ -138,7 +138,7 @@ def test_parity_in_one_call(kernels, name, dtype, window):
         inputs,
         upstream=upstream.to(dtype).float(),
     )
-    assert len(kernels.calls) == 2  # a call a run
+    assert len(kernels.calls) == 2  # one call per run
     assert not torch._C._get_deterministic_algorithms()
 
 
@@ -146,7 +146,7 @@ def test_parity_in_one_call(kernels, name, dtype, window):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", SHARING)
 def test_segments_that_share_tokens(kernels, name, dtype, window):
-    """As if each segment had its own: values, and the gradients' sums over all of them."""
+    """As if each segment had its own copy: values, and the gradients' sums over all copies."""
     flat, lengths = flattened(SHARING[name])
     segments = lay_ragged(flat, lengths)
     tokens = int(flat.max()) + 1
@@ -168,7 +168,7 @@ def test_segments_that_share_tokens(kernels, name, dtype, window):
 
 
 def test_one_token(kernels):
-    """What a rank without rows runs."""
+    """The batch of a rank without rows."""
     inputs = {name: tensor.requires_grad_() for name, tensor in make_inputs([[1]], torch.float32).items()}
     y = segment_attention(**inputs, segments=segments_for("cuda", positions_of([[1]])), scale=SCALE)
     y.sum().backward()
@@ -186,7 +186,7 @@ def test_the_cpu_form_is_the_reference(lengths, window):
     )
 
 
-def test_tokens_must_come_in_the_order_of_their_segments():
+def test_tokens_must_be_in_the_order_of_their_segments():
     with pytest.raises(ValueError, match="order"):
         lay_ragged(torch.tensor([2, 0, 1]), torch.tensor([1, 2]))
 
@@ -201,14 +201,14 @@ def test_sizes_are_rounded_up_coarsely():
     assert (segments.longest_queries, segments.longest_keys) == (60, 60)
 
 
-def test_segments_of_a_cpu_are_refused_elsewhere():
+def test_segments_for_a_cpu_are_refused_on_other_devices():
     inputs = {name: tensor.to("meta") for name, tensor in make_inputs(ROWS["many"], torch.float32).items()}
     with pytest.raises(ValueError, match="segments for cpu cannot be used"):
         segment_attention(**inputs, segments=find_segments(positions_of(ROWS["many"])), scale=SCALE)
 
 
 @pytest.mark.parametrize("name", ["flash_forward", "flash_backward", "efficient_forward", "efficient_backward"])
-def test_the_stand_ins_take_what_pytorchs_operators_take(name):
+def test_the_stand_ins_have_the_signatures_of_pytorchs_operators(name):
     family, way = name.split("_")
     real = getattr(torch.ops.aten, f"_{family}_attention_{way}").default._schema.arguments
     ours = inspect.signature(getattr(Kernels(), name)).parameters.values()
@@ -224,7 +224,7 @@ def test_pytorchs_flash_operators_accept_the_call(window):
     """On tensors without memory."""
     segments = lay_ragged(torch.arange(256), torch.tensor([100, 156]))
     with FakeTensorMode(), torch.no_grad():
-        # wider than our own backward pass
+        # wider than our own backward pass supports
         q, k, v = (torch.empty(256, heads, 192, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2))
         segments = segments._changed(lambda x: torch.empty(x.shape, dtype=x.dtype, device="cuda"))
         context = SimpleNamespace(save_for_backward=lambda *tensors: vars(context).update(saved_tensors=tensors))
@@ -255,7 +255,7 @@ def test_which_kernel(monkeypatch, dtype, width, capability, expected):
 
 
 @pytest.mark.parametrize("repeats", [True, False])
-def test_flash_attention_3_has_to_repeat_its_bits(monkeypatch, repeats):
+def test_flash_attention_3_must_give_the_same_bits_twice(monkeypatch, repeats):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(module, "_flash3_function", lambda: len)
@@ -316,7 +316,7 @@ def test_our_backward_of_flash_attention(name, dtype, width):
         leaves = [x.to(kind).requires_grad_() for x in (q, k, v)]
         y = ragged_attention_reference(*leaves, segments, SCALE, window)
         results.append((y.detach().to(dtype), [x[:places] for x in torch.autograd.grad(y, leaves, dy.to(kind))]))
-    (y, truths), (_, yardsticks) = results  # the flash forward rounds once, as the truth is rounded here
+    (y, truths), (_, yardsticks) = results  # the flash forward pass rounds once, like the truth here
     lse = log_sums(q, k, segments, window)
     with poisoned():
         runs = [launch_backward(dy, q, k, v, y, lse, segments, scale=SCALE, window=window) for _ in range(2)]

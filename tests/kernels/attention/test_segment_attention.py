@@ -59,13 +59,13 @@ def test_heads(heads, kv_heads, width):
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=12), st.sampled_from([None, 2, 7, 40]))
 def test_any_lengths(lengths, window):
-    # a token that sees itself alone has no gradient over q, and the yardstick would be zero
+    # a token that sees only itself has no gradient over q, so the tolerance would be zero
     check([[3, *lengths]], torch.float32, window=window, heads=2, kv_heads=1, width=4)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=40))
-def test_every_token_has_one_place_and_padding_is_bounded(lengths):
+def test_every_token_has_one_slot_and_padding_is_bounded(lengths):
     segments = find_segments(positions_of([lengths]))
     tokens = sum(lengths)
     assert torch.equal(segments.queries[segments.query_of], torch.arange(tokens))
@@ -77,8 +77,8 @@ def test_every_token_has_one_place_and_padding_is_bounded(lengths):
     assert len(segments.shapes) <= 7
 
 
-def test_what_a_segment_does_not_reach_changes_nothing():
-    """Padding repeats a token: neither its value nor its gradient may show anywhere."""
+def test_tokens_outside_a_segment_change_nothing():
+    """Padding repeats a token: its value and gradient must not appear anywhere."""
     rows = [[40, 50, 33]]
     segments, inputs = find_segments(positions_of(rows)), make_inputs(rows, torch.float32)
     assert len(segments.unread) > 0
@@ -103,7 +103,7 @@ SHARING = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", SHARING)
 def test_segments_that_share_tokens(name, dtype, window):
-    """As if each segment had its own: values, and the gradients' sums over all of them."""
+    """As if each segment had its own copy: values, and the gradients' sums over all copies."""
     lists = SHARING[name]
     flat = torch.tensor([token for tokens in lists for token in tokens])
     lengths = torch.tensor([len(tokens) for tokens in lists])
@@ -125,7 +125,7 @@ def test_segments_that_share_tokens(name, dtype, window):
     )
 
 
-def test_a_shared_beginning_is_queried_once():
+def test_a_shared_prefix_is_queried_once():
     beginning = [*range(30)]
     lists = [[*beginning, *range(first, first + 20)] for first in range(30, 190, 20)]
     tokens = [token for segment in lists for token in segment]

@@ -20,14 +20,14 @@ CASES = [(name, "lora") for name in tiny_names()] + [(f"tiny-{name}", "full") fo
 
 
 @pytest.mark.parametrize(("name", "method"), CASES)
-def test_loss_and_gradients_are_hugging_faces_own(name, method):
+def test_loss_and_gradients_equal_hugging_faces(name, method):
     own, ours = build(name, "off", method=METHODS[method])[0], build(name, "triton", method=METHODS[method])[0]
     assert_same(gradients(ours, **SIZE), gradients(own, **SIZE))
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_checkpointed_layers_give_the_same_bits(method):
-    """And so does a product that backward makes again: checkpointed layers keep theirs while they are computed."""
+    """So does a product that the backward pass recomputes: checkpointed layers keep theirs while they run."""
     results = []
     for checkpointing in (False, True):
         objective, _ = build("tiny-llama", "triton", method=METHODS[method], checkpointing=checkpointing)

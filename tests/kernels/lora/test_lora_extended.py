@@ -1,4 +1,4 @@
-"""`lora_linear_extended` against fp64 truth, against the same members apart, and against its own rules."""
+"""`lora_linear_extended` against fp64 truth, against separate members, and against its own rules."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ GROUPS = [
 
 
 def inputs_of(group, dtype, bias=True):
-    """x with room for spare columns, and everything of every member, by name."""
+    """x with spare columns, and all tensors of every member, by name."""
     tokens, inner, outs, ranks = group
     generator = torch.Generator().manual_seed(0)
 
@@ -62,7 +62,7 @@ def extend(inputs, count, ps):
 
 
 def with_room(x, spare):
-    """x as the first columns of a fresh buffer whose others are NaN: differentiable."""
+    """x as the first columns of a new buffer whose other columns are NaN; differentiable."""
     room = x.new_full((*x.shape[:-1], spare), float("nan"))
     return torch.cat((x, room), -1)[..., : x.shape[-1]]
 
@@ -106,8 +106,8 @@ def test_every_gradient(backend, dtype, group, p, spared):
 
 
 @pytest.mark.interpreter
-def test_down_is_split_where_rows_are_few():
-    """520 rows of 2048 inputs: the Triton form adds partial sums of S in a second launch."""
+def test_down_is_split_if_rows_are_few():
+    """With 520 rows of 2048 inputs, the Triton form adds partial sums of S in a second launch."""
     from ft_dist_kernels.lora.blocks import DOWN, blocks_for, split_columns
 
     inputs = inputs_of((520, 2048, (24, 16), (4, 4)), torch.float16)
@@ -122,7 +122,7 @@ def test_down_is_split_where_rows_are_few():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_agrees_with_the_members_apart(backend):
+def test_agrees_with_separate_members(backend):
     inputs = inputs_of((19, 48, (40, 24, 8), (8, 4, 2)), torch.float32)
     ps = (0.2, 0.0, 0.4)
     extended, members = extend(inputs, 3, ps)
@@ -134,7 +134,7 @@ def test_agrees_with_the_members_apart(backend):
 @pytest.mark.parametrize("spared", [True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_b_that_changes_under_autograd_is_seen_by_the_next_forward(backend, spared):
-    """What DeepSpeed's optimizer does: it writes to the parameter's storage, and no version counter moves."""
+    """As DeepSpeed's optimizer does: it writes to the parameter's storage without a version counter changing."""
     inputs = inputs_of((9, 32, (40, 24), (8, 4)), torch.float32)
     extended, members = extend(inputs, 2, (0.0, 0.0))
     spare = extended.spare if spared else 0
@@ -176,7 +176,7 @@ def test_another_adapter_between_forward_and_backward_leaves_the_gradients(backe
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_only_x_with_its_spare_columns_is_saved_of_the_tokens(backend):
+def test_only_x_with_its_spare_columns_is_saved_per_token(backend):
     group = (29, 32, (40, 24), (8, 4))
     inputs = inputs_of(group, torch.float32)
     x = inputs["x"].requires_grad_()
@@ -190,7 +190,7 @@ def test_only_x_with_its_spare_columns_is_saved_of_the_tokens(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_spare_columns_trip_no_version_check_and_a_change_of_x_does(backend):
+def test_spare_columns_pass_the_version_check_and_a_change_of_x_fails_it(backend):
     inputs = inputs_of((9, 32, (40,), (8,)), torch.float32)
     extended, members = extend(inputs, 1, (0.0,))
     members[0].lora_a.requires_grad_()
@@ -205,8 +205,8 @@ def test_the_spare_columns_trip_no_version_check_and_a_change_of_x_does(backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_saved_tensors_may_travel(backend):
-    """Activation offload packs a copy: S must be in it."""
+def test_saved_tensors_may_be_offloaded(backend):
+    """Activation offload packs a copy, which must contain S."""
     inputs = inputs_of((9, 32, (40, 24), (8, 4)), torch.float32)
     leaves = [inputs[name].requires_grad_() for name in ("x", "a0", "a1", "b0", "b1")]
 

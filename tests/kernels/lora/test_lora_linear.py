@@ -45,7 +45,7 @@ def upstream(shape, seed=1):
 
 
 def eager(x, weight, bias, lora_a, lora_b, p=0.0, seed=0):
-    """PEFT's way for any mix of dtypes: the adapter's product in the adapter's dtype."""
+    """PEFT's form for any mix of dtypes: the adapter's product in the adapter's dtype."""
     base = torch.nn.functional.linear(x, weight, bias)
     wide = x.to(lora_a.dtype)
     zero = torch.zeros_like(weight, dtype=wide.dtype)
@@ -97,7 +97,7 @@ def test_frozen_parameters(backend, frozen):
 )
 @pytest.mark.parametrize("p", [0.0, 0.25])
 def test_adapters_in_fp32_over_half_precision(backend, dtype, p):
-    """Held to the half-precision yardstick: A and B are rounded for compute, their gradients are not."""
+    """With half precision's tolerance: A and B are rounded for compute, their gradients are not."""
     shape = (33, 48, 56, 8)
     inputs = tensors(shape, dtype, adapter_dtype=torch.float32)
 
@@ -189,7 +189,7 @@ def test_group_shares_x(backend, dtype, ps):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_group_with_an_unused_output_and_more_than_a_launch_holds(backend):
+def test_a_group_with_an_unused_output_that_needs_several_launches(backend):
     inputs, weights = group((9, 16), torch.float32, (4, 4, 4, 4), (12, 8, 8, 20), (0.0, 0.2, 0.0, 0.5))
 
     def grads(call):
@@ -216,7 +216,7 @@ def test_group_with_an_unused_output_and_more_than_a_launch_holds(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_dropout_is_the_public_mask_in_both_directions(backend):
+def test_dropout_is_the_documented_mask_in_both_directions(backend):
     """With W = 0, A = I and B = I the output is the dropped x and the gradient of x the dropped upstream."""
     size, p, seed = 24, 0.4, 1234
     x = torch.randn(31, size).abs().add_(0.5).requires_grad_()
@@ -230,7 +230,7 @@ def test_dropout_is_the_public_mask_in_both_directions(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_only_x_and_s_of_the_token_dimension_are_saved(backend):
+def test_only_x_and_s_are_saved_per_token(backend):
     tokens, rank = 29, 6
     inputs = tensors((tokens, 16, 24, rank), torch.float32)
     inputs = {k: v.requires_grad_() for k, v in inputs.items()}
@@ -245,7 +245,7 @@ def test_only_x_and_s_of_the_token_dimension_are_saved(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_weight_released_after_forward_and_gathered_before_backward(backend):
-    """What ZeRO-3 does to a parameter: its storage goes after forward and comes back, elsewhere, before backward."""
+    """As ZeRO-3 does: frees a parameter's storage after forward and gathers it at another address before backward."""
     inputs = tensors((9, 16, 24, 4), torch.float32)
     x = inputs["x"].requires_grad_()
     weight, a, b = (torch.nn.Parameter(inputs[name]) for name in ("weight", "lora_a", "lora_b"))

@@ -1,4 +1,4 @@
-"""Layers of a block merged into one product, in the interpreter: numbers, and that the model around stays whole."""
+"""Layers of a block merged into one product, in the interpreter: values, and an otherwise unchanged model."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ SIZE = {"rows": 2, "width": 16, "restart": 11}
 
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch):
-    """fp32 on CPU tensors merges as bf16 does on a GPU: what fits the kernels."""
+    """Merge fp32 on CPU tensors as bf16 on a GPU, wherever the kernels support it."""
     from ft_dist_kernels.lora import extended as lora_extended
 
     def suits(members, *, dtype, device):
@@ -26,7 +26,7 @@ def _as_on_a_gpu(monkeypatch):
 
 @pytest.fixture
 def runs(monkeypatch):
-    """How many products of merged weights have run."""
+    """The number of merged products that have run."""
     ran = []
     own = merged.lora_linear_extended
     monkeypatch.setattr(merged, "lora_linear_extended", lambda *a, **k: ran.append(1) or own(*a, **k))
@@ -38,14 +38,14 @@ def layers_of(objective):
 
 
 @pytest.mark.parametrize(("name", "products"), [("llama", 3), ("qwen2", 3), ("gemma2", 3), ("gemma3", 2), ("phi3", 3)])
-def test_loss_and_gradients_are_hugging_faces_own(name, products, runs):
+def test_loss_and_gradients_equal_hugging_faces(name, products, runs):
     own = build(f"tiny-{name}", "off", method=METHODS["lora"])[0]
     ours = build(f"tiny-{name}", "triton", method=METHODS["lora"])[0]
     assert_same(gradients(ours, **SIZE), gradients(own, **SIZE))
     assert len(runs) == products * len(layers_of(ours))
 
 
-def test_only_some_layers_with_adapters_run_apart(runs):
+def test_layers_run_separately_if_only_some_have_adapters(runs):
     method = Lora(rank=4, alpha=8, target_modules=["q_proj", "v_proj", "up_proj"])
     own, ours = (build("tiny-llama", kernels, method=method)[0] for kernels in ("off", "triton"))
     assert_same(gradients(ours, **SIZE), gradients(own, **SIZE))
@@ -80,7 +80,7 @@ def test_parameters_keep_their_values_and_exist_once():
     assert len(memory) == 1
 
 
-def test_with_adapters_off_merged_or_moved_the_model_is_itself(tmp_path):
+def test_disabled_merged_or_moved_adapters_give_the_plain_model(tmp_path):
     own, ours = (build("tiny-llama", kernels, method=METHODS["lora"])[0].eval() for kernels in ("off", "triton"))
     with torch.no_grad():
         ours(**batch(**SIZE))  # merges the weights
@@ -96,7 +96,7 @@ def test_with_adapters_off_merged_or_moved_the_model_is_itself(tmp_path):
         for model in (own.model, ours.model):
             model.unmerge_adapter()
         assert_equal()
-        ours.model.to(torch.float64).to(torch.float32)  # out of the buffer
+        ours.model.to(torch.float64).to(torch.float32)  # outside the buffer
         assert_equal()
         ours.model.save_pretrained(tmp_path / "adapter")
         plain = ours.model.merge_and_unload()
@@ -104,8 +104,10 @@ def test_with_adapters_off_merged_or_moved_the_model_is_itself(tmp_path):
         torch.testing.assert_close(plain(ids).logits, own.model.merge_and_unload()(ids).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_generating_reads_a_cache():
+def test_generation_uses_a_cache():
     own, ours = (build("tiny-llama", kernels, method=METHODS["lora"])[0].eval() for kernels in ("off", "triton"))
     ids = batch(**SIZE)["input_ids"]
-    told = [one.model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, use_cache=True) for one in (own, ours)]
-    assert torch.equal(*told)
+    generated = [
+        one.model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, use_cache=True) for one in (own, ours)
+    ]
+    assert torch.equal(*generated)

@@ -22,7 +22,7 @@ from tests.kernels.parity import BACKENDS, poisoned
 
 SHAPES = [(1, [64]), (37, [576]), (8, [64, 32, 32]), (5, [160, 160]), (3, [48, 4096])]
 ROUNDING = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-7}
-"""Of an output: its dtype's, in bf16 before and after the scales, and that of sums in fp32"""
+"""Rounding of an output: its dtype's (in bf16 before and after the scales), and that of sums in fp32"""
 
 
 def random(*shape, dtype=torch.float32, seed=0):
@@ -30,14 +30,14 @@ def random(*shape, dtype=torch.float32, seed=0):
 
 
 def code_error(x):
-    """The most by which a row's codes may be off, element by element, in fp64."""
+    """The largest possible error of a row's codes, element by element, in fp64."""
     x = x.double()
     scale = x.abs().amax(-1, keepdim=True) / 448
     return torch.maximum(x.abs() * 2.0**-4, scale * 2.0**-10) * (1 + 1e-5)
 
 
 def product_bound(x, w, dtype, dw=None):
-    """Truth x w^T in fp64, and how far from it a product of codes (rows scaled) may be. `dw`: where w's codes are those
+    """Truth x w^T in fp64, and the error bound of a product of codes (rows scaled). `dw`: given if w's codes are those
     of longer rows."""
     dx, dw, x, w = code_error(x), code_error(w) if dw is None else dw, x.double(), w.double()
     off = dx @ w.abs().t() + (x.abs() + dx) @ dw.t()
@@ -46,7 +46,7 @@ def product_bound(x, w, dtype, dw=None):
 
 
 def on_grid(x):
-    """Codes near those of x, with 448 in front, times a power of two: quantising them is exact."""
+    """Values near x that are codes times a power of two, with 448 in the first column: quantising them is exact."""
     codes = quantize_rows_reference([x.float()])[0].float()
     codes[:, 0] = 448.0
     return codes * torch.exp2(-(torch.arange(len(x)) % 12))[:, None]
@@ -81,7 +81,7 @@ def test_rows_at_the_edges(backend):
     x = on_grid(random(8, 64))
     x[0], x[1, 5], x[2, 3], x[3, 7] = 0.0, float("inf"), float("nan"), -float("inf")
     x[4] = 2.0**-140  # a subnormal fp32 number
-    x[5] *= 1e-15  # as small as gradients get
+    x[5] *= 1e-15  # as small as gradients can be
     x[6] *= 3e37
     codes, scale = quantize_rows([x], backend=backend)
     back = codes.float() * scale[:, None]
@@ -94,7 +94,7 @@ def test_rows_at_the_edges(backend):
         assert ((back[row].double() - x[row].double()).abs() <= code_error(x[row])).all()
 
 
-def test_a_row_that_is_not_finite_stays_visible_in_the_product():
+def test_a_non_finite_row_stays_visible_in_the_product():
     (weight,) = hold_fp8([random(32, 64)])
     x = random(3, 64)
     x[1, 9] = float("inf")
@@ -122,7 +122,7 @@ def test_products_are_within_the_bound(dtype, tokens, outs):
     assert dx.dtype == dtype
     assert ((dx.double() - truth).abs() <= bound).all()
     assert (dx.double() - truth).norm() < 0.07 * truth.norm()
-    # a few of the group, each alone
+    # a few of the group, each on its own
     of_group = code_error(torch.cat(dense).t())[:, -outs[-1] :]
     truth, bound = product_bound(dys[-1], dense[-1].t(), dtype, of_group)
     alone = fp8_backward(dys[-1:], held[-1:])
@@ -130,7 +130,7 @@ def test_products_are_within_the_bound(dtype, tokens, outs):
 
 
 @pytest.mark.parametrize("dtype, rounding", [(torch.float32, 2.0**-22), (torch.bfloat16, 2.0**-6.9)])
-def test_the_emulated_product_is_that_of_the_codes(dtype, rounding):
+def test_the_emulated_product_equals_the_product_of_the_codes(dtype, rounding):
     codes, scale = quantize_rows([random(16, 64)])
     other, other_scale = quantize_rows([random(32, 64, seed=1)])
     exact = (codes.double() @ other.double().t()) * scale.double()[:, None] * other_scale.double()
@@ -142,8 +142,8 @@ def test_the_emulated_product_is_that_of_the_codes(dtype, rounding):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("chosen", [[0, 1, 2], [1], [2, 0]])
-def test_lora_on_fp8_is_lora_on_the_weights_that_the_codes_stand_for(backend, dropout, chosen):
-    """With x and dY that codes hold exactly, only the weights are rounded."""
+def test_lora_on_fp8_equals_lora_on_the_dequantised_weights(backend, dropout, chosen):
+    """With x and dY that codes represent exactly, only the weights are rounded."""
     outs, width, rank, tokens = [64, 32, 32], 48, 4, 24
     held = hold_fp8([random(out, width, seed=i) for i, out in enumerate(outs)])
     small = torch.Generator().manual_seed(5)
@@ -175,12 +175,12 @@ def test_lora_on_fp8_is_lora_on_the_weights_that_the_codes_stand_for(backend, dr
     wanted, _ = run([by_rows(weight) for weight in held])
     _, wanted_grads = run([by_columns(weight) for weight in held])
     for ours, theirs in zip([*outputs, grads[0]], [*wanted, wanted_grads[0]], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=5e-3)  # beside outputs of hundreds
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=5e-3)  # compared with outputs of hundreds
     for ours, theirs in zip(grads[1:], wanted_grads[1:], strict=True):
         assert torch.equal(ours, theirs)
 
 
-def test_fp8_beside_other_weights_and_a_member_without_gradient():
+def test_fp8_with_other_weights_and_a_member_without_gradient():
     dense = [random(32, 64, seed=i) for i in range(3)]
     held = hold_fp8(dense[:2])
     x = random(6, 64).requires_grad_()
@@ -205,7 +205,7 @@ def test_linear_without_adapter():
     assert fp8_linear(x[:0], weight).shape == (0, 5, 32)
 
 
-def test_what_does_not_fit_is_refused():
+def test_unsupported_inputs_are_refused():
     with pytest.raises(ValueError, match="multiples of 16"):
         hold_fp8([random(32, 60)])
     with pytest.raises(ValueError, match="not finite"):
@@ -233,7 +233,7 @@ def test_chips_without_fp8(capability, fits):
 
 
 def test_a_torch_without_the_product_for_a_chip_is_the_reason():
-    """As torch 2.10 on consumer Blackwell, whose capability alone would do."""
+    """As torch 2.10 on consumer Blackwell, whose compute capability would suffice."""
     from ft_dist_kernels.quantised import fp8
 
     def refuse(*_, **__):

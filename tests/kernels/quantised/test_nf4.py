@@ -50,8 +50,8 @@ def test_a_block_of_zeros_stays_zero():
     assert not dequantize_nf4(quantize_nf4(torch.zeros(3, 64), double_quant=False), torch.float32).any()
 
 
-def test_error_is_that_of_nearest_code_values():
-    """Without double quantisation no element is further off than half the widest gap; with it 1% of absmax more."""
+def test_the_error_is_that_of_the_nearest_code_values():
+    """Without double quantisation, no error exceeds half the widest gap; with it, 1% of absmax more."""
     weight = random_weight(128, 256)
     absmax = weight.view(-1, BLOCK).abs().amax(1).repeat_interleave(BLOCK).view_as(weight)
     gap = max(b - a for a, b in itertools.pairwise(CODE)) / 2

@@ -1,4 +1,4 @@
-"""Several hosts on one machine: network namespaces on a bridge whose links can be cut, and one slowed down. Root only.
+"""Several hosts on one machine: network namespaces on a bridge whose links can be cut or slowed down. Root only.
 
 Not every kernel has netem, so a slow link is a process that forwards frames between two interfaces after DELAY_S:
 `python -m tests.launcher.elastic.hosts IN OUT DELAY_S`. Stopping it (SIGSTOP) stalls the link.

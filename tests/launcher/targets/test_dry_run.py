@@ -1,4 +1,4 @@
-"""The platforms accept what `ft-dist launch --dry-run` prints, according to their own programs and schemas."""
+"""The platforms' own programs and schemas accept the output of `ft-dist launch --dry-run`."""
 
 import json
 import subprocess

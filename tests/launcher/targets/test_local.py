@@ -1,6 +1,6 @@
 """Runs launched on this machine: status, logs, stop and resume by folder, and a second launch into an active run.
 
-A shell script takes the agent's place: it prints its arguments and exits with 75 on SIGTERM.
+A shell script replaces the agent: it prints its arguments and exits with 75 on SIGTERM.
 """
 
 import os

@@ -1,5 +1,5 @@
-"""Jobs of a real SLURM that are signalled, time out, are preempted or requeued, or lose a node. Each finishes alone,
-with the samples and losses of an undisturbed run."""
+"""Jobs on a real SLURM that are signalled, time out, are preempted or requeued, or lose a node. Each one finishes
+unattended, with the samples and losses of an undisturbed run."""
 
 import json
 import os
@@ -23,7 +23,7 @@ TIMEOUT_S = 600
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
-    """The run on one machine with the same number of ranks, and so the same bits."""
+    """The run on one machine with the same number of ranks, and therefore the same bits."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     done = subprocess.run([*CLI, "train", *RUN, f"output_dir={folder}", "--nproc", "2"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

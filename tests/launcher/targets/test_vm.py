@@ -1,4 +1,4 @@
-"""The loop of a plain VM: a machine is lost without notice, and another one resumes from the bucket."""
+"""The restart loop of a plain VM: a machine is lost without notice, and another one resumes from the bucket."""
 
 import os
 import signal
