@@ -1,8 +1,8 @@
 """One rank of a real run under torch's profiler: the bytes of tensors live at the peak of its steps, as JSON.
 
 `python -m tests.plan.measured OUT CONFIG [key=value ...]`. Tensors alive when a step begins are counted one by one
-(threads load weights and map them from files, which no profiler sees); allocations within the step come from the
-events of torch's CPU allocator, including those inside operators.
+(threads load weights and map them from files, which no profiler sees); the growth within the step comes from torch's
+CPU allocator, including what operators allocate inside.
 """
 
 import gc
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 STEP = "ft_dist_measured_step"
@@ -59,18 +60,25 @@ def held_bytes() -> int:
 
 
 def growths_of(profiler: Any) -> list[int]:
-    """The growth of memory within each step."""
-    events = profiler.profiler.kineto_results.events()
-    steps = sorted((e.start_ns(), e.end_ns()) for e in events if e.name() == STEP)
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    """The growth of memory within each step, from the allocator's running total.
+
+    Summing the events would drift: a thread of gloo sometimes frees a collective's buffer, and the profiler, which
+    records only the thread that started it, has no event for that.
+    """
+    events = profiler.profiler.kineto_results.experimental_event_tree()
+    for event in events:
+        events.extend(event.children)
+    steps = sorted((event.start_time_ns, event.end_time_ns) for event in events if event.name == STEP)
+    totals = sorted(
+        (event.start_time_ns, event.extra_fields.total_allocated, event.extra_fields.alloc_size)
+        for event in events
+        if event.tag == _EventType.Allocation
+    )
     growths = []
     for begin, end in steps:
-        live = peak = 0
-        for when, nbytes in changes:
-            if begin <= when <= end:
-                live += nbytes
-                peak = max(peak, live)
-        growths.append(peak)
+        within = [(total, size) for when, total, size in totals if begin <= when <= end]
+        first_total, first_size = within[0]
+        growths.append(max(total for total, _ in within) - (first_total - first_size))
     return growths
 
 
