@@ -91,26 +91,14 @@ def read_samples(source: SourceConfig, *, limit: int | None = None) -> Iterator[
         yield shape.sample(record)
 
 
-def detect_format(fields: dict[str, Any]) -> DataFormat:
-    """The first format whose keys are all present. Raises DataError listing the keys seen and those expected."""
-    return _detect(fields, "")
-
-
-def to_sample(record: Record, format: DataFormat, columns: dict[str, str] | None = None) -> Sample:
-    """One record in a known format ("auto" detects it). Raises DataError with the record's file and line."""
-    fields = _rename(record, columns or {})
-    return _build(fields, record.where, _detect(fields, record.where) if format == "auto" else format, "")
-
-
 def _detect(fields: dict[str, Any], where: str) -> DataFormat:
     format_ = _match(fields)
     if format_ is not None:
         return format_
     expected = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in REQUIRED.items())
     seen = ", ".join(map(str, fields)) or "none"
-    prefix = f"{where}: " if where else ""
     raise DataError(
-        f"{prefix}unknown format, keys are {seen}. Known formats need {expected}. "
+        f"{where}: unknown format, keys are {seen}. Known formats need {expected}. "
         "Rename the keys or map them with columns, for example columns={prompt: question, completion: answer}."
     )
 

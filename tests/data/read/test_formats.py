@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ft_dist.config.schema import SourceConfig
-from ft_dist.data.read.formats import Sample, detect_format, read_samples, to_sample
+from ft_dist.data.read.formats import Sample, read_samples, shape_of
 from ft_dist.data.read.text_files import Record
 from ft_dist.errors import DataError
 
@@ -14,7 +14,8 @@ SYSTEM = {"role": "system", "content": "s"}
 
 
 def sample(columns: dict[str, str] | None = None, **fields) -> Sample:
-    return to_sample(Record(fields, "FILE line 7"), "auto", columns or {})
+    record = Record(fields, "FILE line 7")
+    return shape_of(SourceConfig(path="FILE", columns=columns or {}), record).sample(record)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,7 @@ def sample(columns: dict[str, str] | None = None, **fields) -> Sample:
 )
 def test_formats_become_messages(fields, format_, messages):
     got = sample(**fields)
-    assert detect_format(fields) == got.format == format_
+    assert got.format == format_
     assert got.messages == messages
     assert got.where == "FILE line 7"
 
