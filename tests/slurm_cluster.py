@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.object_store import free_port
+from tests.ports import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 # PriorityTier: a job of `high` preempts one of `low`, which gets GraceTime seconds to commit

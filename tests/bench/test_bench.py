@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from ft_dist.bench.synthetic import SyntheticStore
 from ft_dist.errors import UserError
 from tests.chaos.storm import workers_of
 from tests.conftest import CLI, ROOT
+from tests.ports import free_port
 
 
 def test_two_ranks_of_a_random_model(cli: Any, tmp_path: Path) -> None:
@@ -56,12 +56,6 @@ def test_the_ranks_of_torchrun_measure_together(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("where a step's time goes") == 1
     assert json.loads((tmp_path / "bench.json").read_text())["measurements"][0]["world_size"] == 2
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def spec(folder: Path, *overrides: str, **changed: Any) -> Spec:

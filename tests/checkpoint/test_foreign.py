@@ -14,6 +14,7 @@ from ft_dist.checkpoint.foreign.read import read_foreign
 from ft_dist.checkpoint.inspect import compared
 from ft_dist.errors import CheckpointError
 from tests.conftest import ROOT, SMALL_RUN
+from tests.ports import free_port
 
 SHAPES = {"a.weight": [4, 3], "a.bias": [4], "b.weight": [2, 4]}
 
@@ -81,13 +82,14 @@ def test_deepspeed(cli, tmp_path, stage, kind):
     """DeepSpeed's checkpoint imports equal to our own commit of the same state, and training resumes from it."""
     overrides = [*SMALL_RUN, f"engine.zero_stage={stage}", f"method.kind={kind}"]
     script = [sys.executable, "-m", "tests.checkpoint.save_both_ways"]
+    port = str(free_port())
     workers = [
         subprocess.Popen(
             [*script, str(tmp_path / "theirs"), *overrides, "optim.max_steps=2", f"output_dir={tmp_path}/ours"],
             cwd=ROOT,
             env=os.environ
             | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29650 + stage), "PYTHONPATH": f"{ROOT}:{ROOT}/kernels"},
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": f"{ROOT}:{ROOT}/kernels"},
         )
         for rank in range(2)
     ]

@@ -15,7 +15,7 @@ from ft_dist.checkpoint.commit.format import commits
 from ft_dist.checkpoint.load import Pieces
 from tests.checkpoint.odd_ranks import HIDDEN, STAGES, VOCABULARY
 from tests.conftest import ROOT
-from tests.object_store import free_port
+from tests.ports import free_port
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from ft_dist.checkpoint.commit.format import commits
 from ft_dist.preemption.stop import SAME_NOTICE_S
 from tests.chaos.storm import workers_of
 from tests.conftest import ROOT, SMALL_RUN, read_lines, start_cli
+from tests.ports import free_port
 from tests.preemption.metadata import MetadataServer
 
 pytestmark = pytest.mark.faults
@@ -183,10 +183,7 @@ def test_a_run_that_waits_for_data_commits_and_stops(tmp_path):
     never = tmp_path / "never"
     os.mkfifo(never)
     settings = [*SMALL_RUN, "engine.zero_stage=3", f"output_dir={folder}"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.e2e.stuck_rank", str(never), *settings],

@@ -12,7 +12,7 @@ import torch
 from tests.checkpoint.odd_ranks import Objective, Odd
 from tests.conftest import ROOT
 from tests.engine.flat_ranks import DECAY, MAX_NORM, RATE, ROWS, TOKENS, micro_batches
-from tests.object_store import free_port
+from tests.ports import free_port
 
 UPDATE_OPERATIONS = 20
 """Including collectives and the two operations that add up a micro-batch's gradients"""

@@ -3,13 +3,13 @@
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from tests.conftest import ROOT
+from tests.ports import free_port
 
 
 class Combination(NamedTuple):
@@ -121,9 +121,7 @@ def write_text(path: Path, *, short: bool = False) -> Path:
 def measure(combination: Combination, folder: Path) -> dict[str, int]:
     """Run it under torch's profiler and return rank 0's measurements (see tests/plan/measured.py)."""
     data = write_text(folder / "text.jsonl", short=combination.packing)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     ranks = []
     for rank in range(combination.ranks):

@@ -17,15 +17,14 @@ from ft_dist.config import load_config
 from ft_dist.errors import PreflightError
 from ft_dist.preflight.ranks import Preflight
 from tests.conftest import ROOT
+from tests.ports import free_port
 
 pytestmark = pytest.mark.faults
 
 
 @pytest.fixture
 def port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return free_port()
 
 
 def rank(number: int, port: int, *arguments: str, cwd: Path = ROOT, **environment: str) -> "subprocess.Popen[str]":

@@ -14,6 +14,7 @@ import pytest
 from tests.chaos.storm import workers_of
 from tests.conftest import ROOT, SMALL_RUN, read_lines, start_cli
 from tests.launcher.processes import end_all, events_of, listening, marked, steps_done, wait_for
+from tests.ports import free_port
 
 pytestmark = pytest.mark.faults
 
@@ -123,12 +124,6 @@ def test_a_killed_run_leaves_no_process_and_the_next_start_resumes(cli, tmp_path
         resumed = cli("train", *settings, f"optim.max_steps={steps_done(folder) + 2}", "--nproc", "1")
         assert resumed.returncode == 0, resumed.stderr
         assert "resumed from step" in resumed.stdout
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def start_agent(name: str, port: int, mark: str, *arguments: str) -> "subprocess.Popen[str]":
