@@ -24,7 +24,7 @@ def test_the_newest_file_counts_and_gaps_are_reported() -> None:
     assert f"| 2026-02-02 | {case} | trl | 3.00 (2.00) | 1.00 | 1.00 |" in text
     assert "2026-01-01" not in text
     assert f"Not measured: axolotl ({case}): no wheel" in text
-    assert f"odd ({case}) did other work: first loss 3.00000, ours 2.50000" in text
+    assert f"odd ({case}) did different work: first loss 3.00000, ours 2.50000" in text
     assert "Not measured: llamafactory, ms-swift, litgpt, torchtune." in text
     assert text.endswith("Not measured: no comparison with peers on a GPU yet.")
 
