@@ -16,7 +16,7 @@ def train(
     max_restarts: Annotated[int, typer.Option(min=0, help="Maximum worker restarts between two commits")] = 3,
     force: Force = False,
 ) -> None:
-    """Fine-tune a model as CONFIG says; run it again to resume. Started by torchrun or srun, it joins their world."""
+    """Fine-tune the model in CONFIG; run it again to resume. Under torchrun or srun, it joins their world."""
     from ft_dist.check import check as check_config
     from ft_dist.config import load_config
     from ft_dist.launcher.agent import run_here

@@ -19,7 +19,7 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """Which pretrained model, in which precision."""
+    """The pretrained model and its precision."""
 
     path: str = Field(description="Folder, hub id, or built-in name (see `ft-dist fetch --list`)")
     revision: str | None = Field(
@@ -30,7 +30,7 @@ class ModelConfig(Section):
     )
     base_dtype: Literal["fp8"] | None = Field(
         default=None,
-        description="fp8 keeps the frozen linear layers of LoRA in e4m3 and multiplies in it, forward and backward: as "
+        description="fp8 stores LoRA's frozen linear layers in e4m3 and multiplies in FP8, forward and backward: as "
         "much memory as bf16, and faster on GPUs with FP8. None keeps them in dtype",
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
@@ -74,7 +74,7 @@ class DataConfig(Section):
     too_long: Literal["drop", "truncate", "error"] = Field(
         default="drop", description="A sample over max_length is dropped and counted, truncated, or an error"
     )
-    packing: bool = Field(default=True, description="Fill rows with several samples; attention never crosses them")
+    packing: bool = Field(default=True, description="Pack several samples per row; attention never crosses samples")
     curriculum: Literal["none", "length"] = Field(
         default="none", description="length: within each window of samples, rows are ordered from short to long samples"
     )
@@ -148,7 +148,7 @@ class OptimConfig(Section):
         default=None, description="wsd only: length of the final decay; None is a tenth of the run"
     )
     min_lr_ratio: float = Field(
-        default=0.0, ge=0, le=1, description="Final rate of cosine, linear and wsd, as a share of lr"
+        default=0.0, ge=0, le=1, description="Final learning rate of cosine, linear and wsd, as a fraction of lr"
     )
     weight_decay: float = Field(default=0.0, ge=0)
     beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -158,7 +158,7 @@ class OptimConfig(Section):
     max_grad_norm: float = Field(default=1.0, ge=0, description="Global L2 norm to clip to; 0 disables clipping")
     epochs: PositiveInt = 1
     max_steps: PositiveInt | None = Field(default=None, description="Stop after this many optimizer steps")
-    max_skipped_steps: PositiveInt = Field(default=5, description="Non-finite steps in a row after which the run stops")
+    max_skipped_steps: PositiveInt = Field(default=5, description="Stop after this many non-finite steps in a row")
 
 
 class EngineConfig(Section):
@@ -174,7 +174,7 @@ class EngineConfig(Section):
     activation_checkpointing: bool = False
     timeout_s: PositiveInt = Field(
         default=1800,
-        description="Collective operations that take longer end the run; with remote data data.remote_wait_s is added",
+        description="A collective operation that takes longer ends the run; remote data adds data.remote_wait_s",
     )
     hang_timeout_s: PositiveInt = Field(
         default=600,
@@ -215,7 +215,7 @@ class CheckpointConfig(Section):
 
 
 class PreemptionConfig(Section):
-    """What announces, in addition to signals, that the machine will be preempted."""
+    """Preemption notices that a run watches in addition to signals."""
 
     cloud: Literal["none", "aws", "gcp", "azure"] = Field(
         default="none", description="Cloud whose metadata service to poll for notices; none polls nothing"
@@ -237,7 +237,7 @@ class PreemptionConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """Held-out loss, and answers compared with the references, on `data.eval`."""
+    """Scoring on `data.eval`: held-out loss, and generated answers compared with the references."""
 
     before: bool = Field(default=True, description="Evaluate the model before training")
     interval_steps: Annotated[int, Field(ge=0)] = Field(default=0, description="0 evaluates only before and after")

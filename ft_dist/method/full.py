@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Full(Method):
-    """Every weight of the model is trained."""
+    """Train every weight of the model."""
 
     kind: Literal["full"] = "full"
 

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 class Lora(Method):
-    """Low-rank adapters are trained, the weights of the model are frozen."""
+    """Train low-rank adapters and freeze the model's weights."""
 
     kind: Literal["lora"] = "lora"
     rank: PositiveInt = 16
     alpha: float = Field(
-        default=32.0, gt=0, description="The update is scaled by alpha / rank (alpha / sqrt(rank): rslora)"
+        default=32.0, gt=0, description="The update is scaled by alpha / rank (with rslora: alpha / sqrt(rank))"
     )
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
