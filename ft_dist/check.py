@@ -39,7 +39,7 @@ def _check_batch(config: RunConfig, world_size: int) -> str:
     rows_a_rank = -(-rows // world_size)
     accumulation = -(-rows_a_rank // config.batch.micro_rows)
     return (
-        f"batch: {rows} rows a step over {world_size} rank{'s' if world_size > 1 else ''}, "
+        f"batch: {rows} rows per step over {world_size} rank{'s' if world_size > 1 else ''}, "
         f"{accumulation} micro-batch{'es' if accumulation > 1 else ''} of up to {config.batch.micro_rows} each"
     )
 

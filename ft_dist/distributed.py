@@ -162,7 +162,7 @@ def control_store() -> dist.Store:
 
 
 class Agreement:
-    """Whether any rank wants something; all ranks get the answer at the same call.
+    """Finds whether any rank wants something; all ranks get the answer in the same call.
 
     Every rank must call `ask` equally often. The all-reduce of a call runs while the caller computes, and the next call
     reads its result, so no rank waits; `settle` reads the last result.

@@ -9,9 +9,9 @@ from ft_dist.resources import flops_per_token
 PHASES = ("data", "forward", "backward", "optimizer", "communication", "checkpoint", "other")
 
 FORMULA = (
-    "model FLOPs a token = N x (4 + 2 x trainable share) + 12 x layers x heads x head size x context: 4 N for LoRA, "
-    "6 N for full fine-tuning; context is the mean number of tokens a token looks at; recomputation does not count, "
-    "and a token that samples share counts once"
+    "model FLOPs per token = N (4 + 2 x trainable share) + 12 x layers x heads x head size x context: 4 N for LoRA, "
+    "6 N for full fine-tuning; context is the mean number of tokens a token attends to; recomputation does not count, "
+    "and a token shared by several samples counts once"
 )
 
 
@@ -58,7 +58,7 @@ def figures(spec: Spec, seen: dict[str, Any]) -> dict[str, Any]:
 def _time(spec: Spec, seen: dict[str, Any]) -> dict[str, float]:
     """Seconds per step by phase, medians over the steps whose phases were timed.
 
-    A timed checkpoint counts with the time for which it stalls training.
+    A timed checkpoint counts as the time for which it stalls training.
     """
     by_step = seen["phases"]
     if not by_step:
@@ -78,6 +78,6 @@ def _time(spec: Spec, seen: dict[str, Any]) -> dict[str, float]:
 
 
 def communication_share(record: dict[str, Any]) -> float:
-    """The share of communication in a step without checkpoint."""
+    """The share of a step, without a checkpoint, that communication takes."""
     time = {phase: seconds for phase, seconds in record["time"].items() if phase != "checkpoint"}
     return time.get("communication", 0.0) / max(1e-12, sum(time.values()))

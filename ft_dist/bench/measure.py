@@ -100,7 +100,7 @@ def scale(spec: Spec, worlds: Sequence[int], *, weak: bool, folder: Path, say: S
         settings = {"batch.global_rows": rows * world if weak else rows}
         if not weak and rows < world:
             raise UserError(
-                f"--scaling strong deals {rows} rows to {world} ranks. Use batch.global_rows of at least that."
+                f"--scaling strong splits {rows} rows over {world} ranks. Set batch.global_rows to at least {world}."
             )
         settings["batch.micro_rows"] = min(spec.tree["batch"]["micro_rows"], -(-settings["batch.global_rows"] // world))
         planned.append(spec.changed(settings, folder / f"world-{world}"))

@@ -62,7 +62,7 @@ def bench(
             force=force,
         )
         config = spec.config()
-        title = f"{Path(model).name}, {method}, {config.model.dtype}, {rows} x {length} tokens a step, {ranks} ranks"
+        title = f"{Path(model).name}, {method}, {config.model.dtype}, {rows} x {length} tokens per step, {ranks} ranks"
         report: dict[str, Any] = {"kind": "single", "title": title, **machine(), "formula": FORMULA}
         if sweep:
             swept = {key: _usable(key, values, rows) for key, values in SWEPT.items()}

@@ -83,7 +83,7 @@ def make_spec(
         raise UserError(f"--labelled {labelled}: must be above 0 and at most 1.")
     by_name = synthetic and model in SHAPES
     if synthetic and not by_name and not (Path(model) / "config.json").is_file():
-        raise UserError(f"{model}: not a model folder and not one of the shapes {', '.join(SHAPES)}.")
+        raise UserError(f"{model}: neither a model folder nor one of the shapes {', '.join(SHAPES)}.")
     tree: dict[str, Any] = {
         "model": {
             "path": str(write_shape(model, folder / "model")) if by_name else model,

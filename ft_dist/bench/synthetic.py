@@ -12,7 +12,8 @@ _SHORTEST = 8
 
 
 class SyntheticStore:
-    """A `SampleStore` of random tokens: every length is `max_length`, or log-normal around a median and cut there.
+    """A `SampleStore` of random tokens: every length is `max_length`, or log-normal around a median, up to
+    `max_length`.
 
     The last `labelled` share of each sample is labelled.
     """
@@ -73,4 +74,4 @@ def median_of(lengths: str) -> int | None:
         return None
     if lengths.isdigit() and int(lengths) >= _SHORTEST:
         return int(lengths)
-    raise UserError(f"--lengths {lengths}: neither full nor a median of at least {_SHORTEST} tokens, such as 300.")
+    raise UserError(f"--lengths {lengths}: must be full, or a median of at least {_SHORTEST} tokens such as 300.")

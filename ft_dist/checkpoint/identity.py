@@ -62,7 +62,7 @@ def weights_digest(folder: Path) -> str:
 
 
 def check_identity(saved: dict[str, Any], now: dict[str, Any], *, where: Path) -> list[str]:
-    """Lines for what changed since `saved` (both from `identity`). Raises CheckpointError for a change that is not
+    """One line per change since `saved` (both from `identity`). Raises CheckpointError for a change that is not
     allowed."""
     changes = config_changes(saved["config"], now["config"])
     method = METHODS[now["config"]["method"]["kind"]]
@@ -77,14 +77,14 @@ def check_identity(saved: dict[str, Any], now: dict[str, Any], *, where: Path) -
     # after full fine-tuning the checkpoint holds every weight, so the base no longer matters
     if method.frozen_base and None not in digests and digests[0] != digests[1]:
         raise CheckpointError(
-            f"model.path={now['base']['path']}: its weights are not those of {saved['base']['path']}, on which the "
+            f"model.path={now['base']['path']}: its weights differ from those of {saved['base']['path']}, on which the "
             f"adapters in {where} were trained. Restore them, or start a new run in another output_dir."
         )
     return [f"{key}: {_short(before)} -> {_short(after)}" for key, (before, after) in changes.items()]
 
 
 def config_changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """`differences` of two configs, without the options of other methods that older runs of full fine-tuning hold."""
+    """`differences` of two configs, without the options of other methods in configs of older full runs."""
     return differences(_own_options_only(before), _own_options_only(after))
 
 

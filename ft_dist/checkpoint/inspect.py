@@ -51,7 +51,7 @@ def details(place: Path) -> dict[str, Any]:
 
 
 def verified(place: Path) -> list[dict[str, Any]]:
-    """Every commit at `place`, each byte read: `problem` is None or the first fault."""
+    """Every commit at `place`, with every byte read: `problem` is None or the first fault."""
     found = []
     for commit in find_commits(place):
         try:
@@ -105,7 +105,7 @@ def _kinds(commit: Commit) -> set[str]:
 
 
 def _largest_difference(one: Commit, two: Commit, kind: str, names: set[str]) -> dict[str, Any]:
-    """Of one kind of tensor at a time, which bounds the memory to one copy of the weights per side."""
+    """Compare one kind of tensor at a time, which limits the memory to one copy of the weights per side."""
     import numpy as np
 
     left, right = _whole(one, kind, names), _whole(two, kind, names)

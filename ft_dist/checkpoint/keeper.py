@@ -37,7 +37,7 @@ class CheckpointKeeper:
         """Seconds until the last save was on disk; set on rank 0 only"""
         place = config.checkpoint.path
         note = Console(enabled=world.is_main).note
-        limit = "the time for checkpoints"
+        limit = "the time limit for checkpoints"
         storage = open_storage(place, wait_s=MIRROR_WAIT_S, limit=limit, log=note) if place else None
         commit, self.skipped = agreed_commit(
             world,

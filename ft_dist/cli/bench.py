@@ -41,7 +41,7 @@ def bench(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure training on this machine: tokens/s, FLOP utilisation, memory, and where the time of a step goes."""
+    """Measure training on this machine: tokens/s, FLOP utilisation, memory, and where a step's time goes."""
     from ft_dist.bench.report import bench as run_bench
     from ft_dist.bench.show import text, write
 

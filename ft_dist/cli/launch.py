@@ -27,7 +27,7 @@ def launch(
     ] = None,
     sweep: Annotated[list[str] | None, typer.Option(metavar="KEY=V1,V2", help="Submit one run per value")] = None,
     rdzv: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="With --on torchrun: where the nodes meet")
+        str | None, typer.Option(metavar="HOST:PORT", help="With --on torchrun: rendezvous of the nodes")
     ] = None,
     max_restarts: Annotated[int, typer.Option(min=0, help="Maximum worker restarts between two commits")] = 3,
     force: Force = False,

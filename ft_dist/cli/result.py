@@ -12,7 +12,7 @@ from ft_dist.cli.arguments import AsJson, Model
 def evaluate(
     model: Model,
     data: Annotated[list[str] | None, typer.Option(help="Held-out files (default: the run's data.eval)")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer that is generated")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer")] = 32,
     max_samples: Annotated[int | None, typer.Option(min=1, help="Use only the first samples (default: all)")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -27,7 +27,7 @@ def chat(
     model: Model,
     prompt: Annotated[str | None, typer.Option(help="Answer this prompt and exit")] = None,
     system: Annotated[str | None, typer.Option(help="System prompt of the conversation")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer that is generated")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer")] = 512,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the most likely token")] = 0.0,
 ) -> None:
     """Chat with a model in the terminal; answers are streamed."""

@@ -48,7 +48,9 @@ def check(
     nnodes: Annotated[
         str, typer.Option(metavar="N|MIN:MAX", help="With --env: number of nodes, each of which runs this command")
     ] = "1",
-    rdzv: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="With --nnodes: where the nodes meet")] = None,
+    rdzv: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="With --nnodes: rendezvous of the nodes")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run every check that is possible before training; exit 2 if something must be fixed."""

@@ -1,4 +1,4 @@
-"""A YAML file or recipe name with `key.sub=value` overrides to a validated `RunConfig`.
+"""Turns a YAML file or recipe name with `key.sub=value` overrides into a validated `RunConfig`.
 
 Relative data paths are looked up from the working directory first, then from the folder of the config file.
 """
@@ -84,7 +84,8 @@ def recipe_folder() -> Path:
 
 
 def shipped_folder(name: str, *, holding: str) -> Path:
-    """`ft_dist/NAME` as the wheel installs it, if files that match `holding` are there, or NAME/ of the source tree."""
+    """`ft_dist/NAME` as the wheel installs it, if it has files that match `holding`, otherwise NAME/ of the source
+    tree."""
     package = Path(__file__).resolve().parents[1]
     packaged = (package / name).resolve()
     return packaged if any(packaged.glob(holding)) else package.parent / name

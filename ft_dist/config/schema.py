@@ -55,7 +55,7 @@ class SourceConfig(Section):
     weight: float = Field(default=1.0, gt=0, description="Average number of times that each sample is seen in an epoch")
     live: bool = Field(
         default=False,
-        description="Tokenise during training, without preparing: for streams too large to store. Must be the only "
+        description="Tokenise during training, without preparation: for streams too large to store. Must be the only "
         "source of data.train; keeps the stream's order, shuffled within windows; needs optim.max_steps",
     )
     columns: dict[str, str] = Field(
@@ -72,9 +72,9 @@ class DataConfig(Section):
     eval: list[SourceConfig] = Field(default_factory=list)
     max_length: Annotated[int, Field(ge=8)] = Field(default=2048, description="Tokens in a row")
     too_long: Literal["drop", "truncate", "error"] = Field(
-        default="drop", description="A sample over max_length is dropped and counted, truncated, or an error"
+        default="drop", description="How to handle a sample over max_length: drop and count it, truncate it, or fail"
     )
-    packing: bool = Field(default=True, description="Pack several samples per row; attention never crosses samples")
+    packing: bool = Field(default=True, description="Pack several samples per row; attention stays within each sample")
     curriculum: Literal["none", "length"] = Field(
         default="none", description="length: within each window of samples, rows are ordered from short to long samples"
     )
@@ -83,8 +83,8 @@ class DataConfig(Section):
     )
     shuffle_samples: Annotated[int, Field(ge=16)] = Field(
         default=2**20,
-        description="Larger sets are shuffled in groups of 16 blocks with this many samples in total, which a cache of "
-        "remote shards must hold",
+        description="Larger sets are shuffled in groups of 16 blocks with this many samples in total; the cache of "
+        "remote shards must hold one group",
     )
     log_samples: bool = Field(default=False, description="Write the sample ids of every step to samples.jsonl")
     cache_dir: str | None = Field(
@@ -218,7 +218,7 @@ class PreemptionConfig(Section):
     """Preemption notices that a run watches in addition to signals."""
 
     cloud: Literal["none", "aws", "gcp", "azure"] = Field(
-        default="none", description="Cloud whose metadata service to poll for notices; none polls nothing"
+        default="none", description="Cloud whose metadata service to poll for notices; none disables polling"
     )
     endpoint: str | None = Field(
         default=None, description="Address of the metadata service; None is the cloud's default"
@@ -240,7 +240,9 @@ class EvaluateConfig(Section):
     """Scoring on `data.eval`: held-out loss, and generated answers compared with the references."""
 
     before: bool = Field(default=True, description="Evaluate the model before training")
-    interval_steps: Annotated[int, Field(ge=0)] = Field(default=0, description="0 evaluates only before and after")
+    interval_steps: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="0 evaluates only before and after training"
+    )
     generate: bool = Field(default=False, description="Also generate an answer to each prompt and count exact matches")
     max_new_tokens: PositiveInt = 32
     batch_rows: PositiveInt = 8

@@ -2,7 +2,7 @@
 
 The summed loss of a micro-batch is divided by the weight of the global batch (labelled tokens, for causal training)
 before backward, and multiplied by the number of data-parallel ranks where DeepSpeed averages gradients over them. The
-optimizer thus receives the gradient of sum(loss) / sum(weight), however the batch was cut.
+optimizer thus receives the gradient of sum(loss) / sum(weight), no matter how the batch is split.
 """
 
 import math
@@ -161,7 +161,7 @@ class Engine:
 
     def _settle(self) -> None:
         """Release memory that only the first step used: weights move into merged buffers in its forward pass, and the
-        allocator keeps their old blocks, which nothing else fits into."""
+        allocator keeps their old blocks, in which nothing else fits."""
         torch.cuda.empty_cache()
         self._settled = True
 
@@ -210,7 +210,7 @@ class Engine:
         return self._trainable
 
     def trainable_shapes(self) -> dict[str, list[int]]:
-        """Full shapes by name, also where ZeRO-3 partitions the parameter."""
+        """Full shapes by name, even if ZeRO-3 partitions the parameter."""
         return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in self.trainable()}
 
     @property

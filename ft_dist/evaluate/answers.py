@@ -10,7 +10,7 @@ from ft_dist.model.quiet import quietly
 from ft_dist.model.tokenizer import stop_token_ids
 
 Progress = Callable[[int, int], None]
-"""(prompts answered, prompts in all) on this rank"""
+"""(prompts answered, prompts in total) on this rank"""
 CutShort = Callable[[], bool]
 """Called after every generated token of a batch; True ends the batch on this rank with incomplete answers"""
 

@@ -93,7 +93,7 @@ class RemoteLink:
 
 
 class Agent:
-    """Starts, signals and stops the workers of this node as the head demands, and reports how they end."""
+    """Starts, signals and stops the workers of this node as the head directs, and reports how they end."""
 
     def __init__(self, arguments: Sequence[str], *, module: str, environment: dict[str, str] | None = None) -> None:
         self.workers = Workers(arguments, module=module, environment=environment)
@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", metavar="key=value", nargs="*")
     parser.add_argument("--nnodes", default="1", metavar="N|MIN:MAX", help="number of nodes [default: 1]")
     parser.add_argument("--nproc", type=int, help="workers on this node [default: one per GPU, or 1 on CPU]")
-    parser.add_argument("--rdzv", metavar="HOST:PORT", help="where the nodes meet: the address of one of them")
+    parser.add_argument("--rdzv", metavar="HOST:PORT", help="rendezvous of the nodes: the address of one of them")
     parser.add_argument(
         "--run-id", default=None, help="name of the run; agents of other runs are refused [default: output_dir]"
     )

@@ -72,7 +72,7 @@ def show_log(folder: Path, show: Print) -> None:
 
 
 def watch(folder: Path, *, start: int = 0, say: Print, show: Print) -> int:
-    """Show the log of a run until the run ends; returns the exit code that stands for how it ended."""
+    """Show the log of a run until the run ends; returns the exit code that reflects how it ended."""
     record = read_record(folder)
     target = find_target(record.target)
     if record.log is None:

@@ -73,7 +73,7 @@ def requested_runs(request: Request) -> list[RequestedRun]:
 
 
 def _submission_folder(config: RunConfig) -> Path:
-    """Where this machine keeps the submission if the nodes do not share its disks. A relative output_dir serves here
+    """Where this machine keeps the submission if the nodes do not share its disks. A relative output_dir is used here
     too; an absolute one is a path on the nodes."""
     folder = Path(config.output_dir)
     return Path("runs") / folder.name if folder.is_absolute() else folder

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Method(BaseModel, ABC):
-    """The config section `method`. The fields of a subclass, `kind` among them, are its options."""
+    """The config section `method`. The fields of a subclass, including `kind`, are its options."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
@@ -28,7 +28,7 @@ class Method(BaseModel, ABC):
 
     @property
     def unused(self) -> tuple[str, ...]:
-        """Options of other methods that the config gave; `ft-dist check` and a run report them."""
+        """Options of other methods that the config sets; `ft-dist check` and a run report them."""
         return self._unused
 
     @abstractmethod

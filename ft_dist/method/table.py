@@ -20,8 +20,8 @@ DEFAULT = Lora
 def own_options(section: dict[str, Any]) -> dict[str, Any]:
     """`section` with its `kind`, and without options of other methods.
 
-    A recipe that a command line switches to another method, and a full run's config from before methods had options of
-    their own, still hold those.
+    A recipe still contains them if the command line switches it to another method, and so does a full run's config
+    from before each method had separate options.
     """
     section = {"kind": DEFAULT.model_fields["kind"].default, **section}
     method = METHODS.get(section["kind"]) if isinstance(section["kind"], str) else None
@@ -32,7 +32,7 @@ def own_options(section: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_section(section: dict[str, Any], parse: Callable[[dict[str, Any]], Method]) -> Method:
-    """The method of a config section by `parse`, its options of other methods checked and named in `unused`.
+    """Build the method of a config section with `parse`; check the options of other methods and list them in `unused`.
 
     Raises pydantic.ValidationError for a value that no method would accept.
     """

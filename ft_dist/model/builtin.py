@@ -38,7 +38,7 @@ def cached_folder(name: str) -> Path | None:
 
 
 def resolve_model(path: str, progress: Progress = print) -> str:
-    """The folder or hub id that `model.path` means; a built-in model is created if it is not in the cache.
+    """The folder or hub id that `model.path` refers to; a built-in model is created if it is not in the cache.
 
     Raises ModelError for a folder without config.json, and for anything but a folder, built-in name or hub id.
     """

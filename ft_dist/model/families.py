@@ -1,6 +1,6 @@
 """What differs between families of decoder models: the one table that fused layers, planning and the loss head read.
 
-A model whose `model_type` is not in the table trains with transformers' own layers, and the run names it. Torch-free.
+A model whose `model_type` is not in the table trains with transformers' own layers, and the run reports it. Torch-free.
 """
 
 from dataclasses import dataclass

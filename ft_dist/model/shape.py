@@ -89,7 +89,7 @@ class ModelShape:
 
     @cached_property
     def parameters(self) -> list[Parameter]:
-        """Every parameter once; a tied head has none of its own."""
+        """Every parameter once; a tied head adds none."""
         found = [Parameter("model.embed_tokens.weight", (self.vocabulary, self.hidden), None, False)]
         for layer in range(self.layers):
             prefix = f"model.layers.{layer}."
@@ -123,9 +123,9 @@ class ModelShape:
 
 
 def model_shape(path: str, *, revision: str | None = None) -> ModelShape:
-    """The shape of a folder, built-in name or hub id; of the hub only config.json is read, and nothing is made.
+    """The shape of a folder, built-in name or hub id; from the hub it reads only config.json. Creates nothing.
 
-    Raises ModelError for what does not exist, has no dense decoder, or cannot be reached.
+    Raises ModelError if the model does not exist, is not a dense decoder, or cannot be reached.
     """
     return shape_of_config(_read_config(path, revision), path)
 
@@ -135,13 +135,13 @@ def shape_of_config(whole: dict[str, Any], path: str) -> ModelShape:
     config = whole.get("text_config", whole)
     family = str(config.get("model_type", whole.get("model_type", "unknown")))
     if experts := expert_count(config):
-        raise ModelError(f"model.path={path}: has {experts} experts in a layer; plan knows dense decoders only.")
+        raise ModelError(f"model.path={path}: has {experts} experts per layer, but plan supports only dense decoders.")
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     missing = [name for name in names if not isinstance(config.get(name), int)]
     if missing:
         raise ModelError(
-            f"model.path={path}: config.json ({family}) has no {', '.join(missing)}; plan knows dense decoders that "
-            "say these."
+            f"model.path={path}: config.json ({family}) has no {', '.join(missing)}; plan supports dense decoders that "
+            "specify these."
         )
     heads = config["num_attention_heads"]
     biased = bool(config.get("attention_bias", False))
@@ -184,7 +184,9 @@ def _from_hub(hub_id: str, revision: str | None) -> dict[str, Any]:
         return _tree(Path(hf_hub_download(hub_id, "config.json", revision=revision)))
     except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or ["no reason given"])[0]
-        raise ModelError(f"model.path={hub_id}: the hub did not deliver its config.json ({reason}).") from None
+        raise ModelError(
+            f"model.path={hub_id}: its config.json could not be downloaded from the hub ({reason})."
+        ) from None
 
 
 def _tree(file: Path) -> dict[str, Any]:

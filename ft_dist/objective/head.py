@@ -2,7 +2,7 @@
 
 H: hidden size, V: vocabulary, T: tokens, N: tokens with a label.
 
-Only rows with a label reach the head: most tokens of a chat data set are prompt, and the vocabulary is the widest
+Only rows with a label reach the head: most tokens of a chat data set are prompt, and the head is the widest
 matrix product of the step. `IGNORED` labels mark the other rows.
 """
 

@@ -99,7 +99,7 @@ class Objective(nn.Module, ABC):
             else:
                 taken = (rows.view(-1)[kept][None] for rows in (input_ids, labels, position_ids))
                 input_ids, labels, position_ids = taken
-            # no mask is read then; one of four dimensions keeps transformers from building its own
+            # the mask is not read then; with four dimensions it keeps transformers from building one
             separate = {"segments": segments, "attention_mask": position_ids.new_empty(0, 0, 0, 0)}
         elif labelled is not None:
             assert kept is not None

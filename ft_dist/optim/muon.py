@@ -80,7 +80,7 @@ class Muon(PartitionedOptimizer):
             [state["exp_avg"]],
             [state["exp_avg_sq"]],
             [],
-            [flat.new_full((), float(state["step"]) - 1)],  # counts up itself
+            [flat.new_full((), float(state["step"]) - 1)],  # the kernel adds 1
             fused=True,
             amsgrad=False,
             beta1=beta1,

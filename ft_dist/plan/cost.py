@@ -12,7 +12,7 @@ from ft_dist.storage import is_url
 BYTES_A_TOKEN = 4.0
 """Bytes per token of English text with a vocabulary of 32 thousand or more"""
 SNAPSHOT_BYTES_S = 20e9
-"""Bytes per second from a GPU to pinned host memory, which is how long a commit stalls training"""
+"""Bytes per second from a GPU to pinned host memory, the copy during which a commit stalls training"""
 RESTART_S = 180.0
 """Seconds until a new machine has started, imported, loaded the model and the newest commit, and reached its first
 step"""
@@ -80,7 +80,7 @@ def commit_seconds(job: Job) -> float:
 def best_interval(commit_s: float, mean_time_s: float) -> float:
     """The commit interval in seconds that loses the least time: Young (1974), with the higher-order terms of Daly
     (2006), https://doi.org/10.1016/j.future.2004.11.016. If a commit takes more than half the mean time between
-    failures: that time."""
+    failures, the interval is that mean time."""
     if commit_s >= mean_time_s / 2:
         return mean_time_s
     ratio = commit_s / (2 * mean_time_s)

@@ -146,7 +146,7 @@ def _reason(job: Job, settings: dict[str, Any], key: str, place: Place, speed: f
             others.append(f"{_text(value)} is {faster} at {needs / 2**30:.1f} GiB")
     own = f"{peak / 2**30:.1f} of {place.memory / 2**30:.1f} GiB"
     if key == "engine.offload" and settings[key] == "cpu":
-        own += f", and {memory_plan(_with(job, settings)).host / 2**30:.1f} GiB of host memory a GPU"
+        own += f", and {memory_plan(_with(job, settings)).host / 2**30:.1f} GiB of host memory per GPU"
     return "; ".join([own, *others[:3]])
 
 

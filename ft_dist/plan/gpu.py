@@ -65,7 +65,7 @@ def gpu_named(key: str) -> Gpu:
     """Raises UserError."""
     found = gpus().get(key)
     if found is None:
-        raise UserError(f"--gpu {key}: not known. Known are {', '.join(gpus())} (ft_dist/plan/gpus.yaml).")
+        raise UserError(f"--gpu {key}: unknown. Use one of {', '.join(gpus())} (ft_dist/plan/gpus.yaml).")
     return found
 
 

@@ -25,11 +25,11 @@ def check_fits(config: RunConfig, *, ranks: int, ranks_per_node: int, device: De
     need, have = f"{memory.peak / 2**30:.1f} GiB", f"{device.memory / 2**30:.1f} GiB"
     if least <= device.memory:
         tight = "" if memory.peak <= device.memory else "; that is tight"
-        return f"memory: {need} of {have} a rank planned ({device.name}){tight}"
+        return f"memory: {need} of {have} per rank planned ({device.name}){tight}"
     raise MemoryPlanError(
-        f"this run needs about {need} a rank ({memory.moment}), and {device.name} has {have}. "
+        f"this run needs about {need} per rank ({memory.moment}), and {device.name} has {have}. "
         f"{_nearest(job, device)} (ft-dist plan shows the parts; --force starts it anyway)",
-        short=f"not started: {need} of {have} a rank planned",
+        short=f"not started: {need} of {have} per rank planned",
     )
 
 
@@ -52,14 +52,14 @@ def _nearest(job: Job, device: Device) -> str:
     further = more_ranks(job, place)
     if further:
         ranks, found = further
-        return f"It takes {ranks} such devices: {changes(job.config, found)}."
+        return f"It needs {ranks} such devices: {changes(job.config, found)}."
     shorter = "Use a smaller model, a shorter data.max_length" + ("" if job.frozen_base else ", or method.kind=lora")
-    return f"No stage, offload, checkpointing or micro-batch changes that. {shorter}."
+    return f"No setting of ZeRO stage, offload, checkpointing or micro-batch fits. {shorter}."
 
 
 def changes(config: RunConfig, found: Fit) -> str:
     """As overrides for the command line, only what differs."""
     now = settings_of(config)
     differ = [key for key in KEYS if found.settings[key] != now[key]]
-    text = " ".join(f"{key}={str(found.settings[key]).lower()}" for key in differ) or "the present settings"
+    text = " ".join(f"{key}={str(found.settings[key]).lower()}" for key in differ) or "the current settings"
     return f"{text} ({found.peak_bytes / 2**30:.1f} GiB)"

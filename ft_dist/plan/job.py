@@ -29,7 +29,7 @@ class Job:
 
     @property
     def gradients_at_once(self) -> bool:
-        """Whether stage 1 accumulates a micro-batch's gradients all together (engine/flat_update.py)."""
+        """Whether stage 1 accumulates a micro-batch's gradients all at once (engine/flat_update.py)."""
         return self.stage == 1 and self.item == 2 and not self.offload and self.trainable <= WHOLE_GRADIENT_ELEMENTS
 
     @property
@@ -80,7 +80,7 @@ class Job:
 
     @property
     def micro_batches(self) -> int:
-        """Most forward passes of any rank in a step."""
+        """Maximum number of forward passes of any rank in a step."""
         return -(-self.config.batch.global_rows // (self.ranks * self.rows))
 
     @property

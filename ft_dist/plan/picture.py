@@ -41,7 +41,7 @@ def page(tree: dict[str, Any]) -> str:
     line = [nbytes / 2**30 for _, nbytes in memory["timeline"]]
     body = [
         f"<h1>{escape(title)}</h1>",
-        f"<h2>Memory of a GPU at its peak, {escape(memory['peak_at'])}</h2>",
+        f"<h2>Peak memory per GPU, {escape(memory['peak_at'])}</h2>",
         bars(gib, unit="GiB", limit=memory["available_bytes"] / 2**30),
         "<h2>Tensors through a step</h2>",
         curve(line, [moment for moment, _ in memory["timeline"]]),
@@ -71,7 +71,9 @@ def bars(parts: dict[str, float], *, unit: str, limit: float | None) -> str:
     if limit is not None:
         at = LEFT + limit * scale
         drawn.append(f'<path d="M{at:.1f} 12V62" stroke="#c00" stroke-width="2"/>')
-        drawn.append(f'<text x="{at - 4:.1f}" y="11" text-anchor="end" fill="#c00">{limit:,.1f} {unit} there</text>')
+        drawn.append(
+            f'<text x="{at - 4:.1f}" y="11" text-anchor="end" fill="#c00">{limit:,.1f} {unit} available</text>'
+        )
     return f'<svg viewBox="0 0 {WIDTH} {height}" role="img">{"".join(drawn)}</svg>'
 
 

@@ -124,25 +124,25 @@ def table(tree: dict[str, Any]) -> str:
         f"{model['path']}: {model['family']}, {model['parameters'] / 1e9:,.2f} B parameters, "
         f"{model['trained'] / 1e6:,.1f} M trained ({model['method']})",
         f"{world['gpus']} x {world['gpu']} on {world['nodes']} node{'s' if world['nodes'] > 1 else ''}, "
-        f"ZeRO {world['zero_stage']}, {world['micro_batches']} micro-batches a step of "
+        f"ZeRO {world['zero_stage']}, {world['micro_batches']} micro-batches per step of "
         f"{world['tokens_a_step']:,} tokens",
     ]
     if not model["known"]:
-        lines.append(f"note: {model['family']} is not a family that plan knows; Llama's layout is assumed")
+        lines.append(f"note: plan does not know the family {model['family']} and assumes Llama's layout")
     if world["attention_mask"]:
-        lines.append("note: packed rows without flash attention take a mask in every block (pip install flash-attn)")
-    lines += ["", f"memory of a GPU at its peak ({memory['peak_at']})"]
+        lines.append("note: without flash attention, packed rows need a mask in every block (pip install flash-attn)")
+    lines += ["", f"peak memory per GPU ({memory['peak_at']})"]
     for part, nbytes in sorted(memory["parts_bytes"].items(), key=lambda item: -item[1]):
         lines.append(f"  {part:28}{_gib(nbytes):>10}  {'#' * round(40 * nbytes / memory['peak_bytes'])}")
     verdict = "fits" if memory["fits"] else "DOES NOT FIT"
     lines += [
-        f"  {'in all':28}{_gib(memory['peak_bytes']):>10}  of {_gib(memory['available_bytes'])}: {verdict}",
+        f"  {'total':28}{_gib(memory['peak_bytes']):>10}  of {_gib(memory['available_bytes'])}: {verdict}",
         f"  a block keeps {_gib(memory['block_kept_bytes'])} for backward, "
         f"{_gib(memory['block_kept_checkpointed_bytes'])} with checkpointing",
-        f"  host: {_gib(memory['host_bytes'])} a GPU for commits and what is offloaded",
+        f"  host: {_gib(memory['host_bytes'])} per GPU for commits and offloaded state",
         "",
         f"a step takes {_time(step['seconds'])}: {step['tokens_per_s']:,.0f} tokens/s, "
-        f"{step['tokens_per_s_gpu']:,.0f} a GPU, MFU {step['mfu']:.0%}",
+        f"{step['tokens_per_s_gpu']:,.0f} per GPU, MFU {step['mfu']:.0%}",
     ]
     for part, seconds in step["parts"].items():
         lines.append(f"  {part:28}{_time(seconds):>10}  {'#' * round(40 * seconds / step['seconds'])}")
@@ -159,11 +159,11 @@ def _run_lines(run: dict[str, Any] | None, spot: dict[str, Any] | None) -> list[
         lines = ["", f"the run: {about}{steps}, {tokens}, {_time(run['hours'] * 3600)}{cost}"]
     if spot:
         every = f"{spot['best_interval_steps']} steps ({_time(spot['best_interval_s'])}, Young/Daly)"
-        lost = f"{spot['lost_share']:.1%} of the time is lost; as configured {spot['lost_share_as_configured']:.1%}"
+        lost = f"{spot['lost_share']:.1%} of the time is lost; {spot['lost_share_as_configured']:.1%} as configured"
         lines.append(f"a preemption every {_time(spot['mean_time_between_s'])}: commit every {every}, and {lost}")
         if spot["hours"] is not None:
             cost = "" if spot["cost"] is None else f", ${spot['cost']:,.2f}"
-            lines.append(f"with them the run takes {_time(spot['hours'] * 3600)}{cost}")
+            lines.append(f"with preemptions the run takes {_time(spot['hours'] * 3600)}{cost}")
     return lines
 
 

@@ -82,7 +82,7 @@ def step_plan(
 ) -> StepPlan:
     """`zeropp`: ZeRO++ (arXiv 2306.10209): gathers in 8 bits and within the node for backward, gradients in 4 bits.
 
-    `recomputed` is the share of a block's forward matrix products that backward repeats, where that is neither none
+    `recomputed` is the share of a block's forward matrix products that backward repeats, if that is neither none
     nor all of them (selective checkpointing, of other trainers).
     """
     links = Links(gpu, job.ranks, min(job.ranks_per_node, job.ranks), network or gpu.network)

@@ -19,7 +19,7 @@ def listen_for_notices(
     """
     lines = []
     if settings.cloud != "none":
-        lines.append(f"preemption: notices of {settings.cloud} end the run with a commit")
+        lines.append(f"preemption: a notice from {settings.cloud} ends the run with a commit")
         if int(os.environ.get("LOCAL_RANK", rank)) == 0:
             CloudPoller(settings.cloud, endpoint=settings.endpoint, ask=stop.ask, say=note)
     ends_at = job_ends_at() if rank == 0 else None

@@ -1,6 +1,6 @@
 """The job's time limit, and when to stop so that a commit still fits.
 
-SLURM sets SLURM_JOB_END_TIME (Unix seconds) in the job's environment; where an older or wrapped SLURM does not,
+SLURM sets SLURM_JOB_END_TIME (Unix seconds) in the job's environment; if an older or wrapped SLURM does not,
 `scontrol show job` prints EndTime in local time: https://slurm.schedmd.com/sbatch.html and scontrol.html.
 """
 

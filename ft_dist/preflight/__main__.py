@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
         try:
             preflight.compare()
             world = join_world(store, timeout_s=TIMEOUT_S)
-            console.say(preflight.measure(world, speed=True) if size > 1 else "preflight: one rank only")
+            console.say(preflight.measure(world, speed=True) if size > 1 else "preflight: only one rank")
         except PreflightError:
             # every problem is printed below
             if not preflight.found:

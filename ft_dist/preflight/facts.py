@@ -74,4 +74,4 @@ def _miscalculation(local_rank: int) -> str | None:
     left, right = whole((256, 256)).double(), whole((256, 256)).double()
     device = torch.device("cuda", local_rank)
     found = (left.to(device, torch.float32) @ right.to(device, torch.float32)).double().cpu()
-    return None if torch.equal(found, left @ right) else "a product of whole numbers is wrong"
+    return None if torch.equal(found, left @ right) else "the product of two integer matrices is wrong"

@@ -21,7 +21,7 @@ def choose_interface(*, node: str, several_nodes: bool) -> None:
         wanted = os.environ.get(variable, "")
         if wanted and not _found(wanted, names, exact=variable.startswith("GLOO")):
             raise PreflightError(
-                f"{node}: {variable}={wanted} names no network interface of this machine ({', '.join(names)}). "
+                f"{node}: {variable}={wanted} is not a network interface of this machine ({', '.join(names)}). "
                 f"Name one that all nodes have, or unset it."
             )
     if several_nodes and not os.environ.get("GLOO_SOCKET_IFNAME"):

@@ -21,7 +21,7 @@ HARDWARE_XIDS = {
     120: "GSP error",
     140: "unrecovered memory error",
 }
-"""Errors for which NVIDIA's catalogue advises to reset or replace the GPU; programs can cause others, too"""
+"""Errors for which NVIDIA's catalogue advises resetting or replacing the GPU; programs can cause other errors"""
 
 _XID = re.compile(r"NVRM: Xid \(PCI:([0-9a-fA-F:]+)(?:\.\d)?\): (\d+),")
 

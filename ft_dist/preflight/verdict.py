@@ -36,7 +36,7 @@ def problems(ranks: Sequence[Facts]) -> list[Problem]:
         # the Python version does not change any result
         found += _differing(ranks, package, partial(_version, package), fix, fatal=package != "python")
     found += _differing(
-        ranks, "GPU", lambda f: (f["gpu"] or {}).get("name"), "The slowest sets the pace; use equal ones.", fatal=False
+        ranks, "GPU", lambda f: (f["gpu"] or {}).get("name"), "The slowest sets the pace; use equal GPUs.", fatal=False
     )
     asked = [facts for facts in ranks if facts["gpu"] and facts["gpu"]["driver"]]
     found += _differing(
@@ -71,7 +71,7 @@ def speed_problems(ranks: Sequence[Facts], seconds: Sequence[float]) -> list[Pro
     return [
         Problem(
             f"{facts['node']}: rank {facts['rank']} took {taken * 1e3:.1f} ms for work that takes others "
-            f"{typical * 1e3:.1f} ms ({taken / typical:.0f} times; {SLOW_FACTOR:.0f} are tolerated). Every step waits "
+            f"{typical * 1e3:.1f} ms ({taken / typical:.0f} times; {SLOW_FACTOR:.0f} are allowed). Every step waits "
             "for it: check what else runs there, or exclude the node.",
             fatal=False,
         )
@@ -97,7 +97,7 @@ def _node_problems(facts: Facts, world_size: int, machines: int) -> list[Problem
     needed = 256 + 4 * world_size
     if facts["open_files"] < needed:
         line = (
-            f"{node}: {facts['open_files']} files may be open together (ulimit -n), but {world_size} ranks need "
+            f"{node}: at most {facts['open_files']} files may be open (ulimit -n), but {world_size} ranks need "
             f"{needed}. Run `ulimit -n {max(4096, needed)}` first, or raise the limit of the service that starts it."
         )
         found.append(Problem(line, fatal=True))

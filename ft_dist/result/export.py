@@ -25,7 +25,7 @@ def export_run(
         raise ModelError(f"--to={to}: exists and is not an empty folder. Name a new folder.")
     weights = find_weights(str(run_dir), progress)
     if kind == "adapter" and weights.base is None:
-        raise ModelError(f"{run_dir}: trained every weight, so there is no adapter. Use --to merged.")
+        raise ModelError(f"{run_dir}: the run trained every weight, so it has no adapter. Use --to merged.")
     if not Path(weights.folder).is_dir():
         raise ModelError(f"{run_dir}: is not a folder on this machine. Name the folder of a finished run.")
     try:

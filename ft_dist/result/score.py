@@ -21,7 +21,7 @@ def evaluate_path(
     batch_rows: int = 8,
     progress: Progress | None = None,
 ) -> Scores:
-    """Loss, and accuracy where samples end with an assistant turn, of `path` (see `find_weights`) on `sources`.
+    """Loss, and accuracy if samples end with an assistant turn, of `path` (see `find_weights`) on `sources`.
 
     Without sources it uses the run's `data.eval`. `max_samples` limits it to the first ones. `progress` receives status
     lines. Raises ConfigError if there is nothing to score on, DataError, ModelError.

@@ -98,8 +98,8 @@ def _advice(config: RunConfig, world: World, flash: bool) -> str:
     # the plan was too low, or the machine has less memory than it reports: aim for 80% of the plan
     found = fit(job, Place(min(total, int(memory.peak * 0.8)), chip))
     if found is None:
-        return f"{planned} Take more GPUs, a shorter data.max_length or a smaller model."
-    return f"{planned} These settings take less: {changes(config, found)}."
+        return f"{planned} Use more GPUs, a shorter data.max_length or a smaller model."
+    return f"{planned} These settings need less: {changes(config, found)}."
 
 
 def _gib(nbytes: float) -> str:

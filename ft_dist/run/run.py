@@ -254,7 +254,7 @@ class Run:
             self.stop.time_limit.save_s = self.checkpoints.saved_s
 
     def leave_preempted(self) -> NoReturn:
-        """Commit this step unless that is done, and end the run. All ranks call it after the same step."""
+        """Commit this step unless it is already committed, and end the run. All ranks call it after the same step."""
         if self.step > self._committed_step:
             # drop the time of an interrupted evaluation or step
             self.clock.lap()

@@ -47,7 +47,7 @@ def step_record(
 def print_step(
     console: Console, record: dict[str, Any], engine: Engine, *, seconds: float, total_steps: int, last: bool
 ) -> None:
-    """Print a step that took `seconds`, waiting for data included; `last` prints it in any case."""
+    """Print a step that took `seconds`, including the wait for data; with `last` always."""
     eta_s = (total_steps - record["step"]) * seconds
     mfu = model_flops_utilisation(record, engine, seconds)
     console.step(record, total_steps=total_steps, eta_s=eta_s, mfu=mfu, last=last)

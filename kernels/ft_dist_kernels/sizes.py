@@ -16,7 +16,7 @@ MAX_EXTENDED_RANK = 64
 def chunk_rows(count: int, vocabulary: int, *, gpu: bool, bytes_per_logit: int) -> int:
     """Rows per chunk of the loss: what the logits budget allows within the device's bounds, split evenly.
 
-    Never below the lower bound, and less than twice that where `count` divides badly.
+    Never below the lower bound, and less than twice that if `count` divides badly.
     """
     budget, (low, high) = (GPU_LOGITS_BYTES, GPU_CHUNK_ROWS) if gpu else (CPU_LOGITS_BYTES, CPU_CHUNK_ROWS)
     rows = max(low, min(high, budget // (vocabulary * bytes_per_logit)))

@@ -7,7 +7,7 @@
 
 KIND is `master` or the name of an optimizer state such as `exp_avg`; START counts elements of the flattened parameter.
 A save is written to a staging folder, sealed by its manifest and only then renamed. So a folder `step-N` with a
-manifest is a commit, even if a process was killed at any instant. Only safetensors and JSON are loaded, which cannot
+manifest is a commit, no matter when a process is killed. Only safetensors and JSON are loaded, which cannot
 execute code.
 """
 
@@ -109,7 +109,7 @@ def publish(staging: Path, folder: Path) -> None:
 
 
 def parse_manifest(text: bytes, where: object) -> dict[str, Any]:
-    """Raises CheckpointError unless it is complete and of this version."""
+    """Raises CheckpointError unless it is complete and has this format version."""
     try:
         manifest = json.loads(text)
         checksum = manifest.pop("xxh3")
@@ -121,12 +121,12 @@ def parse_manifest(text: bytes, where: object) -> dict[str, Any]:
     if checksum != _own_checksum(manifest):
         raise CheckpointError(f"{where}: its checksum is not the committed one.")
     if version != FORMAT_VERSION:
-        raise CheckpointError(f"{where}: format version {version}, but this ft_dist reads {FORMAT_VERSION}.")
+        raise CheckpointError(f"{where}: format version {version}, but this version of ft_dist reads {FORMAT_VERSION}.")
     return dict(manifest)
 
 
 def verify(commit: Commit) -> None:
-    """Raise CheckpointError naming the first file that is missing, truncated, altered or of another step."""
+    """Raise CheckpointError naming the first file that is missing, truncated, altered or from another step."""
     manifest = commit.manifest()
     if manifest["step"] != commit.step:
         raise CheckpointError(f"{commit.folder / MANIFEST}: belongs to step {manifest['step']}.")

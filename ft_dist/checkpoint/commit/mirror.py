@@ -85,7 +85,7 @@ class Mirror:
                 remove_remote(self.storage, step)
         except (OSError, StorageError, CheckpointError) as error:
             note = (
-                f"step {commit.step} is not copied to {self.storage.url}: {error} "
+                f"step {commit.step} was not copied to {self.storage.url}: {error} "
                 f"The local commit in {commit.folder} is intact."
             )
             return SaveEvent("mirror_failed", commit.step, {"reason": str(error)}, note)

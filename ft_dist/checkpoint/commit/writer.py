@@ -31,7 +31,7 @@ from ft_dist.errors import CheckpointError
 
 STAGING = ".saving-"
 _GRACE_S = 30.0
-"""How long a run that ends with an error waits for the other ranks' files of a save in flight"""
+"""How long a failing run waits for the other ranks' files of a save in flight"""
 _VISIBLE_S = 20.0
 """How long a shared file system may take to show another rank's file"""
 
@@ -72,8 +72,8 @@ class CheckpointWriter:
     ) -> None:
         """Save this rank's `tensors` and rank 0's JSON `state`; all ranks call it with the same `step`.
 
-        The tensors must not change until `wait_until_copied` returns, and the state never. First waits for a save still
-        in flight, and reports the wait. A second call for the same step does nothing.
+        The tensors must not change until `wait_until_copied` returns; the state must never. First waits for a save
+        still in flight, and reports the wait. A second call for the same step does nothing.
         """
         if step == self._last_step:
             return
@@ -134,7 +134,7 @@ class CheckpointWriter:
         except (OSError, CheckpointError) as error:
             shutil.rmtree(staging, ignore_errors=True)
             note = (
-                f"step {request.step} is not saved: {error} Training continues; the next save tries again, "
+                f"step {request.step} was not saved: {error} Training continues; the next save tries again, "
                 f"and a restart would resume from {self._newest()}."
             )
             self._add_event(SaveEvent("save_failed", request.step, {"reason": str(error)}, note))
@@ -215,7 +215,7 @@ class CheckpointWriter:
     def _agree_on_attempt(self) -> None:
         """Get a name for this attempt from rank 0, which keeps out files that a killed attempt may still write.
 
-        Rank 0 publishes the name once the folder is clean, so that no rank writes earlier.
+        Rank 0 publishes the name once the folder is clean, so no rank writes before that.
         """
         key = "checkpoint/attempt"
         if self._world.is_main:

@@ -21,7 +21,7 @@ from ft_dist.run_folder import RunFolder
 
 
 def import_checkpoint(config: RunConfig, folder: Path) -> layout.Commit:
-    """Weights, AdamW's state and the step from `folder` into the run of `config`, which resumes from there.
+    """Import weights, AdamW's state and the step from `folder` into the run of `config`, which resumes from there.
 
     The other trainer's position in its data is unknown, so the run starts at the first sample of its order.
     Raises CheckpointError if the folder does not match the config, or if the run already has commits.

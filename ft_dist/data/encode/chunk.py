@@ -1,4 +1,4 @@
-"""A chunk of records to tokens, masks and the figures of the report: the work of one worker process.
+"""Turns a chunk of records into tokens, masks and the counts of the report: the work of one worker process.
 
 A sample over `max_length` tokens follows `too_long`; plain text and token ids are instead split into consecutive
 blocks of `max_length` that overlap by one token, so that every token but a document's first is predicted exactly once.
@@ -27,7 +27,7 @@ class SourceCounts:
     format: str = ""
     records: int = 0
     samples: int = 0
-    """Samples in the store; more than the records where long text was split"""
+    """Samples in the store; more than the records if long text was split"""
     tokens: int = 0
     labelled_tokens: int = 0
     dropped_too_long: int = 0
@@ -113,8 +113,8 @@ class ChunkEncoder:
         assert sample.tokens is not None
         if max(sample.tokens) >= self.vocabulary:
             raise DataError(
-                f"{sample.where}: token {max(sample.tokens)}, but the tokenizer has {self.vocabulary}. "
-                "Another tokenizer produced them: prepare from the text."
+                f"{sample.where}: token {max(sample.tokens)}, but the tokenizer has only {self.vocabulary} tokens. "
+                "Another tokenizer produced these ids. Prepare from the text."
             )
         return Encoded(np.array(sample.tokens, np.uint32), np.ones(len(sample.tokens), np.bool_))
 

@@ -130,7 +130,7 @@ class PretokenCache(dict[str, int]):
         return [token.id for token in self._backend.model.tokenize(mapped)]
 
     def _special_tokens_around(self) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
-        """The added tokens that the tokenizer writes before and after a text; None if others."""
+        """The added tokens that the tokenizer writes before and after a text; None if it changes anything else."""
         bare = self._backend.encode("a", add_special_tokens=False).ids
         whole = self._backend.encode("a", add_special_tokens=True).ids
         names = {index: content for content, index in self._added.items()}

@@ -44,7 +44,7 @@ ENCODING_VERSION = 2
 CHUNK_RECORDS = 512
 CHUNK_CHARACTERS = 2**20
 CHUNKS_WITHOUT_WORKERS = 8
-"""Starting workers takes seconds; this process alone finishes this much sooner"""
+"""Starting workers takes seconds; up to this many chunks, this process alone finishes sooner"""
 
 
 class Progress(NamedTuple):
@@ -53,7 +53,7 @@ class Progress(NamedTuple):
     records: int
     tokens: int
     share: float | None
-    """Share of the current source's bytes that is done; None if it is unknown"""
+    """Share of the current source's bytes that are processed; None if it is unknown"""
 
 
 OnProgress = Callable[[Progress], None]
@@ -200,7 +200,7 @@ def _taken_as_it_is(source: SourceConfig, made_with: dict[str, Any], *, wait_s: 
             name = names.get(key, key if key == "tokenizer" else f"data.{key}")
             values = f" ({theirs.get(key)}, the config says {ours})" if name.startswith("data.") else ""
             raise DataError(
-                f"{source.path}: prepared with another {name}{values} than this config's. Prepare the data again "
+                f"{source.path}: prepared with a {name}{values} that differs from this config's. Prepare it again "
                 "with ft-dist prepare, or restore the config it was prepared with."
             )
     return PreparedSet(source.path, source.weight, source.path, report, reused=True)
@@ -261,7 +261,7 @@ def _build(storage: Storage, fingerprint: str, job: _Job) -> None:
 
 
 class _Reading:
-    """Splits records into jobs for a `ChunkEncoder` and tracks how much of the input is done."""
+    """Splits records into jobs for a `ChunkEncoder` and tracks how much of the input is processed."""
 
     def __init__(self, raws: Iterator[Raw], total_bytes: int | None) -> None:
         self._raws = raws

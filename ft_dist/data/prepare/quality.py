@@ -53,7 +53,7 @@ def source_report(writer: ShardWriter, tokenizer: Any) -> dict[str, Any]:
 
 
 def leakage(train: Sequence[str], held_out: Sequence[str]) -> dict[str, Any]:
-    """Held-out records whose prompt (or text, without one) is in the training set, or nearly equals a training record.
+    """Held-out records whose prompt (or text, if none) is in the training set, or nearly equals a training record.
 
     Takes the places of the sets. Examples are [held-out set, its record, training set, its record], records from 1.
     """
@@ -129,7 +129,7 @@ def _subjects(keys: Keys) -> npt.NDArray[np.uint64]:
 
 
 def _some_keys(parts: Arrays, records: int) -> tuple[Keys, int]:
-    """The keys of one record in `rate`, selected by prompt (or text), so that comparable records stay together."""
+    """The keys of one in `rate` records, selected by prompt (or text), so that comparable records stay together."""
     rate = -(-max(1, records) // MOST_KEYS)
     chosen = [part[_subjects(part) % np.uint64(rate) == 0] for part in (flat.reshape(-1, KEYS) for flat in parts)]
     return np.concatenate([np.zeros((0, KEYS), np.uint64), *chosen]), rate

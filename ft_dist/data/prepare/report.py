@@ -140,7 +140,7 @@ def _totals(source: dict[str, Any]) -> str:
     share = counts["labelled_tokens"] / max(1, counts["tokens"])
     return (
         f"{counts['samples']:,} samples, {counts['tokens']:,} tokens, {share:.0%} labelled, format {counts['format']}, "
-        f"{source['lengths']['median']:,} tokens median, {source['lengths']['longest']:,} at most"
+        f"median {source['lengths']['median']:,} tokens, longest {source['lengths']['longest']:,}"
     )
 
 
@@ -191,7 +191,7 @@ def _leaks(found: dict[str, Any], train: Prepared, held_out: Prepared) -> list[s
     )
     return [
         f"eval: of {found['records']:,} held-out records {found['equal']:,} are in the training data and "
-        f"{found['near']:,} nearly so ({pairs}): their scores do not measure performance on new data"
+        f"{found['near']:,} nearly match it ({pairs}): their scores do not measure performance on new data"
     ]
 
 

@@ -171,7 +171,7 @@ def _messages(value: Any, key: str, where: str) -> list[dict[str, Any]]:
     if not isinstance(value, list | tuple):
         raise DataError(f"{where}: {key} is {_kind(value)}, but should be a list of {{role, content}}.")
     if not value:
-        raise DataError(f"{where}: {key} is empty. Give at least a user and an assistant turn, or remove the record.")
+        raise DataError(f"{where}: {key} is empty. Add at least a user and an assistant turn, or remove the record.")
     return [_message(message, f"{where}: {key}[{index}]") for index, message in enumerate(value)]
 
 
@@ -250,7 +250,7 @@ def _tools(value: Any, where: str) -> list[dict[str, Any]] | None:
         try:
             value = json.loads(value)
         except ValueError:
-            raise DataError(f"{where}: tools is text that is not JSON. Give a list of tool descriptions.") from None
+            raise DataError(f"{where}: tools is text that is not JSON. Use a list of tool descriptions.") from None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise DataError(f"{where}: tools is {_kind(value)}, but should be a list of objects.")
     return value
@@ -274,11 +274,11 @@ def _check_order(messages: list[dict[str, Any]], where: str) -> None:
 
 def _string(value: Any, key: str, where: str) -> str:
     if value is None:
-        raise DataError(f"{where}: {key} is null. Give a text, or remove the record.")
+        raise DataError(f"{where}: {key} is null. Add text, or remove the record.")
     if not isinstance(value, str):
         raise DataError(f"{where}: {key} is {_kind(value)} ({_short(value)}), but should be text.")
     if not value.strip():
-        raise DataError(f"{where}: {key} is empty. Give a text, or remove the record.")
+        raise DataError(f"{where}: {key} is empty. Add text, or remove the record.")
     return value
 
 

@@ -54,7 +54,7 @@ def _content(folder: Path, shard: dict[str, Any]) -> Any:
     packed = shard.get("zip_data")
     path = folder / packed["basename"] if packed else raw
     if not path.is_file():
-        raise DataError(f"{path}: named in index.json, but missing. Fetch it again.")
+        raise DataError(f"{path}: listed in index.json, but missing. Fetch it again.")
     content = _unpack(path, str(shard.get("compression") or ""))
     if len(content) != shard["raw_data"]["bytes"]:
         raise DataError(f"{path}: unpacks to {len(content)} bytes, not {shard['raw_data']['bytes']}. Fetch it again.")

@@ -53,7 +53,7 @@ def _read_index(path: Path) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
         raise DataError(f"{path}: not a Megatron index (it should begin with MMIDIDX).")
     version = int.from_bytes(header[9:17], "little")
     if version != 1 or header[17] not in _DTYPES or header[17] in (6, 7):
-        raise DataError(f"{path}: index of version {version} with dtype code {header[17]}; use version 1, integers.")
+        raise DataError(f"{path}: index of version {version} with dtype code {header[17]}; use version 1 and integers.")
     sequences, boundaries = (int.from_bytes(header[at : at + 8], "little") for at in (18, 26))
     content = np.memmap(path, np.uint8, mode="r")
     needed = _HEADER_BYTES + 12 * sequences + 8 * boundaries

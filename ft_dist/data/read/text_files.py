@@ -320,7 +320,7 @@ class _JsonArray:
         self._text, self._at, self._counted = self._text[self._at :] + more, 0, 0
 
     def _line_at(self, position: int) -> int:
-        """Positions come in rising order, so each character is visited once."""
+        """Positions come in increasing order, so each character is visited once."""
         self._line += self._text.count("\n", self._counted, position)
         self._counted = max(self._counted, position)
         return self._line

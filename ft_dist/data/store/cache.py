@@ -5,8 +5,8 @@
                                       /.<file>.arriving   reserves its full size during the download
 
 Locks are `flock`s: a dead process releases them, and the next process that frees space deletes its partial files. The
-least recently used file is evicted first. Exempt are the file that a process requested last (it holds a shared lock
-on it until its next request) and, while anything else can be evicted, the files that a process expects. A mapped file
+least recently used file is evicted first. Two kinds are exempt: the file that a process requested last (it holds a
+shared lock on it until its next request) and, while others can be evicted, files that a process expects. A mapped file
 stays readable after eviction; its bytes are freed when the last map closes.
 
 A store that fails or stalls is retried (`ft_dist.storage`) for at most `data.remote_wait_s`. Other ranks may be waiting
@@ -51,7 +51,7 @@ def open_store(place: str, *, cache: Path, cache_bytes: int, wait_s: float, log:
     try:
         return TokenStore(files, place)
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{place}: not a whole token set ({error}). Prepare it again.") from None
+        raise DataError(f"{place}: not a complete token set ({error}). Prepare it again.") from None
 
 
 class ShardCache:

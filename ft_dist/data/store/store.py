@@ -58,7 +58,7 @@ class SampleStore(Protocol):
         ...
 
     def sequences_of(self, ids: Int64Array) -> tuple[Int64Array, Int64Array] | None:
-        """(tokens of each sequence end to end, sequences of each sample); None where every sample is one sequence.
+        """(tokens of each sequence end to end, sequences of each sample); None if every sample is one sequence.
 
         A sample of several sequences is a group, such as a preference pair: order, packing and ranks never split it.
         """
@@ -119,7 +119,7 @@ class LocalFolder:
 def files_of(index: dict[str, Any]) -> list[dict[str, Any]]:
     """The entries {file, bytes, checksum, ...} of a set. Raises DataError if the set has another version."""
     if index["version"] != VERSION:
-        raise DataError(f"token set of version {index['version']}, this is {VERSION}. Delete it and prepare again.")
+        raise DataError(f"token set has version {index['version']}, not {VERSION}. Delete it and prepare again.")
     return [index["lengths"], *index["shards"]]
 
 
@@ -155,7 +155,7 @@ class TokenStore:
             return cls(files, str(folder))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"{folder}: not a whole token set ({error}). Delete the folder and prepare again."
+                f"{folder}: not a complete token set ({error}). Delete the folder and prepare again."
             ) from None
         except DataError as error:
             raise DataError(f"{folder}: {error}") from None
@@ -215,7 +215,7 @@ class TokenStore:
             path = self._files.path(entry["file"])
             found = checksum_of(path)
             if found != entry["checksum"]:
-                raise DataError(f"{path}: damaged (checksum {found}). Delete its folder.")
+                raise DataError(f"{path}: damaged (checksum {found}). Delete its folder and prepare again.")
 
     def _gather_shard(self, number: int, ids: Int64Array, lengths: Int64Array) -> tuple[Int64Array, BoolArray]:
         shard = self._shard(number)
@@ -248,7 +248,7 @@ class TokenStore:
 
 
 class JoinedStore:
-    """Several sets as one: sample ids count through them in order."""
+    """Several sets as one: sample ids are numbered consecutively across them."""
 
     def __init__(self, stores: Sequence[SampleStore]) -> None:
         self.stores = list(stores)

@@ -63,7 +63,7 @@ class ShardWriter:
         return self.counts.records - sum(chunk.counts.records for chunk in self._pending)
 
     def add(self, chunk: EncodedChunk, *, sequences: Sequence[Sequence[int]] | None = None) -> None:
-        """`sequences` holds the lengths of each sample's sequences, where samples are groups of several.
+        """`sequences` holds the lengths of each sample's sequences, if samples are groups of several.
 
         The chunk's `labelled` must not count the first token of any sequence, which no token predicts.
         """
@@ -135,7 +135,7 @@ class ShardWriter:
         if (fingerprint, version) != (self.fingerprint, VERSION):
             raise DataError(
                 f"{place}: holds an unfinished set of other data, another tokenizer or other options. "
-                "Delete it, or prepare to another place."
+                "Delete it, or write to another place."
             )
         sizes = {shard["file"]: shard["bytes"] for shard in shards}
         sizes |= {_part_name(number): part["bytes"] for number, part in enumerate(parts)}
@@ -175,7 +175,7 @@ class ShardWriter:
         self.storage.write(PROGRESS, json.dumps(progress, indent=1).encode())
 
     def _pending_groups(self) -> dict[str, npt.NDArray[Any]]:
-        """Lengths and offsets of the pending sequences; empty where every sample is one sequence."""
+        """Lengths and offsets of the pending sequences; empty if every sample is one sequence."""
         if all(one is None for one in self._sequences):
             return {}
         samples = list[Sequence[int]]()

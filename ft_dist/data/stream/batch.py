@@ -81,7 +81,7 @@ class MicroBatch:
     """Pad tokens: real_tokens + padded_tokens = R * L"""
     samples: int = 0
     groups: "Groups | None" = None
-    """Where samples hold several sequences; None where each holds one"""
+    """Set if samples hold several sequences; None if each holds one"""
 
     def inputs(self) -> dict[str, Any]:
         """What the objective's forward takes."""
@@ -115,8 +115,8 @@ def deal(batch: GlobalBatch, *, rank: int, world: int, micro_rows: int) -> list[
 
 
 def collate(rows: Sequence[Row], store: SampleStore, *, pad_id: int = 0, gpu_length: int | None = None) -> MicroBatch:
-    """Turn rows of global sample ids into tensors. No rows give a dummy without labels: one pad token on CPU, the
-    shortest row length on a GPU. `gpu_length`: the longest row of the run, if it trains on a GPU."""
+    """Turn rows of global sample ids into tensors. Without rows, returns a dummy without labels: one pad token on CPU,
+    the shortest row length on a GPU. `gpu_length`: the longest row of the run, if it trains on a GPU."""
     round_to = ROUND_TO if gpu_length is None else -(-gpu_length // (GPU_SHAPES * 16)) * 16
     if not rows:
         zero = np.zeros((1, 1 if gpu_length is None else round_to), np.int64)
@@ -206,8 +206,8 @@ class Prefetcher:
     """Iterates over `Prefetched`, at most `depth` batches ahead; `close` (or the end of `with`) stops the thread.
 
     It owns the stream while open. An error on the thread is raised when the consumer asks for the next batch. While the
-    consumer waits, `give_up` is polled: if true, it gets dummies, because other ranks may be in a collective that only
-    a step of this rank ends. On a GPU (`gpu_length` is set) batches are pinned.
+    consumer waits, `give_up` is polled: if true, it gets dummies, because other ranks may be in a collective that ends
+    only when this rank takes a step. On a GPU (`gpu_length` is set) batches are pinned.
     """
 
     def __init__(

@@ -190,7 +190,7 @@ class LiveStream:
     def load_state_dict(self, state: dict[str, Any]) -> list[str]:
         """Seek to a position. There is no mixture, so the list of changes is always empty.
 
-        Raises DataError where it belongs to another source, tokenizer or seed.
+        Raises DataError if it belongs to another source, tokenizer or seed.
         """
         if state.get("rules") != self._rules:
             raise DataError(

@@ -1,4 +1,4 @@
-"""Several sources as one order: how many samples of each make an epoch, and which come when.
+"""Several sources as one order: how many samples of each make an epoch, and in which order they come.
 
 Positions of an epoch are assigned to sources by the method of Webster and Sainte-Lague: the k-th draw of a source with
 n samples per epoch is at (2k + 1) / 2n of the epoch, so at every position each source has contributed its share to
@@ -82,7 +82,7 @@ class _Key:
 
 
 class Mixture:
-    """Sample ids by epoch and window. Ids count through the sources in order."""
+    """Sample ids by epoch and window. Ids are numbered consecutively across the sources."""
 
     def __init__(
         self, sources: Sequence[MixtureSource], *, seed: int, temperature: float, shuffle_samples: int, window: int

@@ -89,7 +89,7 @@ class _Pool:
         self._mirrored ^= 1 << (self.capacity - length)
 
     def _largest_within(self, space: int) -> int:
-        """0 where nothing fits."""
+        """0 if nothing fits."""
         return max(0, (self._present & ((2 << space) - 1)).bit_length() - 1)
 
     def _next_within(self, space: int) -> int:
@@ -144,7 +144,7 @@ def _best_fit_decreasing(sizes: npt.NDArray[np.int64], capacity: int) -> list[li
     by_size = np.argsort(-sizes, kind="stable")
     rows: list[list[int]] = []
     with_space: list[list[int]] = [[] for _ in range(capacity + 1)]  # space left -> rows, the newest last
-    spaces = 0  # bit s is set where a row has s tokens left: "smallest s >= size" is a shift and a lowest bit
+    spaces = 0  # bit s is set if a row has s tokens left: "smallest s >= size" is a shift and a lowest bit
     for index, size in zip(by_size.tolist(), sizes[by_size].tolist(), strict=True):
         fitting = spaces >> size
         if fitting:

@@ -3,7 +3,7 @@
 What the layers compute at a token depends only on the tokens before it in its sample. A system prompt that every sample
 of a micro-batch starts with, or a question with several answers, therefore needs one computation; the gradients of all
 samples accumulate in it, and their sums equal those of computing it per sample. Tokens after the last labelled token
-change nothing. Peers compute all of them.
+change nothing. Other trainers compute all of them.
 
 Only tokens without a label are shared, so each label keeps its own token. Dropout is drawn once for a shared token:
 each sample sees the same distribution as alone, but no longer independently of the others.
@@ -85,7 +85,8 @@ def _in_order(owner: Places, place: Places, used: Places, *, of: int, round_to: 
 
 
 def _longest_gaps(runs: Flags, missing: int) -> tuple[Places, Places]:
-    """Starts and lengths of runs of idle tokens, `missing` tokens in total or all there are; longest first, so few."""
+    """Starts and lengths of runs of idle tokens, `missing` tokens in total or all that exist; longest first, to use few
+    runs."""
     edges = np.flatnonzero(np.diff(np.concatenate([[True], runs, [True]]).astype(np.int8)))
     starts, lengths = edges[::2], edges[1::2] - edges[::2]
     order = np.argsort(-lengths, kind="stable")

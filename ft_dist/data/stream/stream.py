@@ -125,7 +125,7 @@ class DataStream:
         return self._position.epoch
 
     def next_batch(self) -> GlobalBatch:
-        """Raises DataError where a sample is longer than max_length, or its file is missing or damaged."""
+        """Raises DataError if a sample is longer than max_length, or its file is missing or damaged."""
         at = self._position
         rows: list[Row] = []
         epoch = at.epoch
@@ -169,7 +169,7 @@ class DataStream:
     def load_state_dict(self, state: dict[str, Any]) -> list[str]:
         """Seek to a position. Returns the changes to the mixture since then, one line per change.
 
-        Raises DataError where the position belongs to another seed, packing or content of the data.
+        Raises DataError if the position belongs to another seed, packing or content of the data.
         """
         if state.get("rules") != self._rules:
             raise DataError(
@@ -202,7 +202,7 @@ class DataStream:
         return -(-sum(self._count_rows(epoch, window) for window in range(self.windows)) // self.global_rows)
 
     def total_steps(self, epochs: int, *, at_most: int | None = None) -> int:
-        """Steps until `epochs` epochs are done, those before the mixture changed included.
+        """Steps until `epochs` epochs are done, including those before the mixture changed.
 
         Exact up to COUNTED_WINDOWS windows, or up to `at_most`, where counting stops; beyond, an estimate from the rows
         of the first windows, which is the same at every start.
@@ -262,7 +262,7 @@ class DataStream:
             self._draws[number] = self._drawn[number] = int(entry["drawn"]) if entry else 0
         changes += [f"{entry['name']} removed after {entry['drawn']} samples" for entry in gone]
         self._retired = left + [{key: entry[key] for key in ("name", "fingerprint", "drawn")} for entry in gone]
-        return changes or ["the sources are in another order"]
+        return changes or ["the order of the sources has changed"]
 
     def _forget_windows(self) -> None:
         self._ids_of = lru_cache(maxsize=2 * HINTED_WINDOWS)(self._window_ids)
@@ -321,7 +321,7 @@ def rows_of_window(
 ) -> list[list[int]]:
     """Rows of indices into `lengths` in dealing order: shuffled by the key, or from short to long samples.
 
-    Raises DataError where a sample is longer than `max_length`.
+    Raises DataError if a sample is longer than `max_length`.
     """
     packed = pack_rows(lengths, max_length=max_length, packing=packing)
     # packing begins with the longest samples; unshuffled, the first batches of a window would hold them all
@@ -333,7 +333,7 @@ def rows_of_window(
 
 
 def pack_rows(lengths: npt.NDArray[np.int64], *, max_length: int, packing: bool) -> list[list[int]]:
-    """Rows of indices into `lengths`, in no order to train in. Raises DataError as `rows_of_window` does."""
+    """Rows of indices into `lengths`, not in training order. Raises DataError as `rows_of_window` does."""
     if lengths.max() > max_length:
         raise DataError(
             f"a sample has {lengths.max()} tokens, but data.max_length={max_length}. Prepare the data again."

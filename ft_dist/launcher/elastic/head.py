@@ -108,7 +108,7 @@ class Head:
             self._joined_after = newest_commit(self._run_dir)
 
     def lose(self, node: Node, why: str) -> None:
-        """A node is gone, with all that ran on it."""
+        """A node is gone, with everything that ran on it."""
         if node not in self._nodes:
             return
         self._nodes.remove(node)
@@ -137,7 +137,7 @@ class Head:
             return
         current.codes[rank] = code
         if code == EXIT_PREEMPTED and not current.leaving:
-            # it was not the head that signalled it; the run is committed or has not begun, and other ranks may wait
+            # the head did not signal it; the run is committed or has not begun, and other ranks may wait
             current.leaving = True
             self._signal(signal.SIGTERM, skip_leaving=True)
         elif code not in (EXIT_FINISHED, EXIT_PREEMPTED):
@@ -186,7 +186,7 @@ class Head:
         ranks = [node for node in nodes for _ in range(node.nproc)]
         if len(nodes) != self._last_size:
             fewer = f": {self._maximum} were requested" if len(nodes) < self._maximum else ""
-            self._say(f"the world is {len(nodes)} nodes and {len(ranks)} ranks{fewer}")
+            self._say(f"the world has {len(nodes)} nodes and {len(ranks)} ranks{fewer}")
             names = [node.name for node in nodes]
             self.events.add("world", nodes=names, asked=self._maximum, world_size=len(ranks), lost=list(self._gone))
             self._last_size = len(nodes)

@@ -141,7 +141,7 @@ class RendezvousServer:
             ]
             if other or hello["type"] != "hello" or hello["protocol"] != PROTOCOL:
                 return (
-                    f"{hello['node']}: {', '.join(other) or 'its agent is of another ft_dist version'}. Give each run "
+                    f"{hello['node']}: {', '.join(other) or 'its agent runs another ft_dist version'}. Give each run "
                     "its own port, and all its nodes the same code, config and --run-id."
                 )
             str(hello["agent"])
@@ -175,7 +175,7 @@ def connect(
     """
     started = logged_at = time.monotonic()
     while not stop():
-        problem = "no agent listens there"
+        problem = "no agent is listening there"
         try:
             return _greet(rendezvous, hello)
         except (OSError, ConnectionLostError) as error:
@@ -186,7 +186,7 @@ def connect(
             return None
         if now - logged_at >= LOG_INTERVAL_S:
             logged_at = now
-            say(f"{node_name()} waits for the head at {rendezvous}: {problem}")
+            say(f"{node_name()} is waiting for the head at {rendezvous}: {problem}")
         time.sleep(RETRY_S)
     return None
 
@@ -207,7 +207,7 @@ def _greet(rendezvous: Rendezvous, hello: Message) -> Connection:
                 on_failure.pop_all()
                 return connection
             time.sleep(0.02)
-        raise ConnectionLostError("it does not answer; another program may listen there")
+        raise ConnectionLostError("it does not answer; another program may be listening there")
 
 
 def _is_ip_address(host: str) -> bool:

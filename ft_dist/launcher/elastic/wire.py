@@ -1,7 +1,7 @@
 """JSON objects, one per line, over a non-blocking TCP connection.
 
 Each side sends a heartbeat every BEAT_S. A peer that is silent for LOST_S counts as lost, whether its process, machine
-or link failed. A stall of a few seconds is no loss, since TCP resends. Nothing received is executed.
+or link failed. A stall of a few seconds is not a loss, since TCP resends. Nothing received is executed.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ class Connection:
         except ValueError:
             messages = [None]
         if not all(isinstance(message, dict) for message in messages) or len(self._received) > LONGEST_LINE_BYTES:
-            raise ConnectionLostError("it does not speak the protocol of ft-dist; another program may listen there")
+            raise ConnectionLostError("it does not speak the protocol of ft-dist; another program may be listening")
         if self._silent_s > LOST_S:
             raise ConnectionLostError(f"it was silent for {self._silent_s:.0f} s")
         put_back, self._put_back = self._put_back, []

@@ -70,7 +70,7 @@ class Kubernetes(Target):
         """The pods get SIGTERM and a grace period in which to commit."""
         namespace, kind, name = record.job.split("/")
         call(["kubectl", "-n", namespace, "delete", kind, name, "--ignore-not-found", "--wait=true"])
-        return f"{kind} {name} committed and is deleted"
+        return f"{kind} {name} committed and was deleted"
 
     def log_command(self, record: LaunchRecord) -> list[str]:
         namespace, kind, name = record.job.split("/")

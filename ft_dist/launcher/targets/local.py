@@ -91,7 +91,7 @@ class Torchrun(Target):
         while _running_pid(record.job) is not None:
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"process {pid} still runs {STOP_TIMEOUT_S:.0f} s after SIGTERM; kill -9 {pid} loses no commit."
+                    f"process {pid} is still running {STOP_TIMEOUT_S:.0f} s after SIGTERM; kill -9 loses no commit."
                 )
             time.sleep(0.1)
         return f"process {pid} committed and ended"
@@ -102,7 +102,7 @@ class Local(Torchrun):
 
     def plan(self, request: Request, runs: list[RequestedRun]) -> Submission:
         if request.nodes.most > 1:
-            raise UserError(f"--on local is one machine, not --nodes {request.nodes}. Use --on torchrun or slurm.")
+            raise UserError(f"--on local uses one machine, not --nodes {request.nodes}. Use --on torchrun or slurm.")
         return super().plan(request, runs)
 
     def device(self, request: Request) -> Device | None:

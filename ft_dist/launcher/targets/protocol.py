@@ -28,7 +28,7 @@ class Target(Protocol):
 
     @abstractmethod
     def submit(self, submission: Submission) -> list[LaunchRecord]:
-        """Submit it, its files being in place; return one record per run."""
+        """Submit it once its files are in place; return one record per run."""
 
     @abstractmethod
     def resubmit(self, record: LaunchRecord, folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""What targets share whose machines do not see this one's disks (SkyPilot, Kubernetes, a plain VM).
+"""Code shared by the targets whose machines do not see this machine's disks (SkyPilot, Kubernetes, a plain VM).
 
 The submission contains the recipe, those machines must be able to reach data and model, and commits must outlive the
 machine: checkpoint.path is a bucket, or output_dir is on a volume.

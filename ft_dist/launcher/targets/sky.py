@@ -62,7 +62,7 @@ class Sky(Target):
 
     def stop(self, record: LaunchRecord) -> str:
         call(["sky", "jobs", "cancel", "--yes", "--name", record.job])
-        return f"job {record.job} is cancelled; its newest commit is in the bucket"
+        return f"job {record.job} was cancelled; its newest commit is in the bucket"
 
     def log_command(self, record: LaunchRecord) -> list[str]:
         return ["sky", "jobs", "logs", "--name", record.job]

@@ -96,7 +96,7 @@ class Slurm(Target):
         return f"job {record.job} was asked to commit and end"
 
     def while_following(self, record: LaunchRecord) -> None:
-        """Shorten the two minutes that a requeued job waits to REQUEUE_PAUSE_S, which its owner may do."""
+        """Shorten the two minutes that a requeued job waits to REQUEUE_PAUSE_S, as its owner may."""
         shown = _job(record.job)
         if shown and shown["JobState"] == "PENDING" and shown.get("Reason") == "BeginTime" and shown["Restarts"] != "0":
             requeued, begins = (datetime.fromisoformat(shown[name]) for name in ("SubmitTime", "EligibleTime"))
@@ -106,7 +106,7 @@ class Slurm(Target):
 
 
 def _job(job: str) -> dict[str, str] | None:
-    """What the controller knows of a job, or None. Raises UserError if it does not answer."""
+    """What the controller knows about a job, or None. Raises UserError if it does not answer."""
     try:
         shown = call(["scontrol", "show", "job", "--oneliner", job])
     except UserError as error:

@@ -24,7 +24,7 @@ class VirtualMachine(Target):
     def plan(self, request: Request, runs: list[RequestedRun]) -> Submission:
         run = checked_run(request, runs)
         if request.nodes.most > 1:
-            raise UserError(f"--on vm is one machine, not --nodes {request.nodes}. Use --on torchrun, sky or k8s.")
+            raise UserError(f"--on vm uses one machine, not --nodes {request.nodes}. Use --on torchrun, sky or k8s.")
         name = job_name(run.folder)
         script, unit = RunFolder(run.folder).launch / "vm.sh", RunFolder(run.folder).launch / f"{name}.service"
         loop = render(
@@ -52,7 +52,7 @@ class VirtualMachine(Target):
         raise UserError(f"{folder}: this run is resumed on its own machine: `sudo systemctl restart {record.job}`.")
 
     def state(self, record: LaunchRecord, folder: Path) -> JobState:
-        return JobState("unknown", f"ask its own machine: systemctl status {record.job}")
+        return JobState("unknown", f"check on its own machine: systemctl status {record.job}")
 
     def stop(self, record: LaunchRecord) -> str:
         raise UserError(f"this run is stopped on its own machine: `sudo systemctl stop {record.job}`.")

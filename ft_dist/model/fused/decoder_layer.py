@@ -5,7 +5,7 @@
     x    = x + mlp(y)
 
 Gemma 2 and 3 normalise the outputs of attention and MLP before they add them. Layers pass one tensor on, as in
-transformers, so hooks, activation checkpointing and recorded hidden states see nothing new.
+transformers, so hooks, activation checkpointing and recorded hidden states see no difference.
 
 Shapes: hidden states (B, S, H).
 """

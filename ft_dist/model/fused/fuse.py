@@ -146,7 +146,7 @@ def _fuse_part(
             return
 
         def recompute() -> bool:
-            # on CPU it would cost time; under activation checkpointing it saves nothing, and would keep gate and up
+            # it would be slower on CPU; under activation checkpointing it saves nothing, and would keep gate and up
             return backend == "triton" and layer is not None and not layer.gradient_checkpointing
 
         group = groups[module] = Merged(_present(module, MLP_INPUTS), together=together, backend=backend)

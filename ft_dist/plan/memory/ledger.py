@@ -19,7 +19,7 @@ class Ledger:
     total: int = 0
 
     def at(self, moment: str) -> None:
-        """Set the moment of what follows."""
+        """Set the moment for the following calls."""
         self.moment = moment
         self.timeline.append((moment, self.total))
 

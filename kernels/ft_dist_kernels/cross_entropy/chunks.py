@@ -74,7 +74,7 @@ def run_chunks(
 
 
 def _take_back(grad_NH: Tensor | None, rows_N: Tensor | None, shape: torch.Size, scale: Tensor | None) -> Tensor | None:
-    """The labelled rows' gradient times `scale`, in its place among zeros. In place where every row is labelled.
+    """The labelled rows' gradient times `scale`, scattered into zeros; computed in place if every row is labelled.
 
     The product is made in fp32 and rounded once: a 0-dim fp32 factor would first be rounded to the dtype of a bf16
     gradient, so it is given a dimension. On CPU the widened rows are bounded.
@@ -99,7 +99,7 @@ def input_gradients(
     dtypes: list[torch.dtype | None],
     scale: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """What backward returns. Consumes `grads`: they are scaled in place and given away."""
+    """What backward returns. Consumes `grads`: they are scaled in place and returned."""
     shared = []
     for grad, dtype in zip(grads[1:5], dtypes, strict=True):
         if grad is not None and scale is not None:
@@ -242,7 +242,7 @@ def _accumulate(
     s_nR: Tensor | None,
     chunk: slice,
 ) -> None:
-    """Adds the chunk's share, given the gradient over its raw logits (and that in the weight's dtype, where it is to be
+    """Adds the chunk's share, given the gradient over its raw logits (and that in the weight's dtype, if it is to be
     used), and writes its rows."""
     dtype, scale = d_nV.dtype, head.options.lora_scale
     own_source = source_nH is not hidden_nH
@@ -259,7 +259,7 @@ def _accumulate(
         if grads.lora_b is not None:
             add_product(grads.lora_b, d_nV.T, s_nR * scale)
         ds_nR = product(d_nV, head.lora_b.to(dtype)).mul_(scale)
-        if ds_nR.device.type != "cpu":  # where a product of two dtypes does not exist
+        if ds_nR.device.type != "cpu":  # a GPU has no product of two dtypes
             ds_nR = ds_nR.to(dtype)
         if grads.lora_a is not None:
             add_product(grads.lora_a, ds_nR.T, source_nH)

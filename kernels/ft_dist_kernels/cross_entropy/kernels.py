@@ -1,4 +1,4 @@
-"""The softmax step of `linear_cross_entropy` in Triton: one program a row, logits to gradient in place.
+"""The softmax step of `linear_cross_entropy` in Triton: one program per row, logits to gradient in place.
 
 First pass: online log-sum-exp in fp32 over blocks of the vocabulary. Second pass: the same blocks once more (from L2:
 a row of 128256 bf16 logits is 250 KB) to overwrite each logit by the gradient of the loss over it. Any vocabulary size;
@@ -18,7 +18,7 @@ from ft_dist_kernels.aot import AotCase, Chip
 from ft_dist_kernels.chips import chip_of
 from ft_dist_kernels.cross_entropy.types import Options, PerToken
 
-# (largest vocabulary block, warps). 16 fp32 values a thread: two passes of loads in flight and no spills.
+# (largest vocabulary block, warps). 16 fp32 values per thread: two passes of loads in flight and no spills.
 BLOCKS: dict[Chip, tuple[int, int]] = {
     "sm_80": (8192, 16),
     "sm_90": (8192, 16),
@@ -152,7 +152,7 @@ def _block(chip: Chip, vocabulary: int) -> tuple[int, int]:
 
 
 def aot_cases(chip: Chip) -> list[AotCase]:
-    """Llama 3 (V=128256), Gemma 3 (V=262144, also with Gemma 2's soft-cap), and everything switched on at once."""
+    """Llama 3 (V=128256), Gemma 3 (V=262144, also with Gemma 2's soft-cap), and all options enabled."""
     cases = []
     for name, vocabulary, extras in (
         ("llama3", 128256, False),

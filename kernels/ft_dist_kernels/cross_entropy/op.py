@@ -60,7 +60,7 @@ def linear_cross_entropy(
 
     hidden (..., H) and weight (V, H) share a floating dtype (under autocast both are cast); labels (...) are integers
     already shifted by the caller. bias (V,), lora_a (R, H), lora_b (V, R) and token_weights (...) may have their own
-    floating dtype; token_weights carry no gradient. lora_hidden (..., H) is the input of the LoRA branch where it is
+    floating dtype; token_weights carry no gradient. lora_hidden (..., H) is the input of the LoRA branch if it is
     not `hidden` itself (dropout). Under no_grad, or if no input requires a gradient, no gradient is computed.
 
     rows (N,) int64 are the flat indices of the labelled tokens, if the caller knows them; the loss covers these.
@@ -319,8 +319,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        """Hands over the gradients of the forward pass, so that a trained head never holds two of its weight's size; a
-        second backward through a retained graph recomputes them. Only that reads the saved tensors, because under
+        """Hands over the gradients of the forward pass, so that a trained head never holds two gradients of its weight;
+        a second backward through a retained graph recomputes them. Only that reads the saved tensors, because under
         activation checkpointing reading them costs another forward pass."""
         grads, ctx.grads = ctx.grads, None
         if grads is None:

@@ -114,7 +114,7 @@ def _each(*names: str) -> list[str]:
     return [f"{name}{member}" for name in names for member in range(3)]
 
 
-# Known to be multiples of 16, always and where the rank is: what a launch specialises on
+# Known to be multiples of 16, always or whenever the rank is: what a launch specialises on
 _ALIGNED = ["in_features", "columns_per_split", "stride_x", "stride_w", "spare", "a_numel", "b_numel", *_each("O")]
 _BY_RANK = [*_each("R", "C"), "stride_s", "stride_ds", "stride_out", "width", "out_width"]
 _FREE = ["T", "rows_per_split", "blocks", "a_blocks", "a_splits", "b_splits", *_each("limit", "count")]

@@ -132,7 +132,7 @@ def _misfit(members: Sequence[LoraWeights], dtype: torch.dtype) -> str | None:
         if weight.requires_grad or (bias is not None and bias.requires_grad):
             return f"the weight or bias of members[{index}] is trained"
         if member.dora_magnitude is not None:
-            return f"members[{index}] is DoRA"
+            return f"members[{index}] uses DoRA"
         if rank > MAX_EXTENDED_RANK:
             return f"members[{index}] has rank {rank}, above {MAX_EXTENDED_RANK}"
     return None
