@@ -172,7 +172,7 @@ def test_a_sweep_skips_what_the_memory_plan_rejects(tmp_path: Path) -> None:
     swept = {"engine.zero_stage": [0, 2]}
     large = spec(tmp_path, model="llama3-8b", length=131072)
     found = measure.sweep(large, swept, nproc=1, folder=tmp_path, say=lambda line: None)
-    assert ["a rank planned" in record["failed"] for record in found] == [True, True]
+    assert ["per rank planned" in record["failed"] for record in found] == [True, True]
     assert not (tmp_path / "sweep-0").exists()
 
 
@@ -223,7 +223,7 @@ def test_synthetic_samples_have_the_requested_lengths_and_labels() -> None:
     [
         ({"data": "mine.jsonl"}, "has no tokenizer"),
         ({"labelled": 0.0}, "must be above 0"),
-        ({"lengths": "long"}, "neither full nor a median"),
+        ({"lengths": "long"}, "must be full, or a median"),
     ],
 )
 def test_invalid_options_are_reported(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_a_setting_that_cannot_fit_is_refused(cli: Any) -> None:
 def test_a_missing_model_is_reported(cli: Any) -> None:
     done = cli("bench", "no-such-model")
     assert done.returncode == 2
-    assert "not a model folder and not one of the shapes llama3-8b" in done.stderr
+    assert "neither a model folder nor one of the shapes llama3-8b" in done.stderr
 
 
 def test_a_failed_measurement_keeps_its_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,7 @@ def test_adapters_stay_with_their_base(base, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     save_file({"w": torch.arange(1000.0) + 1}, other / "model.safetensors")
-    with pytest.raises(CheckpointError, match="its weights are not those"):
+    with pytest.raises(CheckpointError, match="its weights differ from those"):
         check(config(), config(), base, other)
     # full fine-tuning has all its weights in the checkpoint
     assert check(config(method={"kind": "full"}), config(method={"kind": "full"}), base, other) == []

@@ -26,7 +26,7 @@ def test_a_complete_tokenizer_is_not_changed(tmp_path: Path) -> None:
 def test_missing_padding_uses_a_reserved_token_that_ends_nothing(tmp_path: Path) -> None:
     tokenizer, notes = load_tokenizer(saved(tmp_path, pad_token=None))
     assert tokenizer.pad_token == "<|pad|>"
-    assert notes == ["the tokenizer has no padding token: <|pad|> is used"]
+    assert notes == ["the tokenizer has no padding token; using <|pad|>"]
 
 
 def test_missing_padding_falls_back_to_the_end_token_with_a_report(tmp_path: Path, monkeypatch) -> None:
@@ -39,7 +39,7 @@ def test_missing_padding_falls_back_to_the_end_token_with_a_report(tmp_path: Pat
 def test_missing_end_token_is_taken_from_the_template(tmp_path: Path) -> None:
     tokenizer, notes = load_tokenizer(saved(tmp_path, eos_token=None))
     assert tokenizer.eos_token == "<|im_end|>"
-    assert notes == ["the tokenizer has no end token: <|im_end|> is used"]
+    assert notes == ["the tokenizer has no end token; using <|im_end|>"]
 
 
 def test_answers_stop_at_the_turn_end_even_if_eos_is_another_token(tmp_path: Path) -> None:

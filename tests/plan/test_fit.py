@@ -67,7 +67,7 @@ def test_more_gpus_are_proposed_if_nothing_else_helps(tmp_path):
         "llama3_8b_full_zero3", [f"model.path={folder(LLAMA_70B | {'num_hidden_layers': 20}, tmp_path / 'm')}"]
     )
     device = Device("NVIDIA L40S", int(20e9), gpu=True)
-    with pytest.raises(ConfigError, match=r"It takes \d+ such devices"):
+    with pytest.raises(ConfigError, match=r"It needs \d+ such devices"):
         check_fits(config, ranks=1, ranks_per_node=8, device=device)
 
 

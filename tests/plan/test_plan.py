@@ -176,7 +176,7 @@ def test_the_picture_is_one_file(tmp_path, cli):
 
 def test_lines_for_people(tmp_path):
     text = table(plan_of(tmp_path, price=2.0, tokens=10_000_000, preemptions=2.0))
-    for line in ("fits", "tokens/s", "in all", "Young/Daly", "$"):
+    for line in ("fits", "tokens/s", "total", "Young/Daly", "$"):
         assert line in text
     assert "flash" in table(plan_of(tmp_path, "model.kernels=off"))
     assert "DOES NOT FIT" in table(plan_of(tmp_path, gpu="4090", recipe="llama3_8b_full_zero3"))

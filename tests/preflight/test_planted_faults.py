@@ -103,7 +103,7 @@ def test_an_output_dir_that_one_node_does_not_share(port, tmp_path):
 def test_an_interface_that_is_not_there(port, tmp_path):
     codes, text = results(rank(1, port, f"output_dir={tmp_path / 'run'}", GLOO_SOCKET_IFNAME="ib7"))
     assert codes == [2]
-    assert "host1: GLOO_SOCKET_IFNAME=ib7 names no network interface of this machine (lo" in text
+    assert "host1: GLOO_SOCKET_IFNAME=ib7 is not a network interface of this machine (lo" in text
 
 
 def test_a_port_in_use(tmp_path):

@@ -57,7 +57,7 @@ def test_equal_ranks_have_no_problem():
         ({"config": "other"}, "host2: the resolved config is other, but c0f1"),
         ({"world_size": 4}, "host2: world_size is 4, but 3 on host0. Start all ranks with the same WORLD_SIZE."),
         ({"sees_output": False}, "host2: output_dir=runs/a does not show what rank 0 writes there"),
-        ({"open_files": 64}, "host2: 64 files may be open together (ulimit -n), but 3 ranks need 268"),
+        ({"open_files": 64}, "host2: at most 64 files may be open (ulimit -n), but 3 ranks need 268"),
         (
             {"address": {"interface": "lo", "address": "127.0.1.1"}},
             "host2: gloo would use lo (127.0.1.1), which other machines cannot reach",
@@ -130,6 +130,6 @@ def test_a_clock_is_wrong_only_beyond_the_uncertainty():
 def test_the_slow_rank_is_named_and_not_the_others():
     (problem,) = speed_problems(world({}, {}, {}), [0.010, 0.050, 0.012])
     assert problem.line.startswith(
-        "host1: rank 1 took 50.0 ms for work that takes others 12.0 ms (4 times; 3 are tolerated)"
+        "host1: rank 1 took 50.0 ms for work that takes others 12.0 ms (4 times; 3 are allowed)"
     )
     assert speed_problems(world({}, {}), [0.010, 0.029]) == []

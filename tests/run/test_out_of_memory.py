@@ -32,9 +32,9 @@ def test_the_error_has_the_plan_and_the_allocator_report(tmp_path):
     done = rank("tests.plan.limited", "60", *WIDE, f"output_dir={tmp_path / 'run'}")
     assert done.returncode == 2, done.stderr[-2000:]
     assert "Traceback" not in done.stderr
-    for part in ("batch.micro_rows=48", "The allocator reports: ", "Planned: ", "These settings take less: "):
+    for part in ("batch.micro_rows=48", "The allocator reports: ", "Planned: ", "These settings need less: "):
         assert part in done.stderr
-    assert "batch.micro_rows=48" not in done.stderr.split("These settings take less: ")[1]
+    assert "batch.micro_rows=48" not in done.stderr.split("These settings need less: ")[1]
 
 
 def test_the_next_start_takes_half_the_rows_of_the_same_batches(tmp_path):

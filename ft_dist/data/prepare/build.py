@@ -200,8 +200,8 @@ def _taken_as_it_is(source: SourceConfig, made_with: dict[str, Any], *, wait_s: 
             name = names.get(key, key if key == "tokenizer" else f"data.{key}")
             values = f" ({theirs.get(key)}, the config says {ours})" if name.startswith("data.") else ""
             raise DataError(
-                f"{source.path}: prepared with a {name}{values} that differs from this config's. Prepare it again "
-                "with ft-dist prepare, or restore the config it was prepared with."
+                f"{source.path}: prepared with a different {name}{values}. Prepare it again with ft-dist "
+                "prepare, or restore the config it was prepared with."
             )
     return PreparedSet(source.path, source.weight, source.path, report, reused=True)
 

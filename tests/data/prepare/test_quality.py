@@ -101,7 +101,7 @@ def test_leaks_are_found_exact_and_near(tmp_path, tokenizer_of):
         "records": 7,
     }
     (warning,) = report["warnings"]
-    assert "of 7 held-out records 1 are in the training data and 1 nearly so" in warning
+    assert "of 7 held-out records 1 are in the training data and 1 nearly match" in warning
     assert f"record 6 of {tmp_path / 'eval.jsonl'} and 8 of {tmp_path / 'train.jsonl'}" in warning
     assert f"record 7 of {tmp_path / 'eval.jsonl'} and 201 of" in warning
 

@@ -42,7 +42,7 @@ def test_mds_of_tokens_and_of_messages(name):
     "damage, message",
     [
         ("cut", r"shard\.00001\.mds: \d+ bytes instead of 655"),
-        ("gone", r"shard\.00001\.mds: named in index\.json, but missing"),
+        ("gone", r"shard\.00001\.mds: listed in index\.json, but missing"),
         ("size", r"shard\.00001\.mds sample 1: its columns take \d+ bytes of \d+"),
         ("packed", r"shard\.00001\.mds\.gz: damaged gz data"),
     ],
@@ -117,6 +117,6 @@ def test_tokens_enter_the_store_unchanged(tmp_path, tokenizer_of):
     assert samples == [list(range(64)), list(range(63, 100)), [7, 8, 9]]
     assert int(store.labelled_of(np.arange(3)).sum()) == 99 + 2
     write_megatron(tmp_path / "other", [[[1, 2, 100_000]]], np.int32, 4)
-    with pytest.raises(DataError, match=r"other\.bin document 1: token 100000, but the tokenizer has \d+"):
+    with pytest.raises(DataError, match=r"other\.bin document 1: token 100000, but the tokenizer has only \d+ tokens"):
         run(tmp_path / "other.idx", "b")
     assert run(MDS / "tokens", "c").counts[0].samples == 5

@@ -111,5 +111,5 @@ def test_a_set_of_the_first_version_is_refused(tmp_path):
     write_set(tmp_path / "a", [([1, 2, 3], [True] * 3)], shard_tokens=6)
     index = tmp_path / "a" / "index.json"
     index.write_text(index.read_text().replace('"version": 2', '"version": 1'))
-    with pytest.raises(DataError, match="version 1, this is 2"):
+    with pytest.raises(DataError, match="has version 1, not 2"):
         TokenStore.open(tmp_path / "a")

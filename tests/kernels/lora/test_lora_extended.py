@@ -318,7 +318,7 @@ def _wide(x, members):
         (_change(1, weight=torch.zeros(8, 16)), 16, "not the views"),
         (_change(0, bias=None), 16, "not the views"),
         (_change(0, weight=torch.zeros(24, 16, requires_grad=True)), 16, r"members\[0\] is trained"),
-        (_change(1, dora_magnitude=torch.ones(8)), 16, r"members\[1\] is DoRA"),
+        (_change(1, dora_magnitude=torch.ones(8)), 16, r"members\[1\] uses DoRA"),
         (_change(0, weight=quantize_nf4(torch.randn(24, 64))), 16, r"members\[0\] is quantised"),
         (_change(0, lora_b=torch.zeros(24, 5)), 16, r"lora_b \(24, 5\)"),
         (_wide, 16, "need 18 spare columns"),

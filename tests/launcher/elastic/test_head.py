@@ -110,7 +110,7 @@ def test_the_others_continue_without_a_lost_node_and_report_it(tmp_path):
     run.end({"a": None, "b": None})
     run.head.tick()
     assert run.share("b")["world_size"] == 2
-    assert "the world is 2 nodes and 2 ranks: 3 were requested" in run.lines
+    assert "the world has 2 nodes and 2 ranks: 3 were requested" in run.lines
 
 
 def test_a_returning_node_joins_after_the_next_commit(tmp_path):

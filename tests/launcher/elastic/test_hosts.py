@@ -69,7 +69,7 @@ def test_a_host_whose_link_is_cut_leaves_until_the_link_is_repaired(hosts, mark,
     hosts.repair(3)
     consoles = [ended(agent) for agent in agents]
     assert "host3 is lost: it was silent for" in consoles[0]
-    assert "the world is 2 nodes and 2 ranks: 3 were requested" in consoles[0]
+    assert "the world has 2 nodes and 2 ranks: 3 were requested" in consoles[0]
     assert "host3 lost the head" in consoles[2]
     assert [event["world_size"] for event in events_of(folder, "resume")] == [2, 3]
     assert [event["why"] for event in events_of(folder, "restarted")] == ["host3 lost", "host3 joined the world"]

@@ -248,7 +248,7 @@ def test_errors_are_reported_before_submission(tmp_path, target, overrides, cont
     "options, message",
     [
         ({"nodes": "2:1"}, "--nodes 2:1"),
-        ({"nodes": "2"}, "--on local is one machine"),
+        ({"nodes": "2"}, "--on local uses one machine"),
         ({"sweep": ["optim.lr"]}, "--sweep optim.lr: should be"),
         ({"sweep": ["optim.lr=1e-3,2e-3"]}, "--sweep gives 2 runs, but --on local takes one"),
         ({"profile": "nowhere"}, "--profile nowhere: no file and no profile has that name"),
