@@ -11,12 +11,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ft_dist.bench.spec import Spec
 from ft_dist.config import RunConfig
 from ft_dist.errors import EXIT_FINISHED, EXIT_USER, UserError
 from ft_dist.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from ft_dist.run.run import Run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,7 +78,7 @@ def measure(spec: Spec) -> dict[str, Any]:
     return result
 
 
-def _write(spec: Spec, run: Any, result: dict[str, Any]) -> None:
+def _write(spec: Spec, run: "Run", result: dict[str, Any]) -> None:
     """Rank 0 writes the result atomically."""
     if run.world.is_main:
         written = Path(f"{spec.result}.new")
@@ -83,7 +86,7 @@ def _write(spec: Spec, run: Any, result: dict[str, Any]) -> None:
         written.replace(spec.result)
 
 
-def prepare(spec: Spec, config: RunConfig, stop: Any, free_memory: Callable[[], None]) -> Any:
+def prepare(spec: Spec, config: RunConfig, stop: Any, free_memory: Callable[[], None]) -> "Run":
     """The run that `ft-dist train` would build; with synthetic samples it needs no tokenizer or weights."""
     from ft_dist.run.start import prepare_run
 
@@ -129,7 +132,7 @@ def prepare(spec: Spec, config: RunConfig, stop: Any, free_memory: Callable[[], 
     return run
 
 
-def _commit(run: Any) -> dict[str, float]:
+def _commit(run: "Run") -> dict[str, float]:
     """How long a save stalls training, and how long it takes to reach the disk."""
     started = time.perf_counter()
     run.clock.lap()
@@ -158,7 +161,7 @@ class _Lengths:
         return self.pairs / max(1, self.tokens)
 
 
-def _figures(spec: Spec, run: Any, lengths: _Lengths, by_phase: list[dict[str, float]]) -> dict[str, Any]:
+def _figures(spec: Spec, run: "Run", lengths: _Lengths, by_phase: list[dict[str, float]]) -> dict[str, Any]:
     import torch
 
     from ft_dist.distributed import max_over_ranks
@@ -188,7 +191,7 @@ def _figures(spec: Spec, run: Any, lengths: _Lengths, by_phase: list[dict[str, f
     }
 
 
-def _records(run: Any) -> list[dict[str, Any]]:
+def _records(run: "Run") -> list[dict[str, Any]]:
     if not run.world.is_main:
         return []
     lines = RunFolder(run.config.run_dir).metrics.read_text(encoding="utf-8").splitlines()

@@ -21,12 +21,12 @@ def load(engine: Engine, commit: Commit) -> RunState:
     """
     state = RunState.from_dict(commit.state())
     _check_parameters(engine, commit, state)
-    pieces = Pieces(commit.fragment_files())
+    saved = SavedFragments(commit.fragment_files())
     for fragment in fragments(engine):
         segment = fragment.segment
         for kind, place in fragment.tensors.items():
             tensor = place if isinstance(place, torch.Tensor) else place.read()
-            filled = pieces.copy_into(tensor, kind, segment.name, start=segment.start)
+            filled = saved.copy_into(tensor, kind, segment.name, start=segment.start)
             if filled != segment.numel:
                 raise CheckpointError(
                     f"{commit.folder}: {kind} of {segment.name} covers {filled} of {segment.numel} elements from "
@@ -53,7 +53,7 @@ def _check_parameters(engine: Engine, commit: Commit, state: RunState) -> None:
     )
 
 
-class Pieces:
+class SavedFragments:
     """Index of fragments: parameter and kind to ranges, each in a memory-mapped file."""
 
     def __init__(self, files: list[Path]) -> None:

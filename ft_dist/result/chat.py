@@ -7,10 +7,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ft_dist.config import RunConfig
 from ft_dist.errors import DataError
+
+if TYPE_CHECKING:
+    from ft_dist.result.load import Finished
 
 Messages = list[dict[str, Any]]
 Write = Callable[[str], None]
@@ -53,7 +56,7 @@ class Conversation:
     """A model, the conversation so far, and the sampling options."""
 
     def __init__(
-        self, finished: Any, *, system: str | None = None, max_new_tokens: int = 512, temperature: float = 0.0
+        self, finished: "Finished", *, system: str | None = None, max_new_tokens: int = 512, temperature: float = 0.0
     ) -> None:
         self._model, self._tokenizer = finished.model, finished.tokenizer
         self._temperature = temperature

@@ -1,13 +1,16 @@
 """Score a finished run, an adapter or any model on held-out files, in one process."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ft_dist.config.schema import DataConfig, SourceConfig
+from ft_dist.config.schema import DataConfig, RunConfig, SourceConfig
 from ft_dist.errors import ConfigError
 from ft_dist.evaluate.comparison import one_line
 from ft_dist.evaluate.score import Scores
 from ft_dist.model.builtin import Progress
+
+if TYPE_CHECKING:
+    from ft_dist.result.load import Finished
 
 DEFAULT_MAX_LENGTH = 2048
 
@@ -29,8 +32,7 @@ def evaluate_path(
     from ft_dist.result.load import find_weights, load_finished
 
     say = progress or _quiet
-    run = find_weights(path, say).config
-    data = _held_out(path, run, sources)
+    data = _held_out(path, find_weights(path, say).config, sources)
     finished = load_finished(path, progress=say)
     for note in finished.notes:
         say(note)
@@ -50,21 +52,27 @@ def table(scores: Scores) -> str:
     return "\n".join(lines)
 
 
-def _held_out(path: str, run: Any, sources: Sequence[str]) -> DataConfig:
-    max_length = run.data.max_length if run else DEFAULT_MAX_LENGTH
+def _held_out(path: str, config: RunConfig | None, sources: Sequence[str]) -> DataConfig:
+    max_length = config.data.max_length if config else DEFAULT_MAX_LENGTH
     chosen = [SourceConfig.model_validate({"path": source}) for source in sources] or (
-        list(run.data.eval) if run else []
+        list(config.data.eval) if config else []
     )
     if not chosen:
         raise ConfigError(f"{path}: nothing to score on. Pass --data FILE, or name data.eval in the run's config.")
-    cache_dir = run.data.cache_dir if run else None
+    cache_dir = config.data.cache_dir if config else None
     return DataConfig.model_validate(
         {"train": chosen, "eval": chosen, "max_length": max_length, "cache_dir": cache_dir}
     )
 
 
 def _score(
-    finished: Any, data: DataConfig, path: str, max_new_tokens: int, max_samples: int | None, rows: int, say: Progress
+    finished: "Finished",
+    data: DataConfig,
+    path: str,
+    max_new_tokens: int,
+    max_samples: int | None,
+    rows: int,
+    say: Progress,
 ) -> Scores:
     from itertools import chain, islice
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ft_dist.checkpoint.commit.format import commits
-from ft_dist.checkpoint.load import Pieces
+from ft_dist.checkpoint.load import SavedFragments
 from tests.checkpoint.odd_ranks import HIDDEN, STAGES, VOCABULARY
 from tests.conftest import ROOT
 from tests.ports import free_port
@@ -47,11 +47,11 @@ def state_of(root: Path, stage: int, steps: int) -> dict[tuple[str, str], torch.
     commit = next(commit for commit in commits(root) if commit.step == 10 * stage + steps)
     state = commit.state()
     assert state["adam_step"] == steps
-    pieces, found = Pieces(commit.fragment_files()), {}
+    fragments, found = SavedFragments(commit.fragment_files()), {}
     for name, shape in state["parameters"].items():
         for kind in KINDS:
             found[kind, name] = torch.full((math.prod(shape),), torch.nan)
-            assert pieces.copy_into(found[kind, name], kind, name, start=0) == math.prod(shape)
+            assert fragments.copy_into(found[kind, name], kind, name, start=0) == math.prod(shape)
     return found
 
 

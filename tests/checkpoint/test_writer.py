@@ -16,7 +16,7 @@ from ft_dist.checkpoint.commit import writer as writer_module
 from ft_dist.checkpoint.commit.retention import Retention
 from ft_dist.checkpoint.commit.writer import CheckpointWriter
 from ft_dist.checkpoint.find import newest_intact
-from ft_dist.checkpoint.load import Pieces
+from ft_dist.checkpoint.load import SavedFragments
 from ft_dist.distributed import World
 from ft_dist.errors import CheckpointError
 from tests.conftest import ROOT
@@ -243,12 +243,12 @@ def test_any_partition_loads_into_any_other(tmp_path, numel, before, after):
         save(writer, 1, {f"master/a.b@{low}": whole[low:high], f"exp_avg/a.b@{low}": -whole[low:high]})
     for writer in reversed(ranks):
         writer.wait()
-    pieces = Pieces(layout.commits(tmp_path)[0].fragment_files())
+    fragments = SavedFragments(layout.commits(tmp_path)[0].fragment_files())
     for number in range(after):
         low, high = cut(numel, after, number)
         for kind, truth in (("master", whole), ("exp_avg", -whole)):
             tensor = torch.full((high - low,), torch.nan)
-            assert pieces.copy_into(tensor, kind, "a.b", start=low) == high - low
+            assert fragments.copy_into(tensor, kind, "a.b", start=low) == high - low
             assert torch.equal(tensor, truth[low:high])
 
 
@@ -272,12 +272,12 @@ def test_states_quantised_in_blocks_are_saved_unchanged(tmp_path):
         })  # fmt: skip
     for writer in reversed(ranks):
         writer.wait()
-    pieces = Pieces(layout.commits(tmp_path)[0].fragment_files())
+    fragments = SavedFragments(layout.commits(tmp_path)[0].fragment_files())
     for number in range(4):
         low, high = cut(blocks, 4, number)
         some_codes, some_scale = torch.empty((high - low) * block, dtype=torch.int8), torch.empty(high - low)
-        assert pieces.copy_into(some_codes, "exp_avg.codes", "w", start=low * block) == some_codes.numel()
-        assert pieces.copy_into(some_scale, "exp_avg.scale", "w", start=low) == some_scale.numel()
+        assert fragments.copy_into(some_codes, "exp_avg.codes", "w", start=low * block) == some_codes.numel()
+        assert fragments.copy_into(some_scale, "exp_avg.scale", "w", start=low) == some_scale.numel()
         assert torch.equal(some_codes, codes[low * block : high * block])
         assert torch.equal(some_scale, scale[low:high])
 

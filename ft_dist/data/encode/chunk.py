@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ft_dist.data.encode.minhash import Keys, Signatures, sketch
 from ft_dist.data.encode.template import Encoded, Encoder
-from ft_dist.data.read.formats import Sample, Shape
+from ft_dist.data.read.formats import RecordFormat, Sample
 from ft_dist.data.read.text_files import RawRecord, Record
 from ft_dist.errors import DataError
 
@@ -73,7 +73,7 @@ class ChunkEncoder:
     """Encodes chunks of one source; sent to every worker process."""
 
     tokenizer: Any
-    shape: Shape
+    record_format: RecordFormat
     max_length: int
     too_long: str
     vocabulary: int
@@ -87,7 +87,7 @@ class ChunkEncoder:
         """`first_number` is the first record's number in its source, from 1. Raises DataError, ModelError."""
         self._encoder = self._encoder or Encoder(self.tokenizer)
         self._encoder.notes.clear()
-        samples = [self.shape.sample(raw.parse()) for raw in raws]
+        samples = [self.record_format.sample(raw.parse()) for raw in raws]
         counts = SourceCounts(records=len(samples))
         pieces: list[Encoded] = []
         kept: list[int] = []

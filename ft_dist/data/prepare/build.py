@@ -27,7 +27,7 @@ from ft_dist.data.encode.template import tokenizer_identity
 from ft_dist.data.encode.workers import available_cores, ordered_map
 from ft_dist.data.prepare.digests import content_of
 from ft_dist.data.prepare.quality import NEAR_SAMPLES, source_report
-from ft_dist.data.read.formats import shape_of
+from ft_dist.data.read.formats import format_of
 from ft_dist.data.read.paths import prepared_set
 from ft_dist.data.read.sources import local_files, read_raw_records
 from ft_dist.data.read.text_files import RawRecord, Record
@@ -243,11 +243,11 @@ def _finished(storage: Storage) -> str | None:
 def _build(storage: Storage, fingerprint: str, job: _Job) -> None:
     raws = read_raw_records(job.source)
     first = next(raws)
-    shape = shape_of(job.source, first.parse())
+    record_format = format_of(job.source, first.parse())
     vocabulary = max(len(job.tokenizer), 1 + max(job.tokenizer.get_vocab().values(), default=0))
-    encoder = ChunkEncoder(job.tokenizer, shape, job.data.max_length, job.data.too_long, vocabulary)
+    encoder = ChunkEncoder(job.tokenizer, record_format, job.data.max_length, job.data.too_long, vocabulary)
     writer = ShardWriter(storage, fingerprint=fingerprint, made_with=job.made_with, dtype=encoder.dtype)
-    writer.counts.format = shape.format
+    writer.counts.format = record_format.format
     reading = _Reading(chain([first], raws), _bytes_of(job.source))
     jobs = reading.jobs(skip=writer.records)
     with closing(_encoded(encoder, jobs, job.workers)) as chunks:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from ft_dist.config.schema import DataConfig, SourceConfig
-from ft_dist.data.read.formats import Shape, shape_of
+from ft_dist.data.read.formats import RecordFormat, format_of
 from ft_dist.data.read.paths import INDEX, TEXT_SUFFIXES, is_mds, prepared_set, suffix_of
 from ft_dist.data.read.sources import local_files, read_records
 from ft_dist.data.read.text_files import Record
@@ -47,21 +47,21 @@ def _check(source: SourceConfig) -> str:
         return f"{source.path}: {place}, checked when it is prepared"
     if any(suffix_of(file) not in TEXT_SUFFIXES for file in files):
         return f"{source.path}: {_plural(len(files), 'table file')}, checked when prepared"
-    shape, count, stopped = _look_at(source)
-    return f"{source.path}: format {shape.format}, {count}{' or more' if stopped else ''} samples{_of(files)}"
+    record_format, count, stopped = _look_at(source)
+    return f"{source.path}: format {record_format.format}, {count}{' or more' if stopped else ''} samples{_of(files)}"
 
 
-def _look_at(source: SourceConfig) -> tuple[Shape, int, bool]:
-    """(shape, records read, whether more are left). An invalid record does not hide the next one."""
+def _look_at(source: SourceConfig) -> tuple[RecordFormat, int, bool]:
+    """(format, records read, whether more are left). An invalid record does not hide the next one."""
     started = time.monotonic()
-    shape: Shape | None = None
+    record_format: RecordFormat | None = None
     count, stopped = 0, False
     faults: list[str] = []
     try:
         for record in read_records(source):
             count += 1
-            shape = shape or shape_of(source, record)
-            _note_fault(shape, record, faults)
+            record_format = record_format or format_of(source, record)
+            _note_fault(record_format, record, faults)
             late = count % 1000 == 0 and time.monotonic() - started > MAX_SECONDS
             if count >= MAX_RECORDS or late or len(faults) == MAX_FAULTS:
                 stopped = True
@@ -70,13 +70,13 @@ def _look_at(source: SourceConfig) -> tuple[Shape, int, bool]:
         faults.append(str(error))
     if faults:
         raise DataError(" ".join([*faults, "(and maybe more)" * (len(faults) == MAX_FAULTS)]).strip())
-    assert shape is not None, "read_records raises on an empty source"
-    return shape, count, stopped
+    assert record_format is not None, "read_records raises on an empty source"
+    return record_format, count, stopped
 
 
-def _note_fault(shape: Shape, record: Record, faults: list[str]) -> None:
+def _note_fault(record_format: RecordFormat, record: Record, faults: list[str]) -> None:
     try:
-        shape.sample(record)
+        record_format.sample(record)
     except DataError as error:
         faults.append(str(error))
 

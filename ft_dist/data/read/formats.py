@@ -60,7 +60,7 @@ _SHAREGPT_ROLES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class RecordFormat:
     """How the records of one source become samples: set by the config, or detected from the first record."""
 
     format: DataFormat
@@ -73,11 +73,11 @@ class Shape:
         return _build(_rename(record, self.columns), record.where, self.format, self.first)
 
 
-def shape_of(source: SourceConfig, first: Record) -> Shape:
-    """The shape of a source whose first record this is. Raises DataError if no format matches."""
+def format_of(source: SourceConfig, first: Record) -> RecordFormat:
+    """The format of a source whose first record this is. Raises DataError if no format matches."""
     if source.format != "auto":
-        return Shape(source.format, source.columns)
-    return Shape(_detect(_rename(first, source.columns), first.where), source.columns, first.where)
+        return RecordFormat(source.format, source.columns)
+    return RecordFormat(_detect(_rename(first, source.columns), first.where), source.columns, first.where)
 
 
 def read_samples(source: SourceConfig, *, limit: int | None = None) -> Iterator[Sample]:
@@ -85,10 +85,10 @@ def read_samples(source: SourceConfig, *, limit: int | None = None) -> Iterator[
 
     Raises DataError with file and line at the first invalid record.
     """
-    shape: Shape | None = None
+    record_format: RecordFormat | None = None
     for record in read_records(source, limit=limit):
-        shape = shape or shape_of(source, record)
-        yield shape.sample(record)
+        record_format = record_format or format_of(source, record)
+        yield record_format.sample(record)
 
 
 def _detect(fields: dict[str, Any], where: str) -> DataFormat:

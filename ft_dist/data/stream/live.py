@@ -22,7 +22,7 @@ from ft_dist.config.schema import DataConfig, SourceConfig
 from ft_dist.data.encode.chunk import ChunkEncoder, EncodedChunk
 from ft_dist.data.encode.template import tokenizer_identity
 from ft_dist.data.encode.workers import available_cores, ordered_map
-from ft_dist.data.read.formats import shape_of
+from ft_dist.data.read.formats import format_of
 from ft_dist.data.read.paths import is_saved_dataset
 from ft_dist.data.read.sources import local_files, read_raw_records
 from ft_dist.data.read.tables import hub_revision, numbered_rows, open_dataset
@@ -156,7 +156,7 @@ class LiveStream:
         self._workers = workers or max(1, min(MOST_WORKERS, available_cores() // ranks_here))
         vocabulary = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
         first = next(iter(read_raw_records(source))).parse()
-        self._encoder = ChunkEncoder(tokenizer, shape_of(source, first), data.max_length, data.too_long, vocabulary)
+        self._encoder = ChunkEncoder(tokenizer, format_of(source, first), data.max_length, data.too_long, vocabulary)
         identity = tokenizer_identity(tokenizer)
         self._rules = digest(seed, self._cut, window, data.too_long, sorted(identity.items()), _content(source))
         self._position = _Position()

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ft_dist.config.schema import SourceConfig
-from ft_dist.data.read.formats import Sample, read_samples, shape_of
+from ft_dist.data.read.formats import Sample, format_of, read_samples
 from ft_dist.data.read.text_files import Record
 from ft_dist.errors import DataError
 
@@ -15,7 +15,7 @@ SYSTEM = {"role": "system", "content": "s"}
 
 def sample(columns: dict[str, str] | None = None, **fields) -> Sample:
     record = Record(fields, "FILE line 7")
-    return shape_of(SourceConfig(path="FILE", columns=columns or {}), record).sample(record)
+    return format_of(SourceConfig(path="FILE", columns=columns or {}), record).sample(record)
 
 
 @pytest.mark.parametrize(
