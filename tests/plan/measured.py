@@ -5,12 +5,10 @@
 CPU allocator, including what operators allocate inside.
 """
 
+import ctypes
 import gc
 import json
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +26,12 @@ def main() -> None:
     from ft_dist.preemption.stop import StopRequest
     from ft_dist.train import train
 
+    count_all_threads()
     torch.empty(0)
     held: list[int] = []
     original = Engine.train_step
 
     def noted(self: Engine, *arguments: Any, **options: Any) -> Any:
-        self.on_phase = after_a_pause
         held.append(held_bytes())
         with record_function(STEP):
             return original(self, *arguments, **options)
@@ -46,11 +44,10 @@ def main() -> None:
     Path(out).write_text(json.dumps(result))
 
 
-@contextmanager
-def after_a_pause(phase: str) -> Iterator[None]:
-    """Lets gloo's threads free the buffers of finished collectives, which they may do late on a busy machine."""
-    time.sleep(0.05)
-    yield
+def count_all_threads() -> None:
+    """Make torch's running total of CPU memory include threads without a profiler: those of gloo free buffers too."""
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    ctypes.c_bool.in_dll(library, "FLAGS_caffe2_report_cpu_memory_usage").value = True
 
 
 def held_bytes() -> int:
@@ -71,10 +68,9 @@ def held_bytes() -> int:
 
 
 def growths_of(profiler: Any) -> list[int]:
-    """The growth of memory within each step, from the allocator's running total.
+    """The growth of memory within each step, from the allocator's running total (see `count_all_threads`).
 
-    Summing the events would drift: a thread of gloo sometimes frees a collective's buffer, and the profiler, which
-    records only the thread that started it, has no event for that.
+    Summing the events would drift, because the profiler has no event for what another thread frees.
     """
     events = profiler.profiler.kineto_results.experimental_event_tree()
     for event in events:
