@@ -4,16 +4,21 @@ The world comes from the environment that torchrun, our launcher or SLURM sets (
 MASTER_ADDR, MASTER_PORT); without it the world size is 1.
 """
 
+import contextlib
 import os
 import socket
+import time
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ft_dist.errors import TrainingError
+
+GLOO_IDLE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,28 @@ def _make_gpus_deterministic() -> None:
 def leave_world() -> None:
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+        _wait_for_gloo()
+
+
+def _wait_for_gloo() -> None:
+    """Wait until gloo's threads are idle, but not longer than GLOO_IDLE_S.
+
+    DeepSpeed's references keep the threads of a destroyed group alive. One that still has to free a tensor needs the
+    interpreter; if it asks for it while the interpreter shuts down, the process aborts (SIGABRT) after a finished run.
+    """
+    deadline, idle = time.monotonic() + GLOO_IDLE_S, 0
+    while idle < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)  # leaves the interpreter to them
+        idle = 0 if _gloo_runs() else idle + 1
+
+
+def _gloo_runs() -> bool:
+    for task in Path("/proc/self/task").glob("*"):
+        with contextlib.suppress(OSError):
+            name, _, rest = (task / "stat").read_text().partition("(")[2].rpartition(") ")
+            if name.startswith("pt_gloo") and not rest.startswith("S"):
+                return True
+    return False
 
 
 def sum_over_ranks(values: list[float], world: World) -> list[float]:
