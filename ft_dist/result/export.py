@@ -22,7 +22,7 @@ def export_run(
     """
     to = Path(to).expanduser()
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise ModelError(f"--to={to}: exists and is not an empty folder. Name a new folder.")
+        raise ModelError(f"{to}: exists and is not an empty folder. Name a new folder.")
     weights = find_weights(str(run_dir), progress)
     if kind == "adapter" and weights.base is None:
         raise ModelError(f"{run_dir}: the run trained every weight, so it has no adapter. Use --to merged.")
@@ -36,7 +36,7 @@ def export_run(
             else:
                 _write_merged(weights, temporary)
     except OSError as error:
-        raise ModelError(f"--to={to}: cannot be written ({error.strerror or error}).") from None
+        raise ModelError(f"{to}: cannot be written ({error.strerror or error}).") from None
 
 
 def _write_merged(weights: Weights, folder: Path) -> None:
