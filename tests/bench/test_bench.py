@@ -42,15 +42,8 @@ def test_two_ranks_of_a_random_model(cli: Any, tmp_path: Path) -> None:
 
 
 def test_the_ranks_of_torchrun_measure_together(tmp_path: Path) -> None:
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        str(free_port()),
-    ]
+    options = f"--nproc-per-node 2 --master-port {free_port()}"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *options.split()]
     bench = ["-m", "ft_dist.cli", "bench", "tiny", "--length", "64", "--steps", "1", "--to", str(tmp_path)]
     done = subprocess.run([*torchrun, *bench, "model.dtype=fp32"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

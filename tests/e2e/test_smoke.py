@@ -114,15 +114,8 @@ def test_a_finished_run_started_again_stays_finished(smoke, cli):
 
 def test_torchrun_gives_the_same_run(cli, tmp_path):
     overrides = ["smoke", "optim.max_steps=3", "data.eval=[]"]
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        str(free_port()),
-    ]
+    options = f"--nproc-per-node 2 --master-port {free_port()}"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *options.split()]
     command = [*torchrun, "-m", "ft_dist.train", *overrides, f"output_dir={tmp_path / 'a'}"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     assert cli("train", *overrides, f"output_dir={tmp_path / 'b'}", "--nproc", "2").returncode == 0
