@@ -50,7 +50,7 @@ def test_tensors_reuse_prefaulted_memory():
 
 def test_trainable_weights_are_copied_out_of_the_mapped_file():
     settings = load_config("smoke", ["model.dtype=fp32"]).model
-    model = load_model(settings, folder=resolve_model("tiny-llama"), vocabulary=1)
+    model, _ = load_model(settings, folder=resolve_model("tiny-llama"), vocabulary=1)
     for parameter in list(model.parameters())[:3]:
         parameter.requires_grad_(False)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}

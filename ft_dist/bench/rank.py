@@ -124,7 +124,7 @@ def prepare(spec: Spec, config: RunConfig, stop: Any, free_memory: Callable[[], 
         seed=config.seed,
         global_rows=config.batch.global_rows,
         max_length=config.data.max_length,
-        packing=config.data.packing,
+        packing=config.data.packs,
     )
     run = Run(config, world, engine, stream, stop, tokenizer=tokenizer, held_out=None, folder=config.model.path)
     run.log_file = log_file

@@ -42,6 +42,9 @@ def check(
     config: Config,
     overrides: Overrides = None,
     nproc: Nproc = None,
+    model: Annotated[
+        bool, typer.Option("--model", help="Also load the weights and check the model's loss, isolation and gradients")
+    ] = False,
     env: Annotated[
         bool, typer.Option("--env", help="Also start the ranks and check that they agree and can reach each other")
     ] = False,
@@ -54,13 +57,14 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Run every check that is possible before training; exit 2 if something must be fixed."""
-    from ft_dist.check import check as check_config
     from ft_dist.config import load_config
     from ft_dist.launcher.machine import default_nproc
+    from ft_dist.run.rehearse import rehearse
 
     if env and as_json:
         raise UserError("--env cannot be combined with --json, because the ranks print their results as lines.")
-    facts = check_config(load_config(config, overrides or []), world_size=nproc or default_nproc())
+    settings = load_config(config, overrides or [])
+    facts = rehearse(settings, world_size=nproc or default_nproc(), model=model)
     if env:
         from ft_dist.launcher.agent import main as run_agent
 

@@ -74,7 +74,11 @@ class DataConfig(Section):
     too_long: Literal["drop", "truncate", "error"] = Field(
         default="drop", description="How to handle a sample over max_length: drop and count it, truncate it, or fail"
     )
-    packing: bool = Field(default=True, description="Pack several samples per row; attention stays within each sample")
+    packing: bool | Literal["auto"] = Field(
+        default="auto",
+        description="Pack several samples per row; attention stays within each sample. auto packs unless the model's "
+        "layers cannot keep samples apart; true then stops the run",
+    )
     curriculum: Literal["none", "length"] = Field(
         default="none", description="length: within each window of samples, rows are ordered from short to long samples"
     )
@@ -115,6 +119,11 @@ class DataConfig(Section):
         if any(source.live for source in self.eval):
             raise ValueError("a source of data.eval cannot be live, because the same samples are scored repeatedly")
         return self
+
+    @property
+    def packs(self) -> bool:
+        """Whether samples share rows, unless the model's layers cannot keep them apart."""
+        return self.packing is not False
 
     @property
     def live(self) -> SourceConfig | None:

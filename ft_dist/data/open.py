@@ -9,17 +9,17 @@ from ft_dist.data.stream.live import LiveStream
 from ft_dist.data.stream.stream import DataStream
 
 
-def open_stream(config: RunConfig, tokenizer: Any, train_set: Prepared) -> BatchStream:
-    """Global batches of the prepared sets, or of the live source."""
+def open_stream(config: RunConfig, tokenizer: Any, train_set: Prepared, *, packing: bool) -> BatchStream:
+    """Global batches of the prepared sets, or of the live source. `packing`: samples share rows."""
     data, rows = config.data, config.batch.global_rows
     if data.live:
-        return LiveStream(data.live, tokenizer, data=data, seed=config.seed, global_rows=rows)
+        return LiveStream(data.live, tokenizer, data=data, seed=config.seed, global_rows=rows, packing=packing)
     return DataStream(
         train_set.sources,
         seed=config.seed,
         global_rows=rows,
         max_length=data.max_length,
-        packing=data.packing,
+        packing=packing,
         temperature=data.temperature,
         shuffle_samples=data.shuffle_samples,
         curriculum=data.curriculum,

@@ -14,14 +14,14 @@ from ft_dist.engine.settings import deepspeed_config
 from ft_dist.engine.step import Engine, stage_of
 from ft_dist.model.fp8 import hold_base_in_fp8, refuse_without_fp8
 from ft_dist.model.fused.fuse import fuse
-from ft_dist.model.load import enable_activation_checkpointing, load_model
+from ft_dist.model.load import Loaded, enable_activation_checkpointing, load_model
 from ft_dist.model.quiet import quietly
 from ft_dist.model.tokenizer import new_token_ids
 from ft_dist.objective.table import build_objective
 
 
 def build_engine(
-    config: RunConfig, world: World, *, folder: str, tokenizer: Any, load: Callable[..., nn.Module] = load_model
+    config: RunConfig, world: World, *, folder: str, tokenizer: Any, load: Callable[..., Loaded] = load_model
 ) -> Engine:
     """Load `folder`, adapt it to the method, wrap it in DeepSpeed. `load` takes what `load_model` does.
 
@@ -35,7 +35,8 @@ def build_engine(
     # new embedding rows and adapters are initialised randomly, with the same numbers on every rank
     torch.manual_seed(config.seed)
     with quietly():
-        model = load(config.model, folder=folder, vocabulary=len(tokenizer), zero3_settings=settings)
+        model: Any
+        model, notes = load(config.model, folder=folder, vocabulary=len(tokenizer), zero3_settings=settings)
         if config.engine.activation_checkpointing:
             enable_activation_checkpointing(model)
         model = config.method.adapt(model, new_token_ids=new_token_ids(config.model, tokenizer))
@@ -48,9 +49,10 @@ def build_engine(
         report = fuse(causal_lm, kernels=config.model.kernels, device_type=world.device.type, zero3=zero3)
         objective = build_objective(model, fused=report.head_backend, by_segment=report.segments, zero3=zero3)
         report.add_head(objective.head.reason_unfused())
-        engine = Engine(objective, config, world)
+        engine = Engine(objective, config, world, fused=report)
         hold_contents(engine)
         engine.kernels = report.line() if base_in_fp8 is None else f"{report.line()}; {base_in_fp8.line()}"
+        engine.notes = notes
         return engine
 
 

@@ -22,6 +22,7 @@ from ft_dist.engine.flat_update import FlatUpdate
 from ft_dist.engine.grad_norm import judge_by_norm
 from ft_dist.engine.settings import deepspeed_config, effective_stage
 from ft_dist.model.fp8 import held_elements
+from ft_dist.model.fused.fuse import FusedReport
 from ft_dist.objective.protocol import Objective
 from ft_dist.optim.build import build_optimizer, parameter_groups
 
@@ -55,14 +56,19 @@ class StepResult:
 class Engine:
     """DeepSpeed around the objective: `train_step` in, `StepResult` out."""
 
-    def __init__(self, objective: Objective, config: RunConfig, world: World) -> None:
+    def __init__(
+        self, objective: Objective, config: RunConfig, world: World, *, fused: FusedReport | None = None
+    ) -> None:
         import deepspeed
 
         self.config = config
         self.world = world
         self.stage = stage_of(objective.model, config, world)
         self.objective = objective
+        self.fused = fused or FusedReport("off")
         self.kernels = ""
+        self.notes: list[str] = []
+        """Lines for the user on what was not loaded"""
         self._settled = world.device.type != "cuda"
         self.on_progress: Callable[[], None] = lambda: None
         """Called after every forward of a micro-batch and its backward, if any"""

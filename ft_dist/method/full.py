@@ -19,6 +19,9 @@ class Full(Method):
     def adapt(self, causal_lm: Any, *, new_token_ids: Sequence[int]) -> Any:
         return causal_lm
 
+    def trains(self, name: str) -> bool:
+        return True
+
     def trained(self, shape: "ModelShape") -> "list[Parameter]":
         return shape.parameters
 

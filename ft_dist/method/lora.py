@@ -58,6 +58,9 @@ class Lora(Method):
         except ValueError as error:
             raise ModelError(f"method.target_modules={self.target_modules}: {str(error).splitlines()[0]}") from error
 
+    def trains(self, name: str) -> bool:
+        return any(part in name for part in (".lora_", ".trainable_tokens_", ".modules_to_save."))
+
     def check(self, facts: "ModelFacts") -> None:
         if self.target_modules == "all-linear":
             return

@@ -35,6 +35,10 @@ class Method(BaseModel, ABC):
     def adapt(self, causal_lm: Any, *, new_token_ids: Sequence[int]) -> Any:
         """The model to train, with `requires_grad` set. Raises ModelError."""
 
+    @abstractmethod
+    def trains(self, name: str) -> bool:
+        """Whether the parameter called `name` in the adapted model has a gradient."""
+
     def check(self, facts: "ModelFacts") -> None:
         """Raise ModelError if the options do not fit the model."""
 

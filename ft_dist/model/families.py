@@ -1,10 +1,10 @@
-"""What differs between families of decoder models: the one table that fused layers, planning and the loss head read.
+"""What differs between families of decoder models: the one table that fused layers and planning read.
 
 A model whose `model_type` is not in the table trains with transformers' own layers, and the run reports it. Torch-free.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -13,8 +13,6 @@ class Family:
 
     classes: str
     """Prefix of transformers' class names: LlamaRMSNorm, LlamaMLP, LlamaAttention"""
-    offset_norm: bool = False
-    """RMSNorm multiplies by 1 + weight before the cast to the input's dtype; otherwise by weight, after the cast"""
     sandwich_norms: bool = False
     """Attention's and the MLP's outputs are normalised before the residual addition"""
     head_norms: bool = False
@@ -38,7 +36,6 @@ class Family:
 
 _GEMMA3 = Family(
     "Gemma3",
-    offset_norm=True,
     sandwich_norms=True,
     head_norms=True,
     sliding_window=True,
@@ -52,7 +49,6 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family("Qwen3", sliding_window=True, head_norms=True),
     "gemma2": Family(
         "Gemma2",
-        offset_norm=True,
         sandwich_norms=True,
         sliding_window=True,
         softcapped_scores=True,
@@ -85,17 +81,3 @@ def expert_count(config: dict[str, Any]) -> int:
 def ties_by_default(model_type: str) -> bool:
     """Whether a config.json without `tie_word_embeddings` means a tied head: every Gemma's does."""
     return model_type.startswith("gemma")
-
-
-class LogitForm(NamedTuple):
-    """The logits of the loss are `softcap * tanh(scale * head(x) / softcap)`, or `scale * head(x)` without softcap."""
-
-    softcap: float | None
-    scale: float
-
-
-def logit_form(config: Any) -> LogitForm:
-    """From a transformers config: Gemma 2's soft cap, Cohere's `logit_scale`, Granite's `logits_scaling`."""
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-    return LogitForm(getattr(config, "final_logit_softcapping", None), scale)

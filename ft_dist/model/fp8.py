@@ -16,6 +16,7 @@ from torch import nn
 
 from ft_dist.config.schema import ModelConfig
 from ft_dist.errors import ModelError
+from ft_dist.model.decoder import decoder_of
 from ft_dist.model.families import FAMILIES
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -77,7 +78,7 @@ def hold_base_in_fp8(causal_lm: Any) -> FP8Report:
             f"model.base_dtype=fp8: architecture {family} is not supported, only {', '.join(FAMILIES)}. Remove the key."
         )
     report = FP8Report(next(causal_lm.parameters()).device.type)
-    for parent in list(causal_lm.get_decoder().modules()):
+    for parent in list(decoder_of(causal_lm).modules()):
         if not hasattr(parent, "get_base_layer") and not isinstance(parent, nn.ModuleDict):  # adapters
             for names in _groups(parent):
                 _hold(parent, names, report)

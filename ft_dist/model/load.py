@@ -6,16 +6,25 @@ Under ZeRO-3 every weight is partitioned as it is read, so that no rank ever hol
 import contextlib
 import importlib.util
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from ft_dist.config.schema import ModelConfig
 from ft_dist.errors import ModelError
 from ft_dist.model.quiet import quietly
+from ft_dist.model.weights import check_loaded
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class Loaded(NamedTuple):
+    """A model, and lines for the user on what was not loaded."""
+
+    model: nn.Module
+    notes: list[str]
 
 
 def load_model(
@@ -24,28 +33,36 @@ def load_model(
     folder: str,
     vocabulary: int,
     zero3_settings: dict[str, Any] | None = None,
-) -> nn.Module:
+    meta: bool = False,
+) -> Loaded:
     """The causal language model in `folder` (or hub id), in `model.dtype`, embeddings grown to `vocabulary` rows.
 
-    `zero3_settings` is DeepSpeed's configuration when the weights are to be partitioned on load. Raises ModelError.
+    `zero3_settings` is DeepSpeed's configuration when the weights are to be partitioned on load. `meta` reads only
+    names and shapes, and makes a model without values. Raises ModelError, also if a weight would be random.
     """
     from transformers import AutoModelForCausalLM
 
     with _partitioned_on_load(zero3_settings):
         try:
             with quietly():
-                causal_lm = AutoModelForCausalLM.from_pretrained(
+                causal_lm, found = AutoModelForCausalLM.from_pretrained(
                     folder,
                     revision=model.revision,
                     dtype=DTYPES[model.dtype],
                     attn_implementation=attention_implementation(model),
                     trust_remote_code=model.trust_remote_code,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # so that they are listed
+                    **({"device_map": "meta"} if meta else {}),
                 )
-        except (OSError, ValueError, ImportError) as error:
-            raise ModelError(f"model.path={model.path}: {str(error).strip().splitlines()[0]}") from error
-        grow_embeddings(causal_lm, vocabulary)
+        except (OSError, ValueError, ImportError, AttributeError, KeyError, TypeError, SafetensorError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ModelError(f"model.path={model.path}: transformers cannot load it ({reason}).") from error
+        notes = check_loaded(found, causal_lm.config, model.path)
+        if not meta:
+            grow_embeddings(causal_lm, vocabulary)
     causal_lm.config.use_cache = False
-    return causal_lm
+    return Loaded(causal_lm, notes)
 
 
 def random_model(
@@ -54,7 +71,7 @@ def random_model(
     folder: str,
     vocabulary: int,
     zero3_settings: dict[str, Any] | None = None,
-) -> nn.Module:
+) -> Loaded:
     """A model of the shape in `folder`'s config.json with random weights, as fast as the real one.
 
     Created on its final device, because a GPU draws billions of random numbers in seconds. Arguments as `load_model`.
@@ -69,7 +86,7 @@ def random_model(
             attn_implementation=attention_implementation(model),
         )
     causal_lm.config.use_cache = False
-    return causal_lm
+    return Loaded(causal_lm, [])
 
 
 def attention_implementation(model: ModelConfig) -> str | None:

@@ -15,19 +15,23 @@ from ft_dist_kernels.cross_entropy.op import linear_cross_entropy
 from torch import nn
 
 from ft_dist.data.stream.batch import IGNORED
-from ft_dist.model.families import logit_form
 from ft_dist.model.fused.fuse import register_parameters
 from ft_dist.model.fused.merged import lora_weights
+from ft_dist.model.logits import measured_form, own_logits
 
 
 class LossHead(nn.Module):
-    """Output embedding and loss. It owns no parameters: it reads those of the model's head, tied or not."""
+    """Output embedding and loss. It owns no parameters: it reads those of the model's head, tied or not.
+
+    The kernel knows logits that are a scaled and capped output of the head; others come from the model's own `forward`.
+    """
 
     def __init__(self, causal_lm: Any, *, fused: Backend | None, zero3: bool) -> None:
         super().__init__()
-        # a tuple keeps the head from becoming a submodule here, which would register its parameters under a second name
+        # tuples keep these from becoming submodules here, which would register their parameters under a second name
+        self._causal_lm = (causal_lm,)
         self._head = (causal_lm.get_output_embeddings(),)
-        self.softcap, self.logit_scale = logit_form(causal_lm.config.get_text_config())
+        self.form = measured_form(causal_lm)
         self.fused = fused if self.reason_unfused() is None else None
         if self.fused and zero3:
             register_parameters(self, list(self._head[0].parameters()))
@@ -35,6 +39,8 @@ class LossHead(nn.Module):
     def reason_unfused(self) -> str | None:
         """Why the kernel cannot compute this head, or None."""
         head = self._head[0]
+        if self.form is None:
+            return "logits that the model computes in a form of its own"
         base = head.get_base_layer() if hasattr(head, "get_base_layer") else head
         if type(base) is not nn.Linear:
             return f"output head of type {type(base).__name__}"
@@ -45,14 +51,12 @@ class LossHead(nn.Module):
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor, labelled: torch.Tensor | None = None) -> torch.Tensor:
         """Summed loss of hidden (..., H) with labels (...); `labelled` (N,) are the indices of rows with a label."""
         head = self._head[0]
-        if self.fused is None:
+        if self.fused is None or self.form is None:
             labels_T = labels.reshape(-1)
             rows_N = (labels_T != IGNORED).nonzero().view(-1) if labelled is None else labelled
-            logits_NV = head(hidden.flatten(0, -2)[rows_N]).float() * self.logit_scale
-            if self.softcap:
-                logits_NV = torch.tanh(logits_NV / self.softcap) * self.softcap
+            logits_NV = own_logits(self._causal_lm[0], hidden.flatten(0, -2)[None, rows_N])[0].float()
             return F.cross_entropy(logits_NV, labels_T[rows_N], reduction="sum")
-        options: dict[str, Any] = {"softcap": self.softcap, "logit_scale": self.logit_scale, "backend": self.fused}
+        options: dict[str, Any] = {"softcap": self.form.softcap, "logit_scale": self.form.scale, "backend": self.fused}
         options["rows"] = labelled
         weight, bias = head.weight, head.bias
         if hasattr(head, "lora_A"):

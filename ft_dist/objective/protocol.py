@@ -13,6 +13,7 @@ from ft_dist_kernels.backend import Backend
 from torch import nn
 
 from ft_dist.data.stream.batch import MicroBatch
+from ft_dist.model.decoder import block_masks, decoder_of
 from ft_dist.objective.head import LossHead
 
 
@@ -42,6 +43,8 @@ class Objective(nn.Module, ABC):
         super().__init__()
         self.model = model
         self.by_segment = by_segment
+        self.by_block_masks = False
+        """Samples of a row are separated by masks that we build, because the model's ignore `position_ids`"""
         self.head = LossHead(self.causal_lm, fused=fused, zero3=zero3)
 
     @staticmethod
@@ -104,6 +107,8 @@ class Objective(nn.Module, ABC):
         elif labelled is not None:
             assert kept is not None
             labelled = kept[labelled]
-        decoder = causal_lm.get_decoder()
+        if self.by_block_masks:
+            separate = {"attention_mask": block_masks(causal_lm, position_ids)}
+        decoder = decoder_of(causal_lm)
         output = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, **separate)
         return output.last_hidden_state, labels, labelled

@@ -92,7 +92,7 @@ class Job:
     def masked(self) -> bool:
         """Whether attention needs a mask of length x length."""
         apart = self.flash or self.by_segment or self.config.model.attention == "flex_attention"
-        return self.config.data.packing and not apart
+        return self.config.data.packs and not apart
 
     @property
     def by_segment(self) -> bool:

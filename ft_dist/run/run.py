@@ -105,7 +105,8 @@ class Run:
         console = self.recorder.console
         for fact in facts:
             console.say(fact)
-        console.say(self.engine.kernels)
+        for line in (*self.engine.notes, self.engine.kernels):
+            console.say(line)
         for line in self.checkpoints.skipped:
             console.note(f"checkpoint skipped: {line}")
         trainable = sum(getattr(p, "ds_numel", p.numel()) for _, p in self.engine.trainable())

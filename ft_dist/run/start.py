@@ -22,6 +22,7 @@ from ft_dist.preflight.ranks import form_world
 from ft_dist.resources import resume_gc
 from ft_dist.run.out_of_memory import explain_out_of_memory, rows_after_shortage
 from ft_dist.run.run import Run
+from ft_dist.run.self_check import self_check
 
 
 def prepare_run(config: RunConfig, stop: StopRequest, *, free_memory: Callable[[], None]) -> Run:
@@ -42,8 +43,11 @@ def prepare_run(config: RunConfig, stop: StopRequest, *, free_memory: Callable[[
     free_memory()
     with explain_out_of_memory(config, world, flash=False):
         engine = build_engine(config, world, folder=folder, tokenizer=tokenizer)
-    stream = open_stream(config, tokenizer, train_set)
+        store = None if config.data.live else train_set.store
+        checked = self_check(engine, config, folder=folder, tokenizer=tokenizer, store=store)
+    stream = open_stream(config, tokenizer, train_set, packing=checked.packs)
     run = Run(config, world, engine, stream, stop, tokenizer=tokenizer, held_out=held_out, folder=folder)
     run.log_file = log_file
-    run.start(facts=[*facts, *notes, *report_lines(report), *agreed], data_report=report)
+    facts = [*facts, *notes, *report_lines(report), *agreed, *checked.lines]
+    run.start(facts=facts, data_report=report)
     return run

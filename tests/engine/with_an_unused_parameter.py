@@ -18,14 +18,14 @@ def main() -> None:
     import ft_dist.run.start
     from ft_dist.config import load_config
     from ft_dist.engine.step import Engine
-    from ft_dist.model.load import load_model
+    from ft_dist.model.load import Loaded, load_model
     from ft_dist.preemption.stop import StopRequest
     from ft_dist.train import train
 
-    def load(*arguments: Any, **options: Any) -> nn.Module:
-        model = load_model(*arguments, **options)
+    def load(*arguments: Any, **options: Any) -> Loaded:
+        model, notes = load_model(*arguments, **options)
         model.register_parameter("unused", nn.Parameter(torch.ones(2, 3)))
-        return model
+        return Loaded(model, notes)
 
     seen: list[list[float]] = []
     original = Engine.train_step

@@ -19,7 +19,7 @@ from tests.data.stores import ListStore, random_store
 def build(kind: str, kernels: str) -> CausalObjective:
     settings = ModelConfig(path="tiny-llama", dtype="fp32", kernels=kernels)
     torch.manual_seed(0)
-    model = load_model(settings, folder=resolve_model("tiny-llama"), vocabulary=1)
+    model, _ = load_model(settings, folder=resolve_model("tiny-llama"), vocabulary=1)
     if kind != "full":
         model = Lora(rank=4).adapt(model)
         with torch.no_grad():

@@ -56,6 +56,6 @@ def _trainable_shapes(config: RunConfig, folder: str) -> dict[str, list[int]]:
     """Names and shapes of the parameters that a run of this config trains, from the model itself."""
     tokenizer, _ = configured_tokenizer(config.model, folder)
     with quietly():
-        model = load_model(config.model, folder=folder, vocabulary=len(tokenizer))
+        model, _ = load_model(config.model, folder=folder, vocabulary=len(tokenizer))
         model = config.method.adapt(model, new_token_ids=new_token_ids(config.model, tokenizer))
     return {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}

@@ -129,7 +129,7 @@ def estimated_steps(config: RunConfig, train: Prepared) -> int:
     for one in train.sets:
         counts = one.report["counts"]
         rows += one.weight * (
-            counts["tokens"] / (config.data.max_length * PACKED_SHARE) if config.data.packing else counts["samples"]
+            counts["tokens"] / (config.data.max_length * PACKED_SHARE) if config.data.packs else counts["samples"]
         )
     steps = config.optim.epochs * max(1, -(-int(rows + 0.999) // config.batch.global_rows))
     return min(steps, config.optim.max_steps or steps)

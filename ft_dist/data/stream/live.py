@@ -139,6 +139,7 @@ class LiveStream:
         data: DataConfig,
         seed: int,
         global_rows: int,
+        packing: bool = True,
         workers: int | None = None,
         window: int = DEFAULT_WINDOW,
     ) -> None:
@@ -147,7 +148,7 @@ class LiveStream:
         self.global_rows = global_rows
         self._cut: dict[str, Any] = {
             "max_length": data.max_length,
-            "packing": data.packing,
+            "packing": packing,
             "by_length": data.curriculum == "length",
         }
         self._seed = seed

@@ -61,8 +61,11 @@ def is_decoder_layer(module: nn.Module, family: Family) -> bool:
     """Whether the module has exactly the parts that `layer_forward` runs."""
     children = {name for name, _ in module.named_children()}
     dropouts = {"resid_attn_dropout", "resid_mlp_dropout"}
-    norms = SANDWICH_NORMS if family.sandwich_norms else LAYER_NORMS
-    return children - dropouts == {"self_attn", "mlp", *norms}
+    return children - dropouts == {"self_attn", "mlp", *layer_norms(family)}
+
+
+def layer_norms(family: Family) -> tuple[str, ...]:
+    return SANDWICH_NORMS if family.sandwich_norms else LAYER_NORMS
 
 
 def _room(group: Merged | None, hidden_states: torch.Tensor) -> dict[str, int]:

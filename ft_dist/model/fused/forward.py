@@ -13,7 +13,6 @@ import torch
 from ft_dist_kernels.attention.op import segment_attention
 from ft_dist_kernels.attention.ragged_segments import AnySegments
 from ft_dist_kernels.backend import Backend
-from ft_dist_kernels.glu.op import geglu, swiglu
 from ft_dist_kernels.linear import gains_from_onednn, linear_group
 from ft_dist_kernels.lora.op import lora_linear_group
 from ft_dist_kernels.rms_norm.op import rms_norm
@@ -22,16 +21,19 @@ from torch import nn
 
 from ft_dist.model.families import Family
 from ft_dist.model.fused.merged import Merged, lora_weights
+from ft_dist.model.fused.probe import NormForm, glu
 from ft_dist.model.fused.recompute import recomputed
 
 
-def norm_forward(module: Any, *, offset: bool, backend: Backend) -> Any:
-    """RMSNorm. With `offset` it multiplies by 1 + weight and casts to the input's dtype, otherwise it casts first.
+def norm_eps(module: Any) -> float:
+    return float(getattr(module, "variance_epsilon", getattr(module, "eps", 1e-6)))
 
-    Our decoder layer (`decoder_layer.py`) also uses the norm of hidden_states + residual, that sum, and `spare` columns
-    after each row for the layers that read it.
+
+def norm_forward(module: Any, form: NormForm, *, backend: Backend) -> Any:
+    """RMSNorm. Our decoder layer (`decoder_layer.py`) also uses the norm of hidden_states + residual, that sum, and
+    `spare` columns after each row for the layers that read it.
     """
-    eps = float(getattr(module, "variance_epsilon", getattr(module, "eps", 1e-6)))
+    eps = norm_eps(module)
 
     def forward(
         hidden_states: torch.Tensor, residual: torch.Tensor | None = None, *, with_sum: bool = False, spare: int = 0
@@ -40,8 +42,8 @@ def norm_forward(module: Any, *, offset: bool, backend: Backend) -> Any:
             hidden_states,
             module.weight,
             eps=eps,
-            offset=1.0 if offset else 0.0,
-            cast_before_weight=not offset,
+            offset=form.offset,
+            cast_before_weight=form.cast_before_weight,
             residual=residual,
             with_sum=with_sum,
             spare=spare,
@@ -105,24 +107,20 @@ def mlp_forward(
     """
     down = Merged([module.down_proj], together=together, backend=backend)
 
-    def gated(gate: torch.Tensor, up: torch.Tensor | None, spare: int) -> torch.Tensor:
-        if activation == "silu":
-            return swiglu(gate, up, spare=spare, backend=backend)
-        approximate: Any = "tanh" if activation == "gelu_pytorch_tanh" else "none"
-        return geglu(gate, up, approximate=approximate, spare=spare, backend=backend)
+    gated = glu(activation, backend=backend)
 
     def forward(x: torch.Tensor, *, spare: int = 0) -> torch.Tensor:
         # `up` is None if `gate` holds both halves
         parts = [inputs(x, spare)] if spare else linears(inputs, x, together=together)
         gate, up = parts if len(parts) == 2 else (parts[0], None)
         down_spare = down.spare(x)
-        product = gated(gate, up, down_spare)
+        product = gated(gate, up, spare=down_spare)
         with _saved(product, gate, up, down_spare) if recompute() and product.requires_grad else nullcontext():
             return down(product, down_spare) if down_spare else module.down_proj(product)
 
     def _saved(product: torch.Tensor, gate: torch.Tensor, up: torch.Tensor | None, spare: int) -> Any:
         gate, up = gate.detach(), None if up is None else up.detach()
-        return recomputed(product, lambda: gated(gate, up, spare))
+        return recomputed(product, lambda: gated(gate, up, spare=spare))
 
     return forward
 

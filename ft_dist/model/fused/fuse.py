@@ -6,7 +6,8 @@ gathering hooks, so each of these parameters is registered with the layer that r
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,18 +17,21 @@ from ft_dist_kernels.backend import HAS_TRITON, Backend
 from torch import nn
 
 from ft_dist.errors import ModelError
+from ft_dist.model.decoder import decoder_of
 from ft_dist.model.families import FAMILIES, Family
 from ft_dist.model.fp8 import FP8Linear
-from ft_dist.model.fused.decoder_layer import is_decoder_layer, layer_forward
+from ft_dist.model.fused.decoder_layer import is_decoder_layer, layer_forward, layer_norms
 from ft_dist.model.fused.forward import (
     attention_forward,
     linear_forward,
     lora_forward,
     mlp_forward,
+    norm_eps,
     norm_forward,
     takes_segments,
 )
 from ft_dist.model.fused.merged import Merged
+from ft_dist.model.fused.probe import is_gated_mlp, norm_form
 
 ATTENTION = "attention (qkv, rotary)"
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj", "qkv_proj")
@@ -46,6 +50,8 @@ class FusedReport:
     """Whether every layer accepts the segments of packed rows instead of a mask over whole rows"""
     attention: str = ""
     """The attention kernel used then on a GPU"""
+    swapped: list[nn.Module] = field(default_factory=list)
+    """The modules whose forward is replaced"""
 
     @property
     def head_backend(self) -> Backend | None:
@@ -87,7 +93,7 @@ def fuse(causal_lm: Any, *, kernels: str, device_type: str, zero3: bool) -> Fuse
     family = FAMILIES.get(model_type)
     if family is None:
         report.left[f"layers of architecture {model_type}, which is not among {', '.join(FAMILIES)}"] += 1
-    modules = list(causal_lm.get_decoder().modules())
+    modules = list(decoder_of(causal_lm).modules())
     layer_of = {module.mlp: module for module in modules if family and is_decoder_layer(module, family)}
     groups: dict[nn.Module, Merged] = {}
     for module in modules:
@@ -97,8 +103,11 @@ def fuse(causal_lm: Any, *, kernels: str, device_type: str, zero3: bool) -> Fuse
             _fuse_part(module, family, report, backend, together=not zero3, layer=layer, groups=groups)
     for layer in layer_of.values():
         assert family is not None
+        if not all(_is_swapped(getattr(layer, name)) for name in layer_norms(family)):
+            continue
         _swap(layer, layer_forward(layer, groups, sandwich=family.sandwich_norms))
         report.fused["decoder layers (residual sums)"] += 1
+    report.swapped = [module for module in modules if _is_swapped(module)]
     config = causal_lm.config.get_text_config()
     report.segments = report.fused[ATTENTION] == config.num_hidden_layers and takes_segments(causal_lm)
     if report.segments and device_type == "cuda":
@@ -137,12 +146,16 @@ def _fuse_part(
     if type(module) is nn.Linear and backend == "torch":
         _swap(module, linear_forward(module))
     if name == f"{family.classes}RMSNorm":
-        _swap(module, norm_forward(module, offset=family.offset_norm, backend=backend))
+        form = norm_form(module, eps=norm_eps(module))
+        if form is None:
+            report.left[f"{name} of a form of its own"] += 1
+            return
+        _swap(module, norm_forward(module, form, backend=backend))
         report.fused["RMSNorm"] += 1
     elif name == f"{family.classes}MLP":
         activation = getattr(module.config, family.activation_key)
-        if activation not in ACTIVATIONS:
-            report.left[f"MLP with activation {activation}"] += 1
+        if activation not in ACTIVATIONS or not is_gated_mlp(module, activation):
+            report.left[f"{name} with activation {activation}"] += 1
             return
 
         def recompute() -> bool:
@@ -176,3 +189,18 @@ def register_parameters(module: nn.Module, parameters: list[nn.Parameter]) -> No
 def _swap(module: nn.Module, forward: Any) -> None:
     # on the instance only: the class and other models are unaffected
     module.forward = forward
+
+
+def _is_swapped(module: nn.Module) -> bool:
+    return "forward" in vars(module)
+
+
+@contextmanager
+def own_forwards(report: FusedReport) -> Iterator[None]:
+    """Inside, every module has its class's forward, as transformers (and peft) wrote it."""
+    ours = [(module, vars(module).pop("forward")) for module in report.swapped]
+    try:
+        yield
+    finally:
+        for module, forward in ours:
+            module.forward = forward

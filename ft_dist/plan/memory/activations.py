@@ -84,7 +84,7 @@ class Walk:
             # with a mask, SDPA needs repeated keys and values, and the mask in the dtype of the queries
             self.hold(layer, k_repeated=self.q, v_repeated=self.q, mask=self.mask * self.b)
             self.free(layer, "k_turned", "v")
-        if self.job.by_segment and self.job.config.data.packing and not self.job.gpu:
+        if self.job.by_segment and self.job.config.data.packs and not self.job.gpu:
             # attention keeps tokens in its own order, and the projection after it in the order of the rows
             self.hold(layer, q_spread=self.q, k_spread=self.kv, v_spread=self.kv)
             self.free(layer, "q_turned", "k_turned", "v")

@@ -1,0 +1,310 @@
+"""Proves before the first step, on the run's own model, ranks and kernels, that what trains is right.
+
+- The objective's loss of a sample equals that of transformers' untouched model.
+- It does not depend on other samples in its row, on padding, or on later tokens.
+- Gradients can reach every parameter that trains.
+
+Rank 0 judges and the others follow, so that all leave together. The result is cached by what it depends on: the model's
+config, the method, kernels, code and versions.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from ft_dist.config import RunConfig
+from ft_dist.data.encode.template import Encoder
+from ft_dist.data.read.formats import read_samples
+from ft_dist.data.store.store import SampleStore
+from ft_dist.distributed import control_store
+from ft_dist.engine.probe import Probe, own_loss, own_unreached, training_loss, unreached
+from ft_dist.engine.step import Engine
+from ft_dist.errors import ModelError
+from ft_dist.model.builtin import cache_dir
+from ft_dist.observe.files import write_json
+from ft_dist.preflight.same import code_hash
+from ft_dist.resources import versions
+from ft_dist.run.out_of_memory import is_out_of_memory
+
+TOKENS = (43, 37)
+"""Longer samples are cut to these lengths: primes, so that padding and windows do not end with a sample"""
+CANDIDATES = 64
+FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError)
+"""What a model's code raises for inputs that it does not take"""
+NOISE_FACTOR = 16.0
+"""How many times the effect of one rounding step of the embeddings two ways to compute the same loss may differ"""
+
+Separation = Literal["segments", "positions", "masks", "rows"]
+"""What keeps the samples of a row apart: attention by segment, the model's own mask from restarting positions, masks
+that we build; or nothing does, and every sample needs a row of its own"""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Losses in nats per labelled token. `leaks` is the largest change of a loss by what it must not depend on."""
+
+    loss: float
+    own_loss: float
+    tolerance: float
+    separation: Separation
+    leak: float
+    """With `separation`: by other samples or padding"""
+    leak_packed: float
+    """In packed rows, by the best means there is"""
+    foresight: float
+    """By a later token of the sample itself"""
+    unreached: tuple[str, ...]
+    """Trainable parameters that transformers' own forward reaches and ours does not"""
+    idle: tuple[str, ...]
+    """Trainable parameters that neither reaches"""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The result for a run: lines to print, and whether samples may share a row."""
+
+    lines: list[str]
+    packs: bool
+
+
+def self_check(engine: Engine, config: RunConfig, *, folder: str, tokenizer: Any, store: SampleStore | None) -> Checked:
+    """All ranks call it once the engine is built. Raises ModelError on every rank, naming the part that is wrong."""
+    _check_trained(engine, config)
+    measured, cached = _agreed(
+        engine,
+        lambda: _measure(engine, _samples(config, tokenizer, store)),
+        file=cache_dir() / "self_check" / f"{_key(engine, config, folder)}.json",
+        timeout_s=config.engine.timeout_s,
+    )
+    engine.objective.by_block_masks = measured.separation == "masks"
+    return _judge(measured, engine, config, cached=cached)
+
+
+def _check_trained(engine: Engine, config: RunConfig) -> None:
+    """What has a gradient is what the method trains. Raises ModelError."""
+    frozen: list[str] = []
+    trained: list[str] = []
+    for name, parameter in engine.objective.model.named_parameters():
+        if parameter.is_floating_point() and parameter.requires_grad != config.method.trains(name):
+            (trained if parameter.requires_grad else frozen).append(name)
+    for names, state in ((frozen, "frozen, although"), (trained, "trained, although not")):
+        if names:
+            raise ModelError(
+                f"model.path={config.model.path}: self-check: {_some(names)}: {state} method.kind={config.method.kind} "
+                "trains it. Report this."
+            )
+
+
+def _judge(measured: Measured, engine: Engine, config: RunConfig, *, cached: bool) -> Checked:
+    model = f"model.path={config.model.path}"
+    fix = "Set model.kernels=off and report this." if engine.fused.swapped else "This architecture cannot be trained."
+    if measured.foresight > measured.tolerance:
+        raise ModelError(
+            f"{model}: self-check: a later token changes the loss of earlier ones by {measured.foresight:.1g}, so "
+            "attention is not causal. Use a causal language model; for BERT and its kin set is_decoder in config.json."
+        )
+    if not abs(measured.loss - measured.own_loss) <= measured.tolerance:
+        raise ModelError(
+            f"{model}: self-check: the loss is {measured.loss:.5f} in training, but {measured.own_loss:.5f} by "
+            f"transformers' own forward of the same tokens; rounding explains {measured.tolerance:.1g}. {fix}"
+        )
+    if measured.unreached:
+        raise ModelError(
+            f"{model}: self-check: no gradient reaches {_some(measured.unreached)}, which the model's own forward does "
+            f"reach. {fix}"
+        )
+    lines = []
+    packs = config.data.packs and measured.separation != "rows"
+    if config.data.packs and not packs:
+        reason = f"samples in one row change each other's loss by {measured.leak_packed:.1g} in this architecture"
+        if config.data.packing is True:
+            raise ModelError(f"{model}: data.packing=true, but {reason}. Set data.packing=auto or false.")
+        lines.append(f"{reason}; each sample gets its own row")
+    if measured.leak > measured.tolerance:
+        raise ModelError(
+            f"{model}: self-check: padding or other rows change a sample's loss by {measured.leak:.1g}; rounding "
+            f"explains {measured.tolerance:.1g}. {fix}"
+        )
+    if measured.idle:
+        lines.append(f"the model's forward does not use {_some(measured.idle)}; they get no gradient")
+    parameters = f"{_count(engine.trainable_parameters)} of {_count(engine.total_parameters)} parameters train"
+    lines.append(
+        f"self-check{' (cached)' if cached else ''}: loss {measured.loss:.5f} = {measured.own_loss:.5f} (model's own; "
+        f"rounding explains {measured.tolerance:.0e}), isolated to {measured.leak:.0e}, {parameters}"
+    )
+    return Checked(lines, packs)
+
+
+def _measure(engine: Engine, samples: Sequence[Probe]) -> Measured:
+    other, sample = samples
+    own = own_loss(engine, sample)
+    noise = max(abs(own_loss(engine, sample, noise_seed=seed) - own) for seed in range(2))
+    alone = training_loss(engine, [sample])
+    # several roundings of the loss itself, whose terms are fp32
+    tolerance = (NOISE_FACTOR * noise + 8 * torch.finfo(torch.float32).eps * abs(own)) / sample.labels
+    leaks: dict[Separation, float] = {}
+    for means in _separations(engine):
+        engine.objective.by_block_masks = means == "masks"
+        leaks[means] = _leak(engine, sample, other, alone)
+        if leaks[means] <= tolerance:
+            break
+    packed = min(leaks, key=lambda means: leaks[means])
+    separation: Separation = packed if leaks[packed] <= tolerance else "rows"
+    engine.objective.by_block_masks = separation == "masks"
+    padding = abs(training_loss(engine, [sample], [other.unlabelled()]) - alone) / sample.labels
+    missing = unreached(engine, sample)
+    idle = set(own_unreached(engine, sample)) if missing else set()
+    return Measured(
+        loss=alone / sample.labels,
+        own_loss=own / sample.labels,
+        tolerance=tolerance,
+        separation=separation,
+        leak=padding if separation == "rows" else leaks[separation],
+        leak_packed=leaks[packed],
+        foresight=_foresight(engine, sample),
+        unreached=tuple(name for name in missing if name not in idle),
+        idle=tuple(name for name in missing if name in idle),
+    )
+
+
+def _separations(engine: Engine) -> tuple[Separation, ...]:
+    return ("segments",) if engine.objective.by_segment else ("positions", "masks")
+
+
+def _leak(engine: Engine, sample: Probe, other: Probe, alone: float) -> float:
+    """The largest change of the sample's loss per label: behind another, behind a changed one, next to a longer row."""
+    other = other.unlabelled()
+    try:
+        behind = training_loss(engine, [other, sample])
+        behind_changed = training_loss(engine, [other.with_other_tokens(0), sample])
+        beside = training_loss(engine, [sample], [other, other])
+    except FAILURES as error:
+        if is_out_of_memory(error) or not engine.objective.by_block_masks:
+            raise
+        return math.inf  # the model does not take such masks
+    return max(abs(behind - alone), abs(behind_changed - behind), abs(beside - alone)) / sample.labels
+
+
+def _foresight(engine: Engine, sample: Probe) -> float:
+    """The change of the first half's loss by other tokens in the second half."""
+    half = len(sample.tokens) // 2
+    mask = np.arange(len(sample.tokens)) < half
+    first = Probe(sample.tokens, mask)
+    change = training_loss(engine, [first.with_other_tokens(half)]) - training_loss(engine, [first])
+    return abs(change) / first.labels
+
+
+def _samples(config: RunConfig, tokenizer: Any, store: SampleStore | None) -> tuple[Probe, Probe]:
+    """Two short samples of the training data: one to stand before, and the one whose loss is compared.
+
+    All tokens are labelled: more of them reveal more, and which ones a run labels does not matter here.
+    """
+    if store is not None:
+        ids = np.arange(min(len(store), CANDIDATES))
+        shortest = ids[np.argsort(np.maximum(store.lengths_of(ids), 8), kind="stable")][:2]
+        found: list[np.ndarray] = [store.gather(np.array([index]))[0] for index in shortest]
+    else:
+        encoded = Encoder(tokenizer).encode_batch(list(islice(read_samples(config.data.train[0]), 2)))
+        found = [one.tokens for one in encoded]
+    other, sample = (_cut(tokens, at_most) for tokens, at_most in zip(found[::-1] * 2, TOKENS, strict=False))
+    return other, sample
+
+
+def _cut(tokens: np.ndarray, at_most: int) -> Probe:
+    """`at_most` tokens and at least 11, all labelled."""
+    tokens = np.resize(tokens, max(11, min(len(tokens), at_most)))
+    return Probe(tokens.astype(np.int64), np.ones(len(tokens), np.bool_))
+
+
+def _agreed(engine: Engine, measure: Callable[[], Measured], *, file: Path, timeout_s: float) -> tuple[Measured, bool]:
+    """What rank 0 measured or found in its cache, on every rank; at stage 3 all ranks must measure with it."""
+    world, store = engine.world, control_store()
+    together = engine.stage == 3
+    if world.is_main:
+        found = _read(file)
+        store.set("self_check/cached", json.dumps(found is not None))
+        if found is not None:
+            store.set("self_check/measured", json.dumps(asdict(found)))
+            return found, True
+        try:
+            measured = _named_failure(engine, measure)
+        except ModelError as error:
+            store.set("self_check/measured", json.dumps({"error": str(error)}))
+            raise
+        store.set("self_check/measured", json.dumps(asdict(measured)))
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs the next start some seconds
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, asdict(measured))
+        return measured, False
+    store.wait(["self_check/cached"], timedelta(seconds=timeout_s))
+    cached = json.loads(store.get("self_check/cached"))
+    if together and not cached:
+        _named_failure(engine, measure)
+    store.wait(["self_check/measured"], timedelta(seconds=timeout_s))
+    answer = json.loads(store.get("self_check/measured"))
+    if "error" in answer:
+        raise ModelError(answer["error"])
+    return _parse(answer), cached
+
+
+def _named_failure(engine: Engine, measure: Callable[[], Measured]) -> Measured:
+    try:
+        return measure()
+    except FAILURES as error:
+        if is_out_of_memory(error) or isinstance(error, ModelError):
+            raise
+        name = type(engine.objective.causal_lm).__name__
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"model.path={engine.config.model.path}: self-check: the forward of {name} fails ({reason}). This "
+            "architecture cannot be trained here."
+        ) from error
+
+
+def _read(file: Path) -> Measured | None:
+    try:
+        return _parse(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _parse(tree: dict[str, Any]) -> Measured:
+    return Measured(**{**tree, "unreached": tuple(tree["unreached"]), "idle": tuple(tree["idle"])})
+
+
+def _key(engine: Engine, config: RunConfig, folder: str) -> str:
+    device = engine.world.device
+    parts = [
+        engine.objective.causal_lm.config.to_json_string(use_diff=False),
+        sorted(path.read_text(encoding="utf-8") for path in Path(folder).glob("*.py")),
+        config.method.model_dump(),
+        config.model.model_dump(exclude={"path", "revision", "chat_template"}),
+        {
+            "fused": engine.fused.line(),
+            "stage 3": engine.stage == 3,
+            "checkpointing": config.engine.activation_checkpointing,
+        },
+        torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        [name for name, _ in engine.trainable()],
+        versions(),
+        code_hash(),
+    ]
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.2f} M"

@@ -1,0 +1,64 @@
+"""`python -m tests.families [ARCHITECTURE ...]`: a table of every architecture, each with LoRA and full fine-tuning.
+
+Exits with 1 if a row is wrong. A refusal is right if `ft-dist check --model` and `ft-dist train` agree on it.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import deepspeed  # noqa: F401 - workers are forked and inherit imports
+import peft  # noqa: F401
+
+import ft_dist.run.rehearse
+import ft_dist.run.start  # noqa: F401
+from tests.families.architectures import ARCHITECTURES
+from tests.families.row import METHODS, Row, rows_of
+
+WORKERS = 2
+
+
+def main(arguments: list[str]) -> int:
+    names = [name for name in arguments if not name.startswith("--")] or list(ARCHITECTURES)
+    started = time.perf_counter()
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["FT_DIST_CACHE"] = folder
+        pool = get_context("fork").Pool(WORKERS, maxtasksperchild=1)
+        jobs = [pool.apply_async(rows_of, (name, Path(folder) / name, list(METHODS))) for name in names]
+        print(f"{'architecture':<24} {'method':<6} {'rows':<10} {'largest difference':<20} result")
+        for job in jobs:
+            for row in job.get():
+                rows.append(row)
+                print(_line(row), flush=True)
+                if "--notes" in arguments:
+                    print("\n".join(f"    {note}" for note in row.notes), flush=True)
+    wrong = [row for row in rows if not row.right]
+    refused = [row for row in rows if row.right and row.refusal]
+    print(
+        f"{len(names)} architectures, {len(rows)} rows: {len(rows) - len(wrong) - len(refused)} right, "
+        f"{len(refused)} refused, {len(wrong)} wrong; {time.perf_counter() - started:.0f} s"
+    )
+    for argument in arguments:
+        if argument.startswith("--json="):
+            Path(argument.removeprefix("--json=")).write_text(json.dumps([vars(row) for row in rows], indent=1))
+    return 1 if wrong else 0
+
+
+def _line(row: Row) -> str:
+    largest = max(row.differences.values(), default=0.0)
+    result = "; ".join(row.wrong) if row.wrong else f"refused: {row.refusal}" if row.refusal else "right"
+    difference = f"{largest:.1e}" if row.differences else "-"
+    mark = "WRONG " if row.wrong else ""
+    return f"{row.model_type:<24} {row.method:<6} {row.separation:<10} {difference:<20} {mark}{result}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

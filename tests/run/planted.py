@@ -1,0 +1,70 @@
+"""One rank of a run with a fault planted in the product: `python planted.py FAULT CONFIG [key=value ...]`."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+def leaking_mask() -> None:
+    import torch.nn.functional as F
+
+    import ft_dist.model.fused.forward as forward
+
+    def whole_row(q: Any, k: Any, v: Any, segments: Any, **_: Any) -> Any:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    forward.segment_attention = whole_row
+
+
+def halved_logits() -> None:
+    import ft_dist.objective.head as head
+    from ft_dist.model.logits import LogitForm
+
+    head.measured_form = lambda causal_lm: LogitForm(scale=0.5)
+
+
+def wrong_norm() -> None:
+    import ft_dist.model.fused.fuse as fuse
+    from ft_dist.model.fused.probe import NormForm
+
+    fuse.norm_form = lambda module, *, eps: NormForm(1.0, cast_before_weight=False)
+
+
+def frozen_adapter() -> None:
+    from ft_dist.method.lora import Lora
+
+    adapt = Lora.adapt
+
+    def freezing(*arguments: Any, **options: Any) -> Any:
+        model = adapt(*arguments, **options)
+        next(p for name, p in model.named_parameters() if "lora_B" in name).requires_grad_(False)
+        return model
+
+    Lora.adapt = freezing  # type: ignore[method-assign]
+
+
+def unread_adapter() -> None:
+    from ft_dist_kernels.lora.op import LoraWeights
+
+    import ft_dist.model.fused.merged as merged
+
+    original = merged.lora_weights
+
+    def detached(layer: Any) -> LoraWeights | None:
+        weights = original(layer)
+        return weights._replace(lora_b=weights.lora_b.detach()) if weights else None
+
+    for module in ("merged", "forward"):
+        __import__(f"ft_dist.model.fused.{module}")
+        sys.modules[f"ft_dist.model.fused.{module}"].lora_weights = detached  # type: ignore[attr-defined]
+
+
+FAULTS: dict[str, Callable[[], None]] = {
+    fault.__name__: fault for fault in (leaking_mask, halved_logits, wrong_norm, frozen_adapter, unread_adapter)
+}
+
+if __name__ == "__main__":
+    from ft_dist.train import main
+
+    FAULTS[sys.argv[1]]()
+    sys.exit(main(sys.argv[2:]))
