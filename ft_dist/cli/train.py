@@ -21,6 +21,7 @@ def train(
     from ft_dist.config import load_config
     from ft_dist.launcher.agent import run_here
     from ft_dist.launcher.machine import default_nproc, exit_on_signal, launched
+    from ft_dist.run.lock import refuse_if_locked
 
     arguments = [config, *(overrides or [])]
     if launched():
@@ -31,6 +32,7 @@ def train(
     workers = nproc or default_nproc()
     settings = load_config(config, overrides or [])
     check_config(settings, world_size=workers)
+    refuse_if_locked(settings.run_dir, say=_say)
     if not force:
         from ft_dist.plan.guard import check_fits_here
 
@@ -57,10 +59,13 @@ def check(
     from ft_dist.check import check as check_config
     from ft_dist.config import load_config
     from ft_dist.launcher.machine import default_nproc
+    from ft_dist.run.lock import refuse_if_locked
 
     if env and as_json:
         raise UserError("--env cannot be combined with --json, because the ranks print their results as lines.")
-    facts = check_config(load_config(config, overrides or []), world_size=nproc or default_nproc())
+    settings = load_config(config, overrides or [])
+    facts = check_config(settings, world_size=nproc or default_nproc())
+    refuse_if_locked(settings.run_dir, say=_say)
     if env:
         from ft_dist.launcher.agent import main as run_agent
 
@@ -70,3 +75,7 @@ def check(
         arguments = ["--check", "--nnodes", nnodes, "--nproc", workers, *rendezvous, config, *(overrides or [])]
         raise typer.Exit(run_agent(arguments))
     typer.echo(json.dumps({"ok": True, "facts": facts}, indent=2) if as_json else "\n".join([*facts, "ready to train"]))
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
