@@ -7,9 +7,10 @@ and whether the output folder is writable. Leaves no files behind.
 import tempfile
 from pathlib import Path
 
+from ft_dist.checkpoint.commit.format import MANIFEST, commits, named_commit
 from ft_dist.config import RunConfig
 from ft_dist.data.read.check import check_sources
-from ft_dist.errors import ConfigError
+from ft_dist.errors import ConfigError, counted
 from ft_dist.model.builtin import check_hub, resolve_model
 from ft_dist.model.facts import model_facts
 from ft_dist.run_folder import RunFolder
@@ -39,7 +40,7 @@ def _check_batch(config: RunConfig, world_size: int) -> str:
     rows_a_rank = -(-rows // world_size)
     accumulation = -(-rows_a_rank // config.batch.micro_rows)
     return (
-        f"batch: {rows} rows per step over {world_size} rank{'s' if world_size > 1 else ''}, "
+        f"batch: {counted(rows, 'row')} per step over {counted(world_size, 'rank')}, "
         f"{accumulation} micro-batch{'es' if accumulation > 1 else ''} of up to {config.batch.micro_rows} each"
     )
 
@@ -84,10 +85,19 @@ def _check_evaluation(config: RunConfig) -> None:
 def _check_resume(config: RunConfig) -> None:
     resume = config.checkpoint.resume
     root = RunFolder(config.run_dir).checkpoints
-    if resume == "never" and any(root.glob("step-*/manifest.json")):
+    if resume == "never" and commits(root):
         raise ConfigError(
             f"checkpoint.resume=never, but {root} holds commits of an earlier run. "
             "Use checkpoint.resume=auto to continue it, or another output_dir."
         )
-    if resume not in ("auto", "never") and not (Path(resume) / "manifest.json").is_file():
-        raise ConfigError(f"checkpoint.resume={resume}: no manifest.json there, so it is not a complete checkpoint.")
+    if resume in ("auto", "never"):
+        return
+    folder = Path(resume)
+    if not (folder / MANIFEST).is_file():
+        inside = [*commits(folder), *commits(RunFolder(folder).checkpoints)]
+        fix = f"Name {inside[-1].folder}" if inside else "Name the folder of one, such as step-00000100"
+        raise ConfigError(
+            f"checkpoint.resume={resume}: no {MANIFEST} there, so it is not a complete checkpoint. {fix}, or set "
+            "checkpoint.resume=auto."
+        )
+    named_commit(folder)

@@ -155,6 +155,12 @@ class ChunkEncoder:
         return EncodedChunk(tokens, mask, lengths, labelled, keys, signed, counts)
 
 
+def advice_if_unusable(too_long: str) -> str:
+    """What to change if no record of a source can be used."""
+    truncate = "" if too_long == "truncate" else " set data.too_long=truncate,"
+    return f"Raise data.max_length,{truncate} or set model.chat_template."
+
+
 def _count_turns(sample: Sample, counts: SourceCounts) -> None:
     if sample.messages is None:
         return

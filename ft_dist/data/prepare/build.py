@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock
 
 from ft_dist.config.schema import DataConfig, SourceConfig
-from ft_dist.data.encode.chunk import COUNTED, ChunkEncoder, EncodedChunk, SourceCounts
+from ft_dist.data.encode.chunk import COUNTED, ChunkEncoder, EncodedChunk, SourceCounts, advice_if_unusable
 from ft_dist.data.encode.template import tokenizer_identity
 from ft_dist.data.encode.workers import available_cores, ordered_map
 from ft_dist.data.prepare.digests import content_of
@@ -341,9 +341,9 @@ def _check_usable(counts: SourceCounts, job: _Job) -> None:
         reasons.append(f"{counts.dropped_no_label} without a labelled token")
     if counts.turns_rewritten:
         reasons.append(f"{counts.turns_rewritten} assistant turns rewritten by the chat template of {job.model_path}")
+    subject = f"none of {counts.records:,} records can" if counts.records > 1 else "its only record cannot"
     raise DataError(
-        f"{job.source.path}: none of {counts.records} records can be used: {', '.join(reasons)}. "
-        "Raise data.max_length, set data.too_long=truncate, or set model.chat_template."
+        f"{job.source.path}: {subject} be used: {', '.join(reasons)}. {advice_if_unusable(job.data.too_long)}"
     )
 
 
