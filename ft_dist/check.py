@@ -1,11 +1,13 @@
-"""Every check that can run before training, in seconds and without torch, before a GPU is allocated.
+"""Every check that can run before training, in seconds, before a GPU is allocated.
 
-Checks the data's files and formats, the model folder and its layers, batch and world size, what a resume would find,
-and whether the output folder is writable. Leaves no files behind.
+`check` needs no torch: the data's files and formats, the model folder and its layers, batch and world size, what a
+resume would find, and whether the output folder is writable. `check_data` loads the tokenizer and encodes the first
+records. Neither leaves files behind.
 """
 
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ft_dist.checkpoint.commit.format import MANIFEST, commits, named_commit
 from ft_dist.config import RunConfig
@@ -14,6 +16,9 @@ from ft_dist.errors import ConfigError, counted
 from ft_dist.model.builtin import check_hub, resolve_model
 from ft_dist.model.facts import model_facts
 from ft_dist.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from ft_dist.data.prepare.preview import Preview
 
 
 def check(config: RunConfig, *, world_size: int) -> list[str]:
@@ -28,6 +33,25 @@ def check(config: RunConfig, *, world_size: int) -> list[str]:
     _check_evaluation(config)
     _check_resume(config)
     return facts
+
+
+def check_data(config: RunConfig) -> tuple[list[str], list["Preview"]]:
+    """What a run does with the first records of its data, with the same code; call it after `check`.
+
+    Returns lines for the console, and a preview of every source. Raises ModelError if the tokenizer or chat template
+    does not load, DataError if it rejects a record.
+    """
+    from ft_dist.model.quiet import quiet_process
+
+    quiet_process()
+    from ft_dist.data.prepare.preview import preview_data
+    from ft_dist.model.tokenizer import configured_tokenizer
+
+    tokenizer, facts = configured_tokenizer(config.model, resolve_model(config.model.path))
+    previews = preview_data(config, tokenizer)
+    for one in previews:
+        facts += one.lines(config.data, model_path=config.model.path)
+    return facts, previews
 
 
 def _check_batch(config: RunConfig, world_size: int) -> str:

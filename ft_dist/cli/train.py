@@ -1,12 +1,15 @@
 """`ft-dist train` and `ft-dist check`."""
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ft_dist.cli.arguments import AsJson, Config, Force, Nproc, Overrides
 from ft_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from ft_dist.data.prepare.preview import Preview
 
 
 def train(
@@ -57,6 +60,7 @@ def check(
 ) -> None:
     """Run every check that is possible before training; exit 2 if something must be fixed."""
     from ft_dist.check import check as check_config
+    from ft_dist.check import check_data
     from ft_dist.config import load_config
     from ft_dist.launcher.machine import default_nproc
     from ft_dist.run.lock import refuse_if_locked
@@ -66,6 +70,8 @@ def check(
     settings = load_config(config, overrides or [])
     facts = check_config(settings, world_size=nproc or default_nproc())
     refuse_if_locked(settings.run_dir, say=_say)
+    more, previews = check_data(settings)
+    facts += more
     if env:
         from ft_dist.launcher.agent import main as run_agent
 
@@ -74,7 +80,33 @@ def check(
         typer.echo("\n".join(facts))
         arguments = ["--check", "--nnodes", nnodes, "--nproc", workers, *rendezvous, config, *(overrides or [])]
         raise typer.Exit(run_agent(arguments))
-    typer.echo(json.dumps({"ok": True, "facts": facts}, indent=2) if as_json else "\n".join([*facts, "ready to train"]))
+    if as_json:
+        report = {"ok": True, "facts": facts, "data": [one.as_dict() for one in previews]}
+        typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
+        return
+    typer.echo("\n".join(facts))
+    _show_sample(previews[0])
+    typer.echo("ready to train")
+
+
+def _show_sample(preview: "Preview") -> None:
+    """The first sample; what is learnt is coloured in a terminal, and in brackets elsewhere."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from ft_dist.data.prepare.report import in_brackets
+
+    if not preview.sample:
+        return
+    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+    coloured = console.color_system is not None
+    typer.echo(f"a sample as the model sees it, {'coloured' if coloured else '[[in brackets]]'} where it learns:")
+    text = Text() if coloured else Text(in_brackets(preview.sample))
+    for run in preview.sample if coloured else []:
+        text.append(run["text"], style="bold green" if run["learnt"] else "dim")
+    text.rstrip()
+    for line in text.split("\n", allow_blank=True):
+        console.print(Text("  | ").append_text(line))
 
 
 def _say(line: str) -> None:

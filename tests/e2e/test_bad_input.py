@@ -16,17 +16,20 @@ def write(folder: Path, *lines: str) -> Path:
 
 @pytest.fixture
 def refused(cli, tmp_path):
-    """Train with these overrides. The run must be refused; returns the error line."""
+    """Check and train with these overrides. Both must refuse the run in the same words; returns the error line."""
 
     def run(*overrides: str, nproc: int = 1) -> str:
         output = tmp_path / "run"
-        done = cli("train", "smoke", f"output_dir={output}", *overrides, "--nproc", str(nproc))
-        assert done.returncode == 2, done.stdout + done.stderr
-        assert "Traceback" not in done.stderr + done.stdout
-        assert not output.exists()
-        lines = done.stderr.strip().splitlines()
-        assert len(lines) == 1, lines
-        return lines[0]
+        said = []
+        for verb in ("check", "train"):
+            done = cli(verb, "smoke", f"output_dir={output}", *overrides, "--nproc", str(nproc))
+            assert done.returncode == 2, done.stdout + done.stderr
+            assert "Traceback" not in done.stderr + done.stdout
+            assert not output.exists()
+            said.append(done.stderr.strip().splitlines())
+        assert said[0] == said[1]
+        assert len(said[0]) == 1, said
+        return said[0][0]
 
     return run
 
@@ -75,6 +78,10 @@ def test_unknown_format(refused, tmp_path):
 
 def test_zero_stage_7(refused):
     assert "engine.zero_stage=7: should be 'auto', 0, 1, 2 or 3" in refused("engine.zero_stage=7")
+
+
+def test_a_chat_template_that_is_not_there(refused):
+    assert "model.chat_template=nowhere.jinja: no such file." in refused("model.chat_template=nowhere.jinja")
 
 
 def test_a_target_module_without_a_match(refused):

@@ -57,7 +57,7 @@ def data_report(config: RunConfig, train: Prepared, held_out: Prepared) -> dict[
     report["recommended_epochs"] = recommended_epochs(train.report["samples"])
     report["estimated_steps"] = estimated_steps(config, train)
     sets = [(kind, one) for kind, of_kind in (("train", train), ("eval", held_out)) for one in of_kind.sets]
-    report["notes"] = [f"{kind} {one.name}: {note}" for kind, one in sets for note in _notes(one)]
+    report["notes"] = [f"{kind} {one.name}: {note}" for kind, one in sets for note in encoding_notes(_counts(one))]
     report["warnings"] = [f"{kind} {one.name}: {problem}" for kind, one in sets for problem in _problems(one)]
     report["warnings"] += _leaks(report["leakage"], train, held_out) + _few(train)
     return report
@@ -91,11 +91,16 @@ def shown_lines(report: dict[str, Any]) -> list[str]:
                 f"  up to {entry['up_to']:>9,} {'#' * -(-40 * entry['samples'] // most):40} {entry['samples']:,}"
             )
         for number, runs in enumerate(source["shown"], start=1):
-            text = "".join(f"[[{run['text']}]]" if run["learnt"] else run["text"] for run in runs)
+            text = in_brackets(runs)
             cut = text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + " ..."
             lines.append(f"sample {number} of {source['path']} as the model sees it, [[labelled]]:")
             lines += [f"  | {line}" for line in cut.splitlines()]
     return lines
+
+
+def in_brackets(runs: list[dict[str, Any]]) -> str:
+    """The text of a sample, its labelled runs in [[ and ]]."""
+    return "".join(f"[[{run['text']}]]" if run["learnt"] else run["text"] for run in runs)
 
 
 def progress_printer(say: Callable[[str], None]) -> Callable[[Progress], None]:
@@ -153,9 +158,8 @@ def _totals(source: dict[str, Any]) -> str:
     )
 
 
-def _notes(one: PreparedSet) -> list[str]:
+def encoding_notes(counts: SourceCounts) -> list[str]:
     """Expected changes to the data."""
-    counts = SourceCounts(**one.report["counts"])
     return _told(
         (counts.split_texts, "text", "longer than data.max_length split into blocks"),
         (counts.end_token_added, "sample", "got an end token that the chat template omits"),
@@ -164,10 +168,8 @@ def _notes(one: PreparedSet) -> list[str]:
     )
 
 
-def _problems(one: PreparedSet) -> list[str]:
-    """Findings that need attention."""
-    counts = SourceCounts(**one.report["counts"])
-    repeats, near, against = (one.report[name] for name in ("duplicates", "near_duplicates", "contradictions"))
+def encoding_problems(counts: SourceCounts) -> list[str]:
+    """Findings about single records that need attention."""
     return _told(
         (counts.dropped_too_long, "sample", f"dropped: longer than data.max_length (the longest has {counts.longest})"),
         (counts.truncated, "sample", "truncated at data.max_length (data.too_long=truncate)"),
@@ -175,10 +177,21 @@ def _problems(one: PreparedSet) -> list[str]:
         (counts.turns_rewritten, "assistant turn", "left out: the chat template rewrites it in later turns"),
         (counts.roles_repeated, "record", "with roles out of order: one role appears twice in a row"),
         (counts.unanswered, "record", "without an answer at the end: the last turn is not the assistant's"),
+    )
+
+
+def _problems(one: PreparedSet) -> list[str]:
+    """Findings that need attention."""
+    repeats, near, against = (one.report[name] for name in ("duplicates", "near_duplicates", "contradictions"))
+    return encoding_problems(_counts(one)) + _told(
         (repeats["records"], "duplicate record", _pairs(repeats).lstrip()),
         (near["records"], "near duplicate", f"among the records{_pairs(near)}"),
         (against["prompts"], "prompt", f"with different answers{_pairs(against)}"),
     )
+
+
+def _counts(one: PreparedSet) -> SourceCounts:
+    return SourceCounts(**one.report["counts"])
 
 
 def _told(*findings: tuple[int, str, str]) -> list[str]:

@@ -154,9 +154,8 @@ class LiveStream:
         self._window_records = window
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self._workers = workers or max(1, min(MOST_WORKERS, available_cores() // ranks_here))
-        vocabulary = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
         first = next(iter(read_raw_records(source))).parse()
-        self._encoder = ChunkEncoder(tokenizer, format_of(source, first), data.max_length, data.too_long, vocabulary)
+        self._encoder = ChunkEncoder.of(tokenizer, format_of(source, first), data)
         identity = tokenizer_identity(tokenizer)
         self._rules = digest(seed, self._cut, window, data.too_long, sorted(identity.items()), _content(source))
         self._position = _Position()
