@@ -1,18 +1,24 @@
-"""Every check that can run before training, in seconds and without torch, before a GPU is allocated.
+"""Every check that can run before training, in seconds, before a GPU is allocated.
 
-Checks the data's files and formats, the model folder and its layers, batch and world size, what a resume would find,
-and whether the output folder is writable. Leaves no files behind.
+`check` needs no torch: the data's files and formats, the model folder and its layers, batch and world size, what a
+resume would find, and whether the output folder is writable. `check_data` loads the tokenizer and encodes the first
+records. Neither leaves files behind.
 """
 
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ft_dist.checkpoint.commit.format import MANIFEST, commits, named_commit
 from ft_dist.config import RunConfig
 from ft_dist.data.read.check import check_sources
-from ft_dist.errors import ConfigError
+from ft_dist.errors import ConfigError, counted
 from ft_dist.model.builtin import check_hub, resolve_model
 from ft_dist.model.facts import model_facts
 from ft_dist.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from ft_dist.data.prepare.preview import Preview
 
 
 def check(config: RunConfig, *, world_size: int) -> list[str]:
@@ -29,6 +35,25 @@ def check(config: RunConfig, *, world_size: int) -> list[str]:
     return facts
 
 
+def check_data(config: RunConfig) -> tuple[list[str], list["Preview"]]:
+    """What a run does with the first records of its data, with the same code; call it after `check`.
+
+    Returns lines for the console, and a preview of every source. Raises ModelError if the tokenizer or chat template
+    does not load, DataError if it rejects a record.
+    """
+    from ft_dist.model.quiet import quiet_process
+
+    quiet_process()
+    from ft_dist.data.prepare.preview import preview_data
+    from ft_dist.model.tokenizer import configured_tokenizer
+
+    tokenizer, facts = configured_tokenizer(config.model, resolve_model(config.model.path))
+    previews = preview_data(config, tokenizer)
+    for one in previews:
+        facts += one.lines(config.data, model_path=config.model.path)
+    return facts, previews
+
+
 def _check_batch(config: RunConfig, world_size: int) -> str:
     rows = config.batch.global_rows
     if rows < world_size:
@@ -39,7 +64,7 @@ def _check_batch(config: RunConfig, world_size: int) -> str:
     rows_a_rank = -(-rows // world_size)
     accumulation = -(-rows_a_rank // config.batch.micro_rows)
     return (
-        f"batch: {rows} rows per step over {world_size} rank{'s' if world_size > 1 else ''}, "
+        f"batch: {counted(rows, 'row')} per step over {counted(world_size, 'rank')}, "
         f"{accumulation} micro-batch{'es' if accumulation > 1 else ''} of up to {config.batch.micro_rows} each"
     )
 
@@ -84,10 +109,19 @@ def _check_evaluation(config: RunConfig) -> None:
 def _check_resume(config: RunConfig) -> None:
     resume = config.checkpoint.resume
     root = RunFolder(config.run_dir).checkpoints
-    if resume == "never" and any(root.glob("step-*/manifest.json")):
+    if resume == "never" and commits(root):
         raise ConfigError(
             f"checkpoint.resume=never, but {root} holds commits of an earlier run. "
             "Use checkpoint.resume=auto to continue it, or another output_dir."
         )
-    if resume not in ("auto", "never") and not (Path(resume) / "manifest.json").is_file():
-        raise ConfigError(f"checkpoint.resume={resume}: no manifest.json there, so it is not a complete checkpoint.")
+    if resume in ("auto", "never"):
+        return
+    folder = Path(resume)
+    if not (folder / MANIFEST).is_file():
+        inside = [*commits(folder), *commits(RunFolder(folder).checkpoints)]
+        fix = f"Name {inside[-1].folder}" if inside else "Name the folder of one, such as step-00000100"
+        raise ConfigError(
+            f"checkpoint.resume={resume}: no {MANIFEST} there, so it is not a complete checkpoint. {fix}, or set "
+            "checkpoint.resume=auto."
+        )
+    named_commit(folder)

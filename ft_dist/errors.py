@@ -10,6 +10,9 @@ EXIT_PREEMPTED = 75
 EXIT_HUNG = 76
 """A rank made no progress for engine.hang_timeout_s: restart the run, which resumes from the last commit"""
 
+NEW_RUN = "start a new run with another output_dir (and another checkpoint.path and checkpoint.resume, if set)"
+"""The way out if a checkpoint cannot be resumed: a mirror or a named checkpoint would be found again"""
+
 
 class UserError(Exception):
     """Something the user can fix: reported in one line without a traceback, exit 2."""
@@ -57,3 +60,8 @@ class TrainingError(Exception):
 
 class Preempted(Exception):  # noqa: N818 - not an error: the run is committed and can be requeued
     """A signal arrived and the run is committed: exit 75."""
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 step`, `2 steps`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

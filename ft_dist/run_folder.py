@@ -16,6 +16,11 @@ class RunFolder:
         return self.root / "config.yaml"
 
     @property
+    def lock(self) -> Path:
+        """Locked while a run uses the folder, and names its process; the file itself stays"""
+        return self.root / "run.lock"
+
+    @property
     def metrics(self) -> Path:
         """One line per step"""
         return self.root / "metrics.jsonl"

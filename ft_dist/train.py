@@ -36,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_USER if isinstance(error, UserError) else EXIT_FAILED
     except Preempted:
         return EXIT_PREEMPTED
+    finally:
+        gc.unfreeze()  # so that shutdown frees what libraries would otherwise report as leaked
     return EXIT_FINISHED
 
 
@@ -66,7 +68,6 @@ def train(config: RunConfig, stop: StopRequest) -> None:
             run.summarise(before=before, after=after)
     finally:
         run.close()
-        gc.unfreeze()
 
 
 def report_error(error: Exception) -> None:

@@ -100,12 +100,12 @@ def prepare(spec: Spec, config: RunConfig, stop: Any, free_memory: Callable[[], 
     from ft_dist.engine.build import build_engine
     from ft_dist.model.load import load_model, random_model
     from ft_dist.observe.recorder import log_rank_output
-    from ft_dist.preflight.ranks import form_world
+    from ft_dist.preflight.ranks import form_world, meet
     from ft_dist.run.run import Run
 
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     log_file = log_rank_output(config, rank=rank)
-    world, _ = form_world(config, rank=rank, size=size)
+    world, _ = form_world(config, meet(config), rank=rank, size=size)
     free_memory()
     shape = json.loads((Path(config.model.path) / "config.json").read_text(encoding="utf-8"))
     vocabulary = int(shape.get("text_config", shape)["vocab_size"])

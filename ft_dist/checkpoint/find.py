@@ -4,7 +4,7 @@ import json
 from datetime import timedelta
 from pathlib import Path
 
-from ft_dist.checkpoint.commit.format import Commit, commits, step_of, verify
+from ft_dist.checkpoint.commit.format import Commit, commits, named_commit, verify
 from ft_dist.checkpoint.commit.mirror import fetch, remote_steps
 from ft_dist.distributed import World, control_store
 from ft_dist.errors import CheckpointError, StorageError
@@ -43,16 +43,11 @@ def find(*, resume: str, root: Path, storage: Storage | None = None) -> tuple[Co
     if resume == "auto":
         return newest_intact(root, storage)
     commit = named_commit(Path(resume))
-    verify(commit)
+    try:
+        verify(commit)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} Name another checkpoint, or set checkpoint.resume=auto.") from None
     return commit, []
-
-
-def named_commit(folder: Path) -> Commit:
-    """The commit in a folder that the user named. Raises CheckpointError."""
-    step = step_of(folder.name)
-    if step is None:
-        raise CheckpointError(f"{folder}: a checkpoint folder is named step-N. Name one, for example step-00000100.")
-    return Commit(folder, step)
 
 
 def newest_intact(root: Path, storage: Storage | None = None) -> tuple[Commit | None, list[str]]:

@@ -12,7 +12,7 @@ from typing import Any
 import xxhash
 
 from ft_dist.config.schema import RunConfig
-from ft_dist.errors import CheckpointError
+from ft_dist.errors import NEW_RUN, CheckpointError
 from ft_dist.method.table import METHODS, own_options
 
 FIXED = (
@@ -61,6 +61,17 @@ def weights_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def keep_length(config: RunConfig, saved: dict[str, Any] | None) -> None:
+    """Give `config` the epochs of the run that it resumes, unless it sets them or changes optim.max_steps.
+
+    Versions in which optim.epochs was 1 unless set stored that 1; with optim.max_steps it would now be unlimited, so
+    the run would become longer, and its learning rate another.
+    """
+    before = (saved or {}).get("optim", {})
+    if config.optim.epochs is None and before.get("max_steps") == config.optim.max_steps:
+        config.optim.epochs = before.get("epochs")
+
+
 def check_identity(saved: dict[str, Any], now: dict[str, Any], *, where: Path) -> list[str]:
     """One line per change since `saved` (both from `identity`). Raises CheckpointError for a change that is not
     allowed."""
@@ -71,14 +82,14 @@ def check_identity(saved: dict[str, Any], now: dict[str, Any], *, where: Path) -
         if key in fixed:
             raise CheckpointError(
                 f"{key}={after}: the checkpoint {where} was made with {key}={before}, which its tensors depend on. "
-                f"Restore it, or start a new run in another output_dir."
+                f"Restore it, or {NEW_RUN}."
             )
     digests = saved["base"]["digest"], now["base"]["digest"]
     # after full fine-tuning the checkpoint holds every weight, so the base no longer matters
     if method.frozen_base and None not in digests and digests[0] != digests[1]:
         raise CheckpointError(
             f"model.path={now['base']['path']}: its weights differ from those of {saved['base']['path']}, on which the "
-            f"adapters in {where} were trained. Restore them, or start a new run in another output_dir."
+            f"adapters in {where} were trained. Restore them, or {NEW_RUN}."
         )
     return [f"{key}: {_short(before)} -> {_short(after)}" for key, (before, after) in changes.items()]
 

@@ -6,7 +6,7 @@ from ft_dist.checkpoint.commit.mirror import MIRROR_WAIT_S, Mirror
 from ft_dist.checkpoint.commit.retention import Retention
 from ft_dist.checkpoint.commit.writer import CheckpointWriter
 from ft_dist.checkpoint.find import agreed_commit
-from ft_dist.checkpoint.identity import check_identity, identity
+from ft_dist.checkpoint.identity import check_identity, identity, keep_length
 from ft_dist.checkpoint.load import load
 from ft_dist.checkpoint.state import RunState
 from ft_dist.config import RunConfig
@@ -31,7 +31,6 @@ class CheckpointKeeper:
         self.root = RunFolder(config.run_dir).checkpoints
         self._world = world
         self._engine = engine
-        self._identity = identity(config, folder=folder)
         self._interval = config.checkpoint.interval_steps
         self.saved_s = 0.0
         """Seconds until the last save was on disk; set on rank 0 only"""
@@ -46,10 +45,12 @@ class CheckpointKeeper:
             storage=storage,
             timeout_s=config.engine.timeout_s,
         )
-        self.resumed: RunState | None = None
+        self.resumed = RunState.from_dict(commit.state()) if commit else None
+        if self.resumed:
+            keep_length(config, self.resumed.config)
+        self._identity = identity(config, folder=folder)
         self.changed: list[str] = []
-        if commit:
-            self.resumed = RunState.from_dict(commit.state())
+        if commit and self.resumed:
             if self.resumed.config is not None:
                 self.changed = check_identity(self.resumed.identity, self._identity, where=commit.folder)
             load(engine, commit)

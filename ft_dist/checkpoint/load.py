@@ -11,7 +11,7 @@ from ft_dist.checkpoint.commit.format import Commit, split_key
 from ft_dist.checkpoint.state import RunState
 from ft_dist.engine.fragments import fragments, refresh_compute_weights, set_adam_step
 from ft_dist.engine.step import Engine
-from ft_dist.errors import CheckpointError
+from ft_dist.errors import NEW_RUN, CheckpointError
 
 
 def load(engine: Engine, commit: Commit) -> RunState:
@@ -30,7 +30,7 @@ def load(engine: Engine, commit: Commit) -> RunState:
             if filled != segment.numel:
                 raise CheckpointError(
                     f"{commit.folder}: {kind} of {segment.name} covers {filled} of {segment.numel} elements from "
-                    f"{segment.start}. It was saved with another optimizer, or not by ft_dist."
+                    f"{segment.start}, so it was saved with another optimizer. Restore optim.kind, or {NEW_RUN}."
                 )
             if not isinstance(place, torch.Tensor):
                 place.write(tensor)
@@ -49,7 +49,7 @@ def _check_parameters(engine: Engine, commit: Commit, state: RunState) -> None:
     raise CheckpointError(
         f"{commit.folder}: its trainable parameters differ from this config's: {name} is {saved.get(name, 'absent')} "
         f"there and {wanted.get(name, 'absent')} here ({len(differing)} differ). Resume with the model and method that "
-        "the run started with, or use another output_dir."
+        f"the run started with, or {NEW_RUN}."
     )
 
 

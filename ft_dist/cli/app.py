@@ -5,6 +5,7 @@ stays fast.
 """
 
 import sys
+from typing import NoReturn
 
 import typer
 
@@ -15,7 +16,7 @@ from ft_dist.cli.plan import plan
 from ft_dist.cli.prepare import fetch, prepare, schema
 from ft_dist.cli.result import chat, evaluate, export
 from ft_dist.cli.train import check, train
-from ft_dist.errors import EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
+from ft_dist.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER, Preempted, UserError
 
 app = typer.Typer(
     name="ft-dist",
@@ -43,12 +44,26 @@ app.add_typer(checkpoint, name="checkpoint")
 
 
 def main() -> None:
-    """Entry point. Errors that the user can fix print one line and exit with 2, as typer's own usage errors do."""
+    """Entry point. Errors that the user can fix, in the command line too, print one line and exit with 2."""
     try:
-        app()
+        # the code of typer.Exit; otherwise the result of the verb, which is None
+        sys.exit(app(prog_name="ft-dist", standalone_mode=False))
     except UserError as error:
-        typer.echo(f"ft-dist: error: {error}", err=True)
-        sys.exit(EXIT_USER)
+        _refuse(str(error))
+    except typer.TyperException as error:
+        message = " ".join(error.format_message().replace("Value error, ", "").split())
+        if not message:  # no verb was given, and typer has printed the help
+            sys.exit(EXIT_USER)
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "ft-dist"
+        _refuse(f"{message}{'' if message.endswith(('.', '?')) else '.'} `{command} --help` shows how to use it.")
+    except typer.Abort:
+        sys.exit(EXIT_FAILED)
     except Preempted as preempted:
         typer.echo(f"ft-dist: {preempted}", err=True)
         sys.exit(EXIT_PREEMPTED)
+
+
+def _refuse(message: str) -> NoReturn:
+    typer.echo(f"ft-dist: error: {message}", err=True)
+    sys.exit(EXIT_USER)

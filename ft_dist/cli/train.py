@@ -1,12 +1,15 @@
 """`ft-dist train` and `ft-dist check`."""
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ft_dist.cli.arguments import AsJson, Config, Force, Nproc, Overrides
 from ft_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from ft_dist.data.prepare.preview import Preview
 
 
 def train(
@@ -21,6 +24,7 @@ def train(
     from ft_dist.config import load_config
     from ft_dist.launcher.agent import run_here
     from ft_dist.launcher.machine import default_nproc, exit_on_signal, launched
+    from ft_dist.run.lock import refuse_if_locked
 
     arguments = [config, *(overrides or [])]
     if launched():
@@ -31,6 +35,7 @@ def train(
     workers = nproc or default_nproc()
     settings = load_config(config, overrides or [])
     check_config(settings, world_size=workers)
+    refuse_if_locked(settings.run_dir, say=_say)
     if not force:
         from ft_dist.plan.guard import check_fits_here
 
@@ -57,14 +62,21 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Run every check that is possible before training; exit 2 if something must be fixed."""
+    from ft_dist.check import check as check_config
+    from ft_dist.check import check_data
     from ft_dist.config import load_config
     from ft_dist.launcher.machine import default_nproc
-    from ft_dist.run.rehearse import rehearse
+    from ft_dist.run.check_model import check_model
+    from ft_dist.run.lock import refuse_if_locked
 
     if env and as_json:
         raise UserError("--env cannot be combined with --json, because the ranks print their results as lines.")
     settings = load_config(config, overrides or [])
-    facts = rehearse(settings, world_size=nproc or default_nproc(), model=model)
+    facts = check_config(settings, world_size=nproc or default_nproc())
+    refuse_if_locked(settings.run_dir, say=_say)
+    more, previews = check_data(settings)
+    facts += more
+    facts += check_model(settings, weights=model)
     if env:
         from ft_dist.launcher.agent import main as run_agent
 
@@ -73,4 +85,34 @@ def check(
         typer.echo("\n".join(facts))
         arguments = ["--check", "--nnodes", nnodes, "--nproc", workers, *rendezvous, config, *(overrides or [])]
         raise typer.Exit(run_agent(arguments))
-    typer.echo(json.dumps({"ok": True, "facts": facts}, indent=2) if as_json else "\n".join([*facts, "ready to train"]))
+    if as_json:
+        report = {"ok": True, "facts": facts, "data": [one.as_dict() for one in previews]}
+        typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
+        return
+    typer.echo("\n".join(facts))
+    _show_sample(previews[0])
+    typer.echo("ready to train")
+
+
+def _show_sample(preview: "Preview") -> None:
+    """The first sample; what is learnt is coloured in a terminal, and in brackets elsewhere."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from ft_dist.data.prepare.report import in_brackets
+
+    if not preview.sample:
+        return
+    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+    coloured = console.color_system is not None
+    typer.echo(f"a sample as the model sees it, {'coloured' if coloured else '[[in brackets]]'} where it learns:")
+    text = Text() if coloured else Text(in_brackets(preview.sample))
+    for run in preview.sample if coloured else []:
+        text.append(run["text"], style="bold green" if run["learnt"] else "dim")
+    text.rstrip()
+    for line in text.split("\n", allow_blank=True):
+        console.print(Text("  | ").append_text(line))
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)

@@ -75,7 +75,9 @@ def find_recipe(recipe: str) -> Path:
     if path.name == recipe and named.is_file():
         return named
     names = sorted(file.stem for file in shipped.glob("*.yaml"))
-    raise ConfigError(f"{recipe}: no such config file, and no shipped recipe of that name ({', '.join(names)}).")
+    near = difflib.get_close_matches(path.stem.lower(), names, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise ConfigError(f"{recipe}: no such config file, and no shipped recipe of that name ({', '.join(names)}).{hint}")
 
 
 def recipe_folder() -> Path:
@@ -150,15 +152,17 @@ def _index(node: list[Any], name: str, where: str) -> int:
 
 
 def _explain(error: ValidationError) -> str:
-    """The problems in one line: key, value and rule, and for an unknown key the nearest valid one."""
-    lines = []
-    for problem in error.errors():
+    """The problems in one line: key, value and rule. Unknown keys come first, with the nearest valid one: a required
+    key that is misspelt is missing too."""
+    lines, suggested = [], set()
+    for problem in sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden"):
         location = [str(part) for part in problem["loc"]]
         if location[:1] == ["method"] and location[1:2] and location[1] in METHODS:
             del location[1]  # pydantic names the member of the union too
         key = ".".join(part for part in location if part not in ("literal['all-linear']", "list[str]"))
         if problem["type"] == "extra_forbidden":
             near = _nearest(location)
+            suggested.add(near)
             hint = f" Did you mean {near}?" if near else ""
             lines.append(f"{key}: unknown key.{hint}")
         elif problem["type"] == "union_tag_invalid":
@@ -166,14 +170,15 @@ def _explain(error: ValidationError) -> str:
         elif problem["type"] in ("model_type", "model_attributes_type"):
             lines.append(f"{key}={_short(problem['input'])}: should be a section, such as {key}: {{key: value}}.")
         elif problem["type"] == "missing":
-            lines.append(f"{key}: required, but not given. Add it to the config or pass {key}=VALUE.")
+            if key not in suggested:
+                lines.append(f"{key}: required, but not given. Add it to the config, or pass {key}=VALUE.")
         else:
             rule = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
             if problem["type"] == "value_error":
                 lines.append(f"{key}: {rule}." if key else f"{rule}.")
             else:
                 lines.append(f"{key}={_short(problem['input'])}: should be {rule}.")
-    return "; ".join(dict.fromkeys(lines))
+    return " ".join(dict.fromkeys(lines))
 
 
 def _short(value: object) -> str:

@@ -165,9 +165,19 @@ class OptimConfig(Section):
     eps: float = Field(default=1e-8, gt=0)
     momentum: float = Field(default=0.95, ge=0, lt=1, description="muon only")
     max_grad_norm: float = Field(default=1.0, ge=0, description="Global L2 norm to clip to; 0 disables clipping")
-    epochs: PositiveInt = 1
-    max_steps: PositiveInt | None = Field(default=None, description="Stop after this many optimizer steps")
+    epochs: PositiveInt | None = Field(
+        default=None,
+        description="Passes over data.train. None is 1 or, with max_steps, as many as these steps need",
+    )
+    max_steps: PositiveInt | None = Field(
+        default=None, description="Stop after this many optimizer steps, or earlier if epochs is set and ends first"
+    )
     max_skipped_steps: PositiveInt = Field(default=5, description="Stop after this many non-finite steps in a row")
+
+    @property
+    def most_epochs(self) -> int | None:
+        """The epochs after which a run ends; None if only max_steps ends it."""
+        return self.epochs or (1 if self.max_steps is None else None)
 
 
 class EngineConfig(Section):

@@ -37,6 +37,11 @@ def cached_folder(name: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def may_be_model(path: str) -> bool:
+    """True for a built-in name, and for what may be a hub id: `runs/x` is not one if there is a folder `runs`."""
+    return path in _VERSIONS or (bool(_HUB_ID.fullmatch(path)) and not Path(path).parent.is_dir())
+
+
 def resolve_model(path: str, progress: Progress = print) -> str:
     """The folder or hub id that `model.path` refers to; a built-in model is created if it is not in the cache.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ft_dist.config.schema import ModelConfig
-from ft_dist.errors import ModelError
+from ft_dist.errors import ModelError, counted
 from ft_dist.model.builtin import check_hub
 from ft_dist.model.quiet import quietly
 
@@ -137,7 +137,7 @@ def _add_tokens(tokenizer: Any, tokens: list[str]) -> list[str]:
     if not missing:
         return []
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in missing], special_tokens=True)
-    return [f"{len(missing)} new special tokens: {', '.join(missing)}"]
+    return [f"{counted(len(missing), 'new special token')}: {', '.join(missing)}"]
 
 
 def _mend_eos(tokenizer: Any) -> list[str]:

@@ -60,7 +60,8 @@ def run_plan(job: Job, step_s: float, *, tokens: int | None, price: float | None
     run is unknown."""
     config = job.config
     known = tokens if tokens is not None else epoch_tokens(config)
-    steps = None if known is None else math.ceil(known / job.step_tokens) * config.optim.epochs
+    epochs = config.optim.most_epochs
+    steps = None if known is None or epochs is None else math.ceil(known / job.step_tokens) * epochs
     limit = config.optim.max_steps
     if limit is not None:
         steps = limit if steps is None else min(steps, limit)

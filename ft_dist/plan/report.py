@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ft_dist.config.schema import RunConfig
-from ft_dist.errors import ConfigError
+from ft_dist.errors import ConfigError, counted
 from ft_dist.plan.cost import run_plan, spot_plan
 from ft_dist.plan.fit import Place, fit, more_ranks, with_settings, write_recipe
 from ft_dist.plan.gpu import Gpu, device_here, gpu_like, gpu_named
@@ -123,7 +123,7 @@ def table(tree: dict[str, Any]) -> str:
     lines = [
         f"{model['path']}: {model['family']}, {model['parameters'] / 1e9:,.2f} B parameters, "
         f"{model['trained'] / 1e6:,.1f} M trained ({model['method']})",
-        f"{world['gpus']} x {world['gpu']} on {world['nodes']} node{'s' if world['nodes'] > 1 else ''}, "
+        f"{world['gpus']} x {world['gpu']} on {counted(world['nodes'], 'node')}, "
         f"ZeRO {world['zero_stage']}, {world['micro_batches']} micro-batches per step of "
         f"{world['tokens_a_step']:,} tokens",
     ]
@@ -155,10 +155,10 @@ def _run_lines(run: dict[str, Any] | None, spot: dict[str, Any] | None) -> list[
     else:
         about = "about " if run["estimated"] else ""
         cost = "" if run["cost"] is None else f", ${run['cost']:,.2f}"
-        steps, tokens = f"{run['steps']:,} steps", f"{run['tokens'] / 1e6:,.1f} M tokens"
+        steps, tokens = counted(run["steps"], "step"), f"{run['tokens'] / 1e6:,.1f} M tokens"
         lines = ["", f"the run: {about}{steps}, {tokens}, {_time(run['hours'] * 3600)}{cost}"]
     if spot:
-        every = f"{spot['best_interval_steps']} steps ({_time(spot['best_interval_s'])}, Young/Daly)"
+        every = f"{counted(spot['best_interval_steps'], 'step')} ({_time(spot['best_interval_s'])}, Young/Daly)"
         lost = f"{spot['lost_share']:.1%} of the time is lost; {spot['lost_share_as_configured']:.1%} as configured"
         lines.append(f"a preemption every {_time(spot['mean_time_between_s'])}: commit every {every}, and {lost}")
         if spot["hours"] is not None:

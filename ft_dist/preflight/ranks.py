@@ -36,12 +36,30 @@ WORK_REPEATS = {"cpu": 200, "cuda": 20}
 """A tenth of a second, because a container's CPU limit does not slow bursts of milliseconds"""
 
 
-def form_world(config: RunConfig, *, rank: int, size: int) -> tuple[World, list[str]]:
+def meet(config: RunConfig) -> dist.Store:
+    """The ranks' shared store, over the network interface that they can use. Raises PreflightError, TrainingError."""
+    choose_interface(node=node_name(), several_nodes=several_nodes())
+    return open_store(timeout_s=config.collective_timeout_s)
+
+
+def share_refusal(store: dist.Store, refusal: str, *, rank: int, size: int, timeout_s: float) -> str:
+    """Rank 0's reason not to start, on every rank; "" if it has none. Rank 0 waits until the others know it."""
+    refusals = dist.PrefixStore("refusal", store)
+    if rank > 0:
+        refusals.wait(["reason"], timedelta(seconds=timeout_s))
+        reason = refusals.get("reason").decode()
+        refusals.add("read", 1)
+        return reason
+    refusals.set("reason", refusal)
+    if refusal:
+        _await_readers(refusals, "read", size - 1)
+    return refusal
+
+
+def form_world(config: RunConfig, store: dist.Store, *, rank: int, size: int) -> tuple[World, list[str]]:
     """Join the world after all ranks pass; returns it with a line for the console. Raises PreflightError."""
     timeout_s = config.collective_timeout_s
     console = Console(enabled=rank == 0)
-    choose_interface(node=node_name(), several_nodes=several_nodes())
-    store = open_store(timeout_s=timeout_s)
     if size == 1:
         return join_world(store, timeout_s=timeout_s), []
     preflight = Preflight(config, store, rank=rank, size=size, timeout_s=timeout_s, say=console.say)
@@ -173,12 +191,9 @@ class Preflight:
             self._put(key, [[problem.line, problem.fatal] for problem in found])
         published = [Problem(line, fatal) for line, fatal in self._get(key)]
         self.found += published
-        # rank 0 hosts the store, so it waits until all other ranks have read
         self._store.add(f"{key}/read", 1)
         if self._rank == 0:
-            deadline = time.monotonic() + LONGEST_READ_S
-            while self._store.add(f"{key}/read", 0) < self._size and time.monotonic() < deadline:
-                time.sleep(0.005)
+            _await_readers(self._store, f"{key}/read", self._size)
         if any(problem.fatal for problem in published):
             raise PreflightError(" ".join(problem.line for problem in published if problem.fatal))
 
@@ -188,6 +203,13 @@ class Preflight:
     def _get(self, key: str) -> Any:
         self._store.wait([key], self._timeout)
         return json.loads(self._store.get(key))
+
+
+def _await_readers(store: dist.Store, key: str, count: int) -> None:
+    """Rank 0 hosts the store, so it must not leave before the others have read."""
+    deadline = time.monotonic() + LONGEST_READ_S
+    while store.add(key, 0) < count and time.monotonic() < deadline:
+        time.sleep(0.005)
 
 
 def _work(device: torch.device) -> float:

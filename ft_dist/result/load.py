@@ -1,5 +1,6 @@
 """Load a finished run, an adapter or any model with plain transformers and peft, for inference."""
 
+import difflib
 import json
 import warnings
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Any
 
 from ft_dist.config import RunConfig, load_config
 from ft_dist.errors import ModelError
-from ft_dist.model.builtin import Progress, resolve_model
+from ft_dist.model.builtin import Progress, builtin_names, may_be_model, resolve_model
 from ft_dist.model.quiet import quietly
 from ft_dist.model.tokenizer import load_tokenizer, stop_token_ids
 from ft_dist.run_folder import RunFolder
@@ -50,6 +51,11 @@ def find_weights(path: str, progress: Progress = print) -> Weights:
     Raises ModelError naming what is missing.
     """
     folder = Path(path).expanduser()
+    if not folder.is_dir() and not may_be_model(path):
+        raise ModelError(
+            f"{path}: no such folder.{_nearest(folder)} Name a run folder, a model folder, a built-in model or a hub "
+            "id (org/name)."
+        )
     config = None
     run = RunFolder(folder)
     if run.config.is_file():
@@ -62,6 +68,13 @@ def find_weights(path: str, progress: Progress = print) -> Weights:
     if config is not None:
         return Weights(str(folder), resolve_model(config.model.path, progress), config)
     return Weights(str(folder), resolve_model(_base_of(folder), progress), None)
+
+
+def _nearest(folder: Path) -> str:
+    """The built-in model or sibling whose name is closest to that of a missing folder."""
+    siblings = [str(place) for place in folder.parent.glob("*") if place.is_dir()]
+    near = difflib.get_close_matches(str(folder), [*siblings, *builtin_names()], n=1)
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 def load_finished(path: str, *, device: Any = None, progress: Progress = print) -> Finished:

@@ -1,6 +1,7 @@
 """Score a finished run, an adapter or any model on held-out files, in one process."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ft_dist.config.schema import DataConfig, RunConfig, SourceConfig
@@ -57,6 +58,11 @@ def _held_out(path: str, config: RunConfig | None, sources: Sequence[str]) -> Da
     chosen = [SourceConfig.model_validate({"path": source}) for source in sources] or (
         list(config.data.eval) if config else []
     )
+    if not chosen and config is None and not Path(path).expanduser().is_dir():
+        raise ConfigError(
+            f"{path}: no such run folder, so there is no data.eval to score on. Check the path, or pass --data FILE to "
+            "score a model of that name."
+        )
     if not chosen:
         raise ConfigError(f"{path}: nothing to score on. Pass --data FILE, or name data.eval in the run's config.")
     cache_dir = config.data.cache_dir if config else None

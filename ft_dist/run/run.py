@@ -16,7 +16,7 @@ from ft_dist.data.stream.stream import DataStream
 from ft_dist.distributed import World, announce_stop, leave_world, stop_announced
 from ft_dist.engine.save_pretrained import write_final
 from ft_dist.engine.step import Engine, StepResult
-from ft_dist.errors import Preempted, TrainingError
+from ft_dist.errors import Preempted, TrainingError, counted
 from ft_dist.evaluate.comparison import comparison, summary_line
 from ft_dist.evaluate.held_out import EvaluationStopped, HeldOut
 from ft_dist.observe.recorder import Recorder
@@ -24,6 +24,7 @@ from ft_dist.observe.trackers import keep_wandb_run_id, wandb_run_id
 from ft_dist.preemption.stop import StopRequest
 from ft_dist.preemption.watchdog import Watchdog
 from ft_dist.resources import peak_memory_bytes, versions
+from ft_dist.run.length import is_over, length_notes, run_length
 from ft_dist.run.planned import Planned
 from ft_dist.run.step_record import print_step, step_record
 from ft_dist.run_folder import RunFolder
@@ -81,8 +82,8 @@ class Run:
         self.checkpoints = CheckpointKeeper(config, world, engine, folder=folder)
         if self.checkpoints.resumed:
             self._resume(self.checkpoints.resumed)
-        # for the learning rate and the ETA; the run itself ends with its data, or at optim.max_steps
-        self.total_steps = stream.total_steps(config.optim.epochs, at_most=config.optim.max_steps)
+        self.length = run_length(config.optim, stream)
+        self.total_steps = self.length.steps
         self._committed_step = self.step
         self._store_asked_at = 0.0
         self.recorder = Recorder(config, world, resumed_step=self.step)
@@ -96,8 +97,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """True once optim.max_steps or the end of optim.epochs is reached."""
-        limit = self.config.optim.max_steps
-        return self._state_after["epoch"] >= self.config.optim.epochs or (limit is not None and self.step >= limit)
+        return is_over(self.config.optim, step=self.step, epoch=self._state_after["epoch"])
 
     def start(self, *, facts: list[str], data_report: dict[str, Any]) -> None:
         """Report what starts or resumes, and start the watchdog."""
@@ -110,16 +110,16 @@ class Run:
         for line in self.checkpoints.skipped:
             console.note(f"checkpoint skipped: {line}")
         trainable = sum(getattr(p, "ds_numel", p.numel()) for _, p in self.engine.trainable())
-        exact = self.total_steps == self.config.optim.max_steps or self.stream.counts_exactly(self.config.optim.epochs)
-        steps = f"{'' if exact else 'about '}{self.total_steps} steps"
         console.say(
             f"training {trainable / 1e6:,.2f} M parameters ({self.config.method.kind}, ZeRO {self.engine.stage}, "
-            f"{self.config.model.dtype}) for {steps} on {self.world.size} x {self.world.device.type}"
+            f"{self.config.model.dtype}) for {self.length} on {self.world.size} x {self.world.device.type}"
         )
         name = "resume" if self.step else "start"
         self.recorder.event(name, step=self.step, world_size=self.world.size, versions=versions())
         if self.step:
             console.say(f"resumed from step {self.step}")
+        for line in length_notes(self.config.optim, self.length, step=self.step, finished=self.finished):
+            console.note(line)
         if self._data_changes:
             for change in self._data_changes:
                 console.note(f"data.train has changed: {change}; a new epoch begins")
@@ -277,7 +277,7 @@ class Run:
         if when == "before" and self.step > 0:
             return self.recorder.earlier_scores(when)
         self.clock.lap()
-        self.recorder.console.say(f"evaluating {when} training on {len(self.held_out)} held-out samples")
+        self.recorder.console.say(f"evaluating {when} training on {counted(len(self.held_out), 'held-out sample')}")
         try:
             scores = self.held_out.score(
                 self.engine, self.tokenizer, say=self.recorder.console.say, stop_wanted=self._stop_requested

@@ -77,12 +77,14 @@ class Checked:
     packs: bool
 
 
-def self_check(engine: Engine, config: RunConfig, *, folder: str, tokenizer: Any, store: SampleStore | None) -> Checked:
+def self_check(
+    engine: Engine, config: RunConfig, *, folder: str, tokenizer: Any, samples: SampleStore | None
+) -> Checked:
     """All ranks call it once the engine is built. Raises ModelError on every rank, naming the part that is wrong."""
     _check_trained(engine, config)
     measured, cached = _agreed(
         engine,
-        lambda: _measure(engine, _samples(config, tokenizer, store)),
+        lambda: _measure(engine, _probes(config, tokenizer, samples)),
         file=cache_dir() / "self_check" / f"{_key(engine, config, folder)}.json",
         timeout_s=config.engine.timeout_s,
     )
@@ -204,15 +206,15 @@ def _foresight(engine: Engine, sample: Probe) -> float:
     return abs(change) / first.labels
 
 
-def _samples(config: RunConfig, tokenizer: Any, store: SampleStore | None) -> tuple[Probe, Probe]:
+def _samples(config: RunConfig, tokenizer: Any, samples: SampleStore | None) -> tuple[Probe, Probe]:
     """Two short samples of the training data: one to stand before, and the one whose loss is compared.
 
     All tokens are labelled: more of them reveal more, and which ones a run labels does not matter here.
     """
-    if store is not None:
-        ids = np.arange(min(len(store), CANDIDATES))
-        shortest = ids[np.argsort(np.maximum(store.lengths_of(ids), 8), kind="stable")][:2]
-        found: list[np.ndarray] = [store.gather(np.array([index]))[0] for index in shortest]
+    if samples is not None:
+        ids = np.arange(min(len(samples), CANDIDATES))
+        shortest = ids[np.argsort(np.maximum(samples.lengths_of(ids), 8), kind="stable")][:2]
+        found: list[np.ndarray] = [samples.gather(np.array([index]))[0] for index in shortest]
     else:
         encoded = Encoder(tokenizer).encode_batch(list(islice(read_samples(config.data.train[0]), 2)))
         found = [one.tokens for one in encoded]

@@ -95,6 +95,24 @@ def test_a_missing_required_key_is_named():
         validate({"model": {"path": "m"}, "data": {"train": ["a"]}})
 
 
+def test_a_misspelt_required_key_is_reported_once_and_as_unknown(tmp_path):
+    tree = {"model": {"path": "m"}, "data": {"train": ["a"]}, "ouput_dir": "x"}
+    with pytest.raises(ConfigError) as error:
+        validate(tree)
+    assert str(error.value) == "ouput_dir: unknown key. Did you mean output_dir?"
+    with pytest.raises(ConfigError) as error:
+        validate({"data": {"train": ["a"]}, "ouput_dir": "x", "moodel": {}, "zzz": 1, "seed": -1})
+    assert str(error.value).startswith("ouput_dir: unknown key. Did you mean output_dir? moodel: unknown key.")
+    assert ".;" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["smok", "Smoke", "configs/smoek.yaml"])
+def test_a_misspelt_recipe_suggests_the_nearest(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"\. Did you mean smoke\?$"):
+        load_config(name)
+
+
 def test_data_is_also_looked_up_next_to_the_config(recipe):
     (recipe.parent / "a.jsonl").write_text("{}")
     assert load_config(str(recipe)).data.train[0].path == str(recipe.parent / "a.jsonl")

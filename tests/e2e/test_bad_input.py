@@ -16,17 +16,20 @@ def write(folder: Path, *lines: str) -> Path:
 
 @pytest.fixture
 def refused(cli, tmp_path):
-    """Train with these overrides. The run must be refused; returns the error line."""
+    """Check and train with these overrides. Both must refuse the run in the same words; returns the error line."""
 
     def run(*overrides: str, nproc: int = 1) -> str:
         output = tmp_path / "run"
-        done = cli("train", "smoke", f"output_dir={output}", *overrides, "--nproc", str(nproc))
-        assert done.returncode == 2, done.stdout + done.stderr
-        assert "Traceback" not in done.stderr + done.stdout
-        assert not output.exists()
-        lines = done.stderr.strip().splitlines()
-        assert len(lines) == 1, lines
-        return lines[0]
+        said = []
+        for verb in ("check", "train"):
+            done = cli(verb, "smoke", f"output_dir={output}", *overrides, "--nproc", str(nproc))
+            assert done.returncode == 2, done.stdout + done.stderr
+            assert "Traceback" not in done.stderr + done.stdout
+            assert not output.exists()
+            said.append(done.stderr.strip().splitlines())
+        assert said[0] == said[1]
+        assert len(said[0]) == 1, said
+        return said[0][0]
 
     return run
 
@@ -77,6 +80,10 @@ def test_zero_stage_7(refused):
     assert "engine.zero_stage=7: should be 'auto', 0, 1, 2 or 3" in refused("engine.zero_stage=7")
 
 
+def test_a_chat_template_that_is_not_there(refused):
+    assert "model.chat_template=nowhere.jinja: no such file." in refused("model.chat_template=nowhere.jinja")
+
+
 def test_a_target_module_without_a_match(refused):
     message = refused("method.target_modules=[q_prok]")
     assert "method.target_modules=q_prok" in message
@@ -107,6 +114,57 @@ def test_no_such_recipe(cli):
     done = cli("train", "smoky")
     assert done.returncode == 2
     assert "smoke" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["export", "a", "b", "--to", "mergd"],
+            "Invalid value for '--to': 'mergd' is not one of 'merged', 'adapter'. ",
+        ),
+        (["train"], "Missing argument 'config'. `ft-dist train --help`"),
+        (["train", "smoke", "--bogus"], "No such option: --bogus. "),
+        (["train", "smoke", "--nproc"], "Option '--nproc' requires an argument. "),
+        (["bench", "--rows", "0"], "Invalid value for '--rows': Input should be greater than or equal to 1. "),
+        (["checkpoint", "sho"], "No such command 'sho'. Did you mean 'show'? `ft-dist checkpoint --help`"),
+        (["trian"], "No such command 'trian'. Did you mean 'train'? `ft-dist --help`"),
+    ],
+)
+def test_mistakes_in_the_command_line(cli, arguments, message):
+    done = cli(*arguments)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(f"ft-dist: error: {message}")
+
+
+@pytest.mark.parametrize("verb", [["eval"], ["chat", "--prompt", "Hi"], ["eval", "--data", "emails/test.jsonl"]])
+def test_a_run_folder_that_does_not_exist(cli, tmp_path, verb):
+    (tmp_path / "smoke").mkdir()
+    done = cli(*verb, str(tmp_path / "smokee"))
+    assert done.returncode == 2
+    assert f"{tmp_path / 'smokee'}: no such folder. Did you mean {tmp_path / 'smoke'}?" in done.stderr
+    assert "no such folder" in cli(*verb, "docs/smokee").stderr  # docs is a folder, not an owner on the hub
+    unknown = cli("eval", "nobody/nothing").stderr
+    assert "nobody/nothing: no such run folder, so there is no data.eval to score on." in unknown
+
+
+def test_a_checkpoint_to_resume_from_is_named_by_its_folder(refused, tmp_path):
+    commit = tmp_path / "other" / "checkpoints" / "step-00000005"
+    commit.mkdir(parents=True)
+    (commit / "manifest.json").write_text("{}")
+    assert f"Name {commit}, or set checkpoint.resume=auto." in refused(f"checkpoint.resume={tmp_path / 'other'}")
+    assert "Name the folder of one" in refused(f"checkpoint.resume={tmp_path}")
+    commit.rename(commit.with_name("mine"))
+    assert "a checkpoint folder is named step-N" in refused(f"checkpoint.resume={commit.with_name('mine')}")
+
+
+def test_advice_is_never_what_the_config_already_does(refused, tmp_path):
+    long = {"messages": [{"role": "user", "content": "word " * 100}, {"role": "assistant", "content": "Yes."}]}
+    path = write(tmp_path, json.dumps(long))
+    message = refused(f"data.train=[{path}]", "data.max_length=64", "data.too_long=truncate")
+    assert "its only record cannot be used: 1 without a labelled token." in message
+    assert "Raise data.max_length, or set model.chat_template." in message
 
 
 def test_rows_longer_than_the_model_supports(refused):

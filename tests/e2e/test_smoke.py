@@ -1,13 +1,15 @@
 """The run folder's contract on the smoke recipe: files, their fields, and their consistency."""
 
 import json
+import os
+import pty
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from tests.conftest import ROOT, read_lines
+from tests.conftest import CLI, ROOT, read_lines
 from tests.ports import free_port
 
 METRICS = {
@@ -101,7 +103,7 @@ def test_trackers_wrote_offline(smoke):
 def test_no_pickle_is_written(smoke):
     folder, _ = smoke
     kinds = {path.suffix for path in folder.rglob("*") if path.is_file() and "wandb" not in path.parts}
-    assert kinds <= {".safetensors", ".json", ".jsonl", ".yaml", ".log", ".jinja", ".md", ".0", ""}
+    assert kinds <= {".safetensors", ".json", ".jsonl", ".yaml", ".log", ".jinja", ".md", ".0", ".lock", ""}
 
 
 def test_a_finished_run_started_again_stays_finished(smoke, cli):
@@ -147,8 +149,23 @@ def test_the_verbs_work_on_a_finished_run(smoke, cli, tmp_path):
     assert "exists and is not an empty folder" in again.stderr
 
 
+def test_check_marks_what_a_sample_teaches(cli, tmp_path):
+    lines = cli("check", "smoke", f"output_dir={tmp_path}").stdout.splitlines()
+    assert any("the first 64 records give 64 samples of 188 tokens on average, 4% labelled" in line for line in lines)
+    assert "  | [[invoice<|im_end|>]]" in lines
+    assert lines[-1] == "ready to train"
+    assert list(tmp_path.iterdir()) == []
+    main, terminal = pty.openpty()
+    subprocess.run([*CLI, "check", "smoke", f"output_dir={tmp_path}"], cwd=ROOT, stdout=terminal, check=True)
+    os.close(terminal)
+    assert b"\x1b[1;32minvoice<|im_end|>\x1b[0m" in os.read(main, 1 << 16)
+    os.close(main)
+
+
 def test_check_and_schema_print_json(cli):
     facts = json.loads(cli("check", "smoke", "--json").stdout)
     assert facts["ok"]
     assert any("format chat, 480 samples" in fact for fact in facts["facts"])
+    assert [one["kind"] for one in facts["data"]] == ["train", "eval"]
+    assert {"learnt": True, "text": "invoice<|im_end|>"} in facts["data"][0]["sample"]
     assert json.loads(cli("schema").stdout)["additionalProperties"] is False

@@ -185,12 +185,16 @@ def in_child(function: Callable[[list[str]], Any], arguments: list[str]) -> Any:
 
 def _call_check(arguments: list[str]) -> str | None:
     """The error of `ft-dist check --model`, or None."""
+    from ft_dist.check import check, check_data
     from ft_dist.config import load_config
     from ft_dist.errors import UserError
-    from ft_dist.run.rehearse import rehearse
+    from ft_dist.run.check_model import check_model
 
     try:
-        rehearse(load_config(arguments[0], arguments[1:]), world_size=1, model=True)
+        config = load_config(arguments[0], arguments[1:])
+        check(config, world_size=1)
+        check_data(config)
+        check_model(config, weights=True)
     except UserError as error:
         return str(error)
     return None

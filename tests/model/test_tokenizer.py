@@ -62,7 +62,7 @@ def test_new_tokens_become_single_ids_once(tmp_path: Path) -> None:
     tokenizer, notes = load_tokenizer(saved(tmp_path), new_tokens=["<tool>", "<tool>", "<|pad|>"])
     assert len(tokenizer) == before + 1
     assert tokenizer("<tool>").input_ids == [before]
-    assert notes == ["1 new special tokens: <tool>"]
+    assert notes == ["1 new special token: <tool>"]
 
 
 def test_template_from_a_file(tmp_path: Path) -> None:

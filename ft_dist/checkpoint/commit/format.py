@@ -91,6 +91,14 @@ def commits(root: Path) -> list[Commit]:
     return sorted(found, key=lambda commit: commit.step)
 
 
+def named_commit(folder: Path) -> Commit:
+    """The commit in a folder that the user named. Raises CheckpointError."""
+    step = step_of(folder.name)
+    if step is None:
+        raise CheckpointError(f"{folder}: a checkpoint folder is named step-N. Name one, for example step-00000100.")
+    return Commit(folder, step)
+
+
 def write_manifest(folder: Path, step: int, files: Mapping[str, Fingerprint]) -> None:
     """Seal the folder. `files` are already written and synced."""
     content = {"version": FORMAT_VERSION, "step": step, "files": dict(files)}

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ft_dist.config.schema import DataConfig
 from ft_dist.data.encode.minhash import Keys, Signatures, sketch
 from ft_dist.data.encode.template import Encoded, Encoder
 from ft_dist.data.read.formats import RecordFormat, Sample
@@ -78,6 +79,11 @@ class ChunkEncoder:
     too_long: str
     vocabulary: int
     _encoder: Encoder | None = field(default=None, init=False)
+
+    @classmethod
+    def of(cls, tokenizer: Any, record_format: RecordFormat, data: DataConfig) -> "ChunkEncoder":
+        vocabulary = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
+        return cls(tokenizer, record_format, data.max_length, data.too_long, vocabulary)
 
     @property
     def dtype(self) -> Any:
@@ -153,6 +159,27 @@ class ChunkEncoder:
         tokens = np.concatenate([np.zeros(0, self.dtype), *(piece.tokens.astype(self.dtype) for piece in pieces)])
         mask = np.concatenate([np.zeros(0, np.bool_), *masks])
         return EncodedChunk(tokens, mask, lengths, labelled, keys, signed, counts)
+
+
+def why_unusable(counts: SourceCounts, data: DataConfig, *, model_path: str) -> str:
+    """Why none of the counted records gave a sample, and what to change."""
+    reasons = []
+    if counts.dropped_too_long:
+        reasons.append(
+            f"{counts.dropped_too_long} over data.max_length={data.max_length} (longest: {counts.longest} tokens)"
+        )
+    if counts.dropped_no_label:
+        reasons.append(f"{counts.dropped_no_label} without a labelled token")
+    if counts.turns_rewritten:
+        reasons.append(f"{counts.turns_rewritten} assistant turns rewritten by the chat template of {model_path}")
+    subject = f"none of {counts.records:,} records can" if counts.records > 1 else "its only record cannot"
+    return f"{subject} be used: {', '.join(reasons)}. {advice_if_unusable(data.too_long)}"
+
+
+def advice_if_unusable(too_long: str) -> str:
+    """What to change if no record of a source can be used."""
+    truncate = "" if too_long == "truncate" else " set data.too_long=truncate,"
+    return f"Raise data.max_length,{truncate} or set model.chat_template."
 
 
 def _count_turns(sample: Sample, counts: SourceCounts) -> None:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock
 
 from ft_dist.config.schema import DataConfig, SourceConfig
-from ft_dist.data.encode.chunk import COUNTED, ChunkEncoder, EncodedChunk, SourceCounts
+from ft_dist.data.encode.chunk import COUNTED, ChunkEncoder, EncodedChunk, SourceCounts, why_unusable
 from ft_dist.data.encode.template import tokenizer_identity
 from ft_dist.data.encode.workers import available_cores, ordered_map
 from ft_dist.data.prepare.digests import content_of
@@ -126,12 +126,7 @@ def prepare(
     little data). Every process may call it at the same time. Raises DataError for errors in the data (file, line and
     fix), for a set made with another tokenizer or other options, or if no sample is left to train on.
     """
-    made_with = {
-        "encoding": ENCODING_VERSION,
-        **tokenizer_identity(tokenizer),
-        "max_length": data.max_length,
-        "too_long": data.too_long,
-    }
+    made_with = rules_of(tokenizer, data)
     cache = cache_folder(data)
     prepared = Prepared(
         partial(
@@ -144,7 +139,7 @@ def prepare(
     )
     for number, source in enumerate(sources):
         if prepared_set(source.path) is not None:
-            prepared.sets.append(_taken_as_it_is(source, made_with, wait_s=data.remote_wait_s))
+            prepared.sets.append(taken_as_it_is(source, made_with, wait_s=data.remote_wait_s))
             continue
         fingerprint = _fingerprint(source, made_with, cache)
         place = str(cache / fingerprint) if to is None else f"{to}-{number}"
@@ -186,7 +181,18 @@ def _note(line: str) -> None:
     print(f"note: {line}", flush=True)
 
 
-def _taken_as_it_is(source: SourceConfig, made_with: dict[str, Any], *, wait_s: float) -> PreparedSet:
+def rules_of(tokenizer: Any, data: DataConfig) -> dict[str, Any]:
+    """What decides a set's tokens and masks, apart from the records."""
+    return {
+        "encoding": ENCODING_VERSION,
+        **tokenizer_identity(tokenizer),
+        "max_length": data.max_length,
+        "too_long": data.too_long,
+    }
+
+
+def taken_as_it_is(source: SourceConfig, made_with: dict[str, Any], *, wait_s: float) -> PreparedSet:
+    """A source that is a prepared set. Raises DataError unless it was made with the same rules."""
     storage = open_storage(source.path, wait_s=wait_s, log=_note)
     try:
         index = json.loads(storage.read_bytes(INDEX))
@@ -244,8 +250,7 @@ def _build(storage: Storage, fingerprint: str, job: _Job) -> None:
     raws = read_raw_records(job.source)
     first = next(raws)
     record_format = format_of(job.source, first.parse())
-    vocabulary = max(len(job.tokenizer), 1 + max(job.tokenizer.get_vocab().values(), default=0))
-    encoder = ChunkEncoder(job.tokenizer, record_format, job.data.max_length, job.data.too_long, vocabulary)
+    encoder = ChunkEncoder.of(job.tokenizer, record_format, job.data)
     writer = ShardWriter(storage, fingerprint=fingerprint, made_with=job.made_with, dtype=encoder.dtype)
     writer.counts.format = record_format.format
     reading = _Reading(chain([first], raws), _bytes_of(job.source))
@@ -255,7 +260,9 @@ def _build(storage: Storage, fingerprint: str, job: _Job) -> None:
             writer.add(chunk)
             job.on_progress(Progress(writer.counts.records, writer.counts.tokens, reading.share_done()))
     writer.flush_rest()
-    _check_usable(writer.counts, job)
+    if not writer.counts.samples:
+        why = why_unusable(writer.counts, job.data, model_path=job.model_path)
+        raise DataError(f"{job.source.path}: {why}")
     report = {"counts": asdict(writer.counts), **source_report(writer, job.tokenizer)}
     writer.commit(report)
 
@@ -328,23 +335,6 @@ def _bytes_of(source: SourceConfig) -> int | None:
     ):
         return None
     return sum(file.stat().st_size for file in files)
-
-
-def _check_usable(counts: SourceCounts, job: _Job) -> None:
-    if counts.samples:
-        return
-    reasons = []
-    limit = job.data.max_length
-    if counts.dropped_too_long:
-        reasons.append(f"{counts.dropped_too_long} over data.max_length={limit} (longest: {counts.longest} tokens)")
-    if counts.dropped_no_label:
-        reasons.append(f"{counts.dropped_no_label} without a labelled token")
-    if counts.turns_rewritten:
-        reasons.append(f"{counts.turns_rewritten} assistant turns rewritten by the chat template of {job.model_path}")
-    raise DataError(
-        f"{job.source.path}: none of {counts.records} records can be used: {', '.join(reasons)}. "
-        "Raise data.max_length, set data.too_long=truncate, or set model.chat_template."
-    )
 
 
 def _shifted(on_progress: OnProgress | None, before: Prepared) -> OnProgress:

@@ -48,7 +48,10 @@ def source_report(writer: ShardWriter, tokenizer: Any) -> dict[str, Any]:
         "duplicates": _duplicates(keys, rate),
         "near_duplicates": _near_duplicates(signed, signatures),
         "contradictions": _contradictions(keys, rate),
-        "shown": [_marked(tokens, mask, tokenizer) for tokens, mask in writer.first_samples(SHOWN_SAMPLES)],
+        "shown": [
+            marked_runs(tokens[:SHOWN_TOKENS], mask[:SHOWN_TOKENS], tokenizer)
+            for tokens, mask in writer.first_samples(SHOWN_SAMPLES)
+        ],
     }
 
 
@@ -217,9 +220,8 @@ def _lengths(parts: Arrays) -> dict[str, Any]:
     return {**quantiles, "bins": bins}
 
 
-def _marked(tokens: npt.NDArray[Any], mask: npt.NDArray[np.bool_], tokenizer: Any) -> list[dict[str, Any]]:
+def marked_runs(tokens: npt.NDArray[Any], mask: npt.NDArray[np.bool_], tokenizer: Any) -> list[dict[str, Any]]:
     """The text of a sample as runs of labelled and unlabelled tokens."""
-    tokens, mask = tokens[:SHOWN_TOKENS], mask[:SHOWN_TOKENS]
     edges = [0, *(np.flatnonzero(mask[1:] != mask[:-1]) + 1).tolist(), len(tokens)]
     return [
         {"learnt": bool(mask[start]), "text": tokenizer.decode(tokens[start:end].tolist())}

@@ -9,6 +9,7 @@ from ft_dist.data.encode.chunk import SourceCounts
 from ft_dist.data.encode.template import DATE
 from ft_dist.data.prepare.build import Prepared, PreparedSet, Progress, prepare
 from ft_dist.data.prepare.quality import leakage
+from ft_dist.errors import counted
 
 FEW_SAMPLES = 50
 FEW_GOOD_SAMPLES = 100
@@ -56,7 +57,7 @@ def data_report(config: RunConfig, train: Prepared, held_out: Prepared) -> dict[
     report["recommended_epochs"] = recommended_epochs(train.report["samples"])
     report["estimated_steps"] = estimated_steps(config, train)
     sets = [(kind, one) for kind, of_kind in (("train", train), ("eval", held_out)) for one in of_kind.sets]
-    report["notes"] = [f"{kind} {one.name}: {note}" for kind, one in sets for note in _notes(one)]
+    report["notes"] = [f"{kind} {one.name}: {note}" for kind, one in sets for note in encoding_notes(_counts(one))]
     report["warnings"] = [f"{kind} {one.name}: {problem}" for kind, one in sets for problem in _problems(one)]
     report["warnings"] += _leaks(report["leakage"], train, held_out) + _few(train)
     return report
@@ -69,7 +70,10 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         lines += [f"{kind} {source['path']}: {_totals(source)}" for source in report[kind]["sources"]]
     if report["train"]["sources"]:
         steps, epochs = report["estimated_steps"], report["recommended_epochs"]
-        lines.append(f"about {steps:,} steps; for this many samples {epochs} epochs are a good start")
+        are = "is" if epochs == 1 else "are"
+        lines.append(
+            f"about {counted(steps, 'step')}; for this many samples {counted(epochs, 'epoch')} {are} a good start"
+        )
     lines += [f"note: {note}" for note in report["notes"]]
     return [*lines, *(f"warning: {warning}" for warning in report["warnings"])]
 
@@ -87,11 +91,16 @@ def shown_lines(report: dict[str, Any]) -> list[str]:
                 f"  up to {entry['up_to']:>9,} {'#' * -(-40 * entry['samples'] // most):40} {entry['samples']:,}"
             )
         for number, runs in enumerate(source["shown"], start=1):
-            text = "".join(f"[[{run['text']}]]" if run["learnt"] else run["text"] for run in runs)
+            text = in_brackets(runs)
             cut = text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + " ..."
             lines.append(f"sample {number} of {source['path']} as the model sees it, [[labelled]]:")
             lines += [f"  | {line}" for line in cut.splitlines()]
     return lines
+
+
+def in_brackets(runs: list[dict[str, Any]]) -> str:
+    """The text of a sample, its labelled runs in [[ and ]]."""
+    return "".join(f"[[{run['text']}]]" if run["learnt"] else run["text"] for run in runs)
 
 
 def progress_printer(say: Callable[[str], None]) -> Callable[[Progress], None]:
@@ -125,55 +134,69 @@ def recommended_epochs(samples: int) -> int:
 
 def estimated_steps(config: RunConfig, train: Prepared) -> int:
     """Estimated optimizer steps, before packing: rows filled to PACKED_SHARE."""
+    epochs, limit = config.optim.most_epochs, config.optim.max_steps
+    if epochs is None:
+        assert limit is not None, "without epochs, optim.max_steps ends the run"
+        return limit
     rows = 0.0
     for one in train.sets:
         counts = one.report["counts"]
         rows += one.weight * (
             counts["tokens"] / (config.data.max_length * PACKED_SHARE) if config.data.packs else counts["samples"]
         )
-    steps = config.optim.epochs * max(1, -(-int(rows + 0.999) // config.batch.global_rows))
-    return min(steps, config.optim.max_steps or steps)
+    steps = epochs * max(1, -(-int(rows + 0.999) // config.batch.global_rows))
+    return min(steps, limit or steps)
 
 
 def _totals(source: dict[str, Any]) -> str:
     counts = source["counts"]
     share = counts["labelled_tokens"] / max(1, counts["tokens"])
     return (
-        f"{counts['samples']:,} samples, {counts['tokens']:,} tokens, {share:.0%} labelled, format {counts['format']}, "
+        f"{counted(counts['samples'], 'sample')}, {counts['tokens']:,} tokens, {share:.0%} labelled, "
+        f"format {counts['format']}, "
         f"median {source['lengths']['median']:,} tokens, longest {source['lengths']['longest']:,}"
     )
 
 
-def _notes(one: PreparedSet) -> list[str]:
+def encoding_notes(counts: SourceCounts) -> list[str]:
     """Expected changes to the data."""
-    counts = SourceCounts(**one.report["counts"])
     return _told(
-        (counts.split_texts, "texts longer than data.max_length split into blocks"),
-        (counts.end_token_added, "samples got an end token that the chat template omits"),
-        (counts.system_folded, "system prompts moved into the user turn: the chat template has no system role"),
-        (counts.dates_pinned, f"samples whose template prints today's date use {DATE:%d %B %Y} instead"),
+        (counts.split_texts, "text", "longer than data.max_length split into blocks"),
+        (counts.end_token_added, "sample", "got an end token that the chat template omits"),
+        (counts.system_folded, "system prompt", "moved into the user turn: the chat template has no system role"),
+        (counts.dates_pinned, "sample", f"with {DATE:%d %B %Y} where the chat template prints today's date"),
+    )
+
+
+def encoding_problems(counts: SourceCounts) -> list[str]:
+    """Findings about single records that need attention."""
+    return _told(
+        (counts.dropped_too_long, "sample", f"dropped: longer than data.max_length (the longest has {counts.longest})"),
+        (counts.truncated, "sample", "truncated at data.max_length (data.too_long=truncate)"),
+        (counts.dropped_no_label, "sample", "dropped: no labelled token was left"),
+        (counts.turns_rewritten, "assistant turn", "left out: the chat template rewrites it in later turns"),
+        (counts.roles_repeated, "record", "with roles out of order: one role appears twice in a row"),
+        (counts.unanswered, "record", "without an answer at the end: the last turn is not the assistant's"),
     )
 
 
 def _problems(one: PreparedSet) -> list[str]:
     """Findings that need attention."""
-    counts = SourceCounts(**one.report["counts"])
     repeats, near, against = (one.report[name] for name in ("duplicates", "near_duplicates", "contradictions"))
-    return _told(
-        (counts.dropped_too_long, f"samples dropped: longer than data.max_length (the longest has {counts.longest})"),
-        (counts.truncated, "samples truncated at data.max_length (data.too_long=truncate)"),
-        (counts.dropped_no_label, "samples dropped: no labelled token was left"),
-        (counts.turns_rewritten, "assistant turns left out: the chat template rewrites them in later turns"),
-        (counts.roles_repeated, "records with roles out of order: one role appears twice in a row"),
-        (counts.unanswered, "records end without an answer: the last turn is not the assistant's"),
-        (repeats["records"], f"records are duplicates{_pairs(repeats)}"),
-        (near["records"], f"records are near duplicates{_pairs(near)}"),
-        (against["prompts"], f"prompts have different answers{_pairs(against)}"),
+    return encoding_problems(_counts(one)) + _told(
+        (repeats["records"], "duplicate record", _pairs(repeats).lstrip()),
+        (near["records"], "near duplicate", f"among the records{_pairs(near)}"),
+        (against["prompts"], "prompt", f"with different answers{_pairs(against)}"),
     )
 
 
-def _told(*findings: tuple[int, str]) -> list[str]:
-    return [f"{count:,} {text}" for count, text in findings if count]
+def _counts(one: PreparedSet) -> SourceCounts:
+    return SourceCounts(**one.report["counts"])
+
+
+def _told(*findings: tuple[int, str, str]) -> list[str]:
+    """One line per finding with a count above 0: what is counted, and what happened to it."""
+    return [f"{counted(count, noun)} {text}".rstrip() for count, noun, text in findings if count]
 
 
 def _pairs(finding: dict[str, Any]) -> str:
@@ -200,7 +223,8 @@ def _few(train: Prepared) -> list[str]:
     if samples >= FEW_GOOD_SAMPLES:
         return []
     return [
-        f"only {samples} training samples; fine-tuning needs at least {FEW_SAMPLES} to {FEW_GOOD_SAMPLES} good ones"
+        f"only {counted(samples, 'training sample')}; fine-tuning needs at least {FEW_SAMPLES} to {FEW_GOOD_SAMPLES} "
+        "good ones"
     ]
 
 

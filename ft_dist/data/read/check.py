@@ -13,7 +13,7 @@ from ft_dist.data.read.formats import RecordFormat, format_of
 from ft_dist.data.read.paths import INDEX, TEXT_SUFFIXES, is_mds, prepared_set, suffix_of
 from ft_dist.data.read.sources import local_files, read_records
 from ft_dist.data.read.text_files import Record
-from ft_dist.errors import DataError, MissingFileError
+from ft_dist.errors import DataError, MissingFileError, counted
 from ft_dist.storage import is_remote_folder, open_storage
 
 MAX_RECORDS = 200_000
@@ -39,16 +39,17 @@ def _check(source: SourceConfig) -> str:
     index = prepared_set(source.path)
     if index is not None:
         samples = _remote_samples(source.path) if is_remote_folder(source.path) else index["samples"]
-        return f"{source.path}: prepared set, {samples:,} samples"
+        return f"{source.path}: prepared set, {counted(samples, 'sample')}"
     files = local_files(source)
     if files is None:
         folder = Path(source.path).expanduser()
         place = "MDS folder" if is_mds(folder) else "saved dataset" if folder.is_dir() else "hub dataset"
         return f"{source.path}: {place}, checked when it is prepared"
     if any(suffix_of(file) not in TEXT_SUFFIXES for file in files):
-        return f"{source.path}: {_plural(len(files), 'table file')}, checked when prepared"
+        return f"{source.path}: {counted(len(files), 'table file')}, checked when prepared"
     record_format, count, stopped = _look_at(source)
-    return f"{source.path}: format {record_format.format}, {count}{' or more' if stopped else ''} samples{_of(files)}"
+    samples = f"{count:,} or more samples" if stopped else counted(count, "sample")
+    return f"{source.path}: format {record_format.format}, {samples}{_of(files)}"
 
 
 def _look_at(source: SourceConfig) -> tuple[RecordFormat, int, bool]:
@@ -92,7 +93,3 @@ def _remote_samples(url: str) -> int:
 
 def _of(files: list[Path]) -> str:
     return f" in {len(files)} files" if len(files) > 1 else ""
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"

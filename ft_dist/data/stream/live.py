@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ft_dist.config.schema import DataConfig, SourceConfig
-from ft_dist.data.encode.chunk import ChunkEncoder, EncodedChunk
+from ft_dist.data.encode.chunk import ChunkEncoder, EncodedChunk, advice_if_unusable
 from ft_dist.data.encode.template import tokenizer_identity
 from ft_dist.data.encode.workers import available_cores, ordered_map
 from ft_dist.data.read.formats import format_of
@@ -30,7 +30,7 @@ from ft_dist.data.read.text_files import RawRecord, Record
 from ft_dist.data.store.store import BoolArray, Int64Array, end_to_end, gather_parts
 from ft_dist.data.stream.packing import DEFAULT_WINDOW
 from ft_dist.data.stream.stream import GlobalBatch, Row, digest, global_batch, rows_of_window
-from ft_dist.errors import DataError
+from ft_dist.errors import NEW_RUN, DataError
 
 CHUNK_RECORDS = 256
 MOST_WORKERS = 4
@@ -155,9 +155,8 @@ class LiveStream:
         self._window_records = window
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self._workers = workers or max(1, min(MOST_WORKERS, available_cores() // ranks_here))
-        vocabulary = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
         first = next(iter(read_raw_records(source))).parse()
-        self._encoder = ChunkEncoder(tokenizer, format_of(source, first), data.max_length, data.too_long, vocabulary)
+        self._encoder = ChunkEncoder.of(tokenizer, format_of(source, first), data)
         identity = tokenizer_identity(tokenizer)
         self._rules = digest(seed, self._cut, window, data.too_long, sorted(identity.items()), _content(source))
         self._position = _Position()
@@ -196,7 +195,7 @@ class LiveStream:
         if state.get("rules") != self._rules:
             raise DataError(
                 f"the checkpoint's position does not match {self.source.path}: the source, the tokenizer, seed or "
-                "options under data have changed. Restore them, or start over with checkpoint.resume=never."
+                f"options under data have changed. Restore them, or {NEW_RUN}."
             )
         self.close()
         self._position = _Position(**{name: int(state[name]) for name in asdict(_Position())})
@@ -224,7 +223,7 @@ class LiveStream:
         if window is None:
             raise DataError(
                 f"{self.source.path}: no record is usable with data.max_length={self._cut['max_length']}. "
-                "Raise it, set data.too_long=truncate, or set model.chat_template."
+                f"{advice_if_unusable(self._encoder.too_long)}"
             )
         self._show(window)
         return window

@@ -25,7 +25,7 @@ from ft_dist.data.store.store import SampleStore
 from ft_dist.data.stream.mixture import Mixture, MixtureSource
 from ft_dist.data.stream.order import Permutation
 from ft_dist.data.stream.packing import DEFAULT_WINDOW, pack_window
-from ft_dist.errors import DataError
+from ft_dist.errors import NEW_RUN, DataError
 
 COUNTED_WINDOWS = 64
 """Steps are counted exactly up to this many windows; beyond them they are estimated"""
@@ -174,8 +174,8 @@ class DataStream:
         if state.get("rules") != self._rules:
             raise DataError(
                 "the checkpoint's position belongs to another order of the data: seed, data.max_length, data.packing, "
-                "data.curriculum or data.shuffle_samples has changed. Restore them, or start over with "
-                "checkpoint.resume=never."
+                "data.curriculum or data.shuffle_samples has changed. Restore them, or "
+                f"{NEW_RUN}."
             )
         position = {name: int(state[name]) for name in asdict(_Position())}
         here = [
@@ -247,7 +247,7 @@ class DataStream:
             raise DataError(
                 f"{', '.join(rewritten) or 'data.train'}: its samples differ from those that the checkpoint "
                 "was trained on (the file, the tokenizer or the encoding has changed). Restore them, add the new data "
-                "under a new name next to the old, or start over with checkpoint.resume=never."
+                f"under a new name next to the old, or {NEW_RUN}."
             )
         left = [*retired]
         for number, (source, entry) in enumerate(zip(self.mixture.sources, known, strict=True)):

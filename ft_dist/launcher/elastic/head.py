@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ft_dist.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_HUNG, EXIT_PREEMPTED, EXIT_USER
+from ft_dist.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_HUNG, EXIT_PREEMPTED, EXIT_USER, counted
 from ft_dist.launcher.elastic.restarts import (
     AgentEvents,
     RestartPolicy,
@@ -186,7 +186,7 @@ class Head:
         ranks = [node for node in nodes for _ in range(node.nproc)]
         if len(nodes) != self._last_size:
             fewer = f": {self._maximum} were requested" if len(nodes) < self._maximum else ""
-            self._say(f"the world has {len(nodes)} nodes and {len(ranks)} ranks{fewer}")
+            self._say(f"the world has {counted(len(nodes), 'node')} and {counted(len(ranks), 'rank')}{fewer}")
             names = [node.name for node in nodes]
             self.events.add("world", nodes=names, asked=self._maximum, world_size=len(ranks), lost=list(self._gone))
             self._last_size = len(nodes)

@@ -43,34 +43,38 @@ def write(path: Path, rows: list[dict]) -> str:
 
 
 FAULTS = {
-    "exact duplicate": ([chat("What is  5 times 5?", "it is 25.")], {}, "1 records are duplicates (records 6 and 201)"),
+    "exact duplicate": ([chat("What is  5 times 5?", "it is 25.")], {}, "1 duplicate record (records 6 and 201)"),
     "near duplicate": (
         [chat("Tell it.", STORY.format(n=1)), chat("Tell it.", STORY.format(n=2))],
         {},
-        "1 records are near duplicates (records 201 and 202)",
+        "1 near duplicate among the records (records 201 and 202)",
     ),
     "contradiction": (
         [chat("What is 5 times 5?", "It is 26.")],
         {},
-        "1 prompts have different answers (records 6 and 201)",
+        "1 prompt with different answers (records 6 and 201)",
     ),
-    "too long": ([chat("Tell it.", "word " * 200)], {"max_length": 200}, "1 samples dropped: longer than data.max_len"),
+    "too long": (
+        [chat("Tell it.", "word " * 200)],
+        {"max_length": 200},
+        "1 sample dropped: longer than data.max_length",
+    ),
     "truncated": (
         [chat("Tell it.", "word " * 200)],
         {"max_length": 200, "too_long": "truncate"},
-        "1 samples truncated at data.max_length",
+        "1 sample truncated at data.max_length",
     ),
     "answer cut off": (
         [chat("word " * 200, "Yes.")],
         {"max_length": 200, "too_long": "truncate"},
-        "1 samples dropped: no labelled token was left",
+        "1 sample dropped: no labelled token was left",
     ),
     "two user turns": (
         [chat("Why?", "So.", ("user", "a"), ("user", "b"), ("assistant", "c"))],
         {},
-        "1 records with roles out of order",
+        "1 record with roles out of order",
     ),
-    "no last answer": ([chat("Why?", "So.", ("user", "And?"))], {}, "1 records end without an answer"),
+    "no last answer": ([chat("Why?", "So.", ("user", "And?"))], {}, "1 record without an answer at the end"),
 }
 
 
@@ -78,11 +82,18 @@ FAULTS = {
 def test_planted_fault_is_found_and_no_other(tmp_path, tokenizer_of, name):
     rows, options, message = FAULTS[name]
     report = report_of(tmp_path, tokenizer_of("chatml"), clean(200) + rows, **options)
-    expected = [message] if name != "near duplicate" else [message, "1 prompts have different answers"]
+    expected = [message] if name != "near duplicate" else [message, "1 prompt with different answers"]
     found = report["warnings"]
     assert len(found) == len(expected), found
     for part, warning in zip(expected, found, strict=True):
         assert warning.startswith(f"train {tmp_path / 'train.jsonl'}: {part}")
+
+
+def test_one_of_a_kind_is_in_the_singular(tmp_path, tokenizer_of):
+    lines = report_lines(report_of(tmp_path, tokenizer_of("chatml"), clean(1)))
+    assert f"train {tmp_path / 'train.jsonl'}: 1 sample, " in lines[0]
+    assert lines[1] == "about 1 step; for this many samples 25 epochs are a good start"
+    assert lines[2].startswith("warning: only 1 training sample; ")
 
 
 def test_clean_data_has_no_warning(tmp_path, tokenizer_of):
@@ -122,7 +133,7 @@ def test_a_template_that_prints_the_date_prints_the_same_one_for_ever(tmp_path, 
         tokenizer.chat_template = template
     assert report["train"]["sources"][0]["shown"][0][0]["text"].startswith("Today is 26 Jul 2024.")
     assert report["notes"] == [
-        f"train {tmp_path / 'train.jsonl'}: 100 samples whose template prints today's date use 26 July 2024 instead"
+        f"train {tmp_path / 'train.jsonl'}: 100 samples with 26 July 2024 where the chat template prints today's date"
     ]
 
 

@@ -94,6 +94,6 @@ def test_real_data_sets():
     )
     facts = check_sources(data)
     assert [fact.rpartition(": ")[2] for fact in facts] == [
-        "format prompt_completion, 7473 samples",
-        "format prompt_completion, 10003 samples",
+        "format prompt_completion, 7,473 samples",
+        "format prompt_completion, 10,003 samples",
     ]

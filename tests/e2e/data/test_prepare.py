@@ -42,7 +42,7 @@ def test_prepared_somewhere_is_trained_on_from_there(cli, tmp_path):
 def test_strict_fails_on_a_warning_after_printing_the_report(cli, tmp_path):
     done = cli("prepare", *settings(tmp_path, [*CHATS, CHATS[4]]))
     assert done.returncode == 0
-    warning = f"train {tmp_path / 'train.jsonl'}: 1 records are duplicates (records 5 and 121)"
+    warning = f"train {tmp_path / 'train.jsonl'}: 1 duplicate record (records 5 and 121)"
     assert f"warning: {warning}" in done.stdout
     assert "  | [[0.<|im_end|>]]" in done.stdout
     strict = cli("prepare", *settings(tmp_path, [*CHATS, CHATS[4]]), "--strict")
