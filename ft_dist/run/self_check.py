@@ -206,7 +206,7 @@ def _foresight(engine: Engine, sample: Probe) -> float:
     return abs(change) / first.labels
 
 
-def _samples(config: RunConfig, tokenizer: Any, samples: SampleStore | None) -> tuple[Probe, Probe]:
+def _probes(config: RunConfig, tokenizer: Any, samples: SampleStore | None) -> tuple[Probe, Probe]:
     """Two short samples of the training data: one to stand before, and the one whose loss is compared.
 
     All tokens are labelled: more of them reveal more, and which ones a run labels does not matter here.
