@@ -22,15 +22,11 @@ from tests.conftest import SMALL_RUN
 
 SHORT = [*SMALL_RUN, "optim.max_steps=4", "checkpoint.interval_steps=2", "optim.schedule=constant"]
 CASES = {
-    "lora-bf16": ["model.dtype=bf16", "engine.zero_stage=2"],
+    "new-tokens-bf16": ["model.new_tokens=[<call>,</call>]", "model.dtype=bf16", "engine.zero_stage=2"],
     "dora": ["method.dora=true", "engine.zero_stage=1"],
-    "new-tokens-bf16": ["model.new_tokens=[<call>,</call>]", "model.dtype=bf16", "engine.zero_stage=1"],
     "tied-head": ["model.path=tiny-smollm", "method.target_modules=[q_proj,lm_head]", "engine.zero_stage=0"],
     "full-bf16-tied": ["model.path=tiny-gemma2", "method.kind=full", "model.dtype=bf16", "engine.zero_stage=3"],
-    "full-new-tokens": ["model.new_tokens=[<call>]", "method.kind=full", "engine.zero_stage=1"],
 }
-
-SLOW = ("tied-head", "full-new-tokens")
 
 
 def trained(cli, folder: Path, *settings: str, nproc: int = 2) -> Path:
@@ -53,7 +49,7 @@ def content(folder: Path) -> dict[str, object]:
     return found
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in CASES])
+@pytest.mark.parametrize("case", CASES)
 def test_the_last_step_equals_final(cli, tmp_path, case):
     run = trained(cli, tmp_path / "run", *CASES[case])
     final = content(run / "final")
@@ -75,7 +71,7 @@ def test_an_unfinished_run_is_merged_scored_and_chats_at_a_step(cli, tmp_path):
     (run / "final").rename(run / "hidden")
     trained_further = trained(cli, run, nproc=1)
     (trained_further / "final").rename(run / "hidden-too")
-    with pytest.raises(ModelError, match="has not finished.*--step"):
+    with pytest.raises(ModelError, match=r"has not finished.*--step"):
         find_weights(str(run))
     export_run(run, kind="merged", to=tmp_path / "step", step=2)
     one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("finished", "step"))

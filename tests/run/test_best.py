@@ -8,12 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ft_dist.checkpoint.find import commit_of_step
 from ft_dist.result.export import export_run
 from tests.conftest import ROOT, read_lines
 
 INTERVAL, PATIENCE, MOST_STEPS = 2, 3, 40
-CASES = [("full", 3, "fp32", 2), ("lora", 1, "bf16", 2), ("full", 2, "bf16", 1), ("lora", 0, "fp32", 1)]
-SLOW = CASES[2:]
+CASES = [("full", 3, "fp32", 2), ("lora", 1, "bf16", 2), ("full", 2, "bf16", 1)]
+ALONE = ("lora", 0, "fp32", 1)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def few(tmp_path_factory) -> Path:
     return path
 
 
-def arguments(folder: Path, few: Path, case: tuple[str, int, str, int] = CASES[-1], **settings: object) -> list[str]:
+def arguments(folder: Path, few: Path, case: tuple[str, int, str, int] = ALONE, **settings: object) -> list[str]:
     kind, stage, dtype, ranks = case
     tree = {
         "output_dir": folder,
@@ -71,11 +72,7 @@ def same(one: Path, two: Path) -> bool:
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in CASES],
-    ids=lambda case: "-".join(map(str, case)),
-)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_the_result_is_the_best_step(cli, tmp_path, few, case):
     folder = tmp_path / "run"
     done = cli(*arguments(folder, few, case))
@@ -118,6 +115,23 @@ def test_a_resumed_run_stops_at_the_same_step_and_a_finished_one_stays_finished(
     assert summary(parts)["steps"] == last + INTERVAL
     found = losses(parts)
     assert summary(parts)["final_step"] == min(found, key=lambda step: found[step])
+
+
+def test_a_resumed_run_begins_with_the_evaluation_that_a_stop_prevented(cli, tmp_path, few):
+    folder, two = tmp_path / "run", {"optim.max_steps": 2}
+    unevaluated = {
+        "evaluate.interval_steps": 0,
+        "evaluate.patience": "null",
+        "optim.load_best": "false",
+        "data.eval": "[]",
+    }
+    assert cli(*arguments(folder, few, **two, **unevaluated)).returncode == 0
+    assert losses(folder) == {}
+    resumed = cli(*arguments(folder, few, **two))
+    assert resumed.returncode == 0, resumed.stderr
+    assert list(losses(folder)) == [2]
+    # its commit now holds the loss
+    assert commit_of_step(folder / "checkpoints", "best").step == 2
 
 
 def test_a_lost_best_commit_is_reported_and_the_next_best_used(cli, tmp_path, few):
