@@ -104,6 +104,18 @@ def _check_evaluation(config: RunConfig) -> None:
         raise ConfigError(
             "evaluate.generate=true needs data.eval. Name a held-out file, or set evaluate.generate=false."
         )
+    patience = config.evaluate.patience
+    wanting = [
+        ("optim.load_best=true", config.optim.load_best),
+        (f"evaluate.patience={patience}", patience is not None),
+    ]
+    lacking = [("data.eval", config.data.eval), ("evaluate.interval_steps > 0", config.evaluate.interval_steps)]
+    missing = " and ".join(name for name, given in lacking if not given)
+    for key, wanted in wanting:
+        if wanted and missing:
+            raise ConfigError(
+                f"{key} needs held-out losses during training. Set {missing}, or remove {key.partition('=')[0]}."
+            )
 
 
 def _check_resume(config: RunConfig) -> None:

@@ -63,6 +63,7 @@ def train(config: RunConfig, stop: StopRequest) -> None:
             step_until_done(run, stop)
             run.finish_commits()
             stop.training_ended()
+            run.load_best()
             run.write_final()
             after = run.evaluate("after")
             run.summarise(before=before, after=after)
@@ -82,14 +83,22 @@ def report_error(error: Exception) -> None:
 
 def step_until_done(run: "Run", stop: StopRequest) -> None:
     """The training loop: from the first or the resumed step to the last."""
+    if run.evaluation_is_due():  # the run was stopped before it was done
+        evaluate_and_commit(run)
     for index, batch in enumerate(run.batches()):
         if index == 1:
             _collect_from_start_up()
         take_step(run, stop, batch)
-        if run.commit_is_due():
-            run.commit()
-        if run.evaluation_is_due():
-            run.evaluate("during")
+        evaluate_and_commit(run)
+    run.explain_early_stop()
+
+
+def evaluate_and_commit(run: "Run") -> None:
+    """What is due after a step. The commit comes last: it holds the held-out loss of its own step."""
+    if run.evaluation_is_due():
+        run.evaluate("during")
+    if run.commit_is_due():
+        run.commit()
 
 
 def _collect_from_start_up() -> None:

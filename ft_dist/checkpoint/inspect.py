@@ -28,7 +28,7 @@ def find_commits(place: Path) -> list[Commit]:
 
 
 def listing(place: Path) -> list[dict[str, Any]]:
-    """One entry per commit: step, bytes, ranks and ZeRO stage that saved it, loss."""
+    """One entry per commit: step, bytes, ranks and ZeRO stage that saved it, training and held-out loss."""
     return [_summary(commit) for commit in find_commits(place)]
 
 
@@ -88,7 +88,8 @@ def _summary(commit: Commit) -> dict[str, Any]:
         return {"folder": str(commit.folder), "step": commit.step, "problem": str(error)}
     keys = ("world_size", "zero_stage", "loss", "tokens")
     summary = {"folder": str(commit.folder), "step": commit.step, "bytes": size}
-    return summary | {key: getattr(state, key) for key in keys} | {"problem": None}
+    scores = {"held_out_loss": state.to_dict()["held_out_losses"].get(commit.step)}
+    return summary | {key: getattr(state, key) for key in keys} | scores | {"problem": None}
 
 
 def _tensors(commit: Commit) -> Iterator[tuple[Any, str]]:
@@ -135,15 +136,17 @@ def _whole(commit: Commit, kind: str, names: set[str]) -> dict[str, Any]:
 
 def table(entries: list[dict[str, Any]]) -> str:
     """`listing` as a table."""
-    lines = [f"{'step':>10}  {'size':>10}  {'ranks':>5}  {'ZeRO':>4}  {'loss':>8}  folder"]
+    lines = [f"{'step':>10}  {'size':>10}  {'ranks':>5}  {'ZeRO':>4}  {'loss':>8}  {'held-out':>8}  folder"]
     for entry in entries:
         if entry["problem"]:
             lines.append(f"{entry['step']:>10}  damaged: {entry['problem']}")
             continue
-        loss = f"{entry['loss']:.4f}" if entry["loss"] is not None else "-"
+        loss, held_out = ("-" if entry[key] is None else f"{entry[key]:.4f}" for key in ("loss", "held_out_loss"))
         size, ranks, stage = f"{entry['bytes'] / 1e6:,.1f} MB", entry["world_size"] or "-", entry["zero_stage"]
         stage = "-" if stage is None else stage
-        lines.append(f"{entry['step']:>10}  {size:>10}  {ranks:>5}  {stage:>4}  {loss:>8}  {entry['folder']}")
+        lines.append(
+            f"{entry['step']:>10}  {size:>10}  {ranks:>5}  {stage:>4}  {loss:>8}  {held_out:>8}  {entry['folder']}"
+        )
     return "\n".join(lines)
 
 

@@ -1,11 +1,12 @@
 """A run's checkpoints: the commit it resumes from, its saves, and the record of them."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from ft_dist.checkpoint.commit.mirror import MIRROR_WAIT_S, Mirror
 from ft_dist.checkpoint.commit.retention import Retention
 from ft_dist.checkpoint.commit.writer import CheckpointWriter
-from ft_dist.checkpoint.find import agreed_commit
+from ft_dist.checkpoint.find import agreed_best, agreed_commit
 from ft_dist.checkpoint.identity import check_identity, identity, keep_length
 from ft_dist.checkpoint.load import load
 from ft_dist.checkpoint.state import RunState
@@ -55,7 +56,8 @@ class CheckpointKeeper:
                 self.changed = check_identity(self.resumed.identity, self._identity, where=commit.folder)
             load(engine, commit)
             barrier(world)
-        retention = Retention.of(config.checkpoint)
+        self._storage, self._timeout_s = storage, config.engine.timeout_s
+        retention = Retention.of(config)
         self.writer = CheckpointWriter(
             self.root,
             world,
@@ -89,6 +91,26 @@ class CheckpointKeeper:
         """Wait, on every rank, until the last save is a commit or has failed. A collective."""
         self.writer.wait()
         barrier(self._world)  # rank 0 seals; a rank that left before would end the job
+
+    def load_best(self, losses: Mapping[int, float], *, current: int) -> tuple[int, list[str]]:
+        """Load the commit with the lowest of the held-out `losses` by step, unless that is `current`, already loaded.
+
+        Returns the step whose weights the engine now holds, and one line per damaged commit. A collective, after
+        `finish`. Raises CheckpointError.
+        """
+        commit, skipped = agreed_best(
+            self._world,
+            losses=losses,
+            current=current,
+            root=self.root,
+            storage=self._storage,
+            timeout_s=self._timeout_s,
+        )
+        if commit is None:
+            return current, skipped
+        load(self._engine, commit)
+        barrier(self._world)
+        return commit.step, skipped
 
     def is_committed(self, step: int) -> bool:
         return self.writer.is_committed(step)

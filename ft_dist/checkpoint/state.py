@@ -1,5 +1,6 @@
 """What state.json of a commit holds, each key spelled once: the run's position, counters, shapes and config."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -28,7 +29,7 @@ class RunState:
     parameters: dict[str, list[int]] = field(default_factory=dict)
     """Shapes of the trainable parameters"""
     held_out_losses: dict[int, float] = field(default_factory=dict)
-    """By step"""
+    """By step, up to this one; infinite if not finite, which is saved as null"""
     world_size: int | None = None
     zero_stage: int | None = None
     imported_from: str | None = None
@@ -41,6 +42,8 @@ class RunState:
     def to_dict(self) -> dict[str, Any]:
         """The content of state.json."""
         saved = {each.name: getattr(self, each.name) for each in fields(self)}
+        losses = self.held_out_losses.items()
+        saved["held_out_losses"] = {step: loss if math.isfinite(loss) else None for step, loss in losses}
         if self.imported_from is None:
             del saved["imported_from"]
         return saved
@@ -51,7 +54,8 @@ class RunState:
         if "step" not in saved:
             raise CheckpointError("state.json has no step, so it is not the state of a run. Name another checkpoint.")
         known = {each.name: saved[each.name] for each in fields(cls) if each.name in saved}
-        known["held_out_losses"] = {int(step): loss for step, loss in (known.get("held_out_losses") or {}).items()}
+        losses = (known.get("held_out_losses") or {}).items()
+        known["held_out_losses"] = {int(step): math.inf if loss is None else loss for step, loss in losses}
         return cls(**known)
 
     @property

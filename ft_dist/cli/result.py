@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from ft_dist.cli.arguments import AsJson, Model
+from ft_dist.cli.arguments import AsJson, AtStep, Model, step_of
 
 
 def evaluate(
@@ -14,12 +14,15 @@ def evaluate(
     data: Annotated[list[str] | None, typer.Option(help="Held-out files (default: the run's data.eval)")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer")] = 32,
     max_samples: Annotated[int | None, typer.Option(min=1, help="Use only the first samples (default: all)")] = None,
+    step: AtStep = None,
     as_json: AsJson = False,
 ) -> None:
     """Compute the held-out loss, perplexity and exact-match accuracy of a model on chat data."""
     from ft_dist.result.score import evaluate_path, table
 
-    scores = evaluate_path(model, data or [], max_new_tokens=max_new_tokens, max_samples=max_samples)
+    scores = evaluate_path(
+        model, data or [], step=step_of(step), max_new_tokens=max_new_tokens, max_samples=max_samples
+    )
     typer.echo(json.dumps(scores.to_dict(), indent=2, ensure_ascii=False) if as_json else table(scores))
 
 
@@ -29,22 +32,31 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System prompt of the conversation")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer")] = 512,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the most likely token")] = 0.0,
+    step: AtStep = None,
 ) -> None:
     """Chat with a model in the terminal; answers are streamed."""
     from ft_dist.result.chat import chat as talk
 
-    talk(model, prompt=prompt, system=system, max_new_tokens=max_new_tokens, temperature=temperature)
+    talk(
+        model,
+        step=step_of(step),
+        prompt=prompt,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+    )
 
 
 def export(
-    run_dir: Annotated[Path, typer.Argument(help="Folder of a finished run")],
+    run_dir: Annotated[Path, typer.Argument(help="Folder of a run, finished or, with --step, still training")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="New folder to write")],
     to: Annotated[
         Literal["merged", "adapter"], typer.Option(help="A single merged model, or the LoRA adapter alone")
     ] = "merged",
+    step: AtStep = None,
 ) -> None:
     """Write a run's result as a folder that plain transformers (and peft) can load."""
     from ft_dist.result.export import export_run
 
-    export_run(run_dir, kind=to, to=folder)
+    export_run(run_dir, kind=to, to=folder, step=step_of(step))
     typer.echo(f"{to} model written to {folder}")

@@ -173,6 +173,11 @@ class OptimConfig(Section):
         default=None, description="Stop after this many optimizer steps, or earlier if epochs is set and ends first"
     )
     max_skipped_steps: PositiveInt = Field(default=5, description="Stop after this many non-finite steps in a row")
+    load_best: bool = Field(
+        default=False,
+        description="Write final/ from the step with the lowest held-out loss instead of the last one; commits every "
+        "evaluated step and keeps the best. Needs evaluate.interval_steps",
+    )
 
     @property
     def most_epochs(self) -> int | None:
@@ -261,6 +266,11 @@ class EvaluateConfig(Section):
     before: bool = Field(default=True, description="Evaluate the model before training")
     interval_steps: Annotated[int, Field(ge=0)] = Field(
         default=0, description="0 evaluates only before and after training"
+    )
+    patience: PositiveInt | None = Field(
+        default=None,
+        description="Stop after this many evaluations in a row without a new lowest held-out loss; None never stops "
+        "early. Needs interval_steps",
     )
     generate: bool = Field(default=False, description="Also generate an answer to each prompt and count exact matches")
     max_new_tokens: PositiveInt = 32

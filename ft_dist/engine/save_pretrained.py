@@ -21,17 +21,22 @@ def write_final(engine: Engine, tokenizer: Any, folder: Path) -> None:
     if engine.world.is_main:
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        model = engine.objective.model
-        with quietly():
-            # training runs without a key-value cache, but generation from the result uses one
-            engine.objective.causal_lm.config.use_cache = True
-            model.save_pretrained(str(partial), state_dict=weights)
-            engine.objective.causal_lm.config.use_cache = False
-            tokenizer.save_pretrained(str(partial))
-        _name_base_model(partial, engine)
+        write_model(engine.objective.model, weights, tokenizer, partial, base=engine.config.model.path)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     barrier(engine.world)
+
+
+def write_model(model: Any, weights: dict[str, torch.Tensor], tokenizer: Any, folder: Path, *, base: str) -> None:
+    """Write `weights` of the transformers or peft `model` in the form of `final/`. `base` is `model.path`."""
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    with quietly():
+        # training runs without a key-value cache, but generation from the result uses one
+        causal_lm.config.use_cache = True
+        model.save_pretrained(str(folder), state_dict=weights)
+        causal_lm.config.use_cache = False
+        tokenizer.save_pretrained(str(folder))
+    _name_base_model(folder, base)
 
 
 def _gather(engine: Engine) -> dict[str, torch.Tensor]:
@@ -56,12 +61,12 @@ def _whole(engine: Engine, parameter: torch.nn.Parameter) -> Any:
     return deepspeed.zero.GatheredParameters([parameter], modifier_rank=None, enabled=engine.stage == 3)
 
 
-def _name_base_model(folder: Path, engine: Engine) -> None:
+def _name_base_model(folder: Path, base: str) -> None:
     """If the base is a hub id, name it in the adapter's config as such, not by this machine's cache folder."""
     path = folder / "adapter_config.json"
     if not path.exists():
         return
     settings = json.loads(path.read_text())
     if not Path(settings["base_model_name_or_path"]).is_dir():
-        settings["base_model_name_or_path"] = engine.config.model.path
+        settings["base_model_name_or_path"] = base
         path.write_text(json.dumps(settings, indent=2, sort_keys=True))

@@ -48,9 +48,10 @@ class Recorder:
         for tracker in self._trackers:
             tracker.log(record, record["step"])
 
-    def scores(self, when: str, scores: dict[str, Any], step: int, seconds: float) -> None:
+    def scores(self, when: str, scores: dict[str, Any], step: int, seconds: float, *, track: bool) -> None:
+        """`track`: the trackers do not have this step's scores yet."""
         self.event("evaluated", when=when, step=step, seconds=round(seconds, 3), scores=scores)
-        for tracker in self._trackers:
+        for tracker in self._trackers if track else ():
             tracker.log({f"eval/{key}": value for key, value in scores.items() if isinstance(value, int | float)}, step)
 
     def earlier_scores(self, when: str) -> dict[str, Any] | None:

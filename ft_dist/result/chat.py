@@ -13,6 +13,7 @@ from ft_dist.config import RunConfig
 from ft_dist.errors import DataError
 
 if TYPE_CHECKING:
+    from ft_dist.checkpoint.find import Step
     from ft_dist.result.load import Finished
 
 Messages = list[dict[str, Any]]
@@ -22,18 +23,19 @@ Write = Callable[[str], None]
 def chat(
     path: str,
     *,
+    step: "Step | None" = None,
     prompt: str | None = None,
     system: str | None = None,
     max_new_tokens: int = 512,
     temperature: float = 0.0,
 ) -> None:
-    """Chat with `path` (see `find_weights`); temperature 0 always picks the likeliest token.
+    """Chat with `path` (see `trained_weights`); temperature 0 always picks the likeliest token.
 
     `system` None uses the run's system prompt, if its training samples share one. Raises ModelError.
     """
     from ft_dist.result.load import load_finished
 
-    finished = load_finished(path, progress=_say)
+    finished = load_finished(path, step=step, progress=_say)
     for note in finished.notes:
         _say(note)
     if system is None and finished.config is not None:

@@ -4,26 +4,38 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
+from ft_dist.checkpoint.find import Step
 from ft_dist.errors import ModelError
 from ft_dist.model.builtin import Progress
 from ft_dist.model.folder import whole_folder
 from ft_dist.model.quiet import quietly
 from ft_dist.model.tokenizer import load_tokenizer, stop_token_ids
-from ft_dist.result.load import Weights, find_weights, load_weights, tokenizer_folder
+from ft_dist.result.load import Weights, load_weights, tokenizer_folder, trained_weights
 
 
 def export_run(
-    run_dir: str | Path, *, kind: Literal["merged", "adapter"], to: str | Path, progress: Progress = print
+    run_dir: str | Path,
+    *,
+    kind: Literal["merged", "adapter"],
+    to: str | Path,
+    step: Step | None = None,
+    progress: Progress = print,
 ) -> None:
-    """Write the run's result into the new folder `to`, completely or not at all.
+    """Write the run's result, or its commit of `step`, into the new folder `to`, completely or not at all.
 
     merged: adapter and base are added in fp32 and rounded once to the run's dtype. adapter: a copy of `final/`.
-    Raises ModelError if the run has not finished, `to` exists, or kind is adapter after full fine-tuning.
+    Raises ModelError if the run has not finished, `to` exists, or kind is adapter after full fine-tuning, and
+    CheckpointError if there is no such commit.
     """
     to = Path(to).expanduser()
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ModelError(f"{to}: exists and is not an empty folder. Name a new folder.")
-    weights = find_weights(str(run_dir), progress)
+    near = next(parent for parent in to.absolute().parents if parent.is_dir())
+    with trained_weights(str(run_dir), step=step, near=near, progress=progress) as weights:
+        _export(weights, run_dir, kind, to)
+
+
+def _export(weights: Weights, run_dir: str | Path, kind: str, to: Path) -> None:
     if kind == "adapter" and weights.base is None:
         raise ModelError(f"{run_dir}: the run trained every weight, so it has no adapter. Use --to merged.")
     if not Path(weights.folder).is_dir():

@@ -1,12 +1,17 @@
 """Load a finished run, an adapter or any model with plain transformers and peft, for inference."""
 
+import contextlib
 import difflib
 import json
+import tempfile
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ft_dist.checkpoint.commit.format import MANIFEST, step_of
+from ft_dist.checkpoint.find import Step, commit_of_step
 from ft_dist.config import RunConfig, load_config
 from ft_dist.errors import ModelError
 from ft_dist.model.builtin import Progress, builtin_names, may_be_model, resolve_model
@@ -61,8 +66,54 @@ def find_weights(path: str, progress: Progress = print) -> Weights:
     if run.config.is_file():
         config = load_config(str(run.config))
         if not run.final.is_dir():
-            raise ModelError(f"{path}: the run has no final/ folder, so it has not finished. Run ft-dist train again.")
+            raise ModelError(
+                f"{path}: the run has no final/ folder, so it has not finished. Run ft-dist train again, or use one of "
+                "its checkpoints with --step."
+            )
         folder = run.final
+    elif (step := step_of(folder.absolute().name)) is not None and (folder / MANIFEST).is_file():
+        raise ModelError(
+            f"{path}: a checkpoint, not a model. Name its run and its step instead: "
+            f"{folder.absolute().parents[1]} --step {step}."
+        )
+    return _weights_in(folder, path, config, progress)
+
+
+@contextlib.contextmanager
+def trained_weights(
+    path: str, *, step: Step | None = None, near: Path | None = None, progress: Progress = print
+) -> Iterator[Weights]:
+    """`find_weights`, or with `step` the weights of that commit of the run in `path`.
+
+    A commit becomes a temporary folder in the form of `final/`, inside the folder `near` (None: that for temporary
+    files), which is removed at the end of the block. Raises ModelError, CheckpointError.
+    """
+    if step is None:
+        yield find_weights(path, progress)
+        return
+    from ft_dist.result.from_commit import write_commit
+
+    run = RunFolder(Path(path).expanduser())
+    if not run.config.is_file():
+        raise ModelError(f"{path}: not a run folder (no config.yaml), so it has no step {step}. Leave out --step.")
+    config = load_config(str(run.config))
+    commit = commit_of_step(run.checkpoints, step)
+    if step == "best":
+        progress(f"step {commit.step} has the lowest held-out loss of the checkpoints")
+    with contextlib.ExitStack() as stack:
+        try:
+            temporary = stack.enter_context(
+                tempfile.TemporaryDirectory(prefix=f".ft-dist-step-{commit.step}-", dir=near)
+            )
+            write_commit(commit, config, Path(temporary), base=resolve_model(config.model.path, progress))
+        except OSError as error:
+            raise ModelError(
+                f"{near or tempfile.gettempdir()}: cannot be written ({error.strerror or error})."
+            ) from None
+        yield _weights_in(Path(temporary), path, config, progress)
+
+
+def _weights_in(folder: Path, path: str, config: RunConfig | None, progress: Progress) -> Weights:
     if not (folder / ADAPTER_CONFIG).is_file():
         return Weights(str(folder) if config else resolve_model(path, progress), None, config)
     if config is not None:
@@ -77,15 +128,17 @@ def _nearest(folder: Path) -> str:
     return f" Did you mean {near[0]}?" if near else ""
 
 
-def load_finished(path: str, *, device: Any = None, progress: Progress = print) -> Finished:
-    """Load for inference: in the dtype of the run, otherwise bf16 on a GPU and fp32 on a CPU.
+def load_finished(path: str, *, step: Step | None = None, device: Any = None, progress: Progress = print) -> Finished:
+    """Load `path` (see `trained_weights`) for inference. Raises ModelError, CheckpointError."""
+    with trained_weights(path, step=step, progress=progress) as weights:
+        return load_for_inference(weights, device=device)
 
-    Raises ModelError.
-    """
+
+def load_for_inference(weights: Weights, *, device: Any = None) -> Finished:
+    """The model in the dtype of the run, otherwise in bf16 on a GPU and fp32 on a CPU. Raises ModelError."""
     import torch
 
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    weights = find_weights(path, progress)
     trained = weights.config.model.dtype if weights.config else None
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(
         trained or ("bf16" if device.type == "cuda" else "fp32")

@@ -11,6 +11,7 @@ from ft_dist.evaluate.score import Scores
 from ft_dist.model.builtin import Progress
 
 if TYPE_CHECKING:
+    from ft_dist.checkpoint.find import Step
     from ft_dist.result.load import Finished
 
 DEFAULT_MAX_LENGTH = 2048
@@ -20,21 +21,23 @@ def evaluate_path(
     path: str,
     sources: Sequence[str],
     *,
+    step: "Step | None" = None,
     max_new_tokens: int = 32,
     max_samples: int | None = None,
     batch_rows: int = 8,
     progress: Progress | None = None,
 ) -> Scores:
-    """Loss, and accuracy if samples end with an assistant turn, of `path` (see `find_weights`) on `sources`.
+    """Loss, and accuracy if samples end with an assistant turn, of `path` (see `trained_weights`) on `sources`.
 
     Without sources it uses the run's `data.eval`. `max_samples` limits it to the first ones. `progress` receives status
     lines. Raises ConfigError if there is nothing to score on, DataError, ModelError.
     """
-    from ft_dist.result.load import find_weights, load_finished
+    from ft_dist.result.load import load_for_inference, trained_weights
 
     say = progress or _quiet
-    data = _held_out(path, find_weights(path, say).config, sources)
-    finished = load_finished(path, progress=say)
+    with trained_weights(path, step=step, progress=say) as weights:
+        data = _held_out(path, weights.config, sources)
+        finished = load_for_inference(weights)
     for note in finished.notes:
         say(note)
     return _score(finished, data, path, max_new_tokens, max_samples, batch_rows, say)

@@ -16,14 +16,15 @@ from ft_dist.data.stream.stream import DataStream
 from ft_dist.distributed import World, announce_stop, leave_world, stop_announced
 from ft_dist.engine.save_pretrained import write_final
 from ft_dist.engine.step import Engine, StepResult
-from ft_dist.errors import Preempted, TrainingError, counted
-from ft_dist.evaluate.comparison import comparison, summary_line
+from ft_dist.errors import Preempted, TrainingError
+from ft_dist.evaluate.comparison import comparison
 from ft_dist.evaluate.held_out import EvaluationStopped, HeldOut
 from ft_dist.observe.recorder import Recorder
 from ft_dist.observe.trackers import keep_wandb_run_id, wandb_run_id
 from ft_dist.preemption.stop import StopRequest
 from ft_dist.preemption.watchdog import Watchdog
 from ft_dist.resources import peak_memory_bytes, versions
+from ft_dist.run.evaluations import Evaluations
 from ft_dist.run.length import is_over, length_notes, run_length
 from ft_dist.run.planned import Planned
 from ft_dist.run.step_record import print_step, step_record
@@ -76,9 +77,10 @@ class Run:
         self._state_after: dict[str, Any] = stream.state_dict()
         self._data_changes: list[str] = []
         self._checkpoint_stall_s = 0.0
+        self._loaded_step: int | None = None
         self._tokens_done = 0
         self._last_loss: float | None = None
-        self._held_out_losses: dict[int, float] = {}
+        self.evaluations = Evaluations(config.evaluate, held_out, engine, tokenizer)
         self.checkpoints = CheckpointKeeper(config, world, engine, folder=folder)
         if self.checkpoints.resumed:
             self._resume(self.checkpoints.resumed)
@@ -96,8 +98,14 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """True once optim.max_steps or the end of optim.epochs is reached."""
-        return is_over(self.config.optim, step=self.step, epoch=self._state_after["epoch"])
+        """True once optim.max_steps, the end of optim.epochs or that of evaluate.patience is reached."""
+        over = is_over(self.config.optim, step=self.step, epoch=self._state_after["epoch"])
+        return over or self.evaluations.out_of_patience
+
+    @property
+    def weights_step(self) -> int:
+        """The step whose weights the engine holds."""
+        return self.step if self._loaded_step is None else self._loaded_step
 
     def start(self, *, facts: list[str], data_report: dict[str, Any]) -> None:
         """Report what starts or resumes, and start the watchdog."""
@@ -118,7 +126,12 @@ class Run:
         self.recorder.event(name, step=self.step, world_size=self.world.size, versions=versions())
         if self.step:
             console.say(f"resumed from step {self.step}")
-        for line in length_notes(self.config.optim, self.length, step=self.step, finished=self.finished):
+        early = self.evaluations.out_of_patience
+        if early:
+            why = self.evaluations.why_stopped()
+            console.note(f"the run has already stopped, at step {self.step}: {why}. Raise evaluate.patience to go on")
+        finished = self.finished and not early
+        for line in length_notes(self.config.optim, self.length, step=self.step, finished=finished):
             console.note(line)
         if self._data_changes:
             for change in self._data_changes:
@@ -219,11 +232,12 @@ class Run:
             self.recorder.event("skipped", step=self.step, reason="loss or gradient not finite")
 
     def commit_is_due(self) -> bool:
-        return self.finished or self.checkpoints.is_due(self.step)
+        """An evaluation comes first, so that a commit holds the loss of its own step."""
+        evaluated = self.config.optim.load_best and self.step in self.evaluations.losses
+        return self.finished or evaluated or self.checkpoints.is_due(self.step)
 
     def evaluation_is_due(self) -> bool:
-        interval = self.config.evaluate.interval_steps
-        return bool(self.held_out) and interval > 0 and self.step % interval == 0 and not self.finished
+        return self.evaluations.is_due(self.step, finished=self.finished)
 
     def commit(self) -> None:
         """Save the state after the current step, in the background; see `finish_commits`."""
@@ -236,7 +250,7 @@ class Run:
             loss=self._last_loss,
             wandb_run_id=wandb_run_id(self.config),
             versions=versions(),
-            held_out_losses=dict(self._held_out_losses),
+            held_out_losses=dict(self.evaluations.losses),
         )
         with self.watchdog.during("a commit", timeout_s=self.config.engine.timeout_s):
             self.checkpoints.save(state)
@@ -268,27 +282,36 @@ class Run:
         raise Preempted
 
     def evaluate(self, when: str) -> dict[str, Any] | None:
-        """Scores on data.eval, or None without held-out data. A resumed run reuses the scores of `before`.
+        """Scores on data.eval of the weights that the engine holds, or None without held-out data.
 
-        Raises Preempted, with the state committed, if a rank is asked to stop during it.
+        A resumed run reuses the scores of `before`. Raises Preempted, with the state committed, if a rank is asked to
+        stop during it.
         """
-        if not self.held_out:
-            return None
         if when == "before" and self.step > 0:
-            return self.recorder.earlier_scores(when)
-        self.clock.lap()
-        self.recorder.console.say(f"evaluating {when} training on {counted(len(self.held_out), 'held-out sample')}")
+            return self.recorder.earlier_scores(when) if self.held_out else None
         try:
-            scores = self.held_out.score(
-                self.engine, self.tokenizer, say=self.recorder.console.say, stop_wanted=self._stop_requested
-            ).to_dict()
+            scores = self.evaluations.score(
+                when, step=self.weights_step, recorder=self.recorder, stop_wanted=self._stop_requested
+            )
         except EvaluationStopped:
             self.leave_preempted()
-        self.recorder.console.say(f"{when}: " + summary_line(scores))
-        if scores["loss"] is not None:
-            self._held_out_losses[self.step] = scores["loss"]
-        self.recorder.scores(when, scores, self.step, self.clock.lap())
+        self.clock.lap()
         return scores
+
+    def explain_early_stop(self) -> None:
+        if self.evaluations.out_of_patience:
+            self.recorder.console.say(f"stopped early after step {self.step}: {self.evaluations.why_stopped()}")
+
+    def load_best(self) -> None:
+        """With optim.load_best, load the weights of the step with the lowest held-out loss. Nothing is saved after."""
+        if not self.config.optim.load_best:
+            return
+        with self.watchdog.during("loading the best commit", timeout_s=self.config.engine.timeout_s):
+            losses = self.evaluations.losses
+            self._loaded_step, skipped = self.checkpoints.load_best(losses, current=self.step)
+        for line in [*skipped, *self.evaluations.shortfall(self.weights_step)]:
+            self.recorder.console.note(line)
+        self.recorder.console.say(f"final/ gets the weights of step {self.weights_step}")
 
     def write_final(self) -> None:
         """Write final/: an adapter or a model that plain peft and transformers load."""
@@ -299,6 +322,9 @@ class Run:
         self.recorder.summary(
             {
                 "steps": self.step,
+                "final_step": self.weights_step,
+                "best_step": self.evaluations.best_step,
+                "stopped_early": self.evaluations.out_of_patience,
                 "loss": self._last_loss,
                 "tokens": self._tokens_done,
                 "samples_seen": self._state_after["samples_seen"],
@@ -337,7 +363,7 @@ class Run:
         self.step = self.first_step = state.step
         self.skipped_steps, self.skipped_in_a_row = state.skipped_steps, state.skipped_in_a_row
         self._tokens_done, self._last_loss = state.tokens, state.loss
-        self._held_out_losses = dict(state.held_out_losses)
+        self.evaluations.losses = dict(state.held_out_losses)
         if state.data is not None:
             self._state_after = state.data
             self._data_changes = self.stream.load_state_dict(state.data)
