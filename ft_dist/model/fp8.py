@@ -16,7 +16,7 @@ from torch import nn
 
 from ft_dist.config.schema import ModelConfig
 from ft_dist.errors import ModelError
-from ft_dist.model.decoder import decoder_of
+from ft_dist.model.anatomy.decoder import decoder_of
 from ft_dist.model.families import FAMILIES
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))

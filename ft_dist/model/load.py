@@ -14,8 +14,8 @@ from torch import nn
 
 from ft_dist.config.schema import ModelConfig
 from ft_dist.errors import ModelError
+from ft_dist.model.anatomy.weights import check_loaded
 from ft_dist.model.quiet import quietly
-from ft_dist.model.weights import check_loaded
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

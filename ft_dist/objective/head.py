@@ -15,9 +15,9 @@ from ft_dist_kernels.cross_entropy.op import linear_cross_entropy
 from torch import nn
 
 from ft_dist.data.stream.batch import IGNORED
+from ft_dist.model.anatomy.logits import measured_form, own_logits
 from ft_dist.model.fused.fuse import register_parameters
 from ft_dist.model.fused.merged import lora_weights
-from ft_dist.model.logits import measured_form, own_logits
 
 
 class LossHead(nn.Module):

@@ -13,7 +13,7 @@ from ft_dist_kernels.backend import Backend
 from torch import nn
 
 from ft_dist.data.stream.batch import MicroBatch
-from ft_dist.model.decoder import block_masks, decoder_of
+from ft_dist.model.anatomy.decoder import block_masks, decoder_of
 from ft_dist.objective.head import LossHead
 
 

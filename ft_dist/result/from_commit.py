@@ -33,7 +33,7 @@ def write_commit(commit: Commit, config: RunConfig, folder: Path, *, base: str) 
         warnings.simplefilter("ignore")  # as in training, which ignores them for the whole process
         # this machine may lack the attention that the run used, and no forward pass runs
         plain = config.model.model_copy(update={"attention": "auto"})
-        model = load_model(plain, folder=base, vocabulary=len(tokenizer))
+        model, _ = load_model(plain, folder=base, vocabulary=len(tokenizer))
         model = config.method.adapt(model, new_token_ids=new_token_ids(config.model, tokenizer))
         weights = {} if config.method.frozen_base else saved_buffers(model)
         try:

@@ -84,7 +84,7 @@ def test_an_unfinished_run_is_merged_scored_and_chats_at_a_step(cli, tmp_path):
 
 def test_a_full_model_keeps_what_only_the_base_has():
     """Persistent buffers are not parameters, so a commit does not hold them."""
-    model = load_model(ModelConfig(path="tiny-llama"), folder=resolve_model("tiny-llama"), vocabulary=1)
+    model = load_model(ModelConfig(path="tiny-llama"), folder=resolve_model("tiny-llama"), vocabulary=1).model
     assert saved_buffers(model) == {}
     model.model.layers[0].register_buffer("layer_scalar", torch.tensor([3.0]))
     assert saved_buffers(model) == {"model.layers.0.layer_scalar": torch.tensor([3.0])}

@@ -18,7 +18,7 @@ def leaking_mask() -> None:
 
 def halved_logits() -> None:
     import ft_dist.objective.head as head
-    from ft_dist.model.logits import LogitForm
+    from ft_dist.model.anatomy.logits import LogitForm
 
     head.measured_form = lambda causal_lm: LogitForm(scale=0.5)
 

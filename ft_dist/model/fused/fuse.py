@@ -17,7 +17,7 @@ from ft_dist_kernels.backend import HAS_TRITON, Backend
 from torch import nn
 
 from ft_dist.errors import ModelError
-from ft_dist.model.decoder import decoder_of
+from ft_dist.model.anatomy.decoder import decoder_of
 from ft_dist.model.families import FAMILIES, Family
 from ft_dist.model.fp8 import FP8Linear
 from ft_dist.model.fused.decoder_layer import is_decoder_layer, layer_forward, layer_norms

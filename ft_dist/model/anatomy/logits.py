@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from ft_dist.model.decoder import decoder_of
+from ft_dist.model.anatomy.decoder import decoder_of
 
 
 class LogitForm(NamedTuple):
