@@ -10,7 +10,7 @@ export PYTHONUNBUFFERED := 1
 # Container images often stop Python from writing its byte code; every start would then compile 4,000 modules, for 7 s.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: quickstart install test gpu-fake-36 faults check format equivalence plan chaos slurm hosts bench-quick gpu-dry-run wheel docs clean
+.PHONY: quickstart install test gpu-fake-36 faults check format equivalence families plan chaos slurm hosts bench-quick gpu-dry-run wheel docs clean
 
 # The versions that were tested together. With another torch, nothing is pinned.
 CONSTRAINTS := $(if $(filter torch==2.13.0,$(TORCH)),-c constraints.txt)
@@ -65,6 +65,10 @@ format: $(VENV)/.dev
 # imports of DeepSpeed's own checkpoints
 equivalence: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m slow tests/e2e/test_equivalence.py tests/e2e/test_resume.py tests/checkpoint
+
+# every architecture through check, training, evaluation and export, against plain transformers and peft
+families: $(VENV)/.dev
+	PYTHONPATH=.:kernels $(BIN)/python -m tests.families $(NAMES)
 
 # compares planned memory with the tensors of 24 real runs, DeepSpeed's included (ten minutes on two cores)
 plan: $(VENV)/.dev
