@@ -29,15 +29,20 @@ class Probe:
     def labels(self) -> int:
         return int(self.mask[1:].sum())
 
+    def with_another_end(self) -> "Probe":
+        """The last token is another one, which is not labelled either."""
+        assert not self.mask[-1]
+        last = self.tokens[0] if self.tokens[0] != self.tokens[-1] else self.tokens[1]
+        return replace(self, tokens=np.concatenate([self.tokens[:-1], [last]]))
+
     def unlabelled(self) -> "Probe":
         return replace(self, mask=np.zeros_like(self.mask))
 
-    def with_other_tokens(self, first: int) -> "Probe":
-        """The tokens from position `first` on are those of the sample in reverse, or shifted where that is the same."""
-        reverse = self.tokens[::-1]
-        changed = np.where(reverse == self.tokens, np.roll(self.tokens, 1), reverse)
-        changed = np.where(changed == self.tokens, self.tokens.min(), changed)
-        return replace(self, tokens=np.concatenate([self.tokens[:first], changed[first:]]))
+    def reversed(self) -> "Probe":
+        return replace(self, tokens=self.tokens[::-1].copy())
+
+    def rolled(self) -> "Probe":
+        return replace(self, tokens=np.roll(self.tokens, 1))
 
 
 class _Samples:
@@ -70,21 +75,21 @@ def training_loss(engine: Engine, *rows: Sequence[Probe]) -> float:
     return float(engine.loss_sum(batch_of(engine, rows)))
 
 
-def own_loss(engine: Engine, sample: Probe, *, noise_seed: int | None = None) -> float:
-    """Cross-entropy from the logits of transformers' own model, without adapters, of one sample alone.
+def own_losses(engine: Engine, sample: Probe, *, noise_seed: int | None = None) -> torch.Tensor:
+    """Cross-entropy (labels,) from the logits of transformers' own model, without adapters, of one sample alone.
 
-    With `noise_seed`, embeddings move by one rounding step of the model's dtype, up or down at random: the change of
-    the loss is a measure of what the dtype can resolve.
+    With `noise_seed`, embeddings move at random by up to half a rounding step of the model's dtype: the changes
+    are a measure of what the dtype can resolve.
     """
     with torch.no_grad(), _own_model(engine), _noise(engine, noise_seed):
-        return float(_own_loss(engine, sample))
+        return _own_losses(engine, sample).double().cpu()
 
 
-def _own_loss(engine: Engine, sample: Probe) -> torch.Tensor:
+def _own_losses(engine: Engine, sample: Probe) -> torch.Tensor:
     ids = torch.from_numpy(sample.tokens.astype(np.int64))[None].to(engine.world.device)
     logits = engine.objective.causal_lm(input_ids=ids, use_cache=False).logits[0, :-1].float()
     labelled = torch.from_numpy(sample.mask[1:]).to(engine.world.device)
-    return F.cross_entropy(logits[labelled], ids[0, 1:][labelled], reduction="sum")
+    return F.cross_entropy(logits[labelled], ids[0, 1:][labelled], reduction="none")
 
 
 def unreached(engine: Engine, sample: Probe) -> list[str]:
@@ -100,7 +105,7 @@ def own_unreached(engine: Engine, sample: Probe) -> list[str]:
     """The same for transformers' (and peft's) own forward."""
     engine.objective.eval()
     with torch.enable_grad(), own_forwards(engine.fused):
-        reached = _leaves(_own_loss(engine, sample))
+        reached = _leaves(_own_losses(engine, sample))
     return [name for name, parameter in engine.trainable() if parameter not in reached]
 
 
@@ -136,8 +141,8 @@ def _noise(engine: Engine, seed: int | None) -> Iterator[None]:
 
     def move(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         draw = torch.Generator().manual_seed(seed)
-        signs = torch.randint(0, 2, output.shape, generator=draw).to(output) * 2 - 1
-        return output * (1 + signs * torch.finfo(output.dtype).eps)
+        moves = torch.rand(output.shape, generator=draw).to(output.device) - 0.5
+        return (output.float() * (1 + moves * torch.finfo(output.dtype).eps)).to(output.dtype)
 
     hook = engine.objective.causal_lm.get_input_embeddings().register_forward_hook(move)
     try:

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from ft_dist.data.encode.template import Encoder
 from ft_dist.data.read.formats import read_samples
 from ft_dist.data.store.store import SampleStore
 from ft_dist.distributed import control_store
-from ft_dist.engine.probe import Probe, own_loss, own_unreached, training_loss, unreached
+from ft_dist.engine.probe import Probe, own_losses, own_unreached, training_loss, unreached
 from ft_dist.engine.step import Engine
 from ft_dist.errors import ModelError
 from ft_dist.model.builtin import cache_dir
@@ -41,8 +41,11 @@ TOKENS = (43, 37)
 CANDIDATES = 64
 FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError)
 """What a model's code raises for inputs that it does not take"""
-NOISE_FACTOR = 16.0
-"""How many times the effect of one rounding step of the embeddings two ways to compute the same loss may differ"""
+ROUNDINGS = {torch.bfloat16: 8.0, torch.float32: 64.0}
+"""How many times the effect of one rounding of the embeddings two ways to compute the same loss may differ. Matrix
+products sum in fp32, so in that dtype the order of their sums adds to it"""
+EXACT = 1 / 8
+"""The part of that by which equal shapes may differ"""
 
 Separation = Literal["segments", "positions", "masks", "rows"]
 """What keeps the samples of a row apart: attention by segment, the model's own mask from restarting positions, masks
@@ -149,21 +152,24 @@ def _judge(measured: Measured, engine: Engine, config: RunConfig, *, cached: boo
 
 def _measure(engine: Engine, samples: Sequence[Probe]) -> Measured:
     other, sample = samples
-    own = own_loss(engine, sample)
-    noise = max(abs(own_loss(engine, sample, noise_seed=seed) - own) for seed in range(2))
+    losses = own_losses(engine, sample)
+    own = float(losses.sum())
+    # of a sum of independent terms
+    noise = float((own_losses(engine, sample, noise_seed=0) - losses).norm())
     alone = training_loss(engine, [sample])
     # several roundings of the loss itself, whose terms are fp32
-    tolerance = (NOISE_FACTOR * noise + 8 * torch.finfo(torch.float32).eps * abs(own)) / sample.labels
-    leaks: dict[Separation, float] = {}
+    roundings = ROUNDINGS[engine.objective.causal_lm.dtype]
+    tolerance = (roundings * noise + 8 * torch.finfo(torch.float32).eps * abs(own)) / sample.labels
+    leaks: dict[Separation, Leak] = {}
     for means in _separations(engine):
         engine.objective.by_block_masks = means == "masks"
         leaks[means] = _leak(engine, sample, other, alone)
-        if leaks[means] <= tolerance:
+        if leaks[means].is_below(tolerance):
             break
-    packed = min(leaks, key=lambda means: leaks[means])
-    separation: Separation = packed if leaks[packed] <= tolerance else "rows"
+    packed = min(leaks, key=lambda means: leaks[means].by_change)
+    isolated = leaks[packed].is_below(tolerance)
+    separation: Separation = packed if isolated else "rows"
     engine.objective.by_block_masks = separation == "masks"
-    padding = abs(training_loss(engine, [sample], [other.unlabelled()]) - alone) / sample.labels
     missing = unreached(engine, sample)
     idle = set(own_unreached(engine, sample)) if missing else set()
     return Measured(
@@ -171,45 +177,54 @@ def _measure(engine: Engine, samples: Sequence[Probe]) -> Measured:
         own_loss=own / sample.labels,
         tolerance=tolerance,
         separation=separation,
-        leak=padding if separation == "rows" else leaks[separation],
-        leak_packed=leaks[packed],
-        foresight=_foresight(engine, sample),
+        leak=leaks[packed].by_change if isolated else _change(engine, sample, alone, [sample], [other.unlabelled()]),
+        leak_packed=max(leaks[packed]),
+        # in rows that are isolated, the end of the sample has changed too
+        foresight=0.0 if isolated else _change(engine, sample, alone, [sample.with_another_end()]),
         unreached=tuple(name for name in missing if name not in idle),
         idle=tuple(name for name in missing if name in idle),
     )
+
+
+class Leak(NamedTuple):
+    """Changes of a sample's loss per label."""
+
+    by_change: float
+    """Between two packed rows of the same shapes that differ in what the sample must not see"""
+    by_packing: float
+    """Between packed or padded rows and the sample alone, whose shapes differ, and so does rounding"""
+
+    def is_below(self, tolerance: float) -> bool:
+        return self.by_change <= tolerance * EXACT and self.by_packing <= tolerance
 
 
 def _separations(engine: Engine) -> tuple[Separation, ...]:
     return ("segments",) if engine.objective.by_segment else ("positions", "masks")
 
 
-def _leak(engine: Engine, sample: Probe, other: Probe, alone: float) -> float:
-    """The largest change of the sample's loss per label: behind another, behind a changed one, next to a longer row."""
-    other = other.unlabelled()
+def _leak(engine: Engine, sample: Probe, other: Probe, alone: float) -> Leak:
+    """What other samples, padding and the sample's own last token do to its loss."""
+    other = other.unlabelled().reversed()  # shares no prefix with the sample, which would change the shapes
     try:
         behind = training_loss(engine, [other, sample])
-        behind_changed = training_loss(engine, [other.with_other_tokens(0), sample])
+        changed = training_loss(engine, [other.rolled(), sample.with_another_end()])
         beside = training_loss(engine, [sample], [other, other])
     except FAILURES as error:
         if is_out_of_memory(error) or not engine.objective.by_block_masks:
             raise
-        return math.inf  # the model does not take such masks
-    return max(abs(behind - alone), abs(behind_changed - behind), abs(beside - alone)) / sample.labels
+        return Leak(math.inf, math.inf)  # the model does not take such masks
+    return Leak(abs(changed - behind) / sample.labels, max(abs(behind - alone), abs(beside - alone)) / sample.labels)
 
 
-def _foresight(engine: Engine, sample: Probe) -> float:
-    """The change of the first half's loss by other tokens in the second half."""
-    half = len(sample.tokens) // 2
-    mask = np.arange(len(sample.tokens)) < half
-    first = Probe(sample.tokens, mask)
-    change = training_loss(engine, [first.with_other_tokens(half)]) - training_loss(engine, [first])
-    return abs(change) / first.labels
+def _change(engine: Engine, sample: Probe, alone: float, *rows: Sequence[Probe]) -> float:
+    """How far the loss per label of `sample` in these rows is from that of the sample alone."""
+    return abs(training_loss(engine, *rows) - alone) / sample.labels
 
 
 def _probes(config: RunConfig, tokenizer: Any, samples: SampleStore | None) -> tuple[Probe, Probe]:
     """Two short samples of the training data: one to stand before, and the one whose loss is compared.
 
-    All tokens are labelled: more of them reveal more, and which ones a run labels does not matter here.
+    Nearly all tokens are labelled: more of them reveal more, and which ones a run labels does not matter here.
     """
     if samples is not None:
         ids = np.arange(min(len(samples), CANDIDATES))
@@ -223,9 +238,9 @@ def _probes(config: RunConfig, tokenizer: Any, samples: SampleStore | None) -> t
 
 
 def _cut(tokens: np.ndarray, at_most: int) -> Probe:
-    """`at_most` tokens and at least 11, all labelled."""
+    """`at_most` tokens and at least 11, all but the last labelled."""
     tokens = np.resize(tokens, max(11, min(len(tokens), at_most)))
-    return Probe(tokens.astype(np.int64), np.ones(len(tokens), np.bool_))
+    return Probe(tokens.astype(np.int64), np.arange(len(tokens)) < len(tokens) - 1)
 
 
 def _agreed(engine: Engine, measure: Callable[[], Measured], *, file: Path, timeout_s: float) -> tuple[Measured, bool]:
