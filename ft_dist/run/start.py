@@ -20,6 +20,7 @@ from ft_dist.preemption.listen import listen_for_notices
 from ft_dist.preemption.stop import StopRequest
 from ft_dist.preflight.ranks import form_world
 from ft_dist.resources import resume_gc
+from ft_dist.run.other_parts import other_parts
 from ft_dist.run.out_of_memory import explain_out_of_memory, rows_after_shortage
 from ft_dist.run.run import Run
 
@@ -45,5 +46,5 @@ def prepare_run(config: RunConfig, stop: StopRequest, *, free_memory: Callable[[
     stream = open_stream(config, tokenizer, train_set)
     run = Run(config, world, engine, stream, stop, tokenizer=tokenizer, held_out=held_out, folder=folder)
     run.log_file = log_file
-    run.start(facts=[*facts, *notes, *report_lines(report), *agreed], data_report=report)
+    run.start(facts=[*facts, *other_parts(engine, folder), *notes, *report_lines(report), *agreed], data_report=report)
     return run
