@@ -96,7 +96,11 @@ def _check_model(config: RunConfig, folder: str) -> list[str]:
             f"data.max_length={config.data.max_length} is more than the model's {facts.max_positions} positions. "
             f"Use at most {facts.max_positions}."
         )
-    return [f"model: {facts.architecture}, {facts.total_parameters / 1e6:,.1f} M parameters, stored in {facts.dtype}"]
+    lines = [f"model: {facts.architecture}, {facts.total_parameters / 1e6:,.1f} M parameters, stored in {facts.dtype}"]
+    if facts.other_parts:
+        parts = ", ".join(f"{name} ({size / 1e6:,.1f} M parameters)" for name, size in facts.other_parts.items())
+        lines.append(f"only the text model is trained, not {parts}")
+    return lines
 
 
 def _check_evaluation(config: RunConfig) -> None:

@@ -54,9 +54,12 @@ def export(
         Literal["merged", "adapter"], typer.Option(help="A single merged model, or the LoRA adapter alone")
     ] = "merged",
     step: AtStep = None,
+    dtype: Annotated[
+        Literal["bf16", "fp32"] | None, typer.Option(help="Of a merged model (default: the run's, model.dtype)")
+    ] = None,
 ) -> None:
     """Write a run's result as a folder that plain transformers (and peft) can load."""
     from ft_dist.result.export import export_run
 
-    export_run(run_dir, kind=to, to=folder, step=step_of(step))
+    export_run(run_dir, kind=to, to=folder, step=step_of(step), dtype=dtype)
     typer.echo(f"{to} model written to {folder}")

@@ -66,8 +66,8 @@ def check(
     from ft_dist.check import check_data
     from ft_dist.config import load_config
     from ft_dist.launcher.machine import default_nproc
-    from ft_dist.run.check_model import check_model
     from ft_dist.run.lock import refuse_if_locked
+    from ft_dist.run.proof.check_model import check_model
 
     if env and as_json:
         raise UserError("--env cannot be combined with --json, because the ranks print their results as lines.")

@@ -12,6 +12,7 @@ from ft_dist.distributed import World
 from ft_dist.engine.fragments import hold_contents
 from ft_dist.engine.settings import deepspeed_config
 from ft_dist.engine.step import Engine, stage_of
+from ft_dist.model.anatomy.decoder import decoder_of
 from ft_dist.model.fp8 import hold_base_in_fp8, refuse_without_fp8
 from ft_dist.model.fused.fuse import fuse
 from ft_dist.model.load import Loaded, enable_activation_checkpointing, load_model
@@ -42,9 +43,10 @@ def build_engine(
         model = config.method.adapt(model, new_token_ids=new_token_ids(config.model, tokenizer))
         if not zero3:
             model.to(world.device)
+        causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+        freeze_other_parts(causal_lm)
         if stage_of(model, config, world) == 0 and world.device.type == "cpu":
             own_trained_weights(model)
-        causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         base_in_fp8 = hold_base_in_fp8(causal_lm) if config.model.base_dtype == "fp8" else None
         report = fuse(causal_lm, kernels=config.model.kernels, device_type=world.device.type, zero3=zero3)
         objective = build_objective(model, fused=report.head_backend, by_segment=report.segments, zero3=zero3)
@@ -61,6 +63,18 @@ def prepare_deepspeed() -> None:
     _import_muon_uncompiled()
     _silence_memory_reports()
     _share_process_group()
+
+
+def freeze_other_parts(causal_lm: Any) -> None:
+    """Train the text model of a multimodal one alone: its other parts get no gradient, and weight decay would shrink
+    them."""
+    if causal_lm.config.get_text_config() is causal_lm.config:
+        return
+    text = [decoder_of(causal_lm), causal_lm.get_output_embeddings()]
+    trained = {id(parameter) for module in text if module is not None for parameter in module.parameters()}
+    for parameter in causal_lm.parameters():
+        if id(parameter) not in trained:
+            parameter.requires_grad_(False)
 
 
 def own_trained_weights(model: nn.Module) -> None:

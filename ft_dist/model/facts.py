@@ -16,9 +16,15 @@ _MAX_HEADER_BYTES = 100 * 1024 * 1024  # the limit of the safetensors format
 _DTYPES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 
 
+_TEXT_PARTS = ("language_model", "text_model", "embed_tokens", "layers", "norm", "lm_head")
+
+
 @dataclass(frozen=True)
 class ModelFacts:
-    """`shapes` maps each stored tensor's name to its shape; tied output embeddings are stored and counted once."""
+    """`shapes` maps each stored tensor's name to its shape; tied output embeddings are stored and counted once.
+
+    `other_parts`: parameters of each part of a multimodal model that is not its text model, by the part's name.
+    """
 
     shapes: dict[str, tuple[int, ...]]
     linear_modules: list[str]
@@ -30,6 +36,7 @@ class ModelFacts:
     layers: int
     architecture: str
     tied_embeddings: bool
+    other_parts: dict[str, int]
 
 
 def model_facts(folder: str | Path) -> ModelFacts:
@@ -62,7 +69,17 @@ def model_facts(folder: str | Path) -> ModelFacts:
         layers=int(config.get("num_hidden_layers", 0)),
         architecture=(whole.get("architectures") or ["unknown"])[0],
         tied_embeddings=tied or not any(name.endswith("lm_head.weight") for name in shapes),
+        other_parts=_other_parts(shapes) if "text_config" in whole else {},
     )
+
+
+def _other_parts(shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
+    parts: dict[str, int] = {}
+    for name, shape in shapes.items():
+        part = name.removeprefix("model.").partition(".")[0]
+        if part not in _TEXT_PARTS:
+            parts[part] = parts.get(part, 0) + math.prod(shape)
+    return parts
 
 
 def _linear_modules(shapes: dict[str, tuple[int, ...]]) -> list[str]:

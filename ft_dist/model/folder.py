@@ -10,8 +10,10 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def whole_folder(final: Path) -> Iterator[Path]:
+def whole_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `final` (absent or empty) when the block ends, and is removed if it raises.
+
+    With `replace`, an earlier `final` is removed once the new one is complete.
 
     A kill at any moment leaves only the temporary folder, which the next call removes. Two processes must therefore not
     write the same `final` at the same time.
@@ -22,12 +24,30 @@ def whole_folder(final: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=final.parent))
     try:
         yield temporary
-        _commit(temporary, final)
+        _sync(temporary)
+        if replace and final.exists():
+            _replace(temporary, final, prefix)
+        else:
+            os.replace(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _commit(temporary: Path, final: Path) -> None:
+def _replace(temporary: Path, final: Path, prefix: str) -> None:
+    """An error leaves the earlier `final` in place."""
+    aside = Path(tempfile.mkdtemp(prefix=prefix, dir=final.parent))
+    try:
+        os.replace(final, aside / final.name)
+        try:
+            os.replace(temporary, final)
+        except OSError:
+            os.replace(aside / final.name, final)
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(temporary: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     for path in [*temporary.rglob("*"), temporary]:
@@ -38,4 +58,3 @@ def _commit(temporary: Path, final: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    os.replace(temporary, final)

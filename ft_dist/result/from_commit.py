@@ -12,7 +12,8 @@ from ft_dist.checkpoint.identity import check_identity, identity
 from ft_dist.checkpoint.load import SavedFragments
 from ft_dist.checkpoint.state import RunState
 from ft_dist.config import RunConfig
-from ft_dist.engine.save_pretrained import write_model
+from ft_dist.engine.digests import persistent_buffers
+from ft_dist.engine.save_pretrained import save_model
 from ft_dist.errors import CheckpointError
 from ft_dist.model.load import DTYPES, load_model
 from ft_dist.model.quiet import quietly
@@ -35,12 +36,12 @@ def write_commit(commit: Commit, config: RunConfig, folder: Path, *, base: str) 
         plain = config.model.model_copy(update={"attention": "auto"})
         model, _ = load_model(plain, folder=base, vocabulary=len(tokenizer))
         model = config.method.adapt(model, new_token_ids=new_token_ids(config.model, tokenizer))
-        weights = {} if config.method.frozen_base else saved_buffers(model)
+        weights = {} if config.method.frozen_base else dict(persistent_buffers(model))
         try:
             weights |= _trained(model, commit, state, DTYPES[config.model.dtype])
         except (OSError, SafetensorError) as error:  # the run deletes old commits
             raise CheckpointError(f"{commit.folder}: cannot be read ({error}).") from None
-        write_model(model, weights, tokenizer, folder, base=config.model.path)
+        save_model(model, tokenizer, folder, weights=weights, base=config.model.path)
 
 
 def _trained(model: Any, commit: Commit, state: RunState, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -61,9 +62,3 @@ def _trained(model: Any, commit: Commit, state: RunState, dtype: torch.dtype) ->
             raise CheckpointError(f"{commit.folder}: does not hold all of {name}. It was not saved by ft_dist.")
         weights[name] = whole.to(dtype)
     return weights
-
-
-def saved_buffers(model: Any) -> dict[str, torch.Tensor]:
-    """What the model saves besides its parameters."""
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}

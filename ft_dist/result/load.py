@@ -20,6 +20,7 @@ from ft_dist.model.tokenizer import load_tokenizer, stop_token_ids
 from ft_dist.run_folder import RunFolder
 
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,13 +163,12 @@ def tokenizer_folder(weights: Weights) -> str:
 def load_weights(weights: Weights, *, dtype: Any, vocabulary: int, untie: bool = False) -> Any:
     """The model in `dtype` on the CPU, an adapter applied but not merged; embeddings grown to `vocabulary` rows.
 
+    What the model keeps in fp32 (a router's bias) stays in fp32, and so does an adapter that was trained in fp32.
     `untie` separates an output head tied to the embedding if the adapter changes only one of the two.
     Raises ModelError if files are missing, damaged or inconsistent.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
-
-    from ft_dist.model.load import grow_embeddings
 
     source = weights.base or weights.folder
     try:
@@ -185,13 +185,40 @@ def load_weights(weights: Weights, *, dtype: Any, vocabulary: int, untie: bool =
                 return model
             import peft
 
-            grow_embeddings(model, vocabulary)
+            _grow_as_in_training(model, vocabulary, weights.config)
             if untie:
                 _untie_if_adapted(model, _adapter_config(Path(weights.folder)))
-            return peft.PeftModel.from_pretrained(model, weights.folder, autocast_adapter_dtype=False).to(dtype)
+            return _in_trained_dtype(peft.PeftModel.from_pretrained(model, weights.folder), Path(weights.folder), dtype)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise ModelError(f"{weights.folder}: cannot be loaded on {source} ({reason}).") from None
+
+
+def _grow_as_in_training(model: Any, vocabulary: int, config: RunConfig | None) -> None:
+    """New rows that nothing trains are random: padding that the softmax sees. A run draws them from its seed."""
+    import torch
+
+    from ft_dist.model.load import grow_embeddings
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed if config else 0)
+        grow_embeddings(model, vocabulary)
+
+
+def _in_trained_dtype(adapted: Any, folder: Path, dtype: Any) -> Any:
+    """peft loads adapters in fp32. Cast each tensor to the dtype of its file, in which training computed, unless the
+    base is in a wider one."""
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+        stored = {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118 - not a dictionary
+    for name, parameter in adapted.named_parameters():
+        written = name.replace(f".{adapted.active_adapter}", "")
+        found = stored.get(written, stored.get(written.removesuffix(".weight")))
+        if found is not None:
+            parameter.data = parameter.data.to(torch.promote_types(found, dtype))
+    return adapted
 
 
 def _untie_if_adapted(model: Any, adapter: dict[str, Any]) -> None:

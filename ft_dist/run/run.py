@@ -14,7 +14,6 @@ from ft_dist.config import RunConfig
 from ft_dist.data.stream.batch import BatchStream, Prefetched, Prefetcher
 from ft_dist.data.stream.stream import DataStream
 from ft_dist.distributed import World, announce_stop, leave_world, stop_announced
-from ft_dist.engine.save_pretrained import write_final
 from ft_dist.engine.step import Engine, StepResult
 from ft_dist.errors import Preempted, TrainingError
 from ft_dist.evaluate.comparison import comparison
@@ -27,8 +26,8 @@ from ft_dist.resources import peak_memory_bytes, versions
 from ft_dist.run.evaluations import Evaluations
 from ft_dist.run.length import is_over, length_notes, run_length
 from ft_dist.run.planned import Planned
+from ft_dist.run.proof.final import check_line, write_and_prove
 from ft_dist.run.step_record import print_step, step_record
-from ft_dist.run_folder import RunFolder
 
 WAIT_FOR_DATA_S = 5.0
 """How long a rank that was asked to stop waits for the data of its last step"""
@@ -81,6 +80,8 @@ class Run:
         self._tokens_done = 0
         self._last_loss: float | None = None
         self.evaluations = Evaluations(config.evaluate, held_out, engine, tokenizer)
+        self._base_folder = folder
+        self._final_check: dict[str, Any] = {}
         self.checkpoints = CheckpointKeeper(config, world, engine, folder=folder)
         if self.checkpoints.resumed:
             self._resume(self.checkpoints.resumed)
@@ -314,9 +315,24 @@ class Run:
         self.recorder.console.say(f"final/ gets the weights of step {self.weights_step}")
 
     def write_final(self) -> None:
-        """Write final/: an adapter or a model that plain peft and transformers load."""
+        """Write and check final/: an adapter or a model that plain peft and transformers load.
+
+        Raises StorageError or TrainingError, with the run's state committed.
+        """
+        # a live source keeps no samples
+        store = self.stream.store if isinstance(self.stream, DataStream) else None
         with self.watchdog.during("the final write", timeout_s=self.config.engine.timeout_s):
-            write_final(self.engine, self.tokenizer, RunFolder(self.config.run_dir).final)
+            self._final_check, notes = write_and_prove(
+                self.engine,
+                self.tokenizer,
+                self.config,
+                base=self._base_folder,
+                samples=self.held_out.store if self.held_out else store,
+            )
+        if self._final_check:
+            self.recorder.console.say(check_line(self._final_check))
+        for note in notes:
+            self.recorder.console.note(note)
 
     def summarise(self, *, before: dict[str, Any] | None, after: dict[str, Any] | None) -> None:
         self.recorder.summary(
@@ -334,6 +350,7 @@ class Run:
                 **self.planned.comparison(),
                 "before": before,
                 "after": after,
+                "final_check": self._final_check,
                 "versions": versions(),
             }
         )

@@ -27,8 +27,9 @@ from ft_dist.preflight.ranks import form_world, meet, share_refusal
 from ft_dist.resources import resume_gc
 from ft_dist.run.lock import lock_folder, refuse_if_locked
 from ft_dist.run.out_of_memory import explain_out_of_memory, rows_after_shortage
+from ft_dist.run.proof.other_parts import other_parts
+from ft_dist.run.proof.self_check import self_check
 from ft_dist.run.run import Run
-from ft_dist.run.self_check import self_check
 
 
 def prepare_run(config: RunConfig, stop: StopRequest, *, free_memory: Callable[[], None]) -> Run:
@@ -57,7 +58,8 @@ def prepare_run(config: RunConfig, stop: StopRequest, *, free_memory: Callable[[
     stream = open_stream(config, tokenizer, train_set, packing=checked.packs)
     run = Run(config, world, engine, stream, stop, tokenizer=tokenizer, held_out=held_out, folder=folder)
     run.log_file = log_file
-    facts = [*facts, *notes, *report_lines(report), *agreed, *checked.lines]
+    parts = other_parts(engine, folder)
+    facts = [*facts, *parts, *notes, *report_lines(report), *agreed, *checked.lines]
     run.start(facts=facts, data_report=report)
     return run
 

@@ -17,7 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import deepspeed  # noqa: F401 - workers are forked and inherit imports
 import peft  # noqa: F401
 
-import ft_dist.run.check_model
+import ft_dist.run.proof.check_model
 import ft_dist.run.start  # noqa: F401
 from tests.families.architectures import ARCHITECTURES
 from tests.families.row import METHODS, Row, rows_of

@@ -188,7 +188,7 @@ def _call_check(arguments: list[str]) -> str | None:
     from ft_dist.check import check, check_data
     from ft_dist.config import load_config
     from ft_dist.errors import UserError
-    from ft_dist.run.check_model import check_model
+    from ft_dist.run.proof.check_model import check_model
 
     try:
         config = load_config(arguments[0], arguments[1:])

@@ -113,7 +113,8 @@ def test_bf16_merge_rounds_once(tmp_path: Path) -> None:
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
     adapter = load_finished(str(run), device="cpu")
     assert merged.dtype == adapter.model.dtype == torch.bfloat16
-    exact = load_weights(find_weights(str(run)), dtype=torch.float32, vocabulary=len(adapter.tokenizer)).eval()
+    loaded = load_weights(find_weights(str(run)), dtype=torch.bfloat16, vocabulary=len(adapter.tokenizer))
+    exact = loaded.eval().float()  # of the base as training saw it
     ids = torch.tensor(prompts(adapter.tokenizer, 1))
     with torch.no_grad():
         truth, ours, theirs = (model(ids).logits.float() for model in (exact, merged, adapter.model))

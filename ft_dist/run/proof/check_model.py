@@ -7,7 +7,7 @@ from ft_dist.model.builtin import resolve_model
 from ft_dist.model.load import load_model
 from ft_dist.model.quiet import quietly
 from ft_dist.model.tokenizer import configured_tokenizer, new_token_ids
-from ft_dist.run.self_check import self_check
+from ft_dist.run.proof.self_check import self_check
 
 
 def check_model(config: RunConfig, *, weights: bool) -> list[str]:
