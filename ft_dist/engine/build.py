@@ -12,7 +12,7 @@ from ft_dist.distributed import World
 from ft_dist.engine.fragments import hold_contents
 from ft_dist.engine.settings import deepspeed_config
 from ft_dist.engine.step import Engine, stage_of
-from ft_dist.model.anatomy.decoder import decoder_of
+from ft_dist.model.anatomy.decoder import other_parameters
 from ft_dist.model.fp8 import hold_base_in_fp8, refuse_without_fp8
 from ft_dist.model.fused.fuse import fuse
 from ft_dist.model.load import Loaded, enable_activation_checkpointing, load_model
@@ -68,13 +68,8 @@ def prepare_deepspeed() -> None:
 def freeze_other_parts(causal_lm: Any) -> None:
     """Train the text model of a multimodal one alone: its other parts get no gradient, and weight decay would shrink
     them."""
-    if causal_lm.config.get_text_config() is causal_lm.config:
-        return
-    text = [decoder_of(causal_lm), causal_lm.get_output_embeddings()]
-    trained = {id(parameter) for module in text if module is not None for parameter in module.parameters()}
-    for parameter in causal_lm.parameters():
-        if id(parameter) not in trained:
-            parameter.requires_grad_(False)
+    for parameter in other_parameters(causal_lm):
+        parameter.requires_grad_(False)
 
 
 def own_trained_weights(model: nn.Module) -> None:

@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
 
 def _line(row: Row) -> str:
     largest = max(row.differences.values(), default=0.0)
-    result = "; ".join(row.wrong) if row.wrong else f"refused: {row.refusal}" if row.refusal else "right"
+    result = "; ".join(row.wrong) if row.wrong else f"refused: {row.refusal}" if row.refusal else row.warning or "right"
     difference = f"{largest:.1e}" if row.differences else "-"
     mark = "WRONG " if row.wrong else ""
     return f"{row.model_type:<24} {row.method:<6} {row.separation:<10} {difference:<20} {mark}{result}"

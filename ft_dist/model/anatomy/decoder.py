@@ -23,6 +23,15 @@ def decoder_of(causal_lm: Any) -> nn.Module:
     )
 
 
+def other_parameters(causal_lm: Any) -> list[nn.Parameter]:
+    """Those of a multimodal model that are not its text model's. They are frozen with every method."""
+    if causal_lm.config.get_text_config() is causal_lm.config:
+        return []
+    text = [decoder_of(causal_lm), causal_lm.get_output_embeddings()]
+    of_text = {id(parameter) for module in text if module is not None for parameter in module.parameters()}
+    return [parameter for parameter in causal_lm.parameters() if id(parameter) not in of_text]
+
+
 def block_masks(causal_lm: Any, position_ids: torch.Tensor) -> Any:
     """Attention masks that separate samples, for models that build theirs without `position_ids`.
 

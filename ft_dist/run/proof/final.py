@@ -15,7 +15,7 @@ from ft_dist.distributed import max_over_ranks
 from ft_dist.engine.digests import Digest
 from ft_dist.engine.save_pretrained import write_final
 from ft_dist.engine.step import Engine
-from ft_dist.errors import DataError, StorageError
+from ft_dist.errors import DataError, StorageError, counted
 from ft_dist.result.proof import SAMPLES, ProofRow, fits, prove_final, token_budget
 from ft_dist.run_folder import RunFolder
 
@@ -69,7 +69,7 @@ def check_line(found: Mapping[str, Any]) -> str:
     if not found["reloaded"]:
         return f"{line}; not loaded again: {found['reason']}"
     if "loss" not in found:
-        return f"{line}, also when loaded again"
+        return f"{line}; loaded again" + (f", {found['reason']}" if "reason" in found else "")
     return (
         f"{line}; loaded again, loss {_number(found['reloaded_loss'])} on {found['samples']} samples, "
         f"{_number(found['loss'])} in training"
@@ -79,6 +79,11 @@ def check_line(found: Mapping[str, Any]) -> str:
 def _notes(found: Mapping[str, Any], *, adapter: bool) -> list[str]:
     if found.get("agrees", True):
         return []
+    if changed := found.get("changed"):
+        return [
+            f"final/ is as trained, but transformers changes {counted(len(changed), 'tensor')} of it while loading: "
+            f"{', '.join(changed[:3])}"
+        ]
     what = "its base model is not the one that was trained on" if adapter else "a part of the model is not saved"
     return [
         f"final/ scores {_number(found['reloaded_loss'])} when loaded again, the trained model "
