@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM
 from ft_dist.checkpoint.commit import format as layout
 from ft_dist.checkpoint.find import commit_of_step
 from ft_dist.config.schema import ModelConfig
+from ft_dist.engine.digests import persistent_buffers
 from ft_dist.errors import CheckpointError, ModelError
 from ft_dist.model.builtin import resolve_model
 from ft_dist.model.load import load_model
 from ft_dist.result.export import export_run
-from ft_dist.result.from_commit import saved_buffers
 from ft_dist.result.load import find_weights, load_finished
 from ft_dist.result.score import evaluate_path
 from tests.conftest import SMALL_RUN
@@ -85,9 +85,9 @@ def test_an_unfinished_run_is_merged_scored_and_chats_at_a_step(cli, tmp_path):
 def test_a_full_model_keeps_what_only_the_base_has():
     """Persistent buffers are not parameters, so a commit does not hold them."""
     model = load_model(ModelConfig(path="tiny-llama"), folder=resolve_model("tiny-llama"), vocabulary=1).model
-    assert saved_buffers(model) == {}
+    assert dict(persistent_buffers(model)) == {}
     model.model.layers[0].register_buffer("layer_scalar", torch.tensor([3.0]))
-    assert saved_buffers(model) == {"model.layers.0.layer_scalar": torch.tensor([3.0])}
+    assert dict(persistent_buffers(model)) == {"model.layers.0.layer_scalar": torch.tensor([3.0])}
 
 
 def test_mistakes_are_explained(cli, tmp_path):
