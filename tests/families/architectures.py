@@ -178,16 +178,19 @@ ARCHITECTURES = _NAMES.split()
 """Values of `model_type`"""
 
 
-def make(model_type: str, folder: Path) -> None:
-    """Write a model and a tokenizer in fp32 into `folder`."""
+def make(model_type: str, folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:
+    """A folder with a random model and a tokenizer. Buffers stay in fp32."""
     import transformers
 
     with quietly():
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(tiny_config(model_type), dtype=torch.float32)
         fill(model)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
         model.save_pretrained(folder)
         byte_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def fill(model: Any) -> None:

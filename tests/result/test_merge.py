@@ -18,7 +18,7 @@ from ft_dist.result.export import export_run
 from ft_dist.result.load import find_weights, load_weights
 from ft_dist.result.merge import compare_merged, merge
 from tests.conftest import ROOT
-from tests.tiny_families import make_family
+from tests.families.architectures import make
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
@@ -49,7 +49,7 @@ def adapted_run(folder: Path, base: Path, **lora) -> Path:
 @pytest.fixture
 def loaded(tmp_path):
     """(adapted, merged) models of a run with adapters on linears and on experts."""
-    base = make_family("deepseek_v3", tmp_path / "base", dtype=torch.bfloat16)
+    base = make("deepseek_v3", tmp_path / "base", dtype=torch.bfloat16)
     run = adapted_run(tmp_path, base, target_parameters=EXPERTS)
     weights = find_weights(str(run))
     options = {"dtype": torch.bfloat16, "vocabulary": 260}
@@ -57,12 +57,12 @@ def loaded(tmp_path):
 
 
 def test_experts_and_the_routers_bias(tmp_path):
-    base = make_family("deepseek_v3", tmp_path / "base", dtype=torch.bfloat16)
+    base = make("deepseek_v3", tmp_path / "base", dtype=torch.bfloat16)
     lines: list[str] = []
     run = adapted_run(tmp_path, base, target_parameters=EXPERTS)
     export_run(run, kind="merged", to=tmp_path / "merged", progress=lines.append)
-    # 8 matrices of attention, the router, and gate_up_proj and down_proj of all experts
-    assert lines[-1].startswith("checked: 11 tensors are base + update, rounded once to bfloat16, 16 are the base's; ")
+    # 10 matrices of attention, the router, and gate_up_proj and down_proj of all experts
+    assert lines[-1].startswith("checked: 13 tensors are base + update, rounded once to bfloat16, 18 are the base's; ")
     with (
         safe_open(base / "model.safetensors", framework="pt") as before,
         safe_open(tmp_path / "merged/model.safetensors", framework="pt") as after,
@@ -76,7 +76,7 @@ def test_experts_and_the_routers_bias(tmp_path):
 @pytest.mark.parametrize("name", ["mlp.experts.down_proj", "o_proj.weight", "e_score_correction_bias", "norm.weight"])
 def test_a_wrong_tensor_is_refused(loaded, name):
     adapted, merged = loaded
-    assert compare_merged(adapted, merged, Path("merged")) == (11, 16)
+    assert compare_merged(adapted, merged, Path("merged")) == (13, 18)
     tensors = dict(merged.named_parameters()) | dict(merged.named_buffers())
     wrong = next(tensor for key, tensor in tensors.items() if key.endswith(name))
     wrong.data.view(-1)[-1] *= 1.02  # two or three units in the last place of bf16
@@ -105,7 +105,7 @@ def test_fp32_keeps_the_update_of_a_bf16_run(tmp_path):
 
 
 def test_generation_options_that_transformers_refuses_are_dropped(tmp_path):
-    base = make_family("glm4_moe", tmp_path / "base")
+    base = make("glm4_moe", tmp_path / "base")
     options = {"do_sample": False, "temperature": 0.6, "top_p": 0.95, "max_new_tokens": 64, "eos_token_id": 259}
     (base / "generation_config.json").write_text(json.dumps(options))
     lines: list[str] = []

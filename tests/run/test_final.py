@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 
 from tests.conftest import ROOT, read_lines
-from tests.tiny_families import make_family
+from tests.families.architectures import make
+from tests.families.multimodal import make_multimodal
 
 WITH_BUFFERS = ["deepseek_v3", "glm4_moe", "minimax_m2", "lfm2_moe", "gemma4_text", "nemotron_h"]
 BUFFERS = ("e_score_correction_bias", "expert_bias", "layer_scalar")
@@ -28,7 +29,7 @@ def summary(run):
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_real_architectures_in_bf16(tmp_path, method):
-    folders = [make_family(name, tmp_path / name, dtype=torch.bfloat16) for name in WITH_BUFFERS]
+    folders = [make(name, tmp_path / name, dtype=torch.bfloat16) for name in WITH_BUFFERS]
     command = [sys.executable, "-m", "tests.run.final_of", method, "bf16", *map(str, folders)]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     done = subprocess.run(
@@ -49,7 +50,7 @@ def test_real_architectures_in_bf16(tmp_path, method):
 
 
 def test_zero_3_saves_buffers_and_the_run_says_what_it_checked(cli, tmp_path):
-    model, run = make_family("gemma4_text", tmp_path / "model"), tmp_path / "run"
+    model, run = make("gemma4_text", tmp_path / "model"), tmp_path / "run"
     options = [f"model.path={model}", f"output_dir={run}", "model.dtype=fp32", "method.kind=full"]
     done = cli("train", "smoke", *options, *QUICK, "engine.zero_stage=3", "--nproc", "2")
     assert done.returncode == 0, done.stderr
@@ -79,7 +80,7 @@ def test_eval_of_an_adapter_trained_in_fp32_on_a_bf16_base(cli, tmp_path):
 
 @pytest.mark.parametrize("name", ["qwen3_5", "gemma3"])
 def test_a_multimodal_model_is_trained_as_text_and_says_so(cli, tmp_path, name):
-    model, run = make_family(name, tmp_path / "model"), tmp_path / "run"
+    model, run = make_multimodal(name, tmp_path / "model"), tmp_path / "run"
     options = [f"model.path={model}", f"output_dir={run}", "model.dtype=fp32", "method.kind=full"]
     part = {"qwen3_5": "visual", "gemma3": "vision_tower"}[name]
     checked = cli("check", "smoke", *options, "--nproc", "1")

@@ -14,6 +14,7 @@ from ft_dist_kernels.rms_norm.op import rms_norm
 from torch import nn
 
 ROWS, WIDTH, INNER = 8, 64, 96
+MLP_INPUTS = ("gate_proj", "up_proj"), ("gate_up_proj",)
 
 
 class NormForm(NamedTuple):
@@ -48,7 +49,10 @@ def norm_form(module: Any, *, eps: float) -> NormForm | None:
 
 def is_gated_mlp(module: Any, activation: str) -> bool:
     """Whether the module computes down(activation(gate(x)) * up(x)), gate and up separate or the halves of one."""
-    inputs = [name for name in ("gate_proj", "up_proj", "gate_up_proj") if hasattr(module, name)]
+    parts = {name for name, _ in module.named_children()}
+    inputs = next((names for names in MLP_INPUTS if parts >= {*names, "down_proj"}), None)
+    if inputs is None:
+        return False
     layers = {name: _linear(INNER * (3 - len(inputs)), WIDTH) for name in inputs} | {"down_proj": _linear(WIDTH, INNER)}
     # large enough to reach a clamp
     x = 20 * torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(0))
