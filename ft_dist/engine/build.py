@@ -40,11 +40,12 @@ def build_engine(
         model, notes = load(config.model, folder=folder, vocabulary=len(tokenizer), zero3_settings=settings)
         if config.engine.activation_checkpointing:
             enable_activation_checkpointing(model)
+        freeze_other_parts(model)
+        never_trained = [parameter for parameter in model.parameters() if not parameter.requires_grad]
         model = config.method.adapt(model, new_token_ids=new_token_ids(config.model, tokenizer))
         if not zero3:
             model.to(world.device)
         causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-        freeze_other_parts(causal_lm)
         if stage_of(model, config, world) == 0 and world.device.type == "cpu":
             own_trained_weights(model)
         base_in_fp8 = hold_base_in_fp8(causal_lm) if config.model.base_dtype == "fp8" else None
@@ -55,6 +56,7 @@ def build_engine(
         hold_contents(engine)
         engine.kernels = report.line() if base_in_fp8 is None else f"{report.line()}; {base_in_fp8.line()}"
         engine.notes = notes
+        engine.never_trained = never_trained
         return engine
 
 

@@ -69,6 +69,8 @@ class Engine:
         self.kernels = ""
         self.notes: list[str] = []
         """Lines for the user on what was not loaded"""
+        self.never_trained: list[nn.Parameter] = []
+        """Parameters that the model's class freezes, and those of other parts of a multimodal model"""
         self._settled = world.device.type != "cuda"
         self.on_progress: Callable[[], None] = lambda: None
         """Called after every forward of a micro-batch and its backward, if any"""

@@ -142,7 +142,8 @@ def _is_size(key: str, value: Any) -> bool:
 
 
 def _is_dropout(key: str) -> bool:
-    return "dropout" in key or key.endswith(("pdrop", "_drop"))
+    """Randomness of training alone, without which its loss is that of evaluation."""
+    return "dropout" in key or "jitter" in key or key.endswith(("pdrop", "_drop"))
 
 
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -201,5 +202,5 @@ def fill(model: Any) -> None:
         with torch.no_grad():
             if isinstance(tensor, torch.nn.Parameter) and tensor.dim() >= 2 and "embed" not in name:
                 tensor.copy_(noise * tensor.shape[-1] ** -0.5)
-            elif name in saved and tensor.is_floating_point():
+            elif name in saved and tensor.is_floating_point() and "decay" not in name:  # decays hold a causal mask
                 tensor.add_(0.1 * noise)

@@ -30,7 +30,6 @@ from ft_dist.distributed import control_store
 from ft_dist.engine.probe import Probe, own_losses, own_unreached, training_loss, unreached
 from ft_dist.engine.step import Engine
 from ft_dist.errors import ModelError
-from ft_dist.model.anatomy.decoder import other_parameters
 from ft_dist.model.builtin import cache_dir
 from ft_dist.observe.files import write_json
 from ft_dist.preflight.same import code_hash
@@ -100,9 +99,9 @@ def _check_trained(engine: Engine, config: RunConfig) -> None:
     """What has a gradient is what the method trains. Raises ModelError."""
     frozen: list[str] = []
     trained: list[str] = []
-    others = {id(parameter) for parameter in other_parameters(engine.objective.causal_lm)}
+    never = {id(parameter) for parameter in engine.never_trained}
     for name, parameter in engine.objective.model.named_parameters():
-        said = config.method.trains(name) and id(parameter) not in others
+        said = config.method.trains(name) and id(parameter) not in never
         if parameter.is_floating_point() and parameter.requires_grad != said:
             (trained if parameter.requires_grad else frozen).append(name)
     for names, state in ((frozen, "frozen, although"), (trained, "trained, although not")):
