@@ -12,6 +12,7 @@ from ft_dist.data.read.check import check_sources
 from ft_dist.errors import ConfigError
 from ft_dist.model.builtin import check_hub, resolve_model
 from ft_dist.model.facts import model_facts
+from ft_dist.model.parts.layers import layers_of_files
 from ft_dist.run_folder import RunFolder
 
 
@@ -65,13 +66,14 @@ def _check_model(config: RunConfig, folder: str) -> list[str]:
         check_hub(folder, config.model.revision)
         return [f"model: {folder} from the hub; its layers are checked once it is downloaded"]
     facts = model_facts(folder)
-    config.method.check(facts)
+    notes = config.method.check(layers_of_files(facts))
     if facts.max_positions and config.data.max_length > facts.max_positions:
         raise ConfigError(
             f"data.max_length={config.data.max_length} is more than the model's {facts.max_positions} positions. "
             f"Use at most {facts.max_positions}."
         )
-    return [f"model: {facts.architecture}, {facts.total_parameters / 1e6:,.1f} M parameters, stored in {facts.dtype}"]
+    stored = f"{facts.total_parameters / 1e6:,.1f} M parameters, stored in {facts.dtype}"
+    return [f"model: {facts.architecture}, {stored}", *notes]
 
 
 def _check_evaluation(config: RunConfig) -> None:

@@ -13,8 +13,11 @@ from ft_dist.engine.fragments import hold_contents
 from ft_dist.engine.settings import deepspeed_config
 from ft_dist.engine.step import Engine, stage_of
 from ft_dist.model.fp8 import hold_base_in_fp8, refuse_without_fp8
-from ft_dist.model.fused.fuse import fuse
+from ft_dist.model.fused.fuse import fuse, register_parameters
 from ft_dist.model.load import enable_activation_checkpointing, load_model
+from ft_dist.model.parts.layers import layers_of
+from ft_dist.model.parts.new_tokens import run_token_rows
+from ft_dist.model.parts.trained import trained_parts
 from ft_dist.model.quiet import quietly
 from ft_dist.model.tokenizer import new_token_ids
 from ft_dist.objective.table import build_objective
@@ -38,20 +41,33 @@ def build_engine(
         model = load(config.model, folder=folder, vocabulary=len(tokenizer), zero3_settings=settings)
         if config.engine.activation_checkpointing:
             enable_activation_checkpointing(model)
-        model = config.method.adapt(model, new_token_ids=new_token_ids(config.model, tokenizer))
+        layers = layers_of(model)
+        with _whole_embeddings(model, zero3):
+            model = config.method.adapt(model, layers, new_token_ids=new_token_ids(config.model, tokenizer))
         if not zero3:
             model.to(world.device)
         if stage_of(model, config, world) == 0 and world.device.type == "cpu":
             own_trained_weights(model)
         causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         base_in_fp8 = hold_base_in_fp8(causal_lm) if config.model.base_dtype == "fp8" else None
+        run_token_rows(causal_lm, register_parameters if zero3 else None)
         report = fuse(causal_lm, kernels=config.model.kernels, device_type=world.device.type, zero3=zero3)
         objective = build_objective(model, fused=report.head_backend, by_segment=report.segments, zero3=zero3)
         report.add_head(objective.head.reason_unfused())
         engine = Engine(objective, config, world)
         hold_contents(engine)
         engine.kernels = report.line() if base_in_fp8 is None else f"{report.line()}; {base_in_fp8.line()}"
+        engine.notes = [*config.method.check(layers), trained_parts(model).line()]
         return engine
+
+
+def _whole_embeddings(model: Any, zero3: bool) -> Any:
+    """Under ZeRO-3, gathers embedding and head inside: the rows of new tokens start as a copy of theirs."""
+    import deepspeed
+
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    parameters = {id(end.weight): end.weight for end in ends if end is not None and hasattr(end.weight, "ds_id")}
+    return deepspeed.zero.GatheredParameters([*parameters.values()], modifier_rank=None, enabled=zero3)
 
 
 def prepare_deepspeed() -> None:

@@ -63,6 +63,8 @@ class Engine:
         self.stage = stage_of(objective.model, config, world)
         self.objective = objective
         self.kernels = ""
+        self.notes: list[str] = []
+        """What the method leaves out, and the shares of the model that train"""
         self._settled = world.device.type != "cuda"
         self.on_progress: Callable[[], None] = lambda: None
         """Called after every forward of a micro-batch and its backward, if any"""

@@ -29,6 +29,7 @@ class ModelFacts:
     hidden_size: int
     layers: int
     architecture: str
+    model_type: str
     tied_embeddings: bool
 
 
@@ -61,6 +62,7 @@ def model_facts(folder: str | Path) -> ModelFacts:
         hidden_size=int(config.get("hidden_size", 0)),
         layers=int(config.get("num_hidden_layers", 0)),
         architecture=(whole.get("architectures") or ["unknown"])[0],
+        model_type=str(config.get("model_type", whole.get("model_type", "unknown"))),
         tied_embeddings=tied or not any(name.endswith("lm_head.weight") for name in shapes),
     )
 

@@ -103,8 +103,8 @@ class Run:
         """Report what starts or resumes, and start the watchdog."""
         self.recorder.data_report(data_report)
         console = self.recorder.console
-        for fact in facts:
-            console.say(fact)
+        for line in dict.fromkeys([*facts, *self.engine.notes]):
+            console.say(line)
         console.say(self.engine.kernels)
         for line in self.checkpoints.skipped:
             console.note(f"checkpoint skipped: {line}")
