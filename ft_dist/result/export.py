@@ -54,7 +54,10 @@ def merge(weights: Weights, *, vocabulary: int) -> Any:
     """The base with the adapter merged (LoRA, rsLoRA, DoRA, trained token rows), in the run's dtype."""
     import torch
 
-    adapted = load_weights(weights, dtype=torch.float32, vocabulary=vocabulary, untie=True)
+    from ft_dist.result.untie import untie_where_adapted
+
+    adapted = load_weights(weights, dtype=torch.float32, vocabulary=vocabulary)
+    untie_where_adapted(adapted)
     model = adapted.merge_and_unload(safe_merge=True)
     model.config.use_cache = True  # training runs without a cache, but generation needs one
     return model.to(_export_dtype(weights))

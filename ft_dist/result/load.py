@@ -93,16 +93,16 @@ def tokenizer_folder(weights: Weights) -> str:
     return weights.folder
 
 
-def load_weights(weights: Weights, *, dtype: Any, vocabulary: int, untie: bool = False) -> Any:
+def load_weights(weights: Weights, *, dtype: Any, vocabulary: int) -> Any:
     """The model in `dtype` on the CPU, an adapter applied but not merged; embeddings grown to `vocabulary` rows.
 
-    `untie` separates an output head tied to the embedding if the adapter changes only one of the two.
     Raises ModelError if files are missing, damaged or inconsistent.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     from ft_dist.model.load import grow_embeddings
+    from ft_dist.model.parts.new_tokens import run_token_rows
 
     source = weights.base or weights.folder
     try:
@@ -120,25 +120,12 @@ def load_weights(weights: Weights, *, dtype: Any, vocabulary: int, untie: bool =
             import peft
 
             grow_embeddings(model, vocabulary)
-            if untie:
-                _untie_if_adapted(model, _adapter_config(Path(weights.folder)))
-            return peft.PeftModel.from_pretrained(model, weights.folder, autocast_adapter_dtype=False).to(dtype)
+            adapted = peft.PeftModel.from_pretrained(model, weights.folder, autocast_adapter_dtype=False).to(dtype)
+            run_token_rows(adapted)
+            return adapted
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise ModelError(f"{weights.folder}: cannot be loaded on {source} ({reason}).") from None
-
-
-def _untie_if_adapted(model: Any, adapter: dict[str, Any]) -> None:
-    """Merging into a matrix shared by embedding and head would apply the update of one to the other."""
-    import torch
-
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    targets = adapter.get("target_modules") or []
-    leaves = {target.rpartition(".")[2] for target in ([targets] if isinstance(targets, str) else targets)}
-    named = {name.rpartition(".")[2] for name, module in model.named_modules() if module in (embedding, head)}
-    if head is not None and head.weight is embedding.weight and leaves & named:
-        head.weight = torch.nn.Parameter(embedding.weight.detach().clone())
-        model.config.tie_word_embeddings = False
 
 
 def _base_of(adapter: Path) -> str:

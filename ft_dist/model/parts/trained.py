@@ -72,19 +72,19 @@ def trained_parts(model: Any) -> TrainedParts:
         if hasattr(module, "held"):  # FP8, which is no parameter
             name = f"{_unwrapped(name)}.weight"
             shapes[name] = alias[name] = (module.out_features, module.in_features)  # type: ignore[assignment]
-    return _counted(shapes, kinds_of(shapes, embedding=embedding, head=head), trained, rows, alias)
-
-
-def _counted(
-    shapes: Shapes, kinds: Mapping[str, str], trained: set[str], rows: Mapping[str, int], alias: Mapping[str, str]
-) -> TrainedParts:
-    trained = {alias.get(name, name) for name in trained}
+    for name in trained:
+        if name in alias:  # a tied head that trains apart from the embedding counts as a matrix of its own
+            shapes.setdefault(name, shapes[alias[name]])
     own_rows = {alias.get(name, name): count for name, count in rows.items()}
+    return _counted(shapes, kinds_of(shapes, embedding=embedding, head=head), trained, own_rows)
+
+
+def _counted(shapes: Shapes, kinds: Mapping[str, str], trained: set[str], rows: Mapping[str, int]) -> TrainedParts:
     total: Counter[str] = Counter()
     counted: Counter[str] = Counter()
     for name, shape in shapes.items():
         total[kinds[name]] += prod(shape)
-        counted[kinds[name]] += prod(shape) if name in trained else own_rows.get(name, 0)
+        counted[kinds[name]] += prod(shape) if name in trained else rows.get(name, 0)
     return TrainedParts(total, counted)
 
 
