@@ -50,6 +50,8 @@ def build_engine(
             own_trained_weights(model)
         causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         base_in_fp8 = hold_base_in_fp8(causal_lm) if config.model.base_dtype == "fp8" else None
+        if zero3:
+            _gather_adapted_parameters(causal_lm)
         run_token_rows(causal_lm, register_parameters if zero3 else None)
         report = fuse(causal_lm, kernels=config.model.kernels, device_type=world.device.type, zero3=zero3)
         objective = build_objective(model, fused=report.head_backend, by_segment=report.segments, zero3=zero3)
@@ -68,6 +70,17 @@ def _whole_embeddings(model: Any, zero3: bool) -> Any:
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     parameters = {id(end.weight): end.weight for end in ends if end is not None and hasattr(end.weight, "ds_id")}
     return deepspeed.zero.GatheredParameters([*parameters.values()], modifier_rank=None, enabled=zero3)
+
+
+def _gather_adapted_parameters(causal_lm: nn.Module) -> None:
+    """Have ZeRO-3 gather a layer whose parameter has an adapter as a whole, before its forward: peft then registers a
+    parametrization, which moves the parameter past the hooks of the layer that holds it."""
+    from deepspeed.utils import set_z3_leaf_module
+    from peft.tuners.lora.layer import ParamWrapper
+
+    for module in causal_lm.modules():
+        if isinstance(module, ParamWrapper):
+            set_z3_leaf_module(module, True)
 
 
 def prepare_deepspeed() -> None:

@@ -37,7 +37,7 @@ def write_final(engine: Engine, tokenizer: Any, folder: Path) -> None:
 def _gather(engine: Engine) -> dict[str, torch.Tensor]:
     """The weights to save by name, on rank 0's host, gathered one parameter at a time under ZeRO-3.
 
-    A method with a frozen base saves only what it trains.
+    A method with a frozen base saves only what it trains, and the buffers beside it.
     """
     trained_only = engine.config.method.frozen_base
     weights = {}
@@ -47,6 +47,9 @@ def _gather(engine: Engine) -> dict[str, torch.Tensor]:
         with _whole(engine, parameter):
             if engine.world.is_main:
                 weights[name] = parameter.detach().to("cpu", copy=True)
+    for name, buffer in engine.objective.model.named_buffers():
+        if ".modules_to_save." in name:
+            weights[name] = buffer.detach().to("cpu", copy=True)
     return weights
 
 

@@ -27,6 +27,8 @@ _STACKED = {
     "w2": ("down_proj", None),
 }
 
+_NOT_PLAIN = "method.dropout and method.dora cannot be used there"
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -74,7 +76,8 @@ def choose(layers: "Layers", wanted: Wanted) -> Choice:
         elif reason is None and wanted.plain:
             choice.parameters.append(f"{name}.weight")
         else:
-            left.setdefault(reason or _NOT_PLAIN, []).append(name)
+            hint = "; method.modules_to_save trains it whole" if name in layers.routers else ""
+            left.setdefault((reason or _NOT_PLAIN) + hint, []).append(name)
     if layers.adapts_experts and wanted.plain:
         choice.parameters += experts
     elif experts:
@@ -86,9 +89,6 @@ def choose(layers: "Layers", wanted: Wanted) -> Choice:
         why = "; ".join(choice.notes) or "the other options of method leave none of its layers"
         raise ModelError(f"{option}: nothing to adapt ({why}). Name other layers, or use all-linear.")
     return choice
-
-
-_NOT_PLAIN = "method.dropout and method.dora cannot be used there"
 
 
 def _experts_left(layers: "Layers", experts: tuple[str, ...], wanted: Wanted) -> str:
