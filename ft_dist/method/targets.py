@@ -79,7 +79,7 @@ def choose(layers: "Layers", wanted: Wanted) -> Choice:
             hint = "; method.modules_to_save trains it whole" if name in layers.routers else ""
             left.setdefault((reason or _NOT_PLAIN) + hint, []).append(name)
     if layers.adapts_experts and wanted.plain:
-        choice.parameters += experts
+        choice.parameters += [name for name in experts if not name.endswith("_bias")]
     elif experts:
         choice.notes.append(_experts_left(layers, tuple(experts), wanted))
     option = f"method.target_modules={_joined(wanted.targets)}"
@@ -87,7 +87,7 @@ def choose(layers: "Layers", wanted: Wanted) -> Choice:
     choice.notes += partial_matches(layers, wanted)
     if not choice.modules and not choice.parameters:
         why = "; ".join(choice.notes) or "the other options of method leave none of its layers"
-        raise ModelError(f"{option}: nothing to adapt ({why}). Name other layers, or use all-linear.")
+        raise ModelError(f"{option}: nothing to adapt ({why}). Change these options.")
     return choice
 
 
@@ -126,7 +126,7 @@ def _experts(layers: "Layers", targets: str | Sequence[str], *, only: str | None
     """The experts' parameters that `targets` names, by their own names or those of their halves (`gate_proj`); with
     `only`, those that this target of them names."""
     if targets == ALL_LINEAR:
-        return [name for name in layers.experts if not name.endswith("_bias")]
+        return list(layers.experts)
     listed = _listed(targets)
     chosen = listed if only is None else [only]
     stacked = {_STACKED[name][0] for name in chosen if name in _STACKED and (_STACKED[name][1] or name) in listed}
@@ -136,7 +136,7 @@ def _experts(layers: "Layers", targets: str | Sequence[str], *, only: str | None
         own = any(
             _matches(".".join(path[:end]), target) for target in chosen for end in range(len(path), len(path) - 3, -1)
         )
-        if (own or path[-1] in stacked) and not name.endswith("_bias"):
+        if own or path[-1] in stacked:
             found.append(name)
     return found
 

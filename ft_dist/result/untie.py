@@ -1,4 +1,4 @@
-"""Prepares a tied output head for merging: peft merges each layer alone, into a matrix that embedding and head share."""
+"""Prepares a tied output head for merging: peft merges layer by layer, into a matrix that embedding and head share."""
 
 from typing import Any
 

@@ -21,7 +21,7 @@ class TokenRows(NamedTuple):
 
 
 def run_token_rows(causal_lm: Any, register: Callable[[nn.Module, list[nn.Parameter]], None] | None = None) -> None:
-    """Replace the forward of each layer with trained rows; `register` has ZeRO-3 gather the parameters that it reads."""
+    """Replace the forward of each layer with trained rows; `register` has ZeRO-3 gather the parameters it reads."""
     from peft.tuners.trainable_tokens import TrainableTokensLayer
 
     for layer in [module for module in causal_lm.modules() if isinstance(module, TrainableTokensLayer)]:
