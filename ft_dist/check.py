@@ -15,6 +15,7 @@ from ft_dist.data.read.check import check_sources
 from ft_dist.errors import ConfigError, counted
 from ft_dist.model.builtin import check_hub, resolve_model
 from ft_dist.model.facts import model_facts
+from ft_dist.model.parts.layers import layers_of_files
 from ft_dist.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def _check_model(config: RunConfig, folder: str) -> list[str]:
         check_hub(folder, config.model.revision)
         return [f"model: {folder} from the hub; its layers are checked once it is downloaded"]
     facts = model_facts(folder)
-    config.method.check(facts)
+    notes = config.method.check(layers_of_files(facts))
     if facts.max_positions and config.data.max_length > facts.max_positions:
         raise ConfigError(
             f"data.max_length={config.data.max_length} is more than the model's {facts.max_positions} positions. "
@@ -100,7 +101,7 @@ def _check_model(config: RunConfig, folder: str) -> list[str]:
     if facts.other_parts:
         parts = ", ".join(f"{name} ({size / 1e6:,.1f} M parameters)" for name, size in facts.other_parts.items())
         lines.append(f"only the text model is trained, not {parts}")
-    return lines
+    return [*lines, *notes]
 
 
 def _check_evaluation(config: RunConfig) -> None:

@@ -1,6 +1,7 @@
 """Our names for keys of Axolotl, LLaMA-Factory, TRL, torchtune and the Hugging Face Trainer, for hints in errors."""
 
 PEER_NAMES = {
+    "additional_target": "method.modules_to_save",
     "adapter": "method.kind",
     "attn_implementation": "model.attention",
     "base_model": "model.path",
@@ -22,6 +23,8 @@ PEER_NAMES = {
     "load_best_model_at_end": "optim.load_best",
     "lora_alpha": "method.alpha",
     "lora_dropout": "method.dropout",
+    "lora_exclude_modules": "method.exclude_modules",
+    "lora_modules_to_save": "method.modules_to_save",
     "lora_r": "method.rank",
     "lora_rank": "method.rank",
     "lora_target": "method.target_modules",
@@ -34,6 +37,7 @@ PEER_NAMES = {
     "num_epochs": "optim.epochs",
     "num_train_epochs": "optim.epochs",
     "optimizer": "optim.kind",
+    "peft_layers_to_transform": "method.layers_to_transform",
     "per_device_train_batch_size": "batch.micro_rows",
     "report_to": "observe.wandb",
     "resume_from_checkpoint": "checkpoint.resume",

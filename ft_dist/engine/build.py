@@ -14,8 +14,11 @@ from ft_dist.engine.settings import deepspeed_config
 from ft_dist.engine.step import Engine, stage_of
 from ft_dist.model.anatomy.decoder import other_parameters
 from ft_dist.model.fp8 import hold_base_in_fp8, refuse_without_fp8
-from ft_dist.model.fused.fuse import fuse
+from ft_dist.model.fused.fuse import fuse, register_parameters
 from ft_dist.model.load import Loaded, enable_activation_checkpointing, load_model
+from ft_dist.model.parts.layers import layers_of
+from ft_dist.model.parts.new_tokens import run_token_rows
+from ft_dist.model.parts.trained import trained_parts
 from ft_dist.model.quiet import quietly
 from ft_dist.model.tokenizer import new_token_ids
 from ft_dist.objective.table import build_objective
@@ -42,22 +45,48 @@ def build_engine(
             enable_activation_checkpointing(model)
         freeze_other_parts(model)
         never_trained = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-        model = config.method.adapt(model, new_token_ids=new_token_ids(config.model, tokenizer))
+        layers = layers_of(model)
+        with _whole_embeddings(model, zero3):
+            model = config.method.adapt(model, layers, new_token_ids=new_token_ids(config.model, tokenizer))
         if not zero3:
             model.to(world.device)
         causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         if stage_of(model, config, world) == 0 and world.device.type == "cpu":
             own_trained_weights(model)
         base_in_fp8 = hold_base_in_fp8(causal_lm) if config.model.base_dtype == "fp8" else None
+        if zero3:
+            _gather_adapted_parameters(causal_lm)
+        run_token_rows(causal_lm, register_parameters if zero3 else None)
         report = fuse(causal_lm, kernels=config.model.kernels, device_type=world.device.type, zero3=zero3)
         objective = build_objective(model, fused=report.head_backend, by_segment=report.segments, zero3=zero3)
         report.add_head(objective.head.reason_unfused())
         engine = Engine(objective, config, world, fused=report)
         hold_contents(engine)
         engine.kernels = report.line() if base_in_fp8 is None else f"{report.line()}; {base_in_fp8.line()}"
-        engine.notes = notes
+        engine.notes = [*notes, *config.method.check(layers)]
+        engine.parts = trained_parts(model)
         engine.never_trained = never_trained
         return engine
+
+
+def _whole_embeddings(model: Any, zero3: bool) -> Any:
+    """Under ZeRO-3, gathers embedding and head inside: the rows of new tokens start as a copy of theirs."""
+    import deepspeed
+
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    parameters = {id(end.weight): end.weight for end in ends if end is not None and hasattr(end.weight, "ds_id")}
+    return deepspeed.zero.GatheredParameters([*parameters.values()], modifier_rank=None, enabled=zero3)
+
+
+def _gather_adapted_parameters(causal_lm: nn.Module) -> None:
+    """Have ZeRO-3 gather a layer whose parameter has an adapter as a whole, before its forward: peft then registers a
+    parametrization, which moves the parameter past the hooks of the layer that holds it."""
+    from deepspeed.utils import set_z3_leaf_module
+    from peft.tuners.lora.layer import ParamWrapper
+
+    for module in causal_lm.modules():
+        if isinstance(module, ParamWrapper):
+            set_z3_leaf_module(module, True)
 
 
 def prepare_deepspeed() -> None:

@@ -23,6 +23,7 @@ from ft_dist.engine.grad_norm import judge_by_norm
 from ft_dist.engine.settings import deepspeed_config, effective_stage
 from ft_dist.model.fp8 import held_elements
 from ft_dist.model.fused.fuse import FusedReport
+from ft_dist.model.parts.trained import TrainedParts
 from ft_dist.objective.protocol import Objective
 from ft_dist.optim.build import build_optimizer, parameter_groups
 
@@ -68,7 +69,9 @@ class Engine:
         self.fused = fused or FusedReport("off")
         self.kernels = ""
         self.notes: list[str] = []
-        """Lines for the user on what was not loaded"""
+        """Lines for the user on what was not loaded, and what the method leaves out"""
+        self.parts = TrainedParts({}, {})
+        """The shares of the model that train, by kind"""
         self.never_trained: list[nn.Parameter] = []
         """Parameters that the model's class freezes, and those of other parts of a multimodal model"""
         self._settled = world.device.type != "cuda"

@@ -27,7 +27,7 @@ def answer_prompts(
     progress: Progress | None = None,
     cut_short: CutShort | None = None,
 ) -> list[str]:
-    """The model's greedy answers, in the order of `prompts` (token ids each), without special tokens.
+    """The model's greedy answers, in the order of `prompts` (token ids each).
 
     Prompts of similar length share a batch, longest first, so memory runs out in the first batch or never. An answer
     ends at any of `stop_token_ids` or after `max_new_tokens`. `synced` keeps a finished rank generating until all ranks
@@ -50,13 +50,23 @@ def answer_prompts(
                 )
                 generated = output[:, inputs["input_ids"].shape[1] :].tolist()
                 for index, ids in zip(rows, generated, strict=True):
-                    kept = _up_to_stop(ids, settings.eos_token_id)
-                    answers[index] = tokenizer.decode(kept, skip_special_tokens=True)
+                    answers[index] = as_text(tokenizer, _up_to_stop(ids, settings.eos_token_id))
                 if progress is not None:
                     progress(min(start + batch_rows, len(order)), len(order))
     finally:
         model.train(was_training)
     return answers
+
+
+def as_text(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Tokens as text, special ones included: `<call>` is part of an answer."""
+    return str(tokenizer.decode(ids, skip_special_tokens=False))
+
+
+def as_answered(tokenizer: Any, reference: str) -> str:
+    """`reference` as a model that answers it token by token would be decoded: a tokenizer may add spaces around special
+    tokens, or not keep every character."""
+    return as_text(tokenizer, tokenizer(reference, add_special_tokens=False)["input_ids"])
 
 
 def exact_match(answer: str, reference: str) -> bool:
@@ -103,6 +113,6 @@ def _left_padded(rows: list[Sequence[int]], pad_id: int, device: torch.device | 
 
 
 def _up_to_stop(ids: list[int], stops: list[int]) -> list[int]:
-    """Cut at the first stop token: it need not be a special token that the decoder skips."""
+    """Cut at the first stop token, which is not part of the answer."""
     end = next((position for position, token in enumerate(ids) if token in stops), len(ids))
     return ids[:end]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from ft_dist.data.encode.template import Encoder
 from ft_dist.data.read.formats import Sample
 from ft_dist.data.stream.batch import MicroBatch
-from ft_dist.evaluate.answers import CutShort, Progress, answer_prompts, exact_match
+from ft_dist.evaluate.answers import CutShort, Progress, answer_prompts, as_answered, exact_match
 
 EXAMPLES = 8
 _EXAMPLE_BYTES = 2048
@@ -24,6 +24,8 @@ class LabelledPrompt:
     tokens: list[int]
     text: str
     reference: str
+    expected: str
+    """The reference as the tokenizer decodes it, for comparison with an answer"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,9 @@ def labelled_prompts(samples: Iterable[Sample], tokenizer: Any) -> list[Labelled
             continue
         before, last = sample.messages[:-1], sample.messages[-1]
         text = str(before[-1].get("content", ""))
-        prompts.append(LabelledPrompt(encoder.encode_prompt(before, sample.tools), text, str(last["content"])))
+        reference = str(last["content"])
+        tokens = encoder.encode_prompt(before, sample.tools)
+        prompts.append(LabelledPrompt(tokens, text, reference, as_answered(tokenizer, reference)))
     return prompts
 
 
@@ -151,7 +155,7 @@ def _gather(prompts: Sequence[LabelledPrompt], answers: dict[int, str], device: 
     shown = min(EXAMPLES, len(prompts))
     text = torch.zeros(shown, _EXAMPLE_BYTES, dtype=torch.int32, device=device)
     for index, answer in answers.items():
-        correct[index] = int(exact_match(answer, prompts[index].reference))
+        correct[index] = int(exact_match(answer, prompts[index].expected))
         if index < shown:
             data = answer.encode()[:_EXAMPLE_BYTES]
             text[index, : len(data)] = torch.tensor(list(data), dtype=torch.int32)

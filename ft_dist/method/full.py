@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from ft_dist.method.protocol import Method
 
 if TYPE_CHECKING:
+    from ft_dist.model.parts.layers import Layers
     from ft_dist.model.shape import ModelShape, Parameter
 
 
@@ -16,7 +17,7 @@ class Full(Method):
 
     frozen_base: ClassVar[bool] = False
 
-    def adapt(self, causal_lm: Any, *, new_token_ids: Sequence[int]) -> Any:
+    def adapt(self, causal_lm: Any, layers: "Layers", *, new_token_ids: Sequence[int] = ()) -> Any:
         return causal_lm
 
     def trains(self, name: str) -> bool:

@@ -1,18 +1,18 @@
 """LoRA (Hu et al., arXiv 2106.09685), rsLoRA (2312.03732) and DoRA (2402.09353) through peft."""
 
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ft_dist_kernels.sizes import MAX_EXTENDED_RANK
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
 from ft_dist.errors import ModelError
 from ft_dist.method.protocol import Method
+from ft_dist.method.targets import ALL_LINEAR, Choice, Wanted, choose, layer_of, match_target_modules
 
 if TYPE_CHECKING:
-    from ft_dist.model.facts import ModelFacts
+    from ft_dist.model.parts.layers import Layers
     from ft_dist.model.shape import ModelShape, Parameter
 
 
@@ -25,55 +25,103 @@ class Lora(Method):
         default=32.0, gt=0, description="The update is scaled by alpha / rank (with rslora: alpha / sqrt(rank))"
     )
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    target_modules: Literal["all-linear"] | list[str] = Field(
+        default="all-linear",
+        description="Layers with adapters, by full name or its end; all-linear: every linear layer but the output "
+        "head and the routers of experts",
+    )
+    exclude_modules: list[str] | None = Field(
+        default=None,
+        description="Layers of target_modules that get no adapters, by their names or those of modules around them",
+    )
+    layers_to_transform: list[NonNegativeInt] | None = Field(
+        default=None, description="Numbers of the decoder layers that get adapters; None: all"
+    )
+    modules_to_save: list[str] | None = Field(
+        default=None, description="Modules that train whole, such as lm_head, a router or norms"
+    )
     rslora: bool = False
     dora: bool = False
 
     frozen_base: ClassVar[bool] = True
-    fixed_keys: ClassVar[tuple[str, ...]] = ("rank", "alpha", "target_modules", "rslora", "dora")
+    fixed_keys: ClassVar[tuple[str, ...]] = (
+        "rank",
+        "alpha",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "modules_to_save",
+        "rslora",
+        "dora",
+    )
 
-    @field_validator("target_modules", mode="before")
+    @field_validator("target_modules", "exclude_modules", "modules_to_save", mode="before")
     @classmethod
     def _comma_list(cls, value: object) -> object:
-        if isinstance(value, str) and value != "all-linear":
+        if isinstance(value, str) and value != ALL_LINEAR:
             return [name.strip() for name in value.split(",") if name.strip()]
         return value
 
-    def adapt(self, causal_lm: Any, *, new_token_ids: Sequence[int] = ()) -> Any:
-        """Also trains the embedding rows of new tokens: frozen, they would keep their initial mean."""
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _some_target(cls, value: object) -> object:
+        if value == []:
+            raise ValueError(f"[] names no layer; use {ALL_LINEAR}, or list the layers that get adapters")
+        return value
+
+    @field_validator("exclude_modules", "layers_to_transform", "modules_to_save")
+    @classmethod
+    def _empty_is_none(cls, value: object) -> object:
+        # older runs have no such key, which a resume compares as None
+        return value or None
+
+    def adapt(self, causal_lm: Any, layers: "Layers", *, new_token_ids: Sequence[int] = ()) -> Any:
+        """Also trains the rows of new tokens in embedding and head: frozen, they would keep their initial mean."""
         import peft
 
+        choice = self._choose(layers)
         settings = peft.LoraConfig(
             task_type="CAUSAL_LM",
             r=self.rank,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
-            target_modules=self.target_modules,
+            target_modules=choice.modules,
+            target_parameters=choice.parameters or None,
             use_rslora=self.rslora,
             use_dora=self.dora,
-            trainable_token_indices=list(new_token_ids) or None,
+            modules_to_save=choice.whole or None,
+            trainable_token_indices=token_rows(layers, choice, new_token_ids) or None,
         )
         try:
             return peft.get_peft_model(causal_lm, settings)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ModelError(f"method.target_modules={self.target_modules}: {str(error).splitlines()[0]}") from error
 
     def trains(self, name: str) -> bool:
         return any(part in name for part in (".lora_", ".trainable_tokens_", ".modules_to_save."))
 
-    def check(self, facts: "ModelFacts") -> None:
-        if self.target_modules == "all-linear":
-            return
-        heads = {"lm_head", *(name.removesuffix(".weight") for name, shape in facts.shapes.items() if len(shape) == 2)}
-        names = [*facts.linear_modules, *sorted(heads - set(facts.linear_modules))]
-        match_target_modules(names, self.target_modules)
+    def check(self, layers: "Layers") -> list[str]:
+        return self._choose(layers).notes
+
+    def _choose(self, layers: "Layers") -> Choice:
+        wanted = Wanted(
+            self.target_modules,
+            self.exclude_modules or (),
+            self.layers_to_transform,
+            self.modules_to_save or (),
+            plain=not self.dropout and not self.dora,
+        )
+        return choose(layers, wanted)
 
     def adapted(self, shape: "ModelShape") -> "list[Parameter]":
         matrices = {p.name.removesuffix(".weight"): p for p in shape.parameters if p.linear}
-        if self.target_modules == "all-linear":
-            return list(matrices.values())
-        matrices["lm_head"] = shape.head
-        return [matrices[name] for name in match_target_modules(matrices, self.target_modules)]
+        if self.target_modules != ALL_LINEAR:
+            matrices["lm_head"] = shape.head
+        names = match_target_modules(matrices, self.target_modules)
+        out = [*(self.exclude_modules or ()), *(self.modules_to_save or ())]
+        layers = self.layers_to_transform
+        kept = (name for name in names if not _within(name, out) and (layers is None or layer_of(name) in layers))
+        return [matrices[name] for name in kept]
 
     def trained(self, shape: "ModelShape") -> "list[Parameter]":
         found = []
@@ -86,7 +134,12 @@ class Lora(Method):
             found += [
                 replace(matrix, name=f"{name}.{part}.weight", shape=size, linear=False) for part, size in shapes.items()
             ]
-        return found
+        return found + self.whole(shape)
+
+    def whole(self, shape: "ModelShape") -> "list[Parameter]":
+        """The parameters of modules that train whole, as far as the shape knows them."""
+        every = [*shape.parameters, *([shape.head] if shape.tied else [])]
+        return [p for p in every if _within(p.name.rpartition(".")[0], self.modules_to_save or ())]
 
     @property
     def adapter_rank(self) -> int:
@@ -108,27 +161,30 @@ class Lora(Method):
         )
 
 
-def match_target_modules(names: Iterable[str], targets: str | Sequence[str]) -> list[str]:
-    """The modules among `names` that peft would adapt: `all-linear` means all; otherwise a target matches a module of
-    that full name, or one whose name ends in `.target`.
+def token_rows(layers: "Layers", choice: Choice, new_token_ids: Sequence[int]) -> dict[str, list[int]]:
+    """The rows of new tokens that train by module: in the embedding, and in a head that has weights of its own and
+    trains neither whole nor through an adapter. peft adds a tied head itself.
 
-    Raises ModelError for a target that matches nothing; peft complains only if no target matches.
+    Raises ModelError where a tied head and embedding would part and leave one of them without the new rows.
     """
-    names = list(names)
-    if targets == "all-linear":
-        return names
-    targets = [targets] if isinstance(targets, str) else list(targets)
-    for target in targets:
-        if not any(_matches(name, target) for name in names):
-            leaves = sorted({name.rpartition(".")[2] for name in names})
-            near = difflib.get_close_matches(target, [*leaves, *names], n=1)
-            hint = f"Did you mean {near[0]}? " if near else ""
-            raise ModelError(
-                f"method.target_modules={target}: matches no linear layer of this model. {hint}"
-                f"It has {', '.join(leaves)}; all-linear adapts all of them."
-            )
-    return [name for name in names if any(_matches(name, target) for target in targets)]
+    if not new_token_ids:
+        return {}
+    ends = (layers.embedding, layers.head)
+    whole = [name for name in ends if name in choice.whole]
+    if layers.tied and len(whole) == 1:
+        raise ModelError(
+            f"method.modules_to_save={whole[0]}: with model.new_tokens, a tied embedding and head train whole only "
+            f"together. Name {ends[0]} and {ends[1]}, or neither."
+        )
+    ids = sorted(set(new_token_ids))
+    modules = [layers.embedding]
+    if not layers.tied and layers.head not in choice.modules:
+        modules.append(layers.head)
+    return {name: ids for name in modules if name not in whole}
 
 
-def _matches(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
+def _within(name: str, modules: Sequence[str]) -> bool:
+    """Whether `name` or a module around it is one of `modules`, by full name or its end."""
+    path = name.split(".")
+    around = [".".join(path[:end]) for end in range(1, len(path) + 1)]
+    return any(module == outer or outer.endswith(f".{module}") for module in modules for outer in around)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, PrivateAttr
 
 if TYPE_CHECKING:
-    from ft_dist.model.facts import ModelFacts
+    from ft_dist.model.parts.layers import Layers
     from ft_dist.model.shape import ModelShape, Parameter
 
 
@@ -32,15 +32,17 @@ class Method(BaseModel, ABC):
         return self._unused
 
     @abstractmethod
-    def adapt(self, causal_lm: Any, *, new_token_ids: Sequence[int]) -> Any:
-        """The model to train, with `requires_grad` set. Raises ModelError."""
+    def adapt(self, causal_lm: Any, layers: "Layers", *, new_token_ids: Sequence[int] = ()) -> Any:
+        """The model to train, with `requires_grad` set; `layers` are its own. Raises ModelError."""
 
     @abstractmethod
     def trains(self, name: str) -> bool:
         """Whether the parameter called `name` in the adapted model has a gradient."""
 
-    def check(self, facts: "ModelFacts") -> None:
-        """Raise ModelError if the options do not fit the model."""
+    def check(self, layers: "Layers") -> list[str]:
+        """One line per thing that the options leave out and the user may not expect. Raises ModelError if they do not
+        fit the model."""
+        return []
 
     def adapted(self, shape: "ModelShape") -> "list[Parameter]":
         """The matrices that carry adapters. Raises ModelError for options that match nothing."""

@@ -35,6 +35,7 @@ class ModelFacts:
     hidden_size: int
     layers: int
     architecture: str
+    model_type: str
     tied_embeddings: bool
     other_parts: dict[str, int]
 
@@ -68,6 +69,7 @@ def model_facts(folder: str | Path) -> ModelFacts:
         hidden_size=int(config.get("hidden_size", 0)),
         layers=int(config.get("num_hidden_layers", 0)),
         architecture=(whole.get("architectures") or ["unknown"])[0],
+        model_type=str(config.get("model_type", whole.get("model_type", "unknown"))),
         tied_embeddings=tied or not any(name.endswith("lm_head.weight") for name in shapes),
         other_parts=_other_parts(shapes) if "text_config" in whole else {},
     )

@@ -27,6 +27,12 @@ _SMOLLM2 = {
     "vocab_size": 49152,
     "tie_word_embeddings": True,
 }
+BLOCK_NORMS = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ class ModelShape:
                 biased = self.output_bias if name.endswith("o_proj") else self.qkv_bias and "self_attn" in name
                 if biased:
                     found.append(Parameter(f"{prefix}{name}.bias", (out,), layer, False))
-            norms = [(f"norm{index}.weight", self.hidden) for index in range(self.form.block_norms)]
+            norms = [(f"{name}.weight", self.hidden) for name in BLOCK_NORMS[: self.form.block_norms]]
             if self.form.head_norms:
                 norms += [("self_attn.q_norm.weight", self.head_dim), ("self_attn.k_norm.weight", self.head_dim)]
             found += [Parameter(prefix + name, (width,), layer, False) for name, width in norms]

@@ -110,6 +110,11 @@ class Job:
         """Parameters with a gradient, adapters by their own names."""
         return self.config.method.trained(self.shape)
 
+    @property
+    def trains_head(self) -> bool:
+        """Whether the output head's matrix itself has a gradient."""
+        return not self.frozen_base or any(parameter.name == self.shape.head.name for parameter in self.trained)
+
     @cached_property
     def trainable(self) -> int:
         return sum(parameter.numel for parameter in self.trained)

@@ -16,6 +16,7 @@ from ft_dist.engine.digests import persistent_buffers
 from ft_dist.engine.save_pretrained import save_model
 from ft_dist.errors import CheckpointError
 from ft_dist.model.load import DTYPES, load_model
+from ft_dist.model.parts.layers import layers_of
 from ft_dist.model.quiet import quietly
 from ft_dist.model.tokenizer import configured_tokenizer, new_token_ids
 
@@ -35,7 +36,7 @@ def write_commit(commit: Commit, config: RunConfig, folder: Path, *, base: str) 
         # this machine may lack the attention that the run used, and no forward pass runs
         plain = config.model.model_copy(update={"attention": "auto"})
         model, _ = load_model(plain, folder=base, vocabulary=len(tokenizer))
-        model = config.method.adapt(model, new_token_ids=new_token_ids(config.model, tokenizer))
+        model = config.method.adapt(model, layers_of(model), new_token_ids=new_token_ids(config.model, tokenizer))
         weights = {} if config.method.frozen_base else dict(persistent_buffers(model))
         try:
             weights |= _trained(model, commit, state, DTYPES[config.model.dtype])

@@ -160,15 +160,16 @@ def tokenizer_folder(weights: Weights) -> str:
     return weights.folder
 
 
-def load_weights(weights: Weights, *, dtype: Any, vocabulary: int, untie: bool = False) -> Any:
+def load_weights(weights: Weights, *, dtype: Any, vocabulary: int) -> Any:
     """The model in `dtype` on the CPU, an adapter applied but not merged; embeddings grown to `vocabulary` rows.
 
     What the model keeps in fp32 (a router's bias) stays in fp32, and so does an adapter that was trained in fp32.
-    `untie` separates an output head tied to the embedding if the adapter changes only one of the two.
     Raises ModelError if files are missing, damaged or inconsistent.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+
+    from ft_dist.model.parts.new_tokens import run_token_rows
 
     source = weights.base or weights.folder
     try:
@@ -186,9 +187,10 @@ def load_weights(weights: Weights, *, dtype: Any, vocabulary: int, untie: bool =
             import peft
 
             _grow_as_in_training(model, vocabulary, weights.config)
-            if untie:
-                _untie_if_adapted(model, _adapter_config(Path(weights.folder)))
-            return _in_trained_dtype(peft.PeftModel.from_pretrained(model, weights.folder), Path(weights.folder), dtype)
+            adapted = peft.PeftModel.from_pretrained(model, weights.folder)
+            adapted = _in_trained_dtype(adapted, Path(weights.folder), dtype)
+            run_token_rows(adapted)
+            return adapted
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise ModelError(f"{weights.folder}: cannot be loaded on {source} ({reason}).") from None
@@ -219,19 +221,6 @@ def _in_trained_dtype(adapted: Any, folder: Path, dtype: Any) -> Any:
         if found is not None:
             parameter.data = parameter.data.to(torch.promote_types(found, dtype))
     return adapted
-
-
-def _untie_if_adapted(model: Any, adapter: dict[str, Any]) -> None:
-    """Merging into a matrix shared by embedding and head would apply the update of one to the other."""
-    import torch
-
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    targets = adapter.get("target_modules") or []
-    leaves = {target.rpartition(".")[2] for target in ([targets] if isinstance(targets, str) else targets)}
-    named = {name.rpartition(".")[2] for name, module in model.named_modules() if module in (embedding, head)}
-    if head is not None and head.weight is embedding.weight and leaves & named:
-        head.weight = torch.nn.Parameter(embedding.weight.detach().clone())
-        model.config.tie_word_embeddings = False
 
 
 def _base_of(adapter: Path) -> str:

@@ -18,6 +18,7 @@ from ft_dist.errors import ModelError, UserError
 from ft_dist.model.quiet import quietly
 from ft_dist.result.load import Weights, load_weights
 from ft_dist.result.proof import SAMPLES, ProofRow, agree, fits, loss_of, token_budget
+from ft_dist.result.untie import untie_where_adapted
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CANDIDATES = 64
@@ -34,7 +35,8 @@ def merge(weights: Weights, *, vocabulary: int, dtype: torch.dtype | None = None
 
     Each tensor gets the dtype in which training held it (a router's fp32 bias stays in fp32), or `dtype`.
     """
-    adapted = load_weights(weights, dtype=trained_dtype(weights), vocabulary=vocabulary, untie=True)
+    adapted = load_weights(weights, dtype=trained_dtype(weights), vocabulary=vocabulary)
+    untie_where_adapted(adapted)
     stored = {_own_name(name): tensor.dtype for name, tensor in _tensors(adapted.get_base_model())}
     model = adapted.float().merge_and_unload(safe_merge=True)
     model.config.use_cache = True  # training runs without a cache, but generation needs one
@@ -66,7 +68,8 @@ def prove_merged(weights: Weights, folder: Path, *, tokenizer: Any) -> str:
     reason = fits(2 * nbytes)
     if reason:
         return f"not checked: {reason}"
-    adapted = load_weights(weights, dtype=trained_dtype(weights), vocabulary=len(tokenizer), untie=True).eval()
+    adapted = load_weights(weights, dtype=trained_dtype(weights), vocabulary=len(tokenizer)).eval()
+    untie_where_adapted(adapted)
     with quietly():
         merged = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=weights.trust_remote_code).eval()
     updated, same = compare_merged(adapted, merged, folder)

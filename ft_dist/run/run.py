@@ -112,9 +112,7 @@ class Run:
         """Report what starts or resumes, and start the watchdog."""
         self.recorder.data_report(data_report)
         console = self.recorder.console
-        for fact in facts:
-            console.say(fact)
-        for line in (*self.engine.notes, self.engine.kernels):
+        for line in (*dict.fromkeys([*facts, *self.engine.notes]), self.engine.kernels):
             console.say(line)
         for line in self.checkpoints.skipped:
             console.note(f"checkpoint skipped: {line}")

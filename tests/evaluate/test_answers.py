@@ -57,7 +57,7 @@ def test_an_answer_ends_at_any_stop_token(model_and_tokenizer: tuple[Any, Any]) 
         [answer] = answer_prompts(model, [ids], tokenizer=tokenizer, max_new_tokens=10, batch_rows=1, device=DEVICE)
     finally:
         model.generation_config.eos_token_id = before
-    assert answer == tokenizer.decode(free[:end], skip_special_tokens=True)
+    assert answer == tokenizer.decode(free[:end])
 
 
 @pytest.mark.parametrize("answer", ["spam", " Spam.", "SPAM\n", '"spam"', "**spam**", "spam!"])

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from ft_dist.data.read.formats import Sample
 from ft_dist.data.stream.batch import MicroBatch
+from ft_dist.evaluate.answers import as_text, exact_match
 from ft_dist.evaluate.score import Scores, held_out_loss, labelled_prompts, score_answers
 from ft_dist.model.tiny import byte_tokenizer, make_tiny
 
@@ -72,6 +73,18 @@ def test_only_conversations_that_end_with_an_answer_are_generated() -> None:
     assert tokenizer.decode(prompt.tokens).endswith("mail<|im_end|>\n<|im_start|>assistant\n")
 
 
+def test_special_tokens_are_part_of_answer_and_reference() -> None:
+    """A new token that the model has learnt counts, and one that it has not said does not."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<call>"], special_tokens=True)
+    [prompt] = labelled_prompts([chat(("user", "mail"), ("assistant", "<call> lamps"))], tokenizer)
+    [call] = tokenizer("<call>")["input_ids"]
+    lamps = tokenizer(" lamps")["input_ids"]
+    assert prompt.reference == "<call> lamps"
+    assert exact_match(as_text(tokenizer, [call, *lamps]), prompt.expected)
+    assert not exact_match(as_text(tokenizer, lamps), prompt.expected)
+
+
 def test_non_finite_scores_are_valid_json() -> None:
     scores = Scores(loss=math.log(4), labelled_tokens=3)
     assert scores.to_dict()["perplexity"] == pytest.approx(4)
@@ -90,7 +103,7 @@ def answered(folder: str) -> dict[str, Any]:
     first = score_answers(model, prompts, **settings)
     for number, example in enumerate(first.examples):
         if number % 2 == 0:
-            object.__setattr__(prompts[number], "reference", example.answer)
+            object.__setattr__(prompts[number], "expected", example.answer)
     again = score_answers(model, prompts, **settings)
     loss, tokens = held_out_loss(
         lambda batch: (torch.tensor(float(batch.labelled_tokens)) / 3, batch.labelled_tokens),

@@ -11,6 +11,7 @@ from ft_dist.method.lora import Lora
 from ft_dist.model.builtin import resolve_model
 from ft_dist.model.fp8 import FP8Linear, held_elements, hold_base_in_fp8, refuse_without_fp8
 from ft_dist.model.fused.fuse import fuse
+from ft_dist.model.parts.layers import layers_of
 from ft_dist.model.tiny import tiny_names
 from ft_dist.objective.causal import CausalObjective
 from tests.model.test_fused import batch, build, gradients
@@ -22,7 +23,8 @@ def build_in_fp8(name, kernels, *, method=METHOD, dtype=torch.float32):
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = method.adapt(AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=dtype))
+    model = AutoModelForCausalLM.from_pretrained(resolve_model(name), dtype=dtype)
+    model = method.adapt(model, layers_of(model))
     for parameter_name, parameter in model.named_parameters():
         if "lora_B" in parameter_name:
             nn.init.normal_(parameter, std=0.05)

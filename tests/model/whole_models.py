@@ -7,6 +7,7 @@ from ft_dist.method.lora import Lora
 from ft_dist.model.builtin import resolve_model
 from ft_dist.model.fused.fuse import fuse
 from ft_dist.model.load import enable_activation_checkpointing
+from ft_dist.model.parts.layers import layers_of
 from ft_dist.objective.causal import CausalObjective
 
 
@@ -18,7 +19,7 @@ def build(name, kernels, *, method=None, dtype=torch.float32, checkpointing=Fals
     if checkpointing:
         enable_activation_checkpointing(model)
     if method is not None:
-        model = method.adapt(model)
+        model = fitting(method, model).adapt(model, layers_of(model))
         for parameter_name, parameter in model.named_parameters():
             if nonzero and "lora_B" in parameter_name:
                 # B starts at zero, which would hide every error in A's gradient
@@ -28,6 +29,14 @@ def build(name, kernels, *, method=None, dtype=torch.float32, checkpointing=Fals
     objective = CausalObjective(model, fused=report.head_backend, by_segment=report.segments)
     report.add_head(objective.head.reason_unfused())
     return objective.train(), report
+
+
+def fitting(method, model):
+    """`method` without the target modules that `model` does not have."""
+    if method.target_modules == "all-linear":
+        return method
+    leaves = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    return method.model_copy(update={"target_modules": [name for name in method.target_modules if name in leaves]})
 
 
 def batch(rows=2, width=32, restart=20):

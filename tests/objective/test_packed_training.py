@@ -12,6 +12,7 @@ from ft_dist.method.lora import Lora
 from ft_dist.model.builtin import resolve_model
 from ft_dist.model.fused.fuse import fuse
 from ft_dist.model.load import load_model
+from ft_dist.model.parts.layers import layers_of
 from ft_dist.objective.causal import CausalObjective
 from tests.data.stores import ListStore, random_store
 
@@ -21,7 +22,7 @@ def build(kind: str, kernels: str) -> CausalObjective:
     torch.manual_seed(0)
     model, _ = load_model(settings, folder=resolve_model("tiny-llama"), vocabulary=1)
     if kind != "full":
-        model = Lora(rank=4).adapt(model)
+        model = Lora(rank=4).adapt(model, layers_of(model))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:  # B is zero at the start, which would make A's gradients zero

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -16,6 +15,7 @@ from ft_dist.errors import ModelError
 from ft_dist.evaluate.answers import answer_prompts
 from ft_dist.model.builtin import resolve_model
 from ft_dist.model.load import grow_embeddings
+from ft_dist.model.parts.layers import layers_of
 from ft_dist.model.tokenizer import load_tokenizer
 from ft_dist.result.export import export_run
 from ft_dist.result.load import find_weights, load_finished, load_weights
@@ -24,15 +24,15 @@ from ft_dist.result.load import find_weights, load_finished, load_weights
 def finished_run(folder: Path, model: str, *, dtype: str = "fp32", kind: str = "lora", **lora: Any) -> Path:
     """A run folder as after training, with a random adapter instead of a trained one."""
     new_tokens = lora.pop("new_tokens", [])
-    targets = lora.get("target_modules", "all-linear")
     tree = {
         "model": {"path": model, "dtype": dtype, "new_tokens": new_tokens},
-        "method": {"kind": kind, "target_modules": targets},
+        "method": {"kind": kind} if kind == "full" else {"kind": kind, "rank": 8, "alpha": 16, **lora},
         "data": {"train": ["train.jsonl"]},
         "output_dir": str(folder),
     }
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(dump_config(validate(tree)))
+    config = validate(tree)
+    (folder / "config.yaml").write_text(dump_config(config))
     torch.manual_seed(0)
     base_folder = resolve_model(model)
     base = AutoModelForCausalLM.from_pretrained(
@@ -41,9 +41,8 @@ def finished_run(folder: Path, model: str, *, dtype: str = "fp32", kind: str = "
     tokenizer, _ = load_tokenizer(base_folder, new_tokens=new_tokens)
     grow_embeddings(base, len(tokenizer))
     if kind != "full":
-        new_ids = tokenizer.convert_tokens_to_ids(new_tokens) if new_tokens else None
-        settings = {"target_modules": targets, "task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16, **lora}
-        base = peft.get_peft_model(base, peft.LoraConfig(**settings, trainable_token_indices=new_ids))
+        new_ids = tokenizer.convert_tokens_to_ids(new_tokens)
+        base = config.method.adapt(base, layers_of(base), new_token_ids=new_ids)
         for name, parameter in base.named_parameters():
             if parameter.requires_grad and "magnitude" not in name:
                 parameter.data.normal_(std=0.08)
@@ -64,15 +63,22 @@ def answers(model: Any, tokenizer: Any, rows: list[list[int]]) -> list[str]:
 
 CASES = {
     "llama": ("tiny-llama", {}),
-    "llama-rslora": ("tiny-llama", {"use_rslora": True}),
-    "llama-dora": ("tiny-llama", {"use_dora": True}),
+    "llama-rslora": ("tiny-llama", {"rslora": True}),
+    "llama-dora": ("tiny-llama", {"dora": True}),
     "gemma2-tied": ("tiny-gemma2", {}),
     "qwen3": ("tiny-qwen3", {}),
     "phi3-fused": ("tiny-phi3", {"target_modules": ["qkv_proj", "down_proj"]}),
     "tied-head": ("tiny-smollm", {"target_modules": ["q_proj", "lm_head"]}),
     "new-tokens": ("tiny-llama", {"new_tokens": ["<call>", "</call>"]}),
     "new-tokens-tied": ("tiny-smollm", {"new_tokens": ["<call>"]}),
+    "new-tokens-head": ("tiny-llama", {"new_tokens": ["<call>"], "target_modules": ["q_proj", "lm_head"]}),
+    "new-tokens-tied-head": ("tiny-smollm", {"new_tokens": ["<call>"], "target_modules": ["q_proj", "lm_head"]}),
+    "whole-head": ("tiny-llama", {"new_tokens": ["<call>"], "modules_to_save": ["lm_head", "input_layernorm"]}),
+    "whole-tied-head": ("tiny-smollm", {"modules_to_save": ["lm_head"]}),
+    "whole-tied-ends": ("tiny-smollm", {"new_tokens": ["<call>"], "modules_to_save": ["lm_head", "embed_tokens"]}),
+    "some-layers": ("tiny-qwen3", {"layers_to_transform": [1], "exclude_modules": ["mlp", "k_proj"]}),
 }
+UNTIED = ("tied-head", "new-tokens-tied-head", "whole-tied-head", "whole-tied-ends")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -89,7 +95,7 @@ def test_merged_model_answers_like_the_adapter(tmp_path: Path, case: str) -> Non
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, adapter.model(ids).logits, rtol=1e-4, atol=1e-4)
     assert merged.dtype == torch.float32
-    assert merged.config.tie_word_embeddings == (model in ("tiny-gemma2", "tiny-smollm") and case != "tied-head")
+    assert merged.config.tie_word_embeddings == (model in ("tiny-gemma2", "tiny-smollm") and case not in UNTIED)
 
 
 def test_adapter_changes_something(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def loaded(tmp_path):
     run = adapted_run(tmp_path, base, target_parameters=EXPERTS)
     weights = find_weights(str(run))
     options = {"dtype": torch.bfloat16, "vocabulary": 260}
-    return load_weights(weights, **options, untie=True), merge(weights, vocabulary=260)
+    return load_weights(weights, **options), merge(weights, vocabulary=260)
 
 
 def test_experts_and_the_routers_bias(tmp_path):

@@ -14,6 +14,7 @@ from ft_dist.config import RunConfig
 from ft_dist.errors import CheckpointError
 from ft_dist.model.builtin import resolve_model
 from ft_dist.model.load import load_model
+from ft_dist.model.parts.layers import layers_of
 from ft_dist.model.quiet import quiet_process, quietly
 from ft_dist.model.tokenizer import configured_tokenizer, new_token_ids
 from ft_dist.resources import versions
@@ -57,5 +58,5 @@ def _trainable_shapes(config: RunConfig, folder: str) -> dict[str, list[int]]:
     tokenizer, _ = configured_tokenizer(config.model, folder)
     with quietly():
         model, _ = load_model(config.model, folder=folder, vocabulary=len(tokenizer))
-        model = config.method.adapt(model, new_token_ids=new_token_ids(config.model, tokenizer))
+        model = config.method.adapt(model, layers_of(model), new_token_ids=new_token_ids(config.model, tokenizer))
     return {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}

@@ -164,7 +164,7 @@ class Walk:
         n = chunk_rows(n_all, v, gpu=job.gpu, bytes_per_logit=logit + rounded)
         ledger.hold(LOSS, "d_rows", n_all * h * self.b)
         ledger.hold(LOSS, "labels", n_all * 28)
-        if not job.frozen_base:
+        if job.trains_head:
             ledger.hold(LOSS, "d_head", v * h * 4)
         ledger.hold(LOSS, "logits", n * v * (logit + rounded))
         ledger.hold(LOSS, "rows", n * h * logit)
@@ -197,9 +197,9 @@ class Walk:
             ledger.spike(LOSS, n * v * (4 + (self.b if self.b == 2 else 0)))
             ledger.free("d_logits")
             ledger.hold(LOSS, "d_rows", n * h * self.b)
-            if not job.frozen_base:
+            if job.trains_head:
                 ledger.hold(LOSS, "d_head", v * h * self.b)
-        elif not job.frozen_base and self.b == 2:
+        elif job.trains_head and self.b == 2:
             ledger.hold(LOSS, "d_head_low", v * h * self.b)
             ledger.free("d_head")
             ledger.hold(GRADIENTS, "d_head", v * h * self.b)

@@ -99,7 +99,7 @@ def micro_batch(job: Job, ledger: Ledger, states: States, *, last: bool) -> None
     ledger.at("loss")
     walk.loss()
     walk.loss_backward()
-    if not job.frozen_base and not job.shape.tied:
+    if job.trains_head and (job.frozen_base or not job.shape.tied):
         states(job.shape.vocabulary * job.shape.hidden)
         ledger.free("d_head")
     for layer in reversed(range(layers)):

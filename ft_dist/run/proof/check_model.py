@@ -5,6 +5,7 @@ from ft_dist.distributed import join_world, leave_world, open_store
 from ft_dist.engine.build import build_engine
 from ft_dist.model.builtin import resolve_model
 from ft_dist.model.load import load_model
+from ft_dist.model.parts.layers import layers_of
 from ft_dist.model.quiet import quietly
 from ft_dist.model.tokenizer import configured_tokenizer, new_token_ids
 from ft_dist.run.proof.self_check import self_check
@@ -20,7 +21,8 @@ def check_model(config: RunConfig, *, weights: bool) -> list[str]:
     tokenizer, _ = configured_tokenizer(config.model, folder)
     with quietly():
         causal_lm, left_out = load_model(config.model, folder=folder, vocabulary=len(tokenizer), meta=True)
-        config.method.adapt(causal_lm, new_token_ids=new_token_ids(config.model, tokenizer))
+        layers = layers_of(causal_lm)
+        config.method.adapt(causal_lm, layers, new_token_ids=new_token_ids(config.model, tokenizer))
     if not weights:
         return left_out
     world = join_world(open_store(timeout_s=config.engine.timeout_s), timeout_s=config.engine.timeout_s)

@@ -144,7 +144,8 @@ def _judge(measured: Measured, engine: Engine, config: RunConfig, *, cached: boo
         )
     if measured.idle:
         lines.append(f"the model's forward does not use {_some(measured.idle)}; they get no gradient")
-    parameters = f"{_count(engine.trainable_parameters)} of {_count(engine.total_parameters)} parameters train"
+    counts = f"{_count(engine.trainable_parameters)} of {_count(engine.total_parameters)}"
+    parameters = f"{counts} parameters train ({engine.parts.line()})"
     lines.append(
         f"self-check{' (cached)' if cached else ''}: loss {measured.loss:.5f} = {measured.own_loss:.5f} (model's own; "
         f"rounding explains {measured.tolerance:.0e}), isolated to {measured.leak:.0e}, {parameters}"

@@ -1,0 +1,177 @@
+"""The layers that a method can adapt or train whole, from a loaded model or from the headers of its files."""
+
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from ft_dist.model.parts.kinds import EMBEDDINGS, EXPERTS, HEAD, NORMS, ROUTER, kinds_of
+
+if TYPE_CHECKING:
+    from ft_dist.model.facts import ModelFacts
+
+PEFT_EXPERTS = frozenset(
+    {
+        "afmoe",
+        "beam",
+        "cohere2_moe",
+        "deepseek_v2",
+        "deepseek_v3",
+        "deepseek_v32",
+        "dots1",
+        "ernie4_5_moe",
+        "exaone_moe",
+        "flex_olmo",
+        "glm4_moe",
+        "glm4_moe_lite",
+        "glm4v_moe",
+        "glm_moe_dsa",
+        "hunyuan_v1_moe",
+        "longcat_flash",
+        "mellum",
+        "minimax",
+        "minimax_m2",
+        "mixtral",
+        "olmoe",
+        "qwen3_moe",
+        "qwen3_next",
+        "qwen3_omni_moe",
+        "qwen3_omni_moe_text",
+        "qwen3_omni_moe_thinker",
+        "solar_open",
+    }
+)
+"""`model_type` of the models whose stacked experts peft adapts"""
+
+_NO_GRADIENT = "no gradient reaches it through the choice of its top tokens"
+_READS_WEIGHT = "its layer reads the weight itself, past an adapter"
+_OWN_PRODUCT = "its product is not that of a linear layer"
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The parameters of a model by name, and the modules among them that a method may pick."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    embedding: str
+    head: str
+    tied: bool
+    model_type: str
+    linears: tuple[str, ...]
+    """Modules that carry adapters by default: matrices outside embeddings, head, routers and stacked experts"""
+    router_linears: frozenset[str] = frozenset()
+    """Routers that are linear layers"""
+    unfit: Mapping[str, str] = field(default_factory=dict)
+    """Linear layers on which an adapter cannot work, and why"""
+
+    @cached_property
+    def kinds(self) -> dict[str, str]:
+        """The kind of each parameter, as in `kinds`."""
+        return kinds_of(self.shapes, embedding=self.embedding, head=self.head)
+
+    @cached_property
+    def experts(self) -> tuple[str, ...]:
+        """The experts' parameters."""
+        return tuple(name for name, kind in self.kinds.items() if kind == EXPERTS)
+
+    @cached_property
+    def routers(self) -> tuple[str, ...]:
+        """Modules with the matrix that chooses experts."""
+        matrices = (name for name, kind in self.kinds.items() if kind == ROUTER and len(self.shapes[name]) > 1)
+        return tuple(dict.fromkeys(name.rpartition(".")[0] for name in matrices if name.endswith(".weight")))
+
+    @cached_property
+    def modules(self) -> tuple[str, ...]:
+        """Every module that has parameters, in itself or in its children."""
+        found: dict[str, None] = {}
+        for name in (*self.shapes, f"{self.head}.weight"):
+            path = name.split(".")[:-1]
+            found |= dict.fromkeys(".".join(path[: depth + 1]) for depth in range(len(path)))
+        return tuple(found)
+
+    @property
+    def adapts_experts(self) -> bool:
+        """Whether peft adapts the stacked experts of this architecture; it then reads their old names (`gate_proj`) in
+        `target_modules` as the stacked matrices, wherever in the model they occur."""
+        return self.model_type in PEFT_EXPERTS
+
+    def share(self, names: tuple[str, ...]) -> float:
+        """The share of these parameters in all of the model."""
+        return sum(prod(self.shapes[name]) for name in names) / max(1, sum(map(prod, self.shapes.values())))
+
+
+def layers_of(causal_lm: Any) -> Layers:
+    """From a loaded model without adapters; its weights may be partitioned by ZeRO-3."""
+    from torch import nn
+
+    modules = dict(causal_lm.named_modules())
+    names = {id(module): name for name, module in modules.items()}
+    embedding, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    parameters = dict(causal_lm.named_parameters())
+    bare = Layers(
+        shapes={name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()},
+        embedding=names[id(embedding)],
+        head=names.get(id(head), "lm_head"),
+        tied=head is not None and head.weight is embedding.weight,
+        model_type=str(getattr(causal_lm.config, "model_type", "")),
+        linears=(),
+    )
+    linear = [
+        name for name, module in modules.items() if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    ]
+    kinds = {name: bare.kinds.get(f"{name}.weight") for name in linear if name != bare.head}
+    return replace(
+        bare,
+        linears=tuple(name for name, kind in kinds.items() if kind not in (ROUTER, EMBEDDINGS, HEAD)),
+        router_linears=frozenset(name for name, kind in kinds.items() if kind == ROUTER),
+        unfit={name: reason for name in kinds if (reason := _unfit(causal_lm, modules, name))},
+    )
+
+
+def layers_of_files(facts: "ModelFacts") -> Layers:
+    """From the headers of a model's files. They store one matrix per expert, and do not show what cannot be adapted."""
+    embeddings = [name for name, shape in facts.shapes.items() if _names_embedding(name, shape, facts.vocab_size)]
+    heads = [name for name in facts.shapes if name.rpartition(".")[0].rpartition(".")[2] in ("lm_head", "embed_out")]
+    bare = Layers(
+        shapes=facts.shapes,
+        embedding=embeddings[0].rpartition(".")[0] if embeddings else "",
+        head=heads[0].rpartition(".")[0] if heads else "lm_head",
+        tied=facts.tied_embeddings,
+        model_type=facts.model_type,
+        linears=(),
+    )
+    fixed = (EXPERTS, ROUTER, EMBEDDINGS, HEAD, NORMS)
+    linears = tuple(name for name in facts.linear_modules if bare.kinds[f"{name}.weight"] not in fixed)
+    return replace(bare, linears=linears, router_linears=frozenset(bare.routers))
+
+
+def _names_embedding(name: str, shape: tuple[int, ...], vocabulary: int) -> bool:
+    leaf = name.rpartition(".")[0].rpartition(".")[2]
+    named = leaf in ("wte", "word_embeddings") or leaf.startswith("embed")
+    return named and leaf != "embed_out" and len(shape) == 2 and shape[0] >= vocabulary
+
+
+def _unfit(causal_lm: Any, modules: Mapping[str, Any], name: str) -> str | None:
+    """Why an adapter on this linear layer would fail or do nothing; None if it works."""
+    from torch import nn
+
+    path, _, leaf = name.rpartition(".")
+    module, parent = modules[name], modules[path]
+    in_model_file = type(module).__module__ == type(causal_lm).__module__
+    if in_model_file and isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+        return _OWN_PRODUCT
+    if "indexer" in path.split("."):
+        return _NO_GRADIENT
+    return _READS_WEIGHT if _reads_weight(type(parent), leaf) else None
+
+
+def _reads_weight(parent: type, leaf: str) -> bool:
+    """Whether the code of a layer's class uses `self.LEAF.weight` for more than its dtype, device or shape."""
+    try:
+        source = inspect.getsource(parent)
+    except (OSError, TypeError):
+        return False
+    return bool(re.search(rf"self\.{re.escape(leaf)}\.weight\b(?!\.(?:dtype|device|shape))", source))

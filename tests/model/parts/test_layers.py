@@ -1,0 +1,211 @@
+"""What LoRA adapts in models with experts, recurrent layers and layers that differ, and what it says it leaves out."""
+
+import re
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ft_dist.errors import ModelError
+from ft_dist.method.lora import Lora
+from ft_dist.model.facts import model_facts
+from ft_dist.model.parts.kinds import kinds_of
+from ft_dist.model.parts.layers import PEFT_EXPERTS, layers_of, layers_of_files
+from ft_dist.model.parts.trained import trained_parts
+from tests.model.parts.families import FAMILIES, make
+
+WITH_EXPERTS = [name for name in FAMILIES if name != "gemma4"]
+ROUTERS = {
+    "gpt_oss": "mlp.router",
+    "gemma4_moe": "router.proj",
+    "granitemoehybrid": "block_sparse_moe.router",
+    "jamba": "feed_forward.router",
+    "lfm2_moe": "feed_forward.gate",
+    "llama4": "feed_forward.router",
+    "nemotron_h": "mixer.gate",
+}
+UNFIT = {
+    "granitemoehybrid": {"mamba.out_proj"},
+    "nemotron_h": {"mixer.out_proj"},
+    "jamba": {"mamba.dt_proj"},
+    "deepseek_v4": {"self_attn.o_a_proj"},
+}
+
+
+def short(name):
+    return re.sub(r".*layers\.\d+\.", "", name)
+
+
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_experts_and_routers_are_found_by_structure(name):
+    layers = layers_of(make(name))
+    assert {short(router) for router in layers.routers} == {ROUTERS.get(name, "mlp.gate")}
+    assert layers.experts
+    assert all(".experts." in expert for expert in layers.experts)
+    assert {short(module) for module in layers.unfit} - {short(r) for r in layers.routers} == UNFIT.get(name, set())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_all_linear_trains_what_it_says(name):
+    model = make(name)
+    layers, method = layers_of(model), Lora(rank=4)
+    notes = method.check(layers)
+    adapted = method.adapt(model, layers)
+    parts = trained_parts(adapted)
+    experts = float(name in PEFT_EXPERTS)
+    assert parts.share("experts") == experts
+    assert parts.share("router") == parts.share("embeddings") == parts.share("head") == 0
+    if name not in UNFIT:
+        assert parts.share("attention") > 0.99
+        assert parts.share("MLP") in (0, 1)
+    left = [note for note in notes if "the experts" in note]
+    assert len(left) == (name in WITH_EXPERTS and not experts)
+    if left:
+        share = layers.share(layers.experts)
+        assert left[0].startswith(
+            f"method.target_modules=all-linear: the experts, {share:.1%} of the model's parameters"
+        )
+    ids = torch.arange(12)[None] + 3
+    adapted(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert all(parameter.grad is not None for parameter in adapted.parameters() if parameter.requires_grad) or (
+        name == "deepseek_v4"  # its compressed keys need rows longer than the window
+    )
+
+
+def test_the_line_of_the_trained_parts():
+    model = make("gemma4_moe")
+    adapted = Lora(rank=4, target_modules=["q_proj", "mlp.up_proj"]).adapt(model, layers_of(model))
+    line = "attention 33%, MLP 33%, experts 0%, router 0%, embeddings 0%, norms 0%, other 0%"
+    assert trained_parts(adapted).line() == line
+    assert "experts 100%" in trained_parts(make("mixtral")).line()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "glm4_moe", "gpt_oss", "gemma4_moe", "gemma4"])
+def test_files_and_loaded_models_agree(name, tmp_path):
+    """On disk, every expert has its own matrices."""
+    model = make(name)
+    model.save_pretrained(tmp_path)
+    files, loaded = layers_of_files(model_facts(tmp_path)), layers_of(model)
+    assert set(files.linears) == set(loaded.linears)
+    assert {router.rpartition(".")[2] for router in files.routers} == {r.rpartition(".")[2] for r in loaded.routers}
+    # buffers are stored too
+    assert files.share(files.experts) == pytest.approx(loaded.share(loaded.experts), rel=1e-3)
+    assert (files.embedding, files.head, files.tied) == (loaded.embedding, loaded.head, loaded.tied)
+    for method in (Lora(), Lora(target_modules=["k_proj"]), Lora(exclude_modules=["o_proj"], layers_to_transform=[1])):
+        assert method.check(files) == method.check(loaded)
+
+
+def test_the_families_whose_experts_peft_adapts():
+    from peft.utils.transformers_weight_conversion import (
+        _MODEL_TO_CONVERSION_PATTERN,
+        _MOE_TARGET_MODULE_MAPPING,
+    )
+    from transformers import CONFIG_MAPPING
+
+    theirs = {name for name, kind in _MODEL_TO_CONVERSION_PATTERN.items() if kind in _MOE_TARGET_MODULE_MAPPING}
+    assert theirs & set(CONFIG_MAPPING.keys()) <= PEFT_EXPERTS <= theirs
+
+
+@pytest.mark.parametrize(
+    "name, targets, module",
+    [
+        ("mixtral", ["q_proj", "gate"], "mlp.gate"),
+        ("gpt_oss", ["q_proj", "router"], "mlp.router"),
+        ("gemma4_moe", ["q_proj", "proj"], "router.proj"),
+    ],
+)
+def test_a_router_trains_if_it_is_named(name, targets, module):
+    model = make(name)
+    adapted = Lora(rank=4, target_modules=targets).adapt(model, layers_of(model))
+    assert trained_parts(adapted).share("router") > 0.4
+    assert any(f"{module}.lora_A" in parameter for parameter, _ in adapted.named_parameters())
+
+
+def test_what_matches_some_layers_only_is_reported():
+    layers = layers_of(make("gemma4"))
+    assert Lora(target_modules=["q_proj", "k_proj"]).check(layers) == [
+        "method.target_modules=k_proj: matches 2 of 4 layers"
+    ]
+    assert Lora(target_modules=["model.layers.0.self_attn.k_proj"]).check(layers) == []
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("mixtral", {"target_modules": ["embed_tokens"]}, "target_modules=embed_tokens: the embedding is not a linear"),
+        ("mixtral", {"target_modules": ["k_prj"]}, r"target_modules=k_prj: .* Did you mean k_proj\?"),
+        ("qwen3_moe", {"target_modules": ["gate_proj"]}, "one matrix with up_proj. Name both"),
+        ("gpt_oss", {"target_modules": ["experts"]}, "nothing to adapt .*adapters on experts of this architecture"),
+        ("nemotron_h", {"target_modules": ["out_proj"]}, "nothing to adapt .*its layer reads the weight itself"),
+        ("llama4", {"target_modules": ["router"]}, "nothing to adapt .*modules_to_save trains it whole"),
+        ("mixtral", {"exclude_modules": ["self_atn"]}, r"exclude_modules=self_atn: .* Did you mean self_attn\?"),
+        ("mixtral", {"modules_to_save": ["lm_heat"]}, r"modules_to_save=lm_heat: .* Did you mean lm_head\?"),
+        ("mixtral", {"layers_to_transform": [0, 2]}, "layers_to_transform=2: the model's layers are numbered 0 to 1"),
+        ("gpt_oss", {"exclude_modules": ["layers"]}, "nothing to adapt"),
+    ],
+)
+def test_options_that_fit_no_layer(name, options, message):
+    with pytest.raises(ModelError, match=message):
+        Lora(**options).check(layers_of(make(name)))
+
+
+@pytest.mark.parametrize(
+    "name, options, adapted, whole",
+    [
+        ("gpt_oss", {"layers_to_transform": [1], "exclude_modules": ["k_proj"]}, {"1.self_attn": "qvo"}, ()),
+        ("glm4_moe", {"target_modules": ["q_proj"], "modules_to_save": ["gate"]}, {"0.self_attn": "q"}, ("mlp.gate",)),
+        ("qwen3_moe", {"exclude_modules": ["experts"], "layers_to_transform": [0]}, {"0.self_attn": "qkvo"}, ()),
+    ],
+)
+def test_options_choose_layers(name, options, adapted, whole):
+    model = make(name)
+    model = Lora(rank=4, **options).adapt(model, layers_of(model))
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    [[place, letters]] = adapted.items()
+    in_place = {re.search(r"(\w)_proj", name)[1] for name in names if f"layers.{place}." in name}
+    assert in_place == set(letters)
+    assert not any(f"layers.{1 - int(place[0])}." in name for name in names if "lora" in name) or name == "glm4_moe"
+    assert {short(name.partition(".modules_to_save")[0]) for name in names if "lora" not in name} == set(whole)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_an_adapter_reloads_and_merges(name, tmp_path):
+    """With plain peft, new tokens and a whole router with a buffer included."""
+    import peft
+
+    make(name).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    whole = ["gate"] if name == "deepseek_v3" else None
+    adapted = Lora(rank=4, modules_to_save=whole).adapt(base, layers_of(base), new_token_ids=[100, 101])
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.05 * torch.randn_like(parameter))
+    adapted.save_pretrained(tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    ids = torch.tensor([[3, 7, 100, 101, 9, 30]])
+    with torch.no_grad():
+        truth = adapted.eval()(ids).logits
+        torch.testing.assert_close(loaded(ids).logits, truth)
+        torch.testing.assert_close(loaded.merge_and_unload()(ids).logits, truth, rtol=1e-4, atol=1e-5)
+
+
+def test_kinds_by_name():
+    shapes = {
+        "transformer.wte.weight": (9, 4),
+        "transformer.h.0.ln_1.weight": (4,),
+        "transformer.h.0.attn.c_attn.weight": (4, 12),
+        "transformer.h.0.mlp.c_fc.bias": (16,),
+        "model.layers.0.mixer.in_proj.weight": (8, 4),
+        "model.layers.0.mixer.q_proj.weight": (4, 4),
+        "model.layers.0.mlp.experts.0.w1.weight": (8, 4),
+        "model.layers.0.mlp.experts.1.w1.weight": (8, 4),
+        "model.layers.0.mlp.gate.weight": (2, 4),
+        "model.layers.0.mlp.shared_expert_gate.weight": (1, 4),
+        "lm_head.weight": (9, 4),
+    }
+    found = list(kinds_of(shapes).values())
+    assert found == [
+        *("embeddings", "norms", "attention", "MLP", "other", "attention"),
+        *("experts", "experts", "router", "MLP", "head"),
+    ]
