@@ -1,5 +1,6 @@
 """LoRA (Hu et al., arXiv 2106.09685), rsLoRA (2312.03732) and DoRA (2402.09353) through peft."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -93,9 +94,15 @@ class Lora(Method):
             trainable_token_indices=token_rows(layers, choice, new_token_ids) or None,
         )
         try:
-            return peft.get_peft_model(causal_lm, settings)
+            adapted = peft.get_peft_model(causal_lm, settings)
         except (ValueError, TypeError) as error:
             raise ModelError(f"method.target_modules={self.target_modules}: {str(error).splitlines()[0]}") from error
+        if lost := lost_adapters(adapted):
+            raise ModelError(
+                f"method.target_modules={self.target_modules}: peft would not load the adapters of {lost[0]}, because "
+                f"transformers renames them. Set method.exclude_modules={','.join(lost)}."
+            )
+        return adapted
 
     def trains(self, name: str) -> bool:
         return any(part in name for part in (".lora_", ".trainable_tokens_", ".modules_to_save."))
@@ -159,6 +166,20 @@ class Lora(Method):
             "model.base_dtype=fp8 cannot be used with method.dora=true, which needs the norms of whole weights; set "
             "one of them to its default"
         )
+
+
+def lost_adapters(adapted: Any) -> list[str]:
+    """Modules, without the layer's number, whose adapters peft would save but not load again."""
+    import peft
+
+    if any(hasattr(parameter, "ds_id") for parameter in adapted.parameters()):
+        return []  # partitioned by ZeRO-3, where nothing can be loaded; `ft-dist check` has no partitions
+    saved = peft.get_peft_model_state_dict(adapted)
+    loaded = peft.set_peft_model_state_dict(adapted, saved)
+    if not loaded.unexpected_keys:
+        return []
+    names = {name.partition(".lora_")[0] for name in loaded.missing_keys if ".lora_" in name}
+    return sorted({re.split(r"\.\d+\.", name)[-1] for name in names})
 
 
 def token_rows(layers: "Layers", choice: Choice, new_token_ids: Sequence[int]) -> dict[str, list[int]]:
