@@ -71,7 +71,7 @@ def trained_parts(model: Any) -> TrainedParts:
         trained.update(_adapted(_unwrapped(name), module))
         if hasattr(module, "held"):  # FP8, which is no parameter
             name = f"{_unwrapped(name)}.weight"
-            shapes[name] = alias[name] = (module.out_features, module.in_features)  # type: ignore[assignment]
+            shapes[name] = (module.out_features, module.in_features)
     for name in trained:
         if name in alias:  # a tied head that trains apart from the embedding counts as a matrix of its own
             shapes.setdefault(name, shapes[alias[name]])
