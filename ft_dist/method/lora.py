@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
 from ft_dist.errors import ModelError
 from ft_dist.method.protocol import Method
-from ft_dist.method.targets import ALL_LINEAR, Choice, Wanted, choose, layer_of, match_target_modules
+from ft_dist.method.targets import ALL_LINEAR, Choice, Wanted, around, choose, layer_of, match_target_modules
 
 if TYPE_CHECKING:
     from ft_dist.model.parts.layers import Layers
@@ -206,6 +206,4 @@ def token_rows(layers: "Layers", choice: Choice, new_token_ids: Sequence[int]) -
 
 def _within(name: str, modules: Sequence[str]) -> bool:
     """Whether `name` or a module around it is one of `modules`, by full name or its end."""
-    path = name.split(".")
-    around = [".".join(path[:end]) for end in range(1, len(path) + 1)]
-    return any(module == outer or outer.endswith(f".{module}") for module in modules for outer in around)
+    return any(module == outer or outer.endswith(f".{module}") for module in modules for outer in around(name))

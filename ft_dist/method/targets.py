@@ -60,10 +60,10 @@ def choose(layers: "Layers", wanted: Wanted) -> Choice:
     excluded = set(match("exclude_modules", layers.modules, wanted.exclude)) if wanted.exclude else set()
     check_layers([*layers.linears, *layers.experts], wanted.layers)
 
+    out = excluded | set(choice.whole)
+
     def kept(name: str) -> bool:
-        in_whole = any(name == module or name.startswith(f"{module}.") for module in choice.whole)
-        out = in_whole or any(name == module or name.startswith(f"{module}.") for module in excluded)
-        return not out and (wanted.layers is None or layer_of(name) in wanted.layers)
+        return out.isdisjoint(around(name)) and (wanted.layers is None or layer_of(name) in wanted.layers)
 
     left: dict[str, list[str]] = {}
     experts = [name for name in _experts(layers, wanted.targets) if kept(name)]
@@ -130,13 +130,12 @@ def _experts(layers: "Layers", targets: str | Sequence[str], *, only: str | None
     listed = _listed(targets)
     chosen = listed if only is None else [only]
     stacked = {_STACKED[name][0] for name in chosen if name in _STACKED and (_STACKED[name][1] or name) in listed}
+    ends = tuple(f".{target}" for target in chosen)
     found = []
     for name in layers.experts:
-        path = name.removesuffix(".weight").split(".")
-        own = any(
-            _matches(".".join(path[:end]), target) for target in chosen for end in range(len(path), len(path) - 3, -1)
-        )
-        if own or path[-1] in stacked:
+        # the matrix, the module that holds it, and on disk the list of modules
+        outer = around(name.removesuffix(".weight"))[-3:]
+        if any(part in chosen or part.endswith(ends) for part in outer) or outer[-1].rpartition(".")[2] in stacked:
             found.append(name)
     return found
 
@@ -153,7 +152,8 @@ def match(option: str, names: Iterable[str], wanted: Sequence[str], what: str = 
 def match_whole(modules: Iterable[str], wanted: Sequence[str]) -> list[str]:
     """The modules that method.modules_to_save names, without those inside another one."""
     found = match("modules_to_save", modules, wanted)
-    return [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
+    every = set(found)
+    return [name for name in found if every.isdisjoint(around(name)[:-1])]
 
 
 def match_target_modules(names: Iterable[str], targets: str | Sequence[str]) -> list[str]:
@@ -195,6 +195,12 @@ def partial_matches(layers: "Layers", wanted: Wanted) -> list[str]:
         if held and held != every and layer_of(target) is None and layer_of(f".{target}.") is None:
             lines.append(f"method.target_modules={target}: matches {len(held)} of {len(every)} layers")
     return lines
+
+
+def around(name: str) -> list[str]:
+    """The modules around `name`, outermost first, and itself."""
+    path = name.split(".")
+    return [".".join(path[:end]) for end in range(1, len(path) + 1)]
 
 
 def _no_match(option: str, target: str, names: Iterable[str], what: str) -> str:

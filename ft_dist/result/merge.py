@@ -28,6 +28,7 @@ FP32_SUM = 4e-6
 """Error of a sum and product in fp32, relative to the largest summand"""
 WRAPPERS = (".base_layer", ".token_adapter", ".original_module")
 """What peft puts between a module's name and its weights"""
+OF_ADAPTERS = (".lora_", ".trainable_tokens_", ".modules_to_save.")
 
 
 def merge(weights: Weights, *, vocabulary: int, dtype: torch.dtype | None = None) -> Any:
@@ -133,7 +134,10 @@ def _parts(merged: Tensor, base: Tensor, part: int) -> tuple[Tensor, Tensor]:
 
 
 def _expected(base: Tensor, layer: Any, part: int) -> Tensor:
-    """Base + update of a peft layer, or of the expert `part` of one, from the definition, in fp64."""
+    """Base + update of a peft layer, or of the expert `part` of one, from the definition, in fp64; a tensor that was
+    trained whole stands for itself."""
+    if isinstance(layer, Tensor):
+        return (layer[part] if layer.ndim == 3 else layer).detach().double()
     if hasattr(layer, "trainable_tokens_delta"):
         name = layer.active_adapters[0]
         base[torch.tensor(layer.token_indices[name])] = layer.trainable_tokens_delta[name].detach().double()
@@ -160,23 +164,28 @@ def _expected(base: Tensor, layer: Any, part: int) -> Tensor:
 
 def _weight(layer: Any) -> Tensor | None:
     """The weight that a peft layer updates: an output head's is the embedding's if the two are tied."""
+    if isinstance(layer, Tensor):
+        return None
     found: Tensor | None = getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"), None)
     return found
 
 
 def _updated(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The peft layers by the name of the tensor that they update."""
+    """The peft layers, and the tensors that were trained whole, by the name of the tensor that they update."""
     for name, module in model.named_modules():
         if hasattr(module, "lora_A") and hasattr(module, "get_base_layer"):
             yield _own_name(f"{name}.{getattr(module, 'parameter_name', 'weight')}"), module
         elif hasattr(module, "trainable_tokens_delta"):
             yield _own_name(f"{name}.weight"), module
+        elif hasattr(module, "modules_to_save"):
+            for part, parameter in module.modules_to_save[module.active_adapters[0]].named_parameters():
+                yield _own_name(f"{name}.{part}"), parameter
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and persistent buffers, without those of adapters."""
     own = chain(model.named_parameters(), persistent_buffers(model))
-    return ((name, tensor) for name, tensor in own if ".lora_" not in name and ".trainable_tokens_" not in name)
+    return ((name, tensor) for name, tensor in own if not any(part in name for part in OF_ADAPTERS))
 
 
 def _own_name(name: str) -> str:

@@ -90,6 +90,19 @@ def test_a_target_module_without_a_match(refused):
     assert "q_proj" in message
 
 
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("method.target_modules=[]", "method.target_modules: [] names no layer; use all-linear, or list"),
+        ("method.target_modules=[embed_tokens]", "the embedding is not a linear layer. Train it whole with"),
+        ("method.modules_to_save=[lm_heat]", "method.modules_to_save=lm_heat: matches no module"),
+        ("lora_modules_to_save=[lm_head]", "unknown key. Did you mean method.modules_to_save?"),
+    ],
+)
+def test_lora_options_that_fit_no_layer(refused, override, message):
+    assert message in refused(override)
+
+
 def test_fewer_rows_than_ranks(refused):
     assert "batch.global_rows=2 is less than the world size 3" in refused("batch.global_rows=2", nproc=3)
 

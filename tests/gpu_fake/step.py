@@ -44,7 +44,7 @@ METHODS: dict[str, list[str]] = {
     "lora-dropout": ["method.kind=lora", "method.dropout=0.05"],
     "rslora": ["method.kind=lora", "method.rslora=true"],
     "dora": ["method.kind=lora", "method.dora=true"],
-    "lora-head": ["method.kind=lora", "method.target_modules=[q_proj,lm_head]"],
+    "lora-head": ["method.kind=lora", "method.target_modules=[o_proj,lm_head]"],
     "lora-fp8": ["method.kind=lora", "method.dropout=0.05", "model.base_dtype=fp8"],
 }
 # a tiny model of each family that our kernels support, wide enough for all of them

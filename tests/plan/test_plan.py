@@ -8,11 +8,13 @@ import pytest
 
 from ft_dist.config import load_config
 from ft_dist.errors import ConfigError, ModelError, UserError
+from ft_dist.method.lora import Lora
 from ft_dist.model.builtin import builtin_names, resolve_model
+from ft_dist.model.parts.layers import layers_of
 from ft_dist.model.shape import model_shape, shape_of_config
 from ft_dist.model.tiny import tiny_names
 from ft_dist.plan.gpu import gpu_like, gpu_named, gpus
-from ft_dist.plan.job import Job
+from ft_dist.plan.job import Job, job_of
 from ft_dist.plan.memory.activations import Walk
 from ft_dist.plan.memory.ledger import Ledger
 from ft_dist.plan.memory.total import kept_by_block, memory_plan
@@ -34,6 +36,38 @@ def test_parameters_equal_the_models(name):
     assert sorted(parameter.shape for parameter in planned.parameters) == sorted(
         tuple(parameter.shape) for parameter in model.parameters()
     )
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("tiny-llama", {"modules_to_save": ["lm_head", "input_layernorm"]}),
+        ("tiny-llama", {"exclude_modules": ["mlp", "k_proj"], "layers_to_transform": [1]}),
+        ("tiny-gemma2", {"modules_to_save": ["post_feedforward_layernorm", "model.norm"]}),
+        ("tiny-smollm", {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}),
+        ("tiny-qwen3", {"modules_to_save": ["mlp"]}),
+    ],
+)
+def test_what_lora_trains_is_counted(name, options):
+    from transformers import AutoModelForCausalLM
+
+    method = Lora(rank=4, **options)
+    model = AutoModelForCausalLM.from_pretrained(resolve_model(name))
+    model = method.adapt(model, layers_of(model))
+    planned = method.trained(model_shape(name))
+    assert sorted(parameter.shape for parameter in planned) == sorted(
+        tuple(parameter.shape) for parameter in model.parameters() if parameter.requires_grad
+    )
+
+
+def test_a_head_that_trains_whole_takes_its_gradient():
+    job = job_of(load_config("smoke", ["method.modules_to_save=[lm_head]"]), ranks=1, gpu=False)
+    frozen = job_of(load_config("smoke"), ranks=1, gpu=False)
+    head = job.shape.head.numel
+    assert job.trains_head
+    assert job.trainable == frozen.trainable + head
+    # master values, moments and the gradient, in fp32
+    assert memory_plan(job).tensors - memory_plan(frozen).tensors > 4 * 4 * head
 
 
 def test_published_models_have_their_size():

@@ -57,7 +57,7 @@ def _routers(shapes: Shapes, experts: set[str]) -> set[str]:
         parent = ".".join(path[:at])
         counts[parent] = max(counts.get(parent, 0), count)
     siblings: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for name in shapes.keys() - experts:
+    for name in shapes.keys() - experts if counts else ():
         path = name.split(".")
         for depth in range(len(path) - 1):
             if (parent := ".".join(path[:depth])) in counts:
@@ -83,6 +83,8 @@ def _by_name(module: str, shape: tuple[int, ...]) -> str:
         return NORMS
     if "embed" in leaf or leaf in ("wte", "wpe"):
         return EMBEDDINGS
+    if "router" in path:
+        return ROUTER
     if any(word in part for part in path for word in _RECURRENT):
         return OTHER
     if leaf in _ATTENTION_MATRICES or any("attn" in part or "attention" in part for part in path):

@@ -2,9 +2,11 @@
 
 import inspect
 import re
+import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +48,7 @@ PEFT_EXPERTS = frozenset(
 )
 """`model_type` of the models whose stacked experts peft adapts"""
 
+_NUMBERED = re.compile(r"\.experts\.\d+\.")
 _NO_GRADIENT = "no gradient reaches it through the choice of its top tokens"
 _READS_WEIGHT = "its layer reads the weight itself, past an adapter"
 _OWN_PRODUCT = "its product is not that of a linear layer"
@@ -132,11 +135,12 @@ def layers_of(causal_lm: Any) -> Layers:
 
 
 def layers_of_files(facts: "ModelFacts") -> Layers:
-    """From the headers of a model's files. They store one matrix per expert, and do not show what cannot be adapted."""
-    embeddings = [name for name, shape in facts.shapes.items() if _names_embedding(name, shape, facts.vocab_size)]
-    heads = [name for name in facts.shapes if name.rpartition(".")[0].rpartition(".")[2] in ("lm_head", "embed_out")]
+    """From the headers of a model's files, which do not show what cannot be adapted."""
+    shapes = _stacked(facts.shapes)
+    embeddings = [name for name, shape in shapes.items() if _names_embedding(name, shape, facts.vocab_size)]
+    heads = [name for name in shapes if name.rpartition(".")[0].rpartition(".")[2] in ("lm_head", "embed_out")]
     bare = Layers(
-        shapes=facts.shapes,
+        shapes=shapes,
         embedding=embeddings[0].rpartition(".")[0] if embeddings else "",
         head=heads[0].rpartition(".")[0] if heads else "lm_head",
         tied=facts.tied_embeddings,
@@ -144,8 +148,15 @@ def layers_of_files(facts: "ModelFacts") -> Layers:
         linears=(),
     )
     fixed = (EXPERTS, ROUTER, EMBEDDINGS, HEAD, NORMS)
-    linears = tuple(name for name in facts.linear_modules if bare.kinds[f"{name}.weight"] not in fixed)
+    linears = tuple(name for name in facts.linear_modules if bare.kinds.get(f"{name}.weight", EXPERTS) not in fixed)
     return replace(bare, linears=linears, router_linears=frozenset(bare.routers))
+
+
+def _stacked(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """One entry for matrices that a layer's experts store one by one: `experts.7.w1` becomes part of `experts.w1`."""
+    counts: Counter[str] = Counter(_NUMBERED.sub(".experts.", name) for name in shapes)
+    named = ((_NUMBERED.sub(".experts.", name), name, shape) for name, shape in shapes.items())
+    return {whole: shape if whole == name else (counts[whole], *shape) for whole, name, shape in named}
 
 
 def _names_embedding(name: str, shape: tuple[int, ...], vocabulary: int) -> bool:
@@ -170,8 +181,15 @@ def _unfit(causal_lm: Any, modules: Mapping[str, Any], name: str) -> str | None:
 
 def _reads_weight(parent: type, leaf: str) -> bool:
     """Whether the code of a layer's class uses `self.LEAF.weight` for more than its dtype, device or shape."""
+    # finding a class in its file takes long
+    return leaf in _weights_read(sys.modules[parent.__module__]) and leaf in _weights_read(parent)
+
+
+@cache
+def _weights_read(code: Any) -> frozenset[str]:
+    """The layers whose weight the source of a module or class uses itself."""
     try:
-        source = inspect.getsource(parent)
+        source = inspect.getsource(code)
     except (OSError, TypeError):
-        return False
-    return bool(re.search(rf"self\.{re.escape(leaf)}\.weight\b(?!\.(?:dtype|device|shape))", source))
+        return frozenset()
+    return frozenset(re.findall(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape))", source))

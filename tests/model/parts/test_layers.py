@@ -8,7 +8,9 @@ from transformers import AutoModelForCausalLM
 
 from ft_dist.errors import ModelError
 from ft_dist.method.lora import Lora
+from ft_dist.model.builtin import resolve_model
 from ft_dist.model.facts import model_facts
+from ft_dist.model.fp8 import hold_base_in_fp8
 from ft_dist.model.parts.kinds import kinds_of
 from ft_dist.model.parts.layers import PEFT_EXPERTS, layers_of, layers_of_files
 from ft_dist.model.parts.trained import trained_parts
@@ -70,6 +72,15 @@ def test_all_linear_trains_what_it_says(name):
     assert all(parameter.grad is not None for parameter in adapted.parameters() if parameter.requires_grad) or (
         name == "deepseek_v4"  # its compressed keys need rows longer than the window
     )
+
+
+def test_weights_in_fp8_count():
+    model = AutoModelForCausalLM.from_pretrained(resolve_model("tiny-llama"))
+    adapted = Lora(rank=4, target_modules=["o_proj", "up_proj"]).adapt(model, layers_of(model))
+    parts = trained_parts(adapted)
+    hold_base_in_fp8(adapted.get_base_model())
+    assert trained_parts(adapted) == parts
+    assert (parts.share("attention"), parts.share("MLP")) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
 
 
 def test_the_line_of_the_trained_parts():
