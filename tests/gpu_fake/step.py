@@ -19,6 +19,7 @@ import torch.distributed as dist
 from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ft_dist.bench.shapes import SHAPES, write_shape
 from ft_dist.bench.spec import make_spec
@@ -31,8 +32,10 @@ from ft_dist.data.stream.stream import DataStream
 from ft_dist.distributed import World
 from ft_dist.engine.build import build_engine
 from ft_dist.engine.step import Engine
+from ft_dist.model.fused import fuse
 from ft_dist.model.load import random_model
 from ft_dist.model.tiny import tiny_config, tiny_names
+from ft_dist.objective import head
 from tests.gpu_fake.simulator.counting import BACKWARD, BATCH, FORWARD, UPDATE, Count, Phase
 from tests.gpu_fake.simulator.device import fake_tensors
 
@@ -147,8 +150,30 @@ def build(setting: Setting) -> tuple[Engine, RunConfig]:
     config = setting.config(folder)
     world = form_world(setting.ranks)
     tokenizer = VocabularyOnly(setting.vocabulary(config))
-    with Count():  # replaces reads of a tensor's value
+    with Count(), _probes_with_values():  # Count replaces reads of a tensor's value
         return build_engine(config, world, folder=config.model.path, tokenizer=tokenizer, load=random_model), config
+
+
+@contextmanager
+def _probes_with_values() -> Iterator[None]:
+    """What a layer computes is found out on tensors of the probes' own, which need values."""
+
+    def real(probe: Any) -> Any:
+        def run(*arguments: Any, **options: Any) -> Any:
+            with _disable_current_modes():
+                return probe(*arguments, **options)
+
+        return run
+
+    probes = [(fuse, "norm_form"), (fuse, "is_gated_mlp"), (head, "measured_form")]
+    originals = [getattr(module, name) for module, name in probes]
+    for (module, name), probe in zip(probes, originals, strict=True):
+        setattr(module, name, real(probe))
+    try:
+        yield
+    finally:
+        for (module, name), probe in zip(probes, originals, strict=True):
+            setattr(module, name, probe)
 
 
 def batches(setting: Setting, config: RunConfig) -> Iterator[list[MicroBatch]]:
