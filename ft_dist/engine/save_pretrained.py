@@ -107,7 +107,7 @@ def _saves(settings: Any) -> bool:
 def _gather(engine: Engine) -> dict[str, torch.Tensor]:
     """The tensors to save by name, on rank 0's host, gathered one parameter at a time under ZeRO-3.
 
-    A method with a frozen base saves only what it trains, and the buffers beside it.
+    A method with a frozen base saves only what it trains, and the buffers of modules that it trains whole.
     """
     trained_only = engine.config.method.frozen_base
     model, main = engine.objective.model, engine.world.is_main
@@ -119,10 +119,9 @@ def _gather(engine: Engine) -> dict[str, torch.Tensor]:
             if main:
                 weights[name] = parameter.detach().to("cpu", copy=True)
     if main:
-        saved = {name: buffer for name, buffer in persistent_buffers(model)}
         weights |= {
             name: buffer.detach().to("cpu", copy=True)
-            for name, buffer in saved.items()
+            for name, buffer in persistent_buffers(model)
             if not trained_only or ".modules_to_save." in name
         }
     return weights

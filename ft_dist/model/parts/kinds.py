@@ -1,6 +1,6 @@
 """The kind of part that each parameter of a model belongs to. Torch-free.
 
-Structure decides first: matrices stacked per expert, and beside them the router, whose matrices have a row per expert.
+Structure decides first: experts are stacked matrices, and a router is their neighbour with one row per expert.
 Names decide the rest, and what they leave open is `other` (recurrent layers, convolutions).
 """
 
@@ -47,7 +47,7 @@ def _is_expert(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def _routers(shapes: Shapes, experts: set[str]) -> set[str]:
-    """The parameters of modules beside the experts whose every matrix has a dimension of the number of experts."""
+    """The parameters of the experts' sibling modules in which every matrix has one dimension per expert."""
     counts: dict[str, int] = {}
     for name in experts:
         path = name.split(".")

@@ -1,6 +1,6 @@
 """The rows of new tokens in embedding and head, which train while the rest of both is frozen.
 
-peft keeps them as a small matrix beside the frozen one. Its own forward writes them into a copy of the whole matrix in
+peft keeps them in a small matrix of their own. Its forward writes them into a copy of the whole matrix in
 every step, and gives that copy a gradient; ours replaces the tokens' own outputs instead, and adds a head's bias, which
 peft's leaves out. V: vocabulary, H: hidden size, N: new tokens.
 """

@@ -211,12 +211,12 @@ def _leak(engine: Engine, sample: Probe, other: Probe, alone: float) -> Leak:
     try:
         behind = training_loss(engine, [other, sample])
         changed = training_loss(engine, [other.rolled(), sample.with_another_end()])
-        beside = training_loss(engine, [sample], [other, other])
+        padded = training_loss(engine, [sample], [other, other])
     except FAILURES as error:
         if is_out_of_memory(error) or not engine.objective.by_block_masks:
             raise
         return Leak(math.inf, math.inf)  # the model does not take such masks
-    return Leak(abs(changed - behind) / sample.labels, max(abs(behind - alone), abs(beside - alone)) / sample.labels)
+    return Leak(abs(changed - behind) / sample.labels, max(abs(behind - alone), abs(padded - alone)) / sample.labels)
 
 
 def _change(engine: Engine, sample: Probe, alone: float, *rows: Sequence[Probe]) -> float:
