@@ -15,39 +15,6 @@ from ft_dist.model.parts.kinds import EMBEDDINGS, EXPERTS, HEAD, NORMS, ROUTER, 
 if TYPE_CHECKING:
     from ft_dist.model.facts import ModelFacts
 
-PEFT_EXPERTS = frozenset(
-    {
-        "afmoe",
-        "beam",
-        "cohere2_moe",
-        "deepseek_v2",
-        "deepseek_v3",
-        "deepseek_v32",
-        "dots1",
-        "ernie4_5_moe",
-        "exaone_moe",
-        "flex_olmo",
-        "glm4_moe",
-        "glm4_moe_lite",
-        "glm4v_moe",
-        "glm_moe_dsa",
-        "hunyuan_v1_moe",
-        "longcat_flash",
-        "mellum",
-        "minimax",
-        "minimax_m2",
-        "mixtral",
-        "olmoe",
-        "qwen3_moe",
-        "qwen3_next",
-        "qwen3_omni_moe",
-        "qwen3_omni_moe_text",
-        "qwen3_omni_moe_thinker",
-        "solar_open",
-    }
-)
-"""`model_type` of the models whose stacked experts peft adapts"""
-
 _NUMBERED = re.compile(r"\.experts\.\d+\.")
 _NO_GRADIENT = "no gradient reaches it through the choice of its top tokens"
 _READS_WEIGHT = "its layer reads the weight itself, past an adapter"
@@ -69,6 +36,9 @@ class Layers:
     """Routers that are linear layers"""
     unfit: Mapping[str, str] = field(default_factory=dict)
     """Linear layers on which an adapter cannot work, and why"""
+    adapts_experts: bool = False
+    """Whether peft adapts the stacked experts of this architecture; it then reads their old names (`gate_proj`) in
+    `target_modules` as the stacked matrices, wherever in the model they occur"""
 
     @cached_property
     def kinds(self) -> dict[str, str]:
@@ -94,12 +64,6 @@ class Layers:
             path = name.split(".")[:-1]
             found |= dict.fromkeys(".".join(path[: depth + 1]) for depth in range(len(path)))
         return tuple(found)
-
-    @property
-    def adapts_experts(self) -> bool:
-        """Whether peft adapts the stacked experts of this architecture; it then reads their old names (`gate_proj`) in
-        `target_modules` as the stacked matrices, wherever in the model they occur."""
-        return self.model_type in PEFT_EXPERTS
 
     def share(self, names: tuple[str, ...]) -> float:
         """The share of these parameters in all of the model."""
@@ -131,6 +95,7 @@ def layers_of(causal_lm: Any) -> Layers:
         linears=tuple(name for name, kind in kinds.items() if kind not in (ROUTER, EMBEDDINGS, HEAD)),
         router_linears=frozenset(name for name, kind in kinds.items() if kind == ROUTER),
         unfit={name: reason for name in kinds if (reason := _unfit(causal_lm, modules, name))},
+        adapts_experts=peft_adapts_experts(bare.model_type),
     )
 
 
@@ -149,7 +114,17 @@ def layers_of_files(facts: "ModelFacts") -> Layers:
     )
     fixed = (EXPERTS, ROUTER, EMBEDDINGS, HEAD, NORMS)
     linears = tuple(name for name in facts.linear_modules if bare.kinds.get(f"{name}.weight", EXPERTS) not in fixed)
-    return replace(bare, linears=linears, router_linears=frozenset(bare.routers))
+    # importing peft takes seconds, which a model without experts need not wait for
+    adapts_experts = bool(bare.experts) and peft_adapts_experts(bare.model_type)
+    return replace(bare, linears=linears, router_linears=frozenset(bare.routers), adapts_experts=adapts_experts)
+
+
+def peft_adapts_experts(model_type: str) -> bool:
+    """Whether the installed peft rewrites adapters of this architecture's experts for the stacked matrices."""
+    from peft.utils import transformers_weight_conversion as conversion
+
+    pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(model_type)
+    return pattern in conversion._MOE_TARGET_MODULE_MAPPING
 
 
 def _stacked(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
