@@ -1,11 +1,11 @@
-"""What building an engine loads, and how a method meets partitioned weights."""
+"""The modules that a start loads."""
 
 import subprocess
 import sys
 
 import pytest
 
-from tests.conftest import ROOT, SMALL_RUN, read_lines
+from tests.conftest import ROOT, SMALL_RUN
 
 
 def test_a_run_does_not_load_the_compiler(tmp_path):
