@@ -15,7 +15,7 @@ from ft_dist.engine.step import Engine, stage_of
 from ft_dist.model.anatomy.decoder import other_parameters
 from ft_dist.model.fp8 import hold_base_in_fp8, refuse_without_fp8
 from ft_dist.model.fused.fuse import fuse, register_parameters
-from ft_dist.model.load import Loaded, enable_activation_checkpointing, load_model, partitioned_on_load
+from ft_dist.model.load import Loaded, enable_activation_checkpointing, load_model
 from ft_dist.model.parts.layers import layers_of
 from ft_dist.model.parts.new_tokens import run_token_rows
 from ft_dist.model.parts.trained import trained_parts
@@ -46,7 +46,7 @@ def build_engine(
         freeze_other_parts(model)
         never_trained = [parameter for parameter in model.parameters() if not parameter.requires_grad]
         layers = layers_of(model)
-        with _whole_embeddings(model, zero3), partitioned_on_load(settings):
+        with _whole_embeddings(model, zero3):
             model = config.method.adapt(model, layers, new_token_ids=new_token_ids(config.model, tokenizer))
         if not zero3:
             model.to(world.device)

@@ -42,7 +42,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    with partitioned_on_load(zero3_settings):
+    with _partitioned_on_load(zero3_settings):
         try:
             with quietly():
                 causal_lm, found = AutoModelForCausalLM.from_pretrained(
@@ -79,7 +79,7 @@ def random_model(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     place = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    with partitioned_on_load(zero3_settings), quietly(), place if zero3_settings is None else contextlib.nullcontext():
+    with _partitioned_on_load(zero3_settings), quietly(), place if zero3_settings is None else contextlib.nullcontext():
         causal_lm = AutoModelForCausalLM.from_config(
             AutoConfig.from_pretrained(folder),
             dtype=DTYPES[model.dtype],
@@ -113,8 +113,8 @@ def enable_activation_checkpointing(causal_lm: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def partitioned_on_load(settings: dict[str, Any] | None) -> Iterator[None]:
-    """Inside, transformers builds models under `deepspeed.zero.Init`, and peft gathers the weights it reads."""
+def _partitioned_on_load(settings: dict[str, Any] | None) -> Iterator[None]:
+    """Make transformers build the model under `deepspeed.zero.Init` during the load."""
     if settings is None:
         yield
         return
