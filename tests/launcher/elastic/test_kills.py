@@ -153,7 +153,7 @@ def test_a_killed_agent_shrinks_the_world_and_a_new_one_grows_it(tmp_path, mark,
     assert head.returncode == 0, out + err
     third.communicate(timeout=900)
     assert "second is lost" in err
-    assert "the world has 1 nodes and 1 ranks: 2 were requested" in err
+    assert "the world has 1 node and 1 rank: 2 were requested" in err
     assert [event["world_size"] for event in events_of(folder, "world")][:1] == [1]
     same(folder, undisturbed_without_dropout, bits=False)
 
