@@ -1,7 +1,8 @@
 """Builds the engine from a config: loads the model, adapts it and passes it to DeepSpeed, in the order ZeRO-3 needs."""
 
+import contextlib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def build_engine(
         freeze_other_parts(model)
         never_trained = [parameter for parameter in model.parameters() if not parameter.requires_grad]
         layers = layers_of(model)
-        with _whole_embeddings(model, zero3):
+        with _whole_embeddings(model, zero3), _peft_gathers(zero3):
             model = config.method.adapt(model, layers, new_token_ids=new_token_ids(config.model, tokenizer))
         if not zero3:
             model.to(world.device)
@@ -76,6 +77,23 @@ def _whole_embeddings(model: Any, zero3: bool) -> Any:
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     parameters = {id(end.weight): end.weight for end in ends if end is not None and hasattr(end.weight, "ds_id")}
     return deepspeed.zero.GatheredParameters([*parameters.values()], modifier_rank=None, enabled=zero3)
+
+
+@contextlib.contextmanager
+def _peft_gathers(zero3: bool) -> Iterator[None]:
+    """Under ZeRO-3, peft gathers each weight that it reads inside, such as those whose norms DoRA takes.
+
+    peft itself looks for a global setting of transformers. With that setting, new tokens would also read their rows
+    through CUDA, whatever the device.
+    """
+    from peft.utils import integrations
+
+    original = integrations.check_deepspeed_zero3_enabled
+    integrations.check_deepspeed_zero3_enabled = lambda: zero3
+    try:
+        yield
+    finally:
+        integrations.check_deepspeed_zero3_enabled = original
 
 
 def _gather_adapted_parameters(causal_lm: nn.Module) -> None:

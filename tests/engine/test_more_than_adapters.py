@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from ft_dist.model.tiny import byte_tokenizer
 from ft_dist.result.export import export_run
 from ft_dist.result.score import evaluate_path
 from tests.conftest import read_lines
-from tests.model.parts.families import make
+from tests.model.parts.families import SIZES, make
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<call> ok"}]
 
@@ -77,4 +79,23 @@ def test_stages_agree_on_whole_modules_and_experts(cli, data, tmp_path):
         after = json.loads((run / "summary.json").read_text())["after"]
         losses.append([*(line["loss"] for line in read_lines(run / "metrics.jsonl")), after["loss"]])
         assert evaluate_path(str(run), [str(data)], max_new_tokens=1).loss == pytest.approx(after["loss"], rel=1e-4)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "off"])
+def test_stages_agree_on_dora(cli, data, tmp_path, kernels):
+    """DoRA reads norms of weights that ZeRO-3 has partitioned: at the start and, without kernels, in every forward."""
+    model = tmp_path / "model"
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZES | {"hidden_size": 384})  # 147k values: DeepSpeed leaves smaller matrices whole
+    LlamaForCausalLM(config).save_pretrained(model)
+    byte_tokenizer().save_pretrained(model)
+    losses = []
+    for stage, nproc in ((0, 1), (3, 2)):
+        run = tmp_path / f"stage{stage}"
+        settings = ["method.dora=true", f"model.kernels={kernels}", "optim.max_steps=4", "optim.lr=1e-3"]
+        done = cli(*arguments(run, data, str(model), stage, nproc, *settings))
+        assert done.returncode == 0, done.stderr
+        after = json.loads((run / "summary.json").read_text())["after"]
+        losses.append([*(line["loss"] for line in read_lines(run / "metrics.jsonl")), after["loss"]])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)

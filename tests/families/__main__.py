@@ -23,6 +23,7 @@ from tests.families.architectures import ARCHITECTURES
 from tests.families.row import METHODS, Row, rows_of
 
 WORKERS = 2
+TRAINED = 88  # columns
 
 
 def main(arguments: list[str]) -> int:
@@ -33,7 +34,7 @@ def main(arguments: list[str]) -> int:
         os.environ["FT_DIST_CACHE"] = folder
         pool = get_context("fork").Pool(WORKERS, maxtasksperchild=1)
         jobs = [pool.apply_async(rows_of, (name, Path(folder) / name, list(METHODS))) for name in names]
-        print(f"{'architecture':<24} {'method':<6} {'rows':<10} {'largest difference':<20} result")
+        print(f"{'architecture':<24} {'method':<6} {'rows':<10} {'largest difference':<20} {'trained':<{TRAINED}} result")
         for job in jobs:
             for row in job.get():
                 rows.append(row)
@@ -57,7 +58,7 @@ def _line(row: Row) -> str:
     result = "; ".join(row.wrong) if row.wrong else f"refused: {row.refusal}" if row.refusal else row.warning or "right"
     difference = f"{largest:.1e}" if row.differences else "-"
     mark = "WRONG " if row.wrong else ""
-    return f"{row.model_type:<24} {row.method:<6} {row.separation:<10} {difference:<20} {mark}{result}"
+    return f"{row.model_type:<24} {row.method:<6} {row.separation:<10} {difference:<20} {row.trained:<{TRAINED}} {mark}{result}"
 
 
 if __name__ == "__main__":

@@ -48,6 +48,8 @@ class Row:
     refusal: str = ""
     """The error of `check`, the same as that of `train`"""
     separation: str = ""
+    trained: str = ""
+    """The share of each kind of part that trains"""
     notes: list[str] = field(default_factory=list)
     differences: dict[str, float] = field(default_factory=dict)
     """Relative differences of losses that must be equal"""
@@ -122,6 +124,10 @@ def _run(row: Row, model: Path, place: Path) -> None:
     row.notes += [
         line for line in output.splitlines() if "self-check" in line or "left out" in line or "own row" in line
     ]
+    if shares := re.search(r"parameters train \((.*?)\)", output):
+        row.trained = shares[1]
+    else:
+        row.wrong.append("no self-check")
     row.warning = next((line for line in output.splitlines() if "transformers changes" in line), "")
     _compare(row, model, place, data)
 
