@@ -23,7 +23,7 @@ from tests.families.architectures import ARCHITECTURES
 from tests.families.row import METHODS, Row, rows_of
 
 WORKERS = 2
-TRAINED = 88  # columns
+WIDTHS = (24, 6, 10, 20, 88, 0)
 
 
 def main(arguments: list[str]) -> int:
@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
         os.environ["FT_DIST_CACHE"] = folder
         pool = get_context("fork").Pool(WORKERS, maxtasksperchild=1)
         jobs = [pool.apply_async(rows_of, (name, Path(folder) / name, list(METHODS))) for name in names]
-        print(f"{'architecture':<24} {'method':<6} {'rows':<10} {'largest difference':<20} {'trained':<{TRAINED}} result")
+        print(_columns("architecture", "method", "rows", "largest difference", "trained", "result"))
         for job in jobs:
             for row in job.get():
                 rows.append(row)
@@ -58,7 +58,11 @@ def _line(row: Row) -> str:
     result = "; ".join(row.wrong) if row.wrong else f"refused: {row.refusal}" if row.refusal else row.warning or "right"
     difference = f"{largest:.1e}" if row.differences else "-"
     mark = "WRONG " if row.wrong else ""
-    return f"{row.model_type:<24} {row.method:<6} {row.separation:<10} {difference:<20} {row.trained:<{TRAINED}} {mark}{result}"
+    return _columns(row.model_type, row.method, row.separation, difference, row.trained, mark + result)
+
+
+def _columns(*cells: str) -> str:
+    return " ".join(f"{cell:<{width}}" for cell, width in zip(cells, WIDTHS, strict=True))
 
 
 if __name__ == "__main__":
