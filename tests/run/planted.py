@@ -25,7 +25,7 @@ def halved_logits() -> None:
 
 def wrong_norm() -> None:
     import ft_dist.model.fused.fuse as fuse
-    from ft_dist.model.fused.probe import NormForm
+    from ft_dist.model.anatomy.probe import NormForm
 
     fuse.norm_form = lambda module, *, eps: NormForm(1.0, cast_before_weight=False)
 

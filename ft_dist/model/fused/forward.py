@@ -21,7 +21,7 @@ from torch import nn
 
 from ft_dist.model.families import Family
 from ft_dist.model.fused.merged import Merged, lora_weights
-from ft_dist.model.fused.probe import NormForm, glu
+from ft_dist.model.anatomy.probe import NormForm, glu
 from ft_dist.model.fused.recompute import recomputed
 
 

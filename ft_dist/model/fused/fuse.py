@@ -31,7 +31,7 @@ from ft_dist.model.fused.forward import (
     takes_segments,
 )
 from ft_dist.model.fused.merged import Merged
-from ft_dist.model.fused.probe import is_gated_mlp, norm_form
+from ft_dist.model.anatomy.probe import is_gated_mlp, norm_form
 
 ATTENTION = "attention (qkv, rotary)"
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj", "qkv_proj")

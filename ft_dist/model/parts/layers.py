@@ -10,6 +10,7 @@ from functools import cache, cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from ft_dist.model.anatomy.probe import is_linear
 from ft_dist.model.parts.kinds import EMBEDDINGS, EXPERTS, HEAD, NORMS, ROUTER, kinds_of
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def _unfit(causal_lm: Any, modules: Mapping[str, Any], name: str) -> str | None:
     path, _, leaf = name.rpartition(".")
     module, parent = modules[name], modules[path]
     in_model_file = type(module).__module__ == type(causal_lm).__module__
-    if in_model_file and isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+    if in_model_file and isinstance(module, nn.Linear) and not is_linear(module):
         return _OWN_PRODUCT
     if "indexer" in path.split("."):
         return _NO_GRADIENT

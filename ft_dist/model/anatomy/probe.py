@@ -61,6 +61,18 @@ def is_gated_mlp(module: Any, activation: str) -> bool:
     return own is not None and torch.allclose(own, layers["down_proj"](product), rtol=1e-4, atol=1e-4)
 
 
+def is_linear(module: Any) -> bool:
+    """Whether a subclass of `nn.Linear` computes what `nn.Linear` does."""
+    if type(module).forward is nn.Linear.forward:
+        return True
+    layer = _linear(INNER, WIDTH)
+    bias = None if module.bias is None else torch.randn(INNER, generator=torch.Generator().manual_seed(1))
+    layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    x = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(0))
+    own = _run(module, x, parameters=dict(layer._parameters), sizes={"in_features": WIDTH, "out_features": INNER})
+    return own is not None and own.shape == (ROWS, INNER) and torch.allclose(own, layer(x), rtol=1e-4, atol=1e-4)
+
+
 def glu(activation: str, **options: Any) -> Callable[..., torch.Tensor]:
     """The kernel of a gated activation, by its name in transformers."""
 
@@ -85,15 +97,17 @@ def _run(
     module: nn.Module,
     x: torch.Tensor,
     *,
-    parameters: dict[str, nn.Parameter] | None = None,
+    parameters: dict[str, Any] | None = None,
     children: dict[str, nn.Module] | None = None,
+    sizes: dict[str, int] | None = None,
 ) -> torch.Tensor | None:
-    """Output of the class's `forward` with some parameters and children replaced; None if it fails on them."""
+    """Output of the class's `forward` with some parameters, children and sizes replaced; None if it fails on them."""
     stand_in = copy.copy(module)
+    vars(stand_in).update(sizes or {})
     vars(stand_in)["_parameters"] = {**module._parameters, **(parameters or {})}
     vars(stand_in)["_modules"] = {**module._modules, **(children or {})}
     try:
-        output: torch.Tensor = type(module).forward(stand_in, x)
+        output = type(module).forward(stand_in, x)
     except Exception:  # any code of any model: then it is not the layer that we know
         return None
-    return output
+    return output if isinstance(output, torch.Tensor) else None

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ft_dist.model.fused.forward import norm_eps
-from ft_dist.model.fused.probe import NormForm, is_gated_mlp, norm_form
+from ft_dist.model.anatomy.probe import NormForm, is_gated_mlp, is_linear, norm_form
 from tests.families.architectures import tiny_config
 
 CAST_FIRST, WEIGHT_FIRST, OFFSET = NormForm(0.0, True), NormForm(0.0, False), NormForm(1.0, False)
@@ -61,3 +61,21 @@ def test_mlps(model_type: str, activation: str, gated: bool) -> None:
     if model_type == "falcon_h1":
         mlp.gate_multiplier = 0.5
     assert is_gated_mlp(mlp, activation) is gated
+
+
+@pytest.mark.parametrize("model_type, ending, linear", [("falcon", "Linear", True), ("llama", "Linear", True)])
+def test_linear_layers(model_type: str, ending: str, linear: bool) -> None:
+    assert {is_linear(module) for module in modules_of(model_type, ending)} == {linear}
+
+
+def test_linear_layers_of_other_products() -> None:
+    class Grouped(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return torch.einsum("tgi,goi->tgo", input.view(-1, 2, 32), self.weight.view(2, -1, 32)).flatten(1)
+
+    class Scaled(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return 0.5 * super().forward(input)
+
+    assert not is_linear(Grouped(8, 4))
+    assert not is_linear(Scaled(8, 4))
