@@ -19,9 +19,9 @@ from ft_dist_kernels.rms_norm.op import rms_norm
 from ft_dist_kernels.rope.op import rope, rope_merged
 from torch import nn
 
+from ft_dist.model.anatomy.probe import NormForm, glu
 from ft_dist.model.families import Family
 from ft_dist.model.fused.merged import Merged, lora_weights
-from ft_dist.model.anatomy.probe import NormForm, glu
 from ft_dist.model.fused.recompute import recomputed
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from ft_dist.errors import ModelError
 from ft_dist.model.anatomy.decoder import decoder_of
+from ft_dist.model.anatomy.probe import is_gated_mlp, norm_form
 from ft_dist.model.families import FAMILIES, Family
 from ft_dist.model.fp8 import FP8Linear
 from ft_dist.model.fused.decoder_layer import is_decoder_layer, layer_forward, layer_norms
@@ -31,7 +32,6 @@ from ft_dist.model.fused.forward import (
     takes_segments,
 )
 from ft_dist.model.fused.merged import Merged
-from ft_dist.model.anatomy.probe import is_gated_mlp, norm_form
 
 ATTENTION = "attention (qkv, rotary)"
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj", "qkv_proj")

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from ft_dist.model.fused.forward import norm_eps
 from ft_dist.model.anatomy.probe import NormForm, is_gated_mlp, is_linear, norm_form
+from ft_dist.model.fused.forward import norm_eps
 from tests.families.architectures import tiny_config
 
 CAST_FIRST, WEIGHT_FIRST, OFFSET = NormForm(0.0, True), NormForm(0.0, False), NormForm(1.0, False)
