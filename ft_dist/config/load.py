@@ -8,7 +8,8 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -154,12 +155,14 @@ def _index(node: list[Any], name: str, where: str) -> int:
 def _explain(error: ValidationError) -> str:
     """The problems in one line: key, value and rule. Unknown keys come first, with the nearest valid one: a required
     key that is misspelt is missing too."""
-    lines, suggested = [], set()
+    lines: list[str] = []
+    suggested: set[str | None] = set()
+    rules: dict[str, int] = {}  # the place in `lines` of a value and its rule
     for problem in sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden"):
         location = [str(part) for part in problem["loc"]]
         if location[:1] == ["method"] and location[1:2] and location[1] in METHODS:
             del location[1]  # pydantic names the member of the union too
-        key = ".".join(part for part in location if part not in ("literal['all-linear']", "list[str]"))
+        key = _without_members(location)
         if problem["type"] == "extra_forbidden":
             near = _nearest(location)
             suggested.add(near)
@@ -174,11 +177,27 @@ def _explain(error: ValidationError) -> str:
                 lines.append(f"{key}: required, but not given. Add it to the config, or pass {key}=VALUE.")
         else:
             rule = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+            rule = rule.partition(", unable to")[0]  # parse or interpret the value, which the message shows
+            value = f"{key}={_short(problem['input'])}"
             if problem["type"] == "value_error":
                 lines.append(f"{key}: {rule}." if key else f"{rule}.")
+            elif value in rules:  # another member of the union
+                lines[rules[value]] = f"{lines[rules[value]][:-1]} or {rule}."
             else:
-                lines.append(f"{key}={_short(problem['input'])}: should be {rule}.")
+                rules[value] = len(lines)
+                lines.append(f"{value}: should be {rule}.")
     return " ".join(dict.fromkeys(lines))
+
+
+def _without_members(location: list[str]) -> str:
+    """The key of a problem, whose location also names the member of a union that was tried (`data.packing.bool`)."""
+    unions = {path for path, _, members in _fields(RunConfig) if len(members) > 1}
+    kept: list[str] = []
+    for part in location:
+        section = ".".join(name for name in kept if not name.isdigit())
+        if section not in unions or part.isdigit():
+            kept.append(part)
+    return ".".join(kept)
 
 
 def _short(value: object) -> str:
@@ -199,10 +218,21 @@ def _nearest(location: list[str]) -> str | None:
     return None
 
 
-def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
+def _keys(model: type[BaseModel]) -> Iterator[tuple[str, str]]:
+    yield from ((path, name) for path, name, _ in _fields(model))
+
+
+def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, list[Any]]]:
+    """Path and name of every key, and the members of its union, as far as they are values other than None."""
     for name, field in model.model_fields.items():
         path = f"{prefix}{name}"
-        yield path, name
-        for annotation in (field.annotation, *get_args(field.annotation)):
-            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-                yield from _keys(annotation, f"{path}.")
+        union = get_origin(field.annotation) in (Union, UnionType)
+        members = [*get_args(field.annotation)] if union else [field.annotation]
+        sections = [part for part in (*members, *get_args(field.annotation)) if _is_section(part)]
+        yield path, name, [member for member in members if member is not NoneType and not sections]
+        for section in dict.fromkeys(sections):
+            yield from _fields(section, f"{path}.")
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)

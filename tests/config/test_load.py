@@ -31,6 +31,12 @@ def test_overrides_reach_any_depth_and_keep_their_type(recipe):
     assert config.engine.zero_stage == 3
 
 
+@pytest.mark.parametrize("text, layers", [("0,1", [0, 1]), ("1", [1]), ("[0, 1]", [0, 1])])
+def test_layers_are_listed_with_commas_too(recipe, text, layers):
+    config = load_config(str(recipe), [f"method.layers_to_transform={text}"])
+    assert config.method.layers_to_transform == layers
+
+
 def test_off_is_a_string_and_not_a_boolean(tmp_path):
     path = tmp_path / "off.yaml"
     path.write_text(yaml.safe_dump(SMALL) + "observe: {wandb: off, tensorboard: true}\n")
@@ -54,6 +60,10 @@ def test_off_is_a_string_and_not_a_boolean(tmp_path):
         ("engine", "override 'engine' must have the form key.sub=value."),
         ("data.train.3.weight=1", "the list has 1 entries, numbered from 0"),
         ("data.train=[]", "data.train=[]"),
+        ("data.packing=sometimes", "data.packing=\"sometimes\": should be a valid boolean or 'auto'."),
+        ("method.target_modules=5", "method.target_modules=5: should be 'all-linear' or a valid list."),
+        ("method.target_modules=[1]", "method.target_modules.0=1: should be a valid string."),
+        ("method.layers_to_transform=0,x", 'method.layers_to_transform.1="x": should be a valid integer.'),
     ],
 )
 def test_a_mistake_names_key_rule_and_fix(recipe, override, message):
