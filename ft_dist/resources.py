@@ -1,4 +1,4 @@
-"""Peak memory of this process, FLOPs per token, versions of libraries."""
+"""Peak memory of this process and errors of memory, FLOPs per token, versions of libraries."""
 
 import gc
 import importlib.metadata
@@ -18,6 +18,14 @@ def resume_gc() -> None:
     prepared, which may take long and must not accumulate garbage."""
     gc.freeze()
     gc.enable()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch has its own error on GPUs; on CPU its allocator raises a plain RuntimeError, and Python a MemoryError."""
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from ft_dist.config.schema import ModelConfig
 from ft_dist.errors import ModelError
-from ft_dist.model.anatomy.weights import check_loaded
+from ft_dist.model.anatomy.weights import check_loaded, is_of_folder, reason_of
 from ft_dist.model.quiet import quietly
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -55,10 +54,11 @@ def load_model(
                     ignore_mismatched_sizes=True,  # so that they are listed
                     **({"device_map": "meta"} if meta else {}),
                 )
-        except (OSError, ValueError, ImportError, AttributeError, KeyError, TypeError, SafetensorError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ModelError(f"model.path={model.path}: transformers cannot load it ({reason}).") from error
-        notes = check_loaded(found, causal_lm.config, model.path)
+        except Exception as error:  # a damaged or foreign folder makes transformers raise errors of any kind
+            if not is_of_folder(error, alone=zero3_settings is None):
+                raise
+            raise ModelError(f"model.path={model.path}: transformers cannot load it ({reason_of(error)}).") from error
+        notes = check_loaded(found, causal_lm, model.path)
         if not meta:
             grow_embeddings(causal_lm, vocabulary)
     causal_lm.config.use_cache = False

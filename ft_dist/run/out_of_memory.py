@@ -19,15 +19,8 @@ from ft_dist.plan.gpu import free_host_memory, gpu_like
 from ft_dist.plan.guard import changes
 from ft_dist.plan.job import job_of
 from ft_dist.plan.memory.total import memory_plan
+from ft_dist.resources import is_out_of_memory
 from ft_dist.run_folder import RunFolder
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """torch has its own error on GPUs; on CPU its allocator raises a plain RuntimeError, and Python a MemoryError."""
-    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
 
 
 def rows_after_shortage(config: RunConfig, world: World) -> RunConfig:

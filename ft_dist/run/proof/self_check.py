@@ -33,8 +33,7 @@ from ft_dist.errors import ModelError
 from ft_dist.model.builtin import cache_dir
 from ft_dist.observe.files import write_json
 from ft_dist.preflight.same import code_hash
-from ft_dist.resources import versions
-from ft_dist.run.out_of_memory import is_out_of_memory
+from ft_dist.resources import is_out_of_memory, versions
 
 TOKENS = (43, 37)
 """Longer samples are cut to these lengths: primes, so that padding and windows do not end with a sample"""
