@@ -19,9 +19,7 @@ from torch import nn
 
 from ft_dist.model.families import Family
 from ft_dist.model.fused.merged import Merged
-
-LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
-SANDWICH_NORMS = (*LAYER_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+from ft_dist.model.shape import BLOCK_NORMS
 
 
 def layer_forward(layer: Any, groups: Mapping[nn.Module, Merged], *, sandwich: bool) -> Any:
@@ -65,7 +63,7 @@ def is_decoder_layer(module: nn.Module, family: Family) -> bool:
 
 
 def layer_norms(family: Family) -> tuple[str, ...]:
-    return SANDWICH_NORMS if family.sandwich_norms else LAYER_NORMS
+    return BLOCK_NORMS[: family.block_norms]
 
 
 def _room(group: Merged | None, hidden_states: torch.Tensor) -> dict[str, int]:
