@@ -50,9 +50,9 @@ def _forward(layer: Any) -> Callable[..., torch.Tensor]:
             return output
         place = torch.searchsorted(rows.ids, ids).clamp_(max=len(rows.ids) - 1)
         values = F.embedding(place, rows.values).to(output.dtype)
-        scale = getattr(base, "embed_scale", None)  # Gemma multiplies embeddings by it
+        scale = getattr(base, "embed_scale", None)  # embeddings are multiplied by it: a tensor in Gemma, else a number
         if scale is not None:
-            values = values * scale.to(values.dtype)
+            values = values * (scale.to(values.dtype) if isinstance(scale, torch.Tensor) else scale)
         return torch.where((rows.ids[place] == ids)[..., None], values, output)
 
     def project(x: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from ft_dist.model.parts.layers import layers_of
 from ft_dist.model.parts.new_tokens import run_token_rows
 from ft_dist.objective.causal import CausalObjective
 from ft_dist.objective.head import MAX_TOKEN_ROWS
+from tests.families.architectures import tiny_config
 from tests.model.whole_models import assert_same, gradients
 
 IDS = [17, 200, 201, 258]
@@ -94,6 +95,18 @@ def test_a_heads_bias_is_kept():
         adapted = Lora(rank=4).adapt(base, layers_of(base), new_token_ids=[5, 6])
         run_token_rows(adapted)
         torch.testing.assert_close(adapted.eval()(ids).logits, truth)
+
+
+@pytest.mark.parametrize("model_type", ["xglm", "biogpt", "gemma3_text"])
+def test_rows_are_scaled_as_their_embedding_is(model_type):
+    """By a number or a tensor."""
+    base = AutoModelForCausalLM.from_config(tiny_config(model_type), dtype=torch.float32).eval()
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        truth = base(ids).logits
+        adapted = Lora(rank=4).adapt(base, layers_of(base), new_token_ids=[5, 6]).eval()
+        run_token_rows(adapted)
+        torch.testing.assert_close(adapted(ids).logits, truth)
 
 
 def test_tied_ends_train_whole_only_together():
