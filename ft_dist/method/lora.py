@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
 from ft_dist.errors import ModelError
 from ft_dist.method.protocol import Method
-from ft_dist.method.targets import ALL_LINEAR, Choice, Wanted, around, choose, layer_of, match_target_modules
+from ft_dist.method.targets import ALL_LINEAR, Choice, Wanted, around, choose, in_layers, match_target_modules
 
 if TYPE_CHECKING:
     from ft_dist.model.parts.layers import Layers
@@ -36,7 +36,9 @@ class Lora(Method):
         description="Layers of target_modules that get no adapters, by their names or those of modules around them",
     )
     layers_to_transform: list[NonNegativeInt] | None = Field(
-        default=None, description="Numbers of the decoder layers that get adapters; None: all"
+        default=None,
+        description="Numbers of the decoder layers that get adapters; None: all. A named layer outside them, such as "
+        "lm_head, keeps its adapter",
     )
     modules_to_save: list[str] | None = Field(
         default=None, description="Modules that train whole, such as lm_head, a router or norms"
@@ -56,12 +58,17 @@ class Lora(Method):
         "dora",
     )
 
-    @field_validator("target_modules", "exclude_modules", "modules_to_save", mode="before")
+    @field_validator("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save", mode="before")
     @classmethod
     def _comma_list(cls, value: object) -> object:
         if isinstance(value, str) and value != ALL_LINEAR:
             return [name.strip() for name in value.split(",") if name.strip()]
         return value
+
+    @field_validator("layers_to_transform", mode="before")
+    @classmethod
+    def _one_layer(cls, value: object) -> object:
+        return [value] if type(value) is int else value
 
     @field_validator("target_modules", mode="before")
     @classmethod
@@ -126,8 +133,8 @@ class Lora(Method):
             matrices["lm_head"] = shape.head
         names = match_target_modules(matrices, self.target_modules)
         out = [*(self.exclude_modules or ()), *(self.modules_to_save or ())]
-        layers = self.layers_to_transform
-        kept = (name for name in names if not _within(name, out) and (layers is None or layer_of(name) in layers))
+        layers, targets = self.layers_to_transform, self.target_modules
+        kept = (name for name in names if not _within(name, out) and in_layers(name, targets, layers))
         return [matrices[name] for name in kept]
 
     def trained(self, shape: "ModelShape") -> "list[Parameter]":

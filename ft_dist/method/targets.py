@@ -55,15 +55,17 @@ class Choice:
 
 def choose(layers: "Layers", wanted: Wanted) -> Choice:
     """Raises ModelError for an option that matches nothing, or only layers that cannot be adapted."""
+    _refuse_other_parts(layers, wanted)
     choice = Choice(whole=match_whole(layers.modules, wanted.whole))
     named = _named(layers, wanted.targets)
-    excluded = set(match("exclude_modules", layers.modules, wanted.exclude)) if wanted.exclude else set()
+    # what the other parts of a multimodal model have is excluded anyway
+    excluded = set(match("exclude_modules", [*layers.modules, *layers.other_parts], wanted.exclude))
     check_layers([*layers.linears, *layers.experts], wanted.layers)
 
     out = excluded | set(choice.whole)
 
     def kept(name: str) -> bool:
-        return out.isdisjoint(around(name)) and (wanted.layers is None or layer_of(name) in wanted.layers)
+        return out.isdisjoint(around(name)) and in_layers(name, wanted.targets, wanted.layers)
 
     left: dict[str, list[str]] = {}
     experts = [name for name in _experts(layers, wanted.targets) if kept(name)]
@@ -91,11 +93,30 @@ def choose(layers: "Layers", wanted: Wanted) -> Choice:
     return choice
 
 
+def in_layers(name: str, targets: str | Sequence[str], layers: Collection[int] | None) -> bool:
+    """Whether method.layers_to_transform keeps a layer that `targets` chose: the head, if named, is in no layer."""
+    number = layer_of(name)
+    return layers is None or number in layers or (number is None and targets != ALL_LINEAR)
+
+
+def _refuse_other_parts(layers: "Layers", wanted: Wanted) -> None:
+    """Raise ModelError for a name that only the other parts of a multimodal model have."""
+    for option, names in (("target_modules", _listed(wanted.targets)), ("modules_to_save", wanted.whole)):
+        for target in names:
+            found = [name for name in layers.other_parts if _matches(name, target)]
+            if found and not any(_matches(name, target) for name in layers.modules):
+                raise ModelError(
+                    f"method.{option}={target}: only parts that do not train have it, such as {found[0]}. Of a "
+                    "multimodal model, only the text model trains; name layers of it."
+                )
+
+
 def _experts_left(layers: "Layers", experts: tuple[str, ...], wanted: Wanted) -> str:
     why = _NOT_PLAIN if layers.adapts_experts else "adapters on experts of this architecture do not exist yet"
+    in_attention = any("attention" in name or "attn" in name for name in experts)
     return (
         f"method.target_modules={_joined(wanted.targets)}: the experts, {layers.share(experts):.1%} of the model's "
-        f"parameters, are left out: {why}"
+        f"parameters{' and part of its attention' if in_attention else ''}, are left out: {why}"
     )
 
 

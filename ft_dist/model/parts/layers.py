@@ -1,16 +1,16 @@
 """The layers that a method can adapt or train whole, from a loaded model or from the headers of its files."""
 
-import inspect
 import re
-import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from ft_dist.model.anatomy.decoder import other_parameters
 from ft_dist.model.anatomy.probe import is_linear
+from ft_dist.model.anatomy.source import reads_weight
 from ft_dist.model.parts.kinds import EMBEDDINGS, EXPERTS, HEAD, NORMS, ROUTER, kinds_of
 
 if TYPE_CHECKING:
@@ -24,7 +24,10 @@ _OWN_PRODUCT = "its product is not that of a linear layer"
 
 @dataclass(frozen=True)
 class Layers:
-    """The parameters of a model by name, and the modules among them that a method may pick."""
+    """The parameters of a model by name, and the modules among them that a method may pick.
+
+    Of a multimodal model, those of its text model.
+    """
 
     shapes: Mapping[str, tuple[int, ...]]
     embedding: str
@@ -40,6 +43,8 @@ class Layers:
     adapts_experts: bool = False
     """Whether peft adapts the stacked experts of this architecture; it then reads their old names (`gate_proj`) in
     `target_modules` as the stacked matrices, wherever in the model they occur"""
+    other_parts: tuple[str, ...] = ()
+    """The modules of a multimodal model's other parts, which no method trains"""
 
     @cached_property
     def kinds(self) -> dict[str, str]:
@@ -48,8 +53,11 @@ class Layers:
 
     @cached_property
     def experts(self) -> tuple[str, ...]:
-        """The experts' parameters."""
-        return tuple(name for name, kind in self.kinds.items() if kind == EXPERTS)
+        """The experts' parameters, if they are not those of linear layers."""
+        linears = set(self.linears)
+        return tuple(
+            name for name, kind in self.kinds.items() if kind == EXPERTS and name.rpartition(".")[0] not in linears
+        )
 
     @cached_property
     def routers(self) -> tuple[str, ...]:
@@ -60,11 +68,7 @@ class Layers:
     @cached_property
     def modules(self) -> tuple[str, ...]:
         """Every module that has parameters, in itself or in its children."""
-        found: dict[str, None] = {}
-        for name in (*self.shapes, f"{self.head}.weight"):
-            path = name.split(".")[:-1]
-            found |= dict.fromkeys(".".join(path[: depth + 1]) for depth in range(len(path)))
-        return tuple(found)
+        return _modules((*self.shapes, f"{self.head}.weight"))
 
     def share(self, names: tuple[str, ...]) -> float:
         """The share of these parameters in all of the model."""
@@ -78,7 +82,9 @@ def layers_of(causal_lm: Any) -> Layers:
     modules = dict(causal_lm.named_modules())
     names = {id(module): name for name, module in modules.items()}
     embedding, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
-    parameters = dict(causal_lm.named_parameters())
+    others = {id(parameter) for parameter in other_parameters(causal_lm)}
+    parameters = {name: p for name, p in causal_lm.named_parameters() if id(p) not in others}
+    of_others = [name for name, p in causal_lm.named_parameters() if id(p) in others]
     bare = Layers(
         shapes={name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()},
         embedding=names[id(embedding)],
@@ -88,7 +94,9 @@ def layers_of(causal_lm: Any) -> Layers:
         linears=(),
     )
     linear = [
-        name for name, module in modules.items() if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        name
+        for name, module in modules.items()
+        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and id(module.weight) not in others
     ]
     kinds = {name: bare.kinds.get(f"{name}.weight") for name in linear if name != bare.head}
     return replace(
@@ -97,7 +105,17 @@ def layers_of(causal_lm: Any) -> Layers:
         router_linears=frozenset(name for name, kind in kinds.items() if kind == ROUTER),
         unfit={name: reason for name in kinds if (reason := _unfit(causal_lm, modules, name))},
         adapts_experts=peft_adapts_experts(bare.model_type),
+        other_parts=tuple(name for name in _modules(of_others) if name not in bare.modules),
     )
+
+
+def _modules(parameters: Iterable[str]) -> tuple[str, ...]:
+    """The modules around these parameters."""
+    found: dict[str, None] = {}
+    for name in parameters:
+        path = name.split(".")[:-1]
+        found |= dict.fromkeys(".".join(path[: depth + 1]) for depth in range(len(path)))
+    return tuple(found)
 
 
 def layers_of_files(facts: "ModelFacts") -> Layers:
@@ -152,20 +170,5 @@ def _unfit(causal_lm: Any, modules: Mapping[str, Any], name: str) -> str | None:
         return _OWN_PRODUCT
     if "indexer" in path.split("."):
         return _NO_GRADIENT
-    return _READS_WEIGHT if _reads_weight(type(parent), leaf) else None
-
-
-def _reads_weight(parent: type, leaf: str) -> bool:
-    """Whether the code of a layer's class uses `self.LEAF.weight` for more than its dtype, device or shape."""
-    # finding a class in its file takes long
-    return leaf in _weights_read(sys.modules[parent.__module__]) and leaf in _weights_read(parent)
-
-
-@cache
-def _weights_read(code: Any) -> frozenset[str]:
-    """The layers whose weight the source of a module or class uses itself."""
-    try:
-        source = inspect.getsource(code)
-    except (OSError, TypeError):
-        return frozenset()
-    return frozenset(re.findall(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape))", source))
+    config = causal_lm.config.get_text_config()
+    return _READS_WEIGHT if reads_weight(parent, leaf, config=config) else None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from ft_dist.model.anatomy.decoder import other_parameters
 from ft_dist.model.parts.kinds import KINDS, Shapes, kinds_of
 
 # what peft adds to the names of the modules that it wraps
@@ -39,7 +40,8 @@ def percent(share: float) -> str:
 def trained_parts(model: Any) -> TrainedParts:
     """How much of each kind `model`, adapted by a method, trains. Its weights may be partitioned by ZeRO-3 or in FP8.
 
-    Of an embedding or head of which only the rows of new tokens train, those rows count.
+    Of an embedding or head of which only the rows of new tokens train, those rows count. Of a multimodal model, only
+    the text model counts.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     names = {id(module): _unwrapped(name) for name, module in base.named_modules()}
@@ -51,7 +53,10 @@ def trained_parts(model: Any) -> TrainedParts:
     # a tied head has the embedding's parameter
     first: dict[int, str] = {}
     alias: dict[str, str] = {}
+    others = {id(parameter) for parameter in other_parameters(base)}
     for full, parameter in base.named_parameters(remove_duplicate=False):
+        if id(parameter) in others:
+            continue
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         if ".modules_to_save." in full:
             if parameter.requires_grad:

@@ -4,6 +4,8 @@ import re
 
 import pytest
 import torch
+import transformers
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from ft_dist.errors import ModelError
@@ -14,6 +16,8 @@ from ft_dist.model.fp8 import hold_base_in_fp8
 from ft_dist.model.parts.kinds import kinds_of
 from ft_dist.model.parts.layers import layers_of, layers_of_files
 from ft_dist.model.parts.trained import trained_parts
+from tests.families.architectures import tiny_config
+from tests.families.multimodal import MULTIMODAL
 from tests.model.parts.families import FAMILIES, make
 
 WITH_EXPERTS = [name for name in FAMILIES if name != "gemma4"]
@@ -45,6 +49,109 @@ def test_experts_and_routers_are_found_by_structure(name):
     assert layers.experts
     assert all(".experts." in expert for expert in layers.experts)
     assert {short(module) for module in layers.unfit} - {short(r) for r in layers.routers} == UNFIT.get(name, set())
+
+
+def built(model_type):
+    return AutoModelForCausalLM.from_config(tiny_config(model_type), dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "model_type, experts, routers",
+    [
+        (
+            "jetmoe",  # its attention is a mixture too
+            {"mlp.input_linear", "mlp.output_linear"}
+            | {f"self_attention.experts.{name}_linear" for name in ("input", "output")},
+            {"mlp.router.layer", "self_attention.experts.router.layer"},
+        ),
+        ("inkling_text", {"mlp.experts"}, {"mlp.gate"}),  # it has rows for shared experts too
+        ("recurrent_gemma", set(), set()),
+        ("xlnet", set(), set()),
+    ],
+)
+def test_what_is_no_mixture_has_no_experts(model_type, experts, routers):
+    layers = layers_of(built(model_type))
+    assert {short(name).rpartition(".")[0] for name in layers.experts} == experts
+    assert {short(name) for name in layers.routers} == routers
+    assert routers.isdisjoint({short(name) for name in layers.linears})
+    notes = Lora().check(layers)
+    assert any("the experts" in note for note in notes) == bool(experts)
+    if model_type == "jetmoe":
+        assert "of the model's parameters and part of its attention, are left out" in notes[0]
+        assert {short(name) for name in layers.linears} == {"self_attention.kv_proj"}
+
+
+class ListedExperts(nn.Module):
+    """As in models with their own code."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(64, 4, bias=False)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64)) for _ in range(4))
+
+    def forward(self, x):
+        scores = self.gate(x).softmax(-1)
+        return sum(scores[..., number, None] * expert(x) for number, expert in enumerate(self.experts))
+
+
+def test_experts_in_a_list_of_modules_are_adapted():
+    model = built("llama")
+    for layer in model.model.layers:
+        layer.mlp = ListedExperts()
+    layers = layers_of(model)
+    assert Lora().check(layers) == []
+    assert layers.routers == tuple(f"model.layers.{number}.mlp.gate" for number in range(2))
+    adapted = Lora(rank=4).adapt(model, layers)
+    assert trained_parts(adapted).share("experts") == 1
+    assert trained_parts(adapted).share("router") == 0
+
+
+def multimodal():
+    class_name, settings = MULTIMODAL["gemma3"]
+    model_class = getattr(transformers, class_name)
+    return model_class(model_class.config_class(**settings))
+
+
+def test_only_the_text_model_of_a_multimodal_one_is_adapted_and_counted():
+    model = multimodal()
+    layers = layers_of(model)
+    assert not [name for name in (*layers.shapes, *layers.linears, *layers.modules) if "vision" in name]
+    adapted = Lora(rank=4).adapt(model, layers)
+    names = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert names
+    assert not [name for name in names if "vision" in name or "projector" in name]
+    assert trained_parts(adapted).share("attention") == pytest.approx(1, abs=0.01)
+    text = sum(p.numel() for p in adapted.get_base_model().model.language_model.parameters() if not p.requires_grad)
+    assert sum(trained_parts(adapted).total.values()) == text
+    ids = torch.arange(12)[None] + 6
+    adapted(input_ids=ids, labels=ids, token_type_ids=torch.zeros_like(ids), use_cache=False).loss.backward()
+    assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"target_modules": ["q_proj", "out_proj"]}, r"target_modules=out_proj: only parts that do not train have it"),
+        ({"modules_to_save": ["vision_tower"]}, r"modules_to_save=vision_tower: .* such as model.vision_tower\."),
+        ({"layers_to_transform": [5]}, "the model's layers are numbered 0 to 1"),
+    ],
+)
+def test_a_name_of_another_part_is_refused(options, message):
+    with pytest.raises(ModelError, match=message):
+        Lora(**options).check(layers_of(multimodal()))
+
+
+def test_another_part_may_be_excluded():
+    assert Lora(exclude_modules=["vision_tower"]).check(layers_of(multimodal())) == []
+
+
+def test_a_named_head_is_adapted_with_any_layers():
+    """all-linear with the same layers adapts what is in them alone."""
+    model = built("llama")
+    method = Lora(rank=4, target_modules=["q_proj", "lm_head"], layers_to_transform=[1])
+    adapted = method.adapt(model, layers_of(model))
+    names = {name.partition(".lora_")[0] for name, p in adapted.named_parameters() if p.requires_grad}
+    assert {short(name).removeprefix("base_model.model.") for name in names} == {"self_attn.q_proj", "lm_head"}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
