@@ -58,7 +58,7 @@ def load_model(
         except (OSError, ValueError, ImportError, AttributeError, KeyError, TypeError, SafetensorError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ModelError(f"model.path={model.path}: transformers cannot load it ({reason}).") from error
-        notes = check_loaded(found, causal_lm.config, model.path)
+        notes = check_loaded(found, causal_lm.config, f"model.path={model.path}")
         if not meta:
             grow_embeddings(causal_lm, vocabulary)
     causal_lm.config.use_cache = False
