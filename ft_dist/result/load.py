@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import json
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -110,9 +111,15 @@ def trained_weights(
             )
             write_commit(commit, config, Path(temporary), base=resolve_model(config.model.path, progress))
         except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise ModelError(f"{near or tempfile.gettempdir()}: cannot be written ({reason}).") from None
+            raise not_written(near or tempfile.gettempdir(), error) from None
         yield _weights_in(Path(temporary), path, config, progress)
+
+
+def not_written(place: str | Path, error: Exception) -> ModelError:
+    """For an OSError or SafetensorError; of the many that copying a folder can raise, the first."""
+    if isinstance(error, shutil.Error):
+        return ModelError(f"{place}: cannot be written ({error.args[0][0][2]}).")
+    return ModelError(f"{place}: cannot be written ({getattr(error, 'strerror', None) or error}).")
 
 
 def _weights_in(folder: Path, path: str, config: RunConfig | None, progress: Progress) -> Weights:
