@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ft_dist.data.encode.label_spans import Messages
 from ft_dist.data.encode.template import Encoded, Encoder
 from ft_dist.data.read.formats import Sample
 from ft_dist.data.stream.batch import MicroBatch
@@ -101,9 +102,7 @@ def held_out_loss(
 def labelled_prompts(samples: Iterable[Sample], tokenizer: Any) -> list[LabelledPrompt]:
     """Prompts of the samples that can be answered: conversations that end with the assistant's turn."""
     encoder = Encoder(tokenizer)
-    chosen = [
-        sample for sample in samples if (turns := sample.messages) and len(turns) > 1 and turns[-1]["role"] == "assistant"
-    ]
+    chosen = [sample for sample in samples if _ends_with_answer(sample.messages or [])]
     prompts = []
     for sample, encoded in zip(chosen, encoder.encode_batch(chosen), strict=True):
         *before, last = sample.messages or []
@@ -115,6 +114,10 @@ def labelled_prompts(samples: Iterable[Sample], tokenizer: Any) -> list[Labelled
             expected = list(tokenizer(reference, add_special_tokens=False)["input_ids"])
         prompts.append(LabelledPrompt(tokens, str(before[-1].get("content", "")), reference, expected))
     return prompts
+
+
+def _ends_with_answer(messages: Messages) -> bool:
+    return len(messages) > 1 and messages[-1]["role"] == "assistant"
 
 
 def _answer_after(prompt: list[int], sample: Encoded) -> list[int]:

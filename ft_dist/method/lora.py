@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from ft_dist.model.shape import ModelShape, Parameter
 
 
+OF_ADAPTERS = (".lora_", ".trainable_tokens_", ".modules_to_save.")
+"""In the names of what peft adds to a model to train it"""
+
+
 class Lora(Method):
     """Train low-rank adapters and freeze the model's weights."""
 
@@ -105,7 +109,7 @@ class Lora(Method):
         return adapted
 
     def trains(self, name: str) -> bool:
-        return any(part in name for part in (".lora_", ".trainable_tokens_", ".modules_to_save."))
+        return any(part in name for part in OF_ADAPTERS)
 
     def check(self, layers: "Layers") -> list[str]:
         return self._choose(layers).notes

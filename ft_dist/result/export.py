@@ -65,7 +65,8 @@ def _export(
 
 def _write_merged(weights: Weights, folder: Path, dtype: Literal["bf16", "fp32"] | None, progress: Progress) -> None:
     from ft_dist.engine.save_pretrained import save_model
-    from ft_dist.result.merge import DTYPES, merge, prove_merged
+    from ft_dist.model.load import DTYPES
+    from ft_dist.result.merge import merge, prove_merged
 
     tokenizer, _ = load_tokenizer(tokenizer_folder(weights), trust_remote_code=weights.trust_remote_code)
     model = merge(weights, vocabulary=len(tokenizer), dtype=DTYPES[dtype] if dtype else None)

@@ -108,7 +108,7 @@ class Memorised:
     def generate(self, input_ids: torch.Tensor, generation_config: Any, **_: Any) -> torch.Tensor:
         [prompt] = input_ids.tolist()
         [whole] = [text for text in self.texts if text[: len(prompt)] == prompt]
-        made = (whole[len(prompt) :] + [self.eos])[: generation_config.max_new_tokens]
+        made = [*whole[len(prompt) :], self.eos][: generation_config.max_new_tokens]
         return torch.tensor([prompt + made])
 
 
