@@ -5,7 +5,7 @@ The folder is written under a temporary name, read back and compared with the we
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,8 @@ def save_model(
 ) -> list[str]:
     """Save a transformers or peft model, or only `weights` of it; returns notes on what was mended.
 
-    `base` is the `model.path` that an adapter's config names if its own is not a folder here.
+    `base` is the `model.path` that an adapter's config names if its own is not a folder here. Raises OSError or
+    SafetensorError if the folder cannot be written.
     """
     notes = mend_generation_config(model) if hasattr(model, "can_generate") and model.can_generate() else []
     config = (model.get_base_model() if hasattr(model, "get_base_model") else model).config
@@ -66,12 +67,22 @@ def save_model(
         with quietly():
             # a copy: transformers empties the dictionary
             model.save_pretrained(str(folder), state_dict=None if weights is None else dict(weights))
-            tokenizer.save_pretrained(str(folder))
+            _save_tokenizer(tokenizer, folder)
     finally:
         config.use_cache = used
     if base is not None:
         _name_base_model(folder, base)
     return notes
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Raises OSError if it cannot be written: tokenizers raises a bare Exception."""
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(str(error)) from error
 
 
 def mend_generation_config(model: Any) -> list[str]:
@@ -119,12 +130,19 @@ def _gather(engine: Engine) -> dict[str, torch.Tensor]:
             if main:
                 weights[name] = parameter.detach().to("cpu", copy=True)
     if main:
-        weights |= {
-            name: buffer.detach().to("cpu", copy=True)
-            for name, buffer in persistent_buffers(model)
-            if not trained_only or ".modules_to_save." in name
-        }
+        buffers = saved_buffers(model, trained_only=trained_only)
+        weights |= {name: buffer.detach().to("cpu", copy=True) for name, buffer in buffers}
     return weights
+
+
+def saved_buffers(model: torch.nn.Module, *, trained_only: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """The buffers that `final/` holds, by name; `trained_only`: those of modules that train whole.
+
+    Commits hold no buffers: none of transformers' architectures changes one in training.
+    """
+    for name, buffer in persistent_buffers(model):
+        if not trained_only or ".modules_to_save." in name:
+            yield name, buffer
 
 
 def _whole(engine: Engine, parameter: torch.nn.Parameter) -> Any:

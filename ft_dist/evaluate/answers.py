@@ -50,7 +50,7 @@ def answer_prompts(
                 )
                 generated = output[:, inputs["input_ids"].shape[1] :].tolist()
                 for index, ids in zip(rows, generated, strict=True):
-                    answers[index] = as_text(tokenizer, _up_to_stop(ids, settings.eos_token_id))
+                    answers[index] = as_text(tokenizer, ids, stops=settings.eos_token_id)
                 if progress is not None:
                     progress(min(start + batch_rows, len(order)), len(order))
     finally:
@@ -58,15 +58,16 @@ def answer_prompts(
     return answers
 
 
-def as_text(tokenizer: Any, ids: Sequence[int]) -> str:
-    """Tokens as text, special ones included: `<call>` is part of an answer."""
-    return str(tokenizer.decode(ids, skip_special_tokens=False))
+def stops_of(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end the model's answers."""
+    own = getattr(model, "generation_config", None)
+    return stop_token_ids(tokenizer, own.eos_token_id if own is not None else None)
 
 
-def as_answered(tokenizer: Any, reference: str) -> str:
-    """`reference` as a model that answers it token by token would be decoded: a tokenizer may add spaces around special
-    tokens, or not keep every character."""
-    return as_text(tokenizer, tokenizer(reference, add_special_tokens=False)["input_ids"])
+def as_text(tokenizer: Any, ids: Sequence[int], *, stops: Sequence[int]) -> str:
+    """The tokens before the first of `stops` as text, special ones included: `<call>` is part of an answer."""
+    end = next((position for position, token in enumerate(ids) if token in stops), len(ids))
+    return str(tokenizer.decode(ids[:end], skip_special_tokens=False))
 
 
 def exact_match(answer: str, reference: str) -> bool:
@@ -81,12 +82,11 @@ def _normalised(text: str) -> str:
 def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> Any:
     from transformers import GenerationConfig
 
-    own = getattr(model, "generation_config", None)
     return GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
         use_cache=True,  # training disables it in the model's config
-        eos_token_id=stop_token_ids(tokenizer, own.eos_token_id if own is not None else None),
+        eos_token_id=stops_of(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
     )
 
@@ -110,9 +110,3 @@ def _left_padded(rows: list[Sequence[int]], pad_id: int, device: torch.device | 
         input_ids[number, width - len(row) :] = torch.tensor(row, dtype=torch.int64)
         attention_mask[number, width - len(row) :] = 1
     return {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
-
-
-def _up_to_stop(ids: list[int], stops: list[int]) -> list[int]:
-    """Cut at the first stop token, which is not part of the answer."""
-    end = next((position for position, token in enumerate(ids) if token in stops), len(ids))
-    return ids[:end]

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ft_dist.data.encode.template import Encoder
+from ft_dist.data.encode.label_spans import Messages
+from ft_dist.data.encode.template import Encoded, Encoder
 from ft_dist.data.read.formats import Sample
 from ft_dist.data.stream.batch import MicroBatch
-from ft_dist.evaluate.answers import CutShort, Progress, answer_prompts, as_answered, exact_match
+from ft_dist.evaluate.answers import CutShort, Progress, answer_prompts, as_text, exact_match, stops_of
 
 EXAMPLES = 8
 _EXAMPLE_BYTES = 2048
@@ -24,8 +25,9 @@ class LabelledPrompt:
     tokens: list[int]
     text: str
     reference: str
-    expected: str
-    """The reference as the tokenizer decodes it, for comparison with an answer"""
+    expected: list[int]
+    """Token ids of the reference as the model learns to write it, with what the template adds (reasoning marks, an end
+    token)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,16 +102,30 @@ def held_out_loss(
 def labelled_prompts(samples: Iterable[Sample], tokenizer: Any) -> list[LabelledPrompt]:
     """Prompts of the samples that can be answered: conversations that end with the assistant's turn."""
     encoder = Encoder(tokenizer)
+    chosen = [sample for sample in samples if _ends_with_answer(sample.messages or [])]
     prompts = []
-    for sample in samples:
-        if not sample.messages or sample.messages[-1]["role"] != "assistant" or len(sample.messages) < 2:
-            continue
-        before, last = sample.messages[:-1], sample.messages[-1]
-        text = str(before[-1].get("content", ""))
+    for sample, encoded in zip(chosen, encoder.encode_batch(chosen), strict=True):
+        *before, last = sample.messages or []
         reference = str(last["content"])
         tokens = encoder.encode_prompt(before, sample.tools)
-        prompts.append(LabelledPrompt(tokens, text, reference, as_answered(tokenizer, reference)))
+        expected = _answer_after(tokens, encoded)
+        if not expected:
+            # the text after the prompt is no label, or the two share a token
+            expected = list(tokenizer(reference, add_special_tokens=False)["input_ids"])
+        prompts.append(LabelledPrompt(tokens, str(before[-1].get("content", "")), reference, expected))
     return prompts
+
+
+def _ends_with_answer(messages: Messages) -> bool:
+    return len(messages) > 1 and messages[-1]["role"] == "assistant"
+
+
+def _answer_after(prompt: list[int], sample: Encoded) -> list[int]:
+    """The labelled tokens of a sample that starts with `prompt`; none if it does not."""
+    start = len(prompt)
+    if sample.tokens[:start].tolist() != prompt:
+        return []
+    return sample.tokens[start:][sample.mask[start:]].tolist()
 
 
 def score_answers(
@@ -146,16 +162,23 @@ def score_answers(
         progress=progress,
         cut_short=cut_short,
     )
-    return _gather(prompts, dict(zip(mine, answers, strict=False)), device)
+    stops = stops_of(model, tokenizer)
+    right = {
+        index: exact_match(answer, as_text(tokenizer, prompts[index].expected, stops=stops))
+        for index, answer in zip(mine, answers, strict=False)
+    }
+    return _gather(prompts, dict(zip(mine, answers, strict=False)), right, device)
 
 
-def _gather(prompts: Sequence[LabelledPrompt], answers: dict[int, str], device: torch.device | str) -> Answered:
+def _gather(
+    prompts: Sequence[LabelledPrompt], answers: dict[int, str], right: dict[int, bool], device: torch.device | str
+) -> Answered:
     """Each rank fills in its own results and leaves zeros elsewhere; a sum gives all ranks the full results."""
     correct = torch.zeros(len(prompts), dtype=torch.int64, device=device)
     shown = min(EXAMPLES, len(prompts))
     text = torch.zeros(shown, _EXAMPLE_BYTES, dtype=torch.int32, device=device)
     for index, answer in answers.items():
-        correct[index] = int(exact_match(answer, prompts[index].expected))
+        correct[index] = int(right[index])
         if index < shown:
             data = answer.encode()[:_EXAMPLE_BYTES]
             text[index, : len(data)] = torch.tensor(list(data), dtype=torch.int32)

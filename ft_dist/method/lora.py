@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from ft_dist.model.shape import ModelShape, Parameter
 
 
+OF_ADAPTERS = (".lora_", ".trainable_tokens_", ".modules_to_save.")
+"""In the names of what peft adds to a model to train it"""
+
+
 class Lora(Method):
     """Train low-rank adapters and freeze the model's weights."""
 
@@ -112,7 +116,7 @@ class Lora(Method):
         return adapted
 
     def trains(self, name: str) -> bool:
-        return any(part in name for part in (".lora_", ".trainable_tokens_", ".modules_to_save."))
+        return any(part in name for part in OF_ADAPTERS)
 
     def check(self, layers: "Layers") -> list[str]:
         return self._choose(layers).notes
@@ -176,17 +180,28 @@ class Lora(Method):
 
 
 def lost_adapters(adapted: Any) -> list[str]:
-    """Modules, without the layer's number, whose adapters peft would save but not load again."""
+    """Modules, without the layer's number, whose adapters peft would save but not load again.
+
+    Works under ZeRO-3 too: adapters are whole until the engine partitions them.
+    """
     import peft
 
-    if any(hasattr(parameter, "ds_id") for parameter in adapted.parameters()):
-        return []  # partitioned by ZeRO-3, where nothing can be loaded; `ft-dist check` has no partitions
-    saved = peft.get_peft_model_state_dict(adapted)
+    lost = lost_tensors(adapted, peft.get_peft_model_state_dict(adapted))
+    names = {name.partition(".lora_")[0] for name in lost if ".lora_" in name}
+    return sorted({re.split(r"\.\d+\.", name)[-1] for name in names})
+
+
+def lost_tensors(adapted: Any, saved: dict[str, Any]) -> list[str]:
+    """Load the adapter `saved`, tensors by their names in its file; returns those that peft passes over, without a
+    word."""
+    import peft
+
     loaded = peft.set_peft_model_state_dict(adapted, saved)
     if not loaded.unexpected_keys:
         return []
-    names = {name.partition(".lora_")[0] for name in loaded.missing_keys if ".lora_" in name}
-    return sorted({re.split(r"\.\d+\.", name)[-1] for name in names})
+    missing = {name.replace(f".{adapted.active_adapter}", "") for name in loaded.missing_keys}
+    # peft reports the names that transformers gives them
+    return sorted(saved.keys() & missing) or sorted(loaded.unexpected_keys)
 
 
 def token_rows(layers: "Layers", choice: Choice, new_token_ids: Sequence[int]) -> dict[str, list[int]]:

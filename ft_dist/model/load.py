@@ -58,7 +58,7 @@ def load_model(
             if not is_of_folder(error, alone=zero3_settings is None):
                 raise
             raise ModelError(f"model.path={model.path}: transformers cannot load it ({reason_of(error)}).") from error
-        notes = check_loaded(found, causal_lm, model.path)
+        notes = check_loaded(found, causal_lm, f"model.path={model.path}")
         if not meta:
             grow_embeddings(causal_lm, vocabulary)
     causal_lm.config.use_cache = False

@@ -11,7 +11,7 @@ from ft_dist.errors import ModelError
 from ft_dist.model.builtin import Progress
 from ft_dist.model.folder import whole_folder
 from ft_dist.model.tokenizer import load_tokenizer, stop_token_ids
-from ft_dist.result.load import Weights, tokenizer_folder, trained_weights
+from ft_dist.result.load import Weights, not_written, tokenizer_folder, trained_weights
 
 
 def export_run(
@@ -60,12 +60,13 @@ def _export(
             else:
                 _write_merged(weights, temporary, dtype, progress)
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{to}: cannot be written ({getattr(error, 'strerror', None) or error}).") from None
+        raise not_written(to, error) from None
 
 
 def _write_merged(weights: Weights, folder: Path, dtype: Literal["bf16", "fp32"] | None, progress: Progress) -> None:
     from ft_dist.engine.save_pretrained import save_model
-    from ft_dist.result.merge import DTYPES, merge, prove_merged
+    from ft_dist.model.load import DTYPES
+    from ft_dist.result.merge import merge, prove_merged
 
     tokenizer, _ = load_tokenizer(tokenizer_folder(weights), trust_remote_code=weights.trust_remote_code)
     model = merge(weights, vocabulary=len(tokenizer), dtype=DTYPES[dtype] if dtype else None)

@@ -12,8 +12,8 @@ from ft_dist.checkpoint.identity import check_identity, identity
 from ft_dist.checkpoint.load import SavedFragments
 from ft_dist.checkpoint.state import RunState
 from ft_dist.config import RunConfig
-from ft_dist.engine.digests import persistent_buffers
-from ft_dist.engine.save_pretrained import save_model
+from ft_dist.engine.build import freeze_other_parts
+from ft_dist.engine.save_pretrained import save_model, saved_buffers
 from ft_dist.errors import CheckpointError
 from ft_dist.model.load import DTYPES, load_model
 from ft_dist.model.parts.layers import layers_of
@@ -24,7 +24,7 @@ from ft_dist.model.tokenizer import configured_tokenizer, new_token_ids
 def write_commit(commit: Commit, config: RunConfig, folder: Path, *, base: str) -> None:
     """Write the adapter or model of `commit`, in `model.dtype`, with its tokenizer into `folder`.
 
-    The model in the folder (or hub id) `base` supplies what a run does not train: the config, buffers, frozen weights.
+    The model in the folder (or hub id) `base` supplies what a run does not train: the config, buffers, frozen parts.
     Raises CheckpointError if the commit does not fit it, ModelError.
     """
     state = RunState.from_dict(commit.state())
@@ -36,8 +36,11 @@ def write_commit(commit: Commit, config: RunConfig, folder: Path, *, base: str) 
         # this machine may lack the attention that the run used, and no forward pass runs
         plain = config.model.model_copy(update={"attention": "auto"})
         model, _ = load_model(plain, folder=base, vocabulary=len(tokenizer))
+        freeze_other_parts(model)
         model = config.method.adapt(model, layers_of(model), new_token_ids=new_token_ids(config.model, tokenizer))
-        weights = {} if config.method.frozen_base else dict(persistent_buffers(model))
+        weights = dict(saved_buffers(model, trained_only=config.method.frozen_base))
+        if not config.method.frozen_base:
+            weights |= {name: parameter.detach() for name, parameter in model.named_parameters()}
         try:
             weights |= _trained(model, commit, state, DTYPES[config.model.dtype])
         except (OSError, SafetensorError) as error:  # the run deletes old commits

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import json
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -92,6 +93,8 @@ def trained_weights(
     if step is None:
         yield find_weights(path, progress)
         return
+    from safetensors import SafetensorError
+
     from ft_dist.result.from_commit import write_commit
 
     run = RunFolder(Path(path).expanduser())
@@ -107,11 +110,16 @@ def trained_weights(
                 tempfile.TemporaryDirectory(prefix=f".ft-dist-step-{commit.step}-", dir=near)
             )
             write_commit(commit, config, Path(temporary), base=resolve_model(config.model.path, progress))
-        except OSError as error:
-            raise ModelError(
-                f"{near or tempfile.gettempdir()}: cannot be written ({error.strerror or error})."
-            ) from None
+        except (OSError, SafetensorError) as error:
+            raise not_written(near or tempfile.gettempdir(), error) from None
         yield _weights_in(Path(temporary), path, config, progress)
+
+
+def not_written(place: str | Path, error: Exception) -> ModelError:
+    """For an OSError or SafetensorError; of the many that copying a folder can raise, the first."""
+    if isinstance(error, shutil.Error):
+        return ModelError(f"{place}: cannot be written ({error.args[0][0][2]}).")
+    return ModelError(f"{place}: cannot be written ({getattr(error, 'strerror', None) or error}).")
 
 
 def _weights_in(folder: Path, path: str, config: RunConfig | None, progress: Progress) -> Weights:
@@ -139,11 +147,11 @@ def load_for_inference(weights: Weights, *, device: Any = None) -> Finished:
     """The model in the dtype of the run, otherwise in bf16 on a GPU and fp32 on a CPU. Raises ModelError."""
     import torch
 
+    from ft_dist.model.load import DTYPES
+
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     trained = weights.config.model.dtype if weights.config else None
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(
-        trained or ("bf16" if device.type == "cuda" else "fp32")
-    )
+    dtype = DTYPES[trained or ("bf16" if device.type == "cuda" else "fp32")]
     tokenizer, notes = load_tokenizer(
         tokenizer_folder(weights), trust_remote_code=weights.trust_remote_code, revision=weights.revision
     )
@@ -164,31 +172,39 @@ def load_weights(weights: Weights, *, dtype: Any, vocabulary: int) -> Any:
     """The model in `dtype` on the CPU, an adapter applied but not merged; embeddings grown to `vocabulary` rows.
 
     What the model keeps in fp32 (a router's bias) stays in fp32, and so does an adapter that was trained in fp32.
-    Raises ModelError if files are missing, damaged or inconsistent.
+    Raises ModelError if files are missing, damaged or inconsistent, if a weight would be random, or if the adapter
+    holds a tensor that nothing reads.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    from ft_dist.model.anatomy.weights import check_loaded
     from ft_dist.model.parts.new_tokens import run_token_rows
 
     source = weights.base or weights.folder
     try:
         with quietly(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # from peft, about tied and resized embeddings, which are handled below
-            model = AutoModelForCausalLM.from_pretrained(
+            model, found = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=dtype,
                 trust_remote_code=weights.trust_remote_code,
                 # the revision applies to the hub's repository, not to the saved folder
                 revision=weights.revision if weights.base else None,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that they are listed
             )
+            check_loaded(found, model, source)
             if weights.base is None:
                 return model
             import peft
+            from safetensors.torch import load_file
 
             _grow_as_in_training(model, vocabulary, weights.config)
             adapted = peft.PeftModel.from_pretrained(model, weights.folder)
-            adapted = _in_trained_dtype(adapted, Path(weights.folder), dtype)
+            stored = load_file(Path(weights.folder) / ADAPTER_WEIGHTS)
+            _check_adapter(adapted, stored, weights)
+            _in_trained_dtype(adapted, {name: tensor.dtype for name, tensor in stored.items()}, dtype)
             run_token_rows(adapted)
             return adapted
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
@@ -207,20 +223,28 @@ def _grow_as_in_training(model: Any, vocabulary: int, config: RunConfig | None) 
         grow_embeddings(model, vocabulary)
 
 
-def _in_trained_dtype(adapted: Any, folder: Path, dtype: Any) -> Any:
-    """peft loads adapters in fp32. Cast each tensor to the dtype of its file, in which training computed, unless the
-    base is in a wider one."""
-    import torch
-    from safetensors import safe_open
+def _check_adapter(adapted: Any, stored: dict[str, Any], weights: Weights) -> None:
+    from ft_dist.method.lora import lost_tensors
 
-    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
-        stored = {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118 - not a dictionary
+    if lost := lost_tensors(adapted, stored):
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise ModelError(
+            f"{weights.folder}: peft would not load {lost[0]}{more} on {weights.base}, so the model would not be the "
+            "trained one. Name the base that the adapter was trained on; if transformers renames these layers, train "
+            "again with method.exclude_modules."
+        )
+
+
+def _in_trained_dtype(adapted: Any, stored: dict[str, Any], dtype: Any) -> None:
+    """peft loads adapters in fp32. Cast each tensor to the dtype that its file has `stored`, in which training
+    computed, unless the base is in a wider one."""
+    import torch
+
     for name, parameter in adapted.named_parameters():
         written = name.replace(f".{adapted.active_adapter}", "")
         found = stored.get(written, stored.get(written.removesuffix(".weight")))
         if found is not None:
             parameter.data = parameter.data.to(torch.promote_types(found, dtype))
-    return adapted
 
 
 def _base_of(adapter: Path) -> str:

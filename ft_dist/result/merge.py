@@ -15,20 +15,19 @@ from torch import Tensor, nn
 from ft_dist.data.stream.batch import IGNORED
 from ft_dist.engine.digests import persistent_buffers
 from ft_dist.errors import ModelError, UserError
+from ft_dist.method.lora import OF_ADAPTERS
+from ft_dist.model.load import DTYPES
+from ft_dist.model.parts.trained import unwrapped
 from ft_dist.model.quiet import quietly
 from ft_dist.result.load import Weights, load_weights
 from ft_dist.result.proof import SAMPLES, ProofRow, agree, fits, loss_of, token_budget
 from ft_dist.result.untie import untie_where_adapted
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CANDIDATES = 64
 """The shortest of the first samples are scored"""
 RANDOM_ROWS, RANDOM_TOKENS = 4, 64
 FP32_SUM = 4e-6
 """Error of a sum and product in fp32, relative to the largest summand"""
-WRAPPERS = (".base_layer", ".token_adapter", ".original_module")
-"""What peft puts between a module's name and its weights"""
-OF_ADAPTERS = (".lora_", ".trainable_tokens_", ".modules_to_save.")
 
 
 def merge(weights: Weights, *, vocabulary: int, dtype: torch.dtype | None = None) -> Any:
@@ -38,7 +37,7 @@ def merge(weights: Weights, *, vocabulary: int, dtype: torch.dtype | None = None
     """
     adapted = load_weights(weights, dtype=trained_dtype(weights), vocabulary=vocabulary)
     untie_where_adapted(adapted)
-    stored = {_own_name(name): tensor.dtype for name, tensor in _tensors(adapted.get_base_model())}
+    stored = {unwrapped(name): tensor.dtype for name, tensor in _tensors(adapted.get_base_model())}
     model = adapted.float().merge_and_unload(safe_merge=True)
     model.config.use_cache = True  # training runs without a cache, but generation needs one
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
@@ -98,7 +97,7 @@ def compare_merged(adapted: Any, merged: nn.Module, folder: Path) -> tuple[int, 
     Raises ModelError naming the first that differs by more than one rounding of base + update, computed here in fp64,
     or that is missing.
     """
-    base = {_own_name(name): tensor for name, tensor in _tensors(adapted.get_base_model())}
+    base = {unwrapped(name): tensor for name, tensor in _tensors(adapted.get_base_model())}
     found = {name: tensor.detach() for name, tensor in _tensors(merged)}
     odd = sorted(base.keys() ^ found.keys())
     if odd:
@@ -174,25 +173,18 @@ def _updated(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The peft layers, and the tensors that were trained whole, by the name of the tensor that they update."""
     for name, module in model.named_modules():
         if hasattr(module, "lora_A") and hasattr(module, "get_base_layer"):
-            yield _own_name(f"{name}.{getattr(module, 'parameter_name', 'weight')}"), module
+            yield unwrapped(f"{name}.{getattr(module, 'parameter_name', 'weight')}"), module
         elif hasattr(module, "trainable_tokens_delta"):
-            yield _own_name(f"{name}.weight"), module
+            yield unwrapped(f"{name}.weight"), module
         elif hasattr(module, "modules_to_save"):
             for part, parameter in module.modules_to_save[module.active_adapters[0]].named_parameters():
-                yield _own_name(f"{name}.{part}"), parameter
+                yield unwrapped(f"{name}.{part}"), parameter
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and persistent buffers, without those of adapters."""
     own = chain(model.named_parameters(), persistent_buffers(model))
     return ((name, tensor) for name, tensor in own if not any(part in name for part in OF_ADAPTERS))
-
-
-def _own_name(name: str) -> str:
-    """The name without peft's wrappers."""
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
 
 
 def _rows(weights: Weights, tokenizer: Any, budget: int) -> list[ProofRow]:

@@ -18,6 +18,7 @@ from ft_dist.config import RunConfig
 from ft_dist.data.stream.batch import IGNORED, MicroBatch
 from ft_dist.engine.digests import Digest, persistent_buffers
 from ft_dist.errors import ModelError
+from ft_dist.model.load import DTYPES
 from ft_dist.model.quiet import quietly
 from ft_dist.plan.gpu import free_host_memory
 from ft_dist.result.load import Weights, load_weights
@@ -98,7 +99,7 @@ def prove_final(
     weights = Weights(str(folder), base if frozen else None, config)
     with _all_cores():
         try:
-            model = load_weights(weights, dtype=_dtype(config), vocabulary=vocabulary).eval()
+            model = load_weights(weights, dtype=DTYPES[config.model.dtype], vocabulary=vocabulary).eval()
         except (ModelError, MemoryError) as error:
             return {"reloaded": False, "reason": f"it did not load again: {error}"}
         found: dict[str, Any] = {"reloaded": True}
@@ -131,10 +132,6 @@ def _changed(model: nn.Module, digests: Mapping[str, Digest], *, partly: bool) -
         if name not in loaded or Digest.of(loaded[name].to(digest.dtype)) != digest
     ]
     return changed + ([] if partly else sorted(loaded.keys() - digests.keys()))
-
-
-def _dtype(config: RunConfig) -> torch.dtype:
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.model.dtype]
 
 
 def _finite(value: float) -> float | None:

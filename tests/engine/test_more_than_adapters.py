@@ -11,6 +11,7 @@ from ft_dist.model.tiny import byte_tokenizer
 from ft_dist.result.export import export_run
 from ft_dist.result.score import evaluate_path
 from tests.conftest import read_lines
+from tests.families.architectures import make as make_architecture
 from tests.model.parts.families import SIZES, make
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<call> ok"}]
@@ -80,6 +81,17 @@ def test_stages_agree_on_whole_modules_and_experts(cli, data, tmp_path):
         losses.append([*(line["loss"] for line in read_lines(run / "metrics.jsonl")), after["loss"]])
         assert evaluate_path(str(run), [str(data)], max_new_tokens=1).loss == pytest.approx(after["loss"], rel=1e-4)
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_adapters_that_would_not_load_are_refused_at_every_stage(cli, data, tmp_path, stage):
+    """peft saves the adapters of Laguna's shared experts, and passes over them when it loads."""
+    model, run = make_architecture("laguna", tmp_path / "model"), tmp_path / "run"
+    done = cli(*arguments(run, data, str(model), stage, 1))
+    assert done.returncode == 2, done.stdout
+    assert "peft would not load the adapters of mlp.shared_experts.down_proj" in done.stderr
+    assert "Set method.exclude_modules=mlp.shared_experts.down_proj,mlp.shared_experts.gate_proj" in done.stderr
+    assert not (run / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("kernels", ["auto", "off"])

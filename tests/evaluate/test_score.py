@@ -81,8 +81,86 @@ def test_special_tokens_are_part_of_answer_and_reference() -> None:
     [call] = tokenizer("<call>")["input_ids"]
     lamps = tokenizer(" lamps")["input_ids"]
     assert prompt.reference == "<call> lamps"
-    assert exact_match(as_text(tokenizer, [call, *lamps]), prompt.expected)
-    assert not exact_match(as_text(tokenizer, lamps), prompt.expected)
+    stops = [tokenizer.eos_token_id]
+    expected = as_text(tokenizer, prompt.expected, stops=stops)
+    assert exact_match(as_text(tokenizer, [call, *lamps], stops=stops), expected)
+    assert not exact_match(as_text(tokenizer, lamps, stops=stops), expected)
+
+
+class Memorised:
+    """A model that continues the prompt of each sample as the template renders the sample."""
+
+    generation_config = None
+    training = False
+
+    def __init__(self, tokenizer: Any, samples: list[Sample]) -> None:
+        self.eos = tokenizer.eos_token_id
+        if tokenizer.chat_template is None:
+            texts = ["".join(turn["content"] for turn in sample.messages or []) for sample in samples]
+        else:
+            texts = [tokenizer.apply_chat_template(sample.messages, tokenize=False) for sample in samples]
+        self.texts = [tokenizer(text).input_ids for text in texts]
+
+    def eval(self) -> None: ...
+
+    def train(self, _: bool) -> None: ...
+
+    def generate(self, input_ids: torch.Tensor, generation_config: Any, **_: Any) -> torch.Tensor:
+        [prompt] = input_ids.tolist()
+        [whole] = [text for text in self.texts if text[: len(prompt)] == prompt]
+        made = [*whole[len(prompt) :], self.eos][: generation_config.max_new_tokens]
+        return torch.tensor([prompt + made])
+
+
+USER = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+TEMPLATES = {
+    "special tokens around the answer": ("<|im_start|>assistant\n", "<resp>{{ m.content }}</resp>\n"),
+    "empty reasoning": ("<|im_start|>assistant\n", "<think>\n\n</think>\n\n{{ m.content }}<|im_end|>\n"),
+    "ends with words": ("### Answer:\n", "{{ m.content | trim }}\n### End\n"),
+    "another prompt for the answer": ("<|im_start|>assistant\n<think>\n", "{{ m.content }}<|im_end|>\n"),
+    "ChatML": ("<|im_start|>assistant\n", "{{ m.content }}<|im_end|>\n"),
+}
+
+
+def with_template(name: str) -> Any:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<resp>", "</resp>", "<think>", "</think>"], special_tokens=True)
+    prompt, answer = TEMPLATES[name]
+    start = prompt.removesuffix("<think>\n")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}" + start + answer + "{% else %}" + USER + "{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}" + prompt + "{% endif %}"
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "another prompt for the answer"])
+def test_an_answer_as_the_template_renders_it_is_right(name: str) -> None:
+    """The model learns to write it so; the reference alone would count as wrong."""
+    tokenizer = with_template(name)
+    samples = [chat(("user", user), ("assistant", said)) for user, said in (("sky", "blue"), ("grass", "green"))]
+    prompts = labelled_prompts(samples, tokenizer)
+    assert [prompt.reference for prompt in prompts] == ["blue", "green"]
+    settings: dict[str, Any] = {"tokenizer": tokenizer, "max_new_tokens": 99, "batch_rows": 1, "device": "cpu"}
+    assert score_answers(Memorised(tokenizer, samples), prompts, **settings).accuracy == 1.0
+    swapped = [chat(("user", user), ("assistant", said)) for user, said in (("sky", "green"), ("grass", "green"))]
+    assert score_answers(Memorised(tokenizer, swapped), prompts, **settings).accuracy == 0.5
+
+
+def test_an_answer_that_does_not_follow_the_prompt_is_its_content() -> None:
+    tokenizer = with_template("another prompt for the answer")
+    [prompt] = labelled_prompts([chat(("user", "sky"), ("assistant", "blue"))], tokenizer)
+    assert tokenizer.decode(prompt.expected) == "blue"
+
+
+def test_a_completion_without_a_template() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None
+    turns = [{"role": "user", "content": "The sky is "}, {"role": "assistant", "content": "blue."}]
+    samples = [Sample(turns, None, "here", "prompt_completion")]
+    prompts = labelled_prompts(samples, tokenizer)
+    settings: dict[str, Any] = {"tokenizer": tokenizer, "max_new_tokens": 9, "batch_rows": 1, "device": "cpu"}
+    assert score_answers(Memorised(tokenizer, samples), prompts, **settings).accuracy == 1.0
 
 
 def test_non_finite_scores_are_valid_json() -> None:
@@ -103,7 +181,7 @@ def answered(folder: str) -> dict[str, Any]:
     first = score_answers(model, prompts, **settings)
     for number, example in enumerate(first.examples):
         if number % 2 == 0:
-            object.__setattr__(prompts[number], "expected", example.answer)
+            object.__setattr__(prompts[number], "expected", tokenizer(example.answer)["input_ids"])
     again = score_answers(model, prompts, **settings)
     loss, tokens = held_out_loss(
         lambda batch: (torch.tensor(float(batch.labelled_tokens)) / 3, batch.labelled_tokens),

@@ -1,6 +1,8 @@
 """A run's checkpoints are usable as `final/` is: the last step's equals it, and a run need not have finished."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,9 @@ from ft_dist.model.load import load_model
 from ft_dist.result.export import export_run
 from ft_dist.result.load import find_weights, load_finished
 from ft_dist.result.score import evaluate_path
-from tests.conftest import SMALL_RUN
+from tests.conftest import ROOT, SMALL_RUN
+from tests.families.architectures import make
+from tests.families.multimodal import make_multimodal
 
 SHORT = [*SMALL_RUN, "optim.max_steps=4", "checkpoint.interval_steps=2", "optim.schedule=constant"]
 CASES = {
@@ -43,15 +47,30 @@ def content(folder: Path) -> dict[str, object]:
             found |= {name: (str(tensor.dtype), tensor.tolist()) for name, tensor in load_file(path).items()}
         elif path.suffix == ".json":
             tree = json.loads(path.read_text())
-            if isinstance(tree.get("target_modules"), list):
-                tree["target_modules"].sort()  # saved in the order of a set
+            for key in ("target_modules", "target_parameters"):
+                if isinstance(tree.get(key), list):
+                    tree[key].sort()  # saved in the order of a set
             found[path.name] = tree
     return found
 
 
-@pytest.mark.parametrize("case", CASES)
+def with_whole_routers(folder: Path) -> list[str]:
+    """Routers that train whole have buffers: their correction bias."""
+    return [f"model.path={make('deepseek_v3', folder, dtype=torch.bfloat16)}", "method.modules_to_save=gate"]
+
+
+def multimodal(folder: Path) -> list[str]:
+    """Its vision tower is frozen, and part of final/."""
+    return [f"model.path={make_multimodal('gemma3', folder)}", "method.kind=full"]
+
+
+MADE = {"whole-router": with_whole_routers, "multimodal": multimodal}
+
+
+@pytest.mark.parametrize("case", [*CASES, *MADE])
 def test_the_last_step_equals_final(cli, tmp_path, case):
-    run = trained(cli, tmp_path / "run", *CASES[case])
+    settings = MADE[case](tmp_path / "model") if case in MADE else CASES[case]
+    run = trained(cli, tmp_path / "run", *settings)
     final = content(run / "final")
     kind = "adapter" if find_weights(str(run)).base else "merged"
     export_run(run, kind=kind, to=tmp_path / "whole", step=4)
@@ -80,6 +99,33 @@ def test_an_unfinished_run_is_merged_scored_and_chats_at_a_step(cli, tmp_path):
     assert evaluate_path(str(run), eval_file, step=4, max_samples=4, max_new_tokens=1).loss != score.loss
     answered = cli("chat", str(run), "--step", "2", "--prompt", "Hello", "--max-new-tokens", "2")
     assert answered.returncode == 0, answered.stderr
+
+
+def with_files_of(limit: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`ft-dist ARGUMENTS` on a machine that cannot write files of more than `limit` bytes."""
+    code = (
+        "import resource, runpy, sys\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        "runpy.run_module('ft_dist.cli', run_name='__main__', alter_sys=True)"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_full_disk_is_one_line(cli, tmp_path):
+    """A small adapter, so that one of the limits lets it pass and stops the tokenizer."""
+    run = trained(cli, tmp_path / "run", "method.rank=1", "method.target_modules=[q_proj]", nproc=1)
+    size = (run / "final/tokenizer.json").stat().st_size
+    assert all(path.stat().st_size < size for path in (run / "final").iterdir() if path.name != "tokenizer.json")
+    for limit in (1024, size - 1):
+        for arguments in (["eval", str(run)], ["export", str(run), str(tmp_path / "out")]):
+            done = with_files_of(limit, *arguments, "--step", "2")
+            assert done.returncode == 2, done.stderr
+            [line] = done.stderr.strip().splitlines()
+            assert "cannot be written (" in line
+            assert "File too large" in line
+    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_a_full_model_keeps_what_only_the_base_has():

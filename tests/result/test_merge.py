@@ -15,7 +15,7 @@ from ft_dist.model.builtin import resolve_model
 from ft_dist.model.quiet import quietly
 from ft_dist.model.tokenizer import load_tokenizer
 from ft_dist.result.export import export_run
-from ft_dist.result.load import find_weights, load_weights
+from ft_dist.result.load import find_weights, load_finished, load_weights
 from ft_dist.result.merge import compare_merged, merge
 from tests.conftest import ROOT
 from tests.families.architectures import make
@@ -114,3 +114,14 @@ def test_generation_options_that_transformers_refuses_are_dropped(tmp_path):
     written = json.loads((tmp_path / "merged/generation_config.json").read_text())
     assert written["max_new_tokens"] == 64
     assert not {"temperature", "top_p"} & written.keys()
+
+
+def test_an_adapter_that_peft_would_load_in_part_is_refused(tmp_path):
+    """transformers renames Laguna's shared experts, and peft passes over what it then does not find."""
+    run = adapted_run(tmp_path, make("laguna", tmp_path / "base", dtype=torch.bfloat16))
+    lost = r"would not load base_model\S+layers\.1\.mlp\.shared_experts\.down_proj\.lora_A\.weight and 5 more"
+    with pytest.raises(ModelError, match=lost):
+        export_run(run, kind="merged", to=tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    with pytest.raises(ModelError, match=lost):
+        load_finished(str(run))

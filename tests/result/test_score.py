@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ft_dist.config.load import dump_config, validate
-from ft_dist.errors import ConfigError, DataError
+from ft_dist.errors import ConfigError, DataError, ModelError
 from ft_dist.model.tiny import make_tiny
+from ft_dist.result.load import load_finished
 from ft_dist.result.score import evaluate_path, table
 
 ROWS = [("Where is my parcel?", "order"), ("You won a prize!", "spam"), ("The app crashes.", "support")]
@@ -81,3 +83,13 @@ def test_a_run_brings_its_own_data_and_needs_it(model: Path, data: Path, tmp_pat
         evaluate_path(str(run / "final"), [])
     with pytest.raises(DataError, match=r"absent\.jsonl"):
         evaluate_path(str(run), [str(tmp_path / "absent.jsonl")])
+
+
+def test_a_model_without_some_of_its_weights_is_refused(model: Path, data: Path) -> None:
+    """transformers would fill the second layer with random numbers, as training knows."""
+    file = model / "model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if "layers.1." not in name}, file)
+    with pytest.raises(ModelError, match=rf"{model}: has no weights for model\.layers\.1\..*would start random"):
+        evaluate_path(str(model), [str(data)])
+    with pytest.raises(ModelError, match="would start random"):
+        load_finished(str(model))

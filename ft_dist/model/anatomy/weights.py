@@ -62,16 +62,17 @@ def _failed_conversions(error: Exception) -> dict[str, str]:
     return {}
 
 
-def check_loaded(found: dict[str, Any], causal_lm: Any, path: str) -> list[str]:
+def check_loaded(found: dict[str, Any], causal_lm: Any, where: str) -> list[str]:
     """Check what transformers reports of a load (`output_loading_info`); returns a line on the parts left out.
 
-    Raises ModelError naming tensors that are missing, have other shapes, or belong to nothing in the model.
+    Raises ModelError, after `where`, naming tensors that are missing, have other shapes, or belong to nothing in the
+    model.
     """
     mismatched = sorted(found["mismatched_keys"])
     if mismatched:
         name, stored, expected = mismatched[0]
         raise ModelError(
-            f"model.path={path}: {name} has shape {list(stored)}, but config.json makes it {list(expected)}"
+            f"{where}: {name} has shape {list(stored)}, but config.json makes it {list(expected)}"
             f"{_more(len(mismatched))}. The weights belong to another config.json."
         )
     missing = sorted(found["missing_keys"])
@@ -82,17 +83,17 @@ def check_loaded(found: dict[str, Any], causal_lm: Any, path: str) -> list[str]:
     if missing:
         hint = f" It has {_names(unexpected)}, which no layer reads: other names?" if unexpected else ""
         raise ModelError(
-            f"model.path={path}: has no weights for {_names(missing)}; they would start random.{hint} Download the "
+            f"{where}: has no weights for {_names(missing)}; they would start random.{hint} Download the "
             "model again, or convert it to the names that transformers saves."
         )
     if unexpected:
         raise ModelError(
-            f"model.path={path}: no layer reads {_names(unexpected)}. Its config.json describes another model; use the "
+            f"{where}: no layer reads {_names(unexpected)}. Its config.json describes another model; use the "
             "one that these weights were saved with."
         )
     errors = found.get("error_msgs") or []
     if errors:
-        raise ModelError(f"model.path={path}: {str(errors[0]).strip().splitlines()[0]}")
+        raise ModelError(f"{where}: {str(errors[0]).strip().splitlines()[0]}")
     if not left_out:
         return []
     parts = ", ".join(sorted(set(left_out.values())))

@@ -44,7 +44,7 @@ def trained_parts(model: Any) -> TrainedParts:
     the text model counts.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    names = {id(module): _unwrapped(name) for name, module in base.named_modules()}
+    names = {id(module): unwrapped(name) for name, module in base.named_modules()}
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
     embedding, head = (names.get(id(module), "") for module in ends)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -61,20 +61,20 @@ def trained_parts(model: Any) -> TrainedParts:
         if ".modules_to_save." in full:
             if parameter.requires_grad:
                 module, _, own = full.partition(".modules_to_save.")
-                trained.add(f"{_unwrapped(module)}.{own.partition('.')[2]}")
+                trained.add(f"{unwrapped(module)}.{own.partition('.')[2]}")
         elif ".trainable_tokens_delta." in full:
-            rows[_unwrapped(full.partition(".trainable_tokens_delta.")[0]) + ".weight"] = prod(shape)
+            rows[unwrapped(full.partition(".trainable_tokens_delta.")[0]) + ".weight"] = prod(shape)
         elif ".lora_" not in full:
-            name = _unwrapped(full)
+            name = unwrapped(full)
             alias[name] = first.setdefault(id(parameter), name)
             if alias[name] == name:
                 shapes[name] = shape
             if parameter.requires_grad:
                 trained.add(name)
     for name, module in base.named_modules():
-        trained.update(_adapted(_unwrapped(name), module))
+        trained.update(_adapted(unwrapped(name), module))
         if hasattr(module, "held"):  # FP8, which is no parameter
-            name = f"{_unwrapped(name)}.weight"
+            name = f"{unwrapped(name)}.weight"
             shapes[name] = (module.out_features, module.in_features)
             alias[name] = name
     for name in trained:
@@ -101,5 +101,6 @@ def _adapted(name: str, module: Any) -> Iterator[str]:
         yield from (f"{name}.weight", f"{name}.bias")
 
 
-def _unwrapped(name: str) -> str:
+def unwrapped(name: str) -> str:
+    """The name of a module or tensor without peft's wrappers."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
