@@ -6,13 +6,17 @@ records. Neither leaves files behind.
 """
 
 import tempfile
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ft_dist.checkpoint.commit.format import MANIFEST, commits, named_commit
+from ft_dist.checkpoint.commit.format import MANIFEST, Commit, commits, named_commit
+from ft_dist.checkpoint.identity import check_identity, identity
+from ft_dist.checkpoint.state import RunState
 from ft_dist.config import RunConfig
+from ft_dist.config.schema import SourceConfig
 from ft_dist.data.read.check import check_sources
-from ft_dist.errors import ConfigError, counted
+from ft_dist.errors import CheckpointError, ConfigError, counted
 from ft_dist.model.builtin import check_hub, resolve_model
 from ft_dist.model.facts import model_facts
 from ft_dist.model.parts.layers import layers_of_files
@@ -33,6 +37,7 @@ def check(config: RunConfig, *, world_size: int) -> list[str]:
     facts += _check_model(config, folder)
     _check_evaluation(config)
     _check_resume(config)
+    _check_resumed(config, folder)
     return facts
 
 
@@ -49,6 +54,8 @@ def check_data(config: RunConfig) -> tuple[list[str], list["Preview"]]:
     from ft_dist.model.tokenizer import configured_tokenizer
 
     tokenizer, facts = configured_tokenizer(config.model, resolve_model(config.model.path))
+    if config.data.live:
+        _check_live_position(config, config.data.live, tokenizer)
     previews = preview_data(config, tokenizer)
     for one in previews:
         facts += one.lines(config.data, model_path=config.model.path)
@@ -142,3 +149,65 @@ def _check_resume(config: RunConfig) -> None:
             "checkpoint.resume=auto."
         )
     named_commit(folder)
+
+
+def _check_resumed(config: RunConfig, folder: str) -> None:
+    """Refuse what a resume would: a config, base weights or an order of the data that the commit does not allow.
+
+    Only commits on this machine are read, and tensors are not.
+    """
+    found = _resumed_state(config)
+    if found is None:
+        return
+    commit, state = found
+    if state.config is not None:
+        check_identity(state.identity, identity(config, folder=folder), where=commit.folder)
+    if state.data is not None and not config.data.live:
+        from ft_dist.data.stream.stream import check_order, order_rules
+
+        data = config.data
+        check_order(
+            state.data,
+            *(
+                order_rules(
+                    seed=config.seed,
+                    max_length=data.max_length,
+                    packing=packing,
+                    curriculum=data.curriculum,
+                    shuffle_samples=data.shuffle_samples,
+                )
+                for packing in _possible_packing(config)
+            ),
+        )
+
+
+def _check_live_position(config: RunConfig, source: SourceConfig, tokenizer: Any) -> None:
+    """The same for the position in a live source, which belongs to a tokenizer."""
+    from ft_dist.data.stream.live import check_live, live_rules
+
+    found = _resumed_state(config)
+    if found is not None and found[1].data is not None:
+        rules = [
+            live_rules(source, tokenizer, data=config.data, seed=config.seed, packing=packing)
+            for packing in _possible_packing(config)
+        ]
+        check_live(found[1].data, source, *rules)
+
+
+def _possible_packing(config: RunConfig) -> list[bool]:
+    """With data.packing=auto, the run's self-check decides."""
+    return [True, False] if config.data.packing == "auto" else [config.data.packing is True]
+
+
+def _resumed_state(config: RunConfig) -> tuple[Commit, RunState] | None:
+    """The commit that a run here would resume from, unless a newer one is in checkpoint.path, and its state."""
+    resume = config.checkpoint.resume
+    if resume == "never":
+        return None
+    if resume != "auto":
+        commit = named_commit(Path(resume))
+        return commit, RunState.from_dict(commit.state())
+    for commit in reversed(commits(RunFolder(config.run_dir).checkpoints)):
+        with suppress(CheckpointError):  # a damaged one is skipped by the run too
+            return commit, RunState.from_dict(commit.state())
+    return None

@@ -5,9 +5,11 @@ MASTER_ADDR, MASTER_PORT); without it the world size is 1.
 """
 
 import contextlib
+import json
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,9 +18,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ft_dist.errors import TrainingError
+from ft_dist.errors import TrainingError, UserError
 
 GLOO_IDLE_S = 5.0
+LONGEST_READ_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,9 @@ def open_store(*, timeout_s: float) -> dist.Store:
     opens = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     timeout = timedelta(seconds=timeout_s)
     try:
-        return dist.TCPStore(address, port, size, is_master=opens, timeout=timeout, wait_for_workers=False)
+        store = dist.TCPStore(address, port, size, is_master=opens, timeout=timeout, wait_for_workers=False)
+        # the agent's store outlives a restart, whose ranks must not find the answers of the ranks before them
+        return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     except dist.DistNetworkError as error:
         if opens and "EADDRINUSE" in str(error):
             raise TrainingError(
@@ -186,6 +191,65 @@ def stop_announced() -> bool:
 def control_store() -> dist.Store:
     """The ranks' shared key-value store over a separate connection: a thread may use it during collectives."""
     return dist.distributed_c10d._get_default_store().clone()
+
+
+def decided(world: World, key: str, decide: Callable[[], Any], *, timeout_s: float, together: bool = False) -> Any:
+    """What `decide` returns on rank 0, as JSON holds it, on every rank. All ranks call it, once per `key`.
+
+    `together`: the others run `decide` too, because it holds collectives, and drop what it returns. If it raises
+    anything on a rank that runs it, all ranks raise: that one its own error, the others a UserError or TrainingError
+    with its text. A rank alone in a collective may first notice after the timeout of the process group.
+    """
+    error: Exception | None = None
+    try:
+        store = dist.PrefixStore(key, control_store())
+        if world.is_main or together:
+            try:
+                mine = {"result": decide()}
+            except Exception as caught:  # any: the others wait for it
+                error, mine = caught, _told(caught, world.rank)
+            if world.is_main or error:
+                store.compare_set("answer", "", json.dumps(mine))  # the first error is the cause of the others
+        if not world.is_main:
+            store.wait(["answer"], timedelta(seconds=timeout_s))
+        answer = json.loads(store.get("answer"))
+        if "error" in answer:
+            store.add("known", 1)
+            if world.is_main:
+                await_count(store, "known", world.size)
+    except dist.DistError as lost:
+        raise TrainingError(
+            f"rank {world.rank}: rank 0 did not say within {timeout_s:g} s what it found ({key}: {_first_line(lost)}). "
+            "Its log says why."
+        ) from (error or lost)
+    if "error" in answer and (error is None or answer["rank"] != world.rank):
+        raise (UserError if answer["fixable"] else TrainingError)(answer["error"]) from error
+    if error:
+        raise error
+    return answer["result"]
+
+
+def _told(error: Exception, rank: int) -> dict[str, Any]:
+    fixable = isinstance(error, UserError)
+    plain = fixable or isinstance(error, TrainingError)
+    text = str(error) if plain else f"rank {rank}: {type(error).__name__}: {_first_line(error)}. Its log says where."
+    return {"error": text, "fixable": fixable, "rank": rank}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank has left or is late; gloo raises a plain RuntimeError."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
+
+
+def await_count(store: dist.Store, key: str, count: int) -> None:
+    """Rank 0 may host the store, so it must not leave before the others have read, or LONGEST_READ_S are over."""
+    deadline = time.monotonic() + LONGEST_READ_S
+    while store.add(key, 0) < count and time.monotonic() < deadline:
+        time.sleep(0.005)
 
 
 class Agreement:

@@ -10,7 +10,21 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "deepspeed", "transformers", "peft", "triton", "datasets", "safetensors")
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "transformers",
+    "peft",
+    "triton",
+    "datasets",
+    "safetensors",
+    # kernels that transformers uses where it finds them
+    "flash-attn",
+    "flash-linear-attention",
+    "causal-conv1d",
+    "mamba-ssm",
+    "kernels",
+)
 
 
 def resume_gc() -> None:

@@ -1,16 +1,14 @@
 """Finds the commit that a run resumes from, the best, or that of a step. In a run, rank 0 verifies it for all ranks."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping
-from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ft_dist.checkpoint.commit.format import Commit, commits, named_commit, verify
 from ft_dist.checkpoint.commit.mirror import fetch, remote_steps
 from ft_dist.checkpoint.commit.retention import by_loss
 from ft_dist.checkpoint.state import RunState
-from ft_dist.distributed import World, control_store
+from ft_dist.distributed import World, decided
 from ft_dist.errors import CheckpointError, StorageError
 from ft_dist.storage import Storage
 
@@ -22,7 +20,7 @@ def agreed_commit(
 ) -> tuple[Commit | None, list[str]]:
     """The commit that `checkpoint.resume` selects, the same on every rank, and one line per skipped commit.
 
-    Raises CheckpointError on every rank.
+    Raises UserError on every rank, on rank 0 as CheckpointError or StorageError.
     """
     return _agreed(
         world, "checkpoint/resume", lambda: find(resume=resume, root=root, storage=storage), timeout_s=timeout_s
@@ -46,20 +44,13 @@ def _agreed(
     world: World, key: str, search: Callable[[], tuple[Commit | None, list[str]]], *, timeout_s: float
 ) -> tuple[Commit | None, list[str]]:
     """What `search` finds on rank 0, which reads and verifies; the others wait for its answer."""
-    store = control_store()
-    if world.is_main:
-        try:
-            commit, skipped = search()
-        except (CheckpointError, StorageError) as error:
-            store.set(key, json.dumps({"error": str(error)}))
-            raise
+
+    def found() -> dict[str, Any]:
+        commit, skipped = search()
         place = {"folder": str(commit.folder), "step": commit.step} if commit else None
-        store.set(key, json.dumps({"commit": place, "skipped": skipped}))
-        return commit, skipped
-    store.wait([key], timedelta(seconds=timeout_s))
-    answer = json.loads(store.get(key))
-    if "error" in answer:
-        raise CheckpointError(answer["error"])
+        return {"commit": place, "skipped": skipped}
+
+    answer = decided(world, key, found, timeout_s=timeout_s)
     place = answer["commit"]
     return Commit(Path(place["folder"]), place["step"]) if place else None, answer["skipped"]
 

@@ -68,7 +68,7 @@ def keep_length(config: RunConfig, saved: dict[str, Any] | None) -> None:
     the run would become longer, and its learning rate another.
     """
     before = (saved or {}).get("optim", {})
-    if config.optim.epochs is None and before.get("max_steps") == config.optim.max_steps:
+    if "epochs" not in config.optim.model_fields_set and before.get("max_steps") == config.optim.max_steps:
         config.optim.epochs = before.get("epochs")
 
 

@@ -102,7 +102,11 @@ def validate(tree: dict[str, Any]) -> RunConfig:
 
 
 def dump_config(config: RunConfig) -> str:
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """All values, also defaults; but optim.epochs only if it is set, since null has another meaning on a resume."""
+    tree = config.model_dump(mode="json")
+    if "epochs" not in config.optim.model_fields_set:
+        del tree["optim"]["epochs"]
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 def json_schema() -> str:

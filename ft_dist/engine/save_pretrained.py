@@ -58,7 +58,8 @@ def save_model(
     `base` is the `model.path` that an adapter's config names if its own is not a folder here. Raises OSError or
     SafetensorError if the folder cannot be written.
     """
-    notes = mend_generation_config(model) if hasattr(model, "can_generate") and model.can_generate() else []
+    writes_generation_config = not hasattr(model, "peft_config") and model.can_generate()
+    notes = mend_generation_config(model) if writes_generation_config else []
     config = (model.get_base_model() if hasattr(model, "get_base_model") else model).config
     used = config.use_cache if hasattr(config, "use_cache") else None
     try:

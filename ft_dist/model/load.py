@@ -106,7 +106,12 @@ def grow_embeddings(causal_lm: nn.Module, vocabulary: int) -> None:
 
 
 def enable_activation_checkpointing(causal_lm: nn.Module) -> None:
-    """Recompute each block in the backward pass instead of keeping its activations."""
+    """Recompute each block in the backward pass instead of keeping its activations. Raises ModelError."""
+    if not causal_lm.supports_gradient_checkpointing:
+        raise ModelError(
+            f"engine.activation_checkpointing=true: {type(causal_lm).__name__} in transformers cannot recompute its "
+            "blocks. Set engine.activation_checkpointing=false."
+        )
     causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     # checkpointed blocks only run under module.train()
     causal_lm.train()

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ft_dist.config import RunConfig
-from ft_dist.distributed import World, join_world, open_store
+from ft_dist.distributed import World, await_count, join_world, open_store
 from ft_dist.errors import PreflightError
 from ft_dist.observe.console import Console
 from ft_dist.preflight.facts import facts
@@ -26,7 +26,6 @@ from ft_dist.preflight.interface import choose_interface
 from ft_dist.preflight.node import node_name, several_nodes
 from ft_dist.preflight.verdict import Facts, Problem, clock_problems, problems, speed_problems
 
-LONGEST_READ_S = 30.0
 VISIBLE_S = 10.0
 """How long a shared file system may take to show another node's file"""
 REPORT_INTERVAL_S = 30.0
@@ -52,7 +51,7 @@ def share_refusal(store: dist.Store, refusal: str, *, rank: int, size: int, time
         return reason
     refusals.set("reason", refusal)
     if refusal:
-        _await_readers(refusals, "read", size - 1)
+        await_count(refusals, "read", size - 1)
     return refusal
 
 
@@ -193,7 +192,7 @@ class Preflight:
         self.found += published
         self._store.add(f"{key}/read", 1)
         if self._rank == 0:
-            _await_readers(self._store, f"{key}/read", self._size)
+            await_count(self._store, f"{key}/read", self._size)
         if any(problem.fatal for problem in published):
             raise PreflightError(" ".join(problem.line for problem in published if problem.fatal))
 
@@ -203,13 +202,6 @@ class Preflight:
     def _get(self, key: str) -> Any:
         self._store.wait([key], self._timeout)
         return json.loads(self._store.get(key))
-
-
-def _await_readers(store: dist.Store, key: str, count: int) -> None:
-    """Rank 0 hosts the store, so it must not leave before the others have read."""
-    deadline = time.monotonic() + LONGEST_READ_S
-    while store.add(key, 0) < count and time.monotonic() < deadline:
-        time.sleep(0.005)
 
 
 def _work(device: torch.device) -> float:

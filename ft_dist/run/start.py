@@ -13,7 +13,7 @@ import torch.distributed as dist
 from ft_dist.check import check
 from ft_dist.config import RunConfig
 from ft_dist.data.open import open_stream
-from ft_dist.data.prepare.report import prepare_data, report_lines
+from ft_dist.data.prepare.report import estimated_steps, prepare_data, report_lines
 from ft_dist.engine.build import build_engine
 from ft_dist.errors import ConfigError
 from ft_dist.evaluate.held_out import HeldOut
@@ -55,6 +55,7 @@ def prepare_run(config: RunConfig, stop: StopRequest, *, free_memory: Callable[[
         engine = build_engine(config, world, folder=folder, tokenizer=tokenizer)
         samples = None if config.data.live else train_set.store
         checked = self_check(engine, config, folder=folder, tokenizer=tokenizer, samples=samples)
+    report["estimated_steps"] = estimated_steps(config, train_set, packs=checked.packs)
     stream = open_stream(config, tokenizer, train_set, packing=checked.packs)
     run = Run(config, world, engine, stream, stop, tokenizer=tokenizer, held_out=held_out, folder=folder)
     run.log_file = log_file

@@ -1,9 +1,10 @@
-"""The modules that a start loads."""
+"""The modules that a start loads, and what an architecture cannot do."""
 
 import subprocess
 import sys
 
 from tests.conftest import ROOT, SMALL_RUN
+from tests.families.architectures import make
 
 
 def test_a_run_does_not_load_the_compiler(tmp_path):
@@ -15,3 +16,17 @@ def test_a_run_does_not_load_the_compiler(tmp_path):
     imported = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "deepspeed.runtime.zero.muon.muon_optimizer" in imported
     assert "torch._inductor.compile_fx" not in imported
+
+
+def test_blocks_that_cannot_be_recomputed_are_refused(cli, tmp_path):
+    model = make("jetmoe", tmp_path / "model")
+    settings = [f"model.path={model}", "method.kind=full", f"output_dir={tmp_path / 'run'}"]
+    settings.append("engine.activation_checkpointing=true")
+    for verb in ("check", "train"):
+        done = cli(verb, *SMALL_RUN, *settings, "--nproc", "1")
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.strip().splitlines()[-1] == (
+            "ft-dist: error: engine.activation_checkpointing=true: JetMoeForCausalLM in transformers cannot recompute "
+            "its blocks. Set engine.activation_checkpointing=false."
+        )
+        assert "Traceback" not in done.stderr

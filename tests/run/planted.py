@@ -1,7 +1,9 @@
 """One rank of a run with a fault planted in the product: `python planted.py FAULT CONFIG [key=value ...]`."""
 
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -59,8 +61,58 @@ def unread_adapter() -> None:
         sys.modules[f"ft_dist.model.fused.{module}"].lora_weights = detached  # type: ignore[attr-defined]
 
 
+def nothing() -> None:
+    pass
+
+
+def eager() -> None:
+    import ft_dist.model.load as load
+
+    load.attention_implementation = lambda model: "eager"
+
+
+def no_memory() -> None:
+    _fail_on_rank_0(MemoryError())
+
+
+def no_shared_memory() -> None:
+    class OutOfResources(Exception):  # noqa: N818
+        """As Triton's, which derive from Exception alone"""
+
+    _fail_on_rank_0(OutOfResources("out of resource: shared memory, Required: 300000, Hardware limit: 232448"))
+
+
+def full_memory_during_the_write() -> None:
+    import ft_dist.run.proof.final as final
+
+    folder = Path(next(each for each in sys.argv if each.startswith("output_dir=")).partition("=")[2])
+    final.fits = lambda nbytes: "no memory is left" if list(folder.glob(".final*")) else None
+
+
+def _fail_on_rank_0(error: Exception) -> None:
+    import ft_dist.run.proof.self_check as self_check
+
+    def fail(*_: Any) -> Any:
+        assert os.environ["RANK"] == "0"
+        raise error
+
+    self_check._measure = fail
+
+
 FAULTS: dict[str, Callable[[], None]] = {
-    fault.__name__: fault for fault in (leaking_mask, halved_logits, wrong_norm, frozen_adapter, unread_adapter)
+    fault.__name__: fault
+    for fault in (
+        leaking_mask,
+        halved_logits,
+        wrong_norm,
+        frozen_adapter,
+        unread_adapter,
+        nothing,
+        eager,
+        no_memory,
+        no_shared_memory,
+        full_memory_during_the_write,
+    )
 }
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from ft_dist.model.tiny import make_tiny
 from tests.conftest import ROOT, read_lines
 from tests.families.architectures import make
 from tests.families.multimodal import make_multimodal
+from tests.run.test_self_check import run_with
 
 WITH_BUFFERS = ["deepseek_v3", "glm4_moe", "minimax_m2", "lfm2_moe", "gemma4_text", "nemotron_h"]
 BUFFERS = ("e_score_correction_bias", "expert_bias", "layer_scalar")
@@ -99,6 +101,41 @@ def test_a_multimodal_model_is_trained_as_text_and_says_so(cli, tmp_path, name):
         assert {key in trained.keys() for key in vision} == {name == "gemma3"}  # noqa: SIM118
         if name == "gemma3":
             assert all(torch.equal(base.get_tensor(key), trained.get_tensor(key)) for key in vision)
+
+
+def test_an_adapter_has_no_generation_config_to_mend(cli, tmp_path):
+    make_tiny("tiny-llama", tmp_path / "model")
+    (tmp_path / "model/generation_config.json").write_text(json.dumps({"do_sample": False, "temperature": 0.6}))
+    for method, mends in (("lora", False), ("full", True)):
+        run = tmp_path / method
+        options = [f"model.path={tmp_path / 'model'}", f"output_dir={run}", f"method.kind={method}", "data.eval=[]"]
+        done = cli("train", "smoke", *options, *QUICK, "--nproc", "1")
+        assert done.returncode == 0, done.stderr
+        assert ("generation_config.json: temperature=0.6 dropped" in done.stdout) == mends
+        assert (run / "final/generation_config.json").exists() == mends
+
+
+def test_a_loss_that_is_not_finite_is_not_blamed_on_the_base(cli, tmp_path):
+    options = [
+        f"output_dir={tmp_path / 'run'}",
+        "data.eval=[]",
+        "optim.lr=1e30",
+        "optim.warmup_steps=0",
+        "--nproc",
+        "1",
+    ]
+    done = cli("train", "smoke", *options, *QUICK[:2], "optim.max_steps=1")
+    assert done.returncode == 0, done.stderr
+    assert summary(tmp_path / "run")["final_check"]["loss"] is None
+    assert "note: the loss of the trained model is not finite on 8 samples. final/ holds it as it is" in done.stdout
+    assert "base model" not in done.stdout
+
+
+def test_memory_is_counted_once_the_weights_are_gathered(tmp_path):
+    """The copy that rank 0 writes is in memory while the model is loaded again."""
+    done = run_with("full_memory_during_the_write", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "not loaded again: no memory is left" in done.stdout
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ft_dist.config import load_config
+from ft_dist.config import dump_config, load_config
 from tests.conftest import SMALL_RUN, read_lines
 
 STEPS_IN_AN_EPOCH = 4
@@ -47,7 +47,7 @@ def test_max_steps_repeat_the_data_and_a_finished_run_says_so(train, tmp_path):
     assert train("optim.max_steps=1", "seed=1", folder="new").returncode == 0
 
 
-def test_epochs_that_end_first_are_noted_and_kept_by_a_resumed_run(train, tmp_path):
+def test_epochs_that_end_first_are_noted_and_kept_by_a_resumed_run(train, cli, tmp_path):
     """Also the resume of a run of an older version, which stored optim.epochs=1 unless the config set it."""
     done = train("optim.max_steps=9", "optim.epochs=1")
     assert done.returncode == 0, done.stderr
@@ -60,6 +60,22 @@ def test_epochs_that_end_first_are_noted_and_kept_by_a_resumed_run(train, tmp_pa
     assert steps(tmp_path) == STEPS_IN_AN_EPOCH
     state = json.loads(next((tmp_path / "run" / "checkpoints").glob("step-*/state.json")).read_text())
     assert state["config"]["optim"]["epochs"] == 1
+    # the config as the run stored it, in which the epochs are the kept ones
+    stored = cli("train", str(tmp_path / "run" / "config.yaml"))
+    assert "already finished, at step 4" in stored.stdout
+    # the note's own advice
+    freed = train("optim.max_steps=9", "optim.epochs=null")
+    assert freed.returncode == 0, freed.stderr
+    assert steps(tmp_path) == 9
+
+
+def test_a_pinned_config_does_not_set_the_epochs_that_its_recipe_leaves_open(tmp_path):
+    for number, (overrides, told) in enumerate([([], False), (["optim.epochs=null"], True)]):
+        place = tmp_path / f"{number}.yaml"
+        place.write_text(dump_config(load_config("smoke", overrides)))
+        again = load_config(str(place))
+        assert ("epochs" in again.optim.model_fields_set) == told
+        assert dump_config(again) == place.read_text()
 
 
 @pytest.mark.parametrize(

@@ -1,29 +1,38 @@
 """The self-check catches what would train silently on something wrong, and names the part."""
 
+import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from ft_dist.model.tiny import make_tiny
 from tests.conftest import ROOT, read_lines
+from tests.ports import free_port
 
 PLANTED = Path(__file__).with_name("planted.py")
 SETTINGS = ["smoke", "model.dtype=fp32", "data.eval=[]", "optim.max_steps=1", "checkpoint.interval_steps=0"]
 
 
-def run_with(fault: str, folder: Path, *settings: str) -> subprocess.CompletedProcess[str]:
+def run_with(
+    fault: str, folder: Path, *settings: str, world: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     # the cache of an earlier, faultless run must not answer
     place = {"PYTHONPATH": paths, "FT_DIST_CACHE": str(folder / "cache")}
-    make_tiny("tiny-llama", folder / "model")
+    if not (folder / "model").exists():
+        make_tiny("tiny-llama", folder / "model")
     command = [sys.executable, str(PLANTED), fault, *SETTINGS, f"model.path={folder / 'model'}"]
     command += [f"output_dir={folder / 'run'}", *settings]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | place, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | place | (world or {}), capture_output=True, text=True, timeout=300
+    )
 
 
 def error_of(done: subprocess.CompletedProcess[str]) -> str:
@@ -111,3 +120,92 @@ def test_it_changes_no_step(cli: Any, stage: int, ranks: int, tmp_path: Path) ->
         lines = read_lines(run / "metrics.jsonl")
         metrics.append([(line["loss"], line["grad_norm"]) for line in lines])
     assert metrics[0] == metrics[1]
+
+
+def token_file(folder: Path) -> Path:
+    path = folder / "tokens.jsonl"
+    rows = [{"tokens": [5 + (7 * at * row) % 240 for at in range(12 + row)]} for row in range(1, 9)]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return path
+
+
+def test_it_takes_tokens_as_training_does(cli: Any, tmp_path: Path) -> None:
+    """A file of tokens, the same file live, and a prepared set."""
+    tokens, place = token_file(tmp_path), f"output_dir={tmp_path / 'run'}"
+    cache = {"FT_DIST_CACHE": str(tmp_path / "cache")}
+    live = f"data.train=[{{path: {tokens}, format: tokens, live: true}}]"
+    done = cli("train", *SETTINGS, live, place, "--nproc", "1", **cache)
+    assert done.returncode == 0, done.stderr
+    assert "self-check: loss" in done.stdout
+    assert cli("prepare", *SETTINGS, place, "--to", str(tmp_path / "set"), **cache).returncode == 0
+    for number, data in enumerate([f"[{{path: {tokens}, format: tokens}}]", tmp_path / "set/train-0"]):
+        cache = {"FT_DIST_CACHE": str(tmp_path / f"cache-{number}")}
+        done = cli("check", "--model", *SETTINGS, f"data.train={data}", f"output_dir={tmp_path / 'new'}", **cache)
+        assert done.returncode == 0, done.stderr
+        assert "self-check: loss" in done.stdout
+        assert done.stdout.splitlines()[-1] == "ready to train"
+
+
+def test_data_that_cannot_be_read_are_not_the_architectures_fault(cli: Any, tmp_path: Path) -> None:
+    """The first 64 records have no usable sample, so the self-check reads on, to a token that is none."""
+    lines = [{"tokens": [5]}] * 70 + [{"tokens": [5, 6, 9999]}]
+    path = tmp_path / "tokens.jsonl"
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    source = f"data.train=[{{path: {path}, format: tokens, live: true}}]"
+    done = cli("check", "--model", *SETTINGS, source, f"output_dir={tmp_path / 'run'}")
+    assert done.returncode == 2
+    assert "token 9999, but the tokenizer has only" in error_of(done)
+
+
+def test_a_result_holds_for_these_weights_only(cli: Any, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    make_tiny("tiny-llama", model)
+    good = load_file(model / "model.safetensors")
+    bad = good | {"model.norm.weight": torch.full_like(good["model.norm.weight"], torch.nan)}
+    cache = {"FT_DIST_CACHE": str(tmp_path / "cache")}
+    for number, (weights, code, said) in enumerate(
+        [(bad, 2, "the loss is nan in training"), (good, 0, "self-check: loss"), (bad, 2, "the loss is nan in")]
+    ):
+        save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+        run = f"output_dir={tmp_path / str(number)}"
+        done = cli("check", "--model", *SETTINGS, f"model.path={model}", run, **cache)
+        assert done.returncode == code, done.stdout + done.stderr
+        assert said in done.stdout + done.stderr
+    refused = cli("check", "--model", *SETTINGS, f"model.path={model}", f"output_dir={tmp_path / '3'}", **cache)
+    assert refused.returncode == 2
+
+
+def test_attention_that_is_resolved_otherwise_is_measured_again(tmp_path: Path) -> None:
+    """Neither config.json nor model.attention=auto says what transformers chose."""
+    runs = [("nothing", "self-check: loss"), ("nothing", "self-check (cached)"), ("eager", "self-check: loss")]
+    for number, (fault, said) in enumerate(runs):
+        done = run_with(fault, tmp_path, f"output_dir={tmp_path / str(number)}")
+        assert done.returncode == 0, done.stderr
+        assert said in done.stdout
+
+
+@pytest.mark.parametrize(
+    "fault, said",
+    [
+        ("no_memory", "out of memory at batch.micro_rows="),
+        ("no_shared_memory", "Set model.kernels=off and report this"),
+    ],
+)
+def test_what_ends_rank_0_alone_ends_both_in_one_line(fault: str, said: str, tmp_path: Path) -> None:
+    make_tiny("tiny-llama", tmp_path / "model")
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with ThreadPoolExecutor() as pool:
+        jobs = [pool.submit(run_with, fault, tmp_path, world=world | {"RANK": str(rank)}) for rank in range(2)]
+    for done in (job.result() for job in jobs):
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert "Traceback" not in done.stdout + done.stderr
+    assert said in error_of(jobs[0].result())
+
+
+def test_an_estimate_of_steps_follows_what_the_self_check_decided(tmp_path: Path) -> None:
+    done = run_with("leaking_mask", tmp_path, "optim.max_steps=null", "batch.global_rows=240")
+    assert done.returncode == 0, done.stderr
+    # of 480 samples
+    assert "about 2 steps; for this many" in done.stdout
+    assert "for 2 steps on" in done.stdout
+    assert json.loads((tmp_path / "run/report.json").read_text())["estimated_steps"] == 2

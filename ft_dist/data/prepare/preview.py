@@ -1,12 +1,15 @@
-"""Encode the first records of every source exactly as a run does, and write nothing, for `ft-dist check`."""
+"""Encode the first records of every source exactly as a run does: for `ft-dist check`, and for the self-check."""
 
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from ft_dist.config.schema import DataConfig, RunConfig, SourceConfig
 from ft_dist.data.encode.chunk import ChunkEncoder, SourceCounts, why_unusable
-from ft_dist.data.prepare.build import rules_of, taken_as_it_is
+from ft_dist.data.prepare.build import prepare, rules_of, taken_as_it_is
 from ft_dist.data.prepare.quality import marked_runs
 from ft_dist.data.prepare.report import encoding_notes, encoding_problems
 from ft_dist.data.read.check import REMOTE_SECONDS
@@ -102,6 +105,28 @@ def _preview(kind: str, source: SourceConfig, config: RunConfig, tokenizer: Any)
     length = int(chunk.lengths[0]) if len(chunk.lengths) else 0
     runs = marked_runs(chunk.tokens[:length], chunk.mask[:length], tokenizer) if length else []
     return Preview(kind, source.path, chunk.counts, whole, _shortened(runs))
+
+
+def first_samples(config: RunConfig, tokenizer: Any) -> list[npt.NDArray[Any]]:
+    """Token ids (T,) of the first samples of data.train, as a run has them, for a run whose data are not prepared yet.
+
+    Raises DataError or ModelError as `prepare` does for these records, and if no record of the source can be used.
+    """
+    source, data = config.data.train[0], config.data
+    if prepared_set(source.path) is not None:
+        store = prepare([source], tokenizer, data=data, model_path=config.model.path).store
+        tokens, _, lengths = store.gather(np.arange(min(len(store), RECORDS)))
+        return np.split(tokens, np.cumsum(lengths)[:-1])
+    raws = read_raw_records(source)
+    encoder: ChunkEncoder | None = None
+    counts = SourceCounts()
+    while records := list(islice(raws, RECORDS)):
+        encoder = encoder or ChunkEncoder.of(tokenizer, format_of(source, records[0].parse()), data)
+        chunk = encoder(counts.records + 1, records, False)
+        counts.add(chunk.counts)
+        if len(chunk.lengths):
+            return np.split(chunk.tokens, np.cumsum(chunk.lengths)[:-1])
+    raise DataError(f"{source.path}: {why_unusable(counts, data, model_path=config.model.path)}")
 
 
 def _shortened(runs: Runs) -> Runs:

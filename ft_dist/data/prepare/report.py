@@ -55,7 +55,7 @@ def data_report(config: RunConfig, train: Prepared, held_out: Prepared) -> dict[
     report: dict[str, Any] = {"train": train.report, "eval": held_out.report}
     report["leakage"] = leakage([one.place for one in train.sets], [one.place for one in held_out.sets])
     report["recommended_epochs"] = recommended_epochs(train.report["samples"])
-    report["estimated_steps"] = estimated_steps(config, train)
+    report["estimated_steps"] = estimated_steps(config, train, packs=config.data.packs)
     sets = [(kind, one) for kind, of_kind in (("train", train), ("eval", held_out)) for one in of_kind.sets]
     report["notes"] = [f"{kind} {one.name}: {note}" for kind, one in sets for note in encoding_notes(_counts(one))]
     report["warnings"] = [f"{kind} {one.name}: {problem}" for kind, one in sets for problem in _problems(one)]
@@ -132,8 +132,8 @@ def recommended_epochs(samples: int) -> int:
     return max(1, _MAX_EXAMPLES // samples) if samples * _EPOCHS > _MAX_EXAMPLES else _EPOCHS
 
 
-def estimated_steps(config: RunConfig, train: Prepared) -> int:
-    """Estimated optimizer steps, before packing: rows filled to PACKED_SHARE."""
+def estimated_steps(config: RunConfig, train: Prepared, *, packs: bool) -> int:
+    """Estimated optimizer steps, before packing: rows filled to PACKED_SHARE, or a row per sample."""
     epochs, limit = config.optim.most_epochs, config.optim.max_steps
     if epochs is None:
         assert limit is not None, "without epochs, optim.max_steps ends the run"
@@ -142,7 +142,7 @@ def estimated_steps(config: RunConfig, train: Prepared) -> int:
     for one in train.sets:
         counts = one.report["counts"]
         rows += one.weight * (
-            counts["tokens"] / (config.data.max_length * PACKED_SHARE) if config.data.packs else counts["samples"]
+            counts["tokens"] / (config.data.max_length * PACKED_SHARE) if packs else counts["samples"]
         )
     steps = epochs * max(1, -(-int(rows + 0.999) // config.batch.global_rows))
     return min(steps, limit or steps)

@@ -146,19 +146,14 @@ class LiveStream:
         self.source = source
         self.store = WindowStore()
         self.global_rows = global_rows
-        self._cut: dict[str, Any] = {
-            "max_length": data.max_length,
-            "packing": packing,
-            "by_length": data.curriculum == "length",
-        }
+        self._cut = _cut(data, packing)
         self._seed = seed
         self._window_records = window
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self._workers = workers or max(1, min(MOST_WORKERS, available_cores() // ranks_here))
         first = next(iter(read_raw_records(source))).parse()
         self._encoder = ChunkEncoder.of(tokenizer, format_of(source, first), data)
-        identity = tokenizer_identity(tokenizer)
-        self._rules = digest(seed, self._cut, window, data.too_long, sorted(identity.items()), _content(source))
+        self._rules = live_rules(source, tokenizer, data=data, seed=seed, packing=packing, window=window)
         self._position = _Position()
         self._reader_state: dict[str, Any] | None = None
         self._windows: Iterator[_Window] | None = None
@@ -192,11 +187,7 @@ class LiveStream:
 
         Raises DataError if it belongs to another source, tokenizer or seed.
         """
-        if state.get("rules") != self._rules:
-            raise DataError(
-                f"the checkpoint's position does not match {self.source.path}: the source, the tokenizer, seed or "
-                f"options under data have changed. Restore them, or {NEW_RUN}."
-            )
+        check_live(state, self.source, self._rules)
         self.close()
         self._position = _Position(**{name: int(state[name]) for name in asdict(_Position())})
         self._reader_state = state["reader"]
@@ -290,6 +281,27 @@ class LiveStream:
                 return
             yield record + 1, chunk, False
             record += len(chunk)
+
+
+def live_rules(
+    source: SourceConfig, tokenizer: Any, *, data: DataConfig, seed: int, packing: bool, window: int = DEFAULT_WINDOW
+) -> int:
+    """Identifies what decides the rows of a live source."""
+    identity = tokenizer_identity(tokenizer)
+    return digest(seed, _cut(data, packing), window, data.too_long, sorted(identity.items()), _content(source))
+
+
+def check_live(state: dict[str, Any], source: SourceConfig, *rules: int) -> None:
+    """Raises DataError if the position `state` belongs to none of these rules."""
+    if state.get("rules") not in rules:
+        raise DataError(
+            f"the checkpoint's position does not match {source.path}: the source, the tokenizer, seed or options under "
+            f"data have changed. Restore them, or {NEW_RUN}."
+        )
+
+
+def _cut(data: DataConfig, packing: bool) -> dict[str, Any]:
+    return {"max_length": data.max_length, "packing": packing, "by_length": data.curriculum == "length"}
 
 
 def _content(source: SourceConfig) -> list[str]:

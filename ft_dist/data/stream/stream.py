@@ -100,8 +100,14 @@ class DataStream:
         self.packing = packing
         self._cut: dict[str, Any] = {"max_length": max_length, "packing": packing}
         self.by_length = curriculum == "length"
-        packed_to = max_length if packing else 0
-        self._rules = digest(seed, packed_to, self.by_length, shuffle_samples, window)
+        self._rules = order_rules(
+            seed=seed,
+            max_length=max_length,
+            packing=packing,
+            curriculum=curriculum,
+            shuffle_samples=shuffle_samples,
+            window=window,
+        )
         self._position = _Position()
         self._draws = [0] * len(sources)
         """Samples of each source before the mixture began"""
@@ -171,12 +177,7 @@ class DataStream:
 
         Raises DataError if the position belongs to another seed, packing or content of the data.
         """
-        if state.get("rules") != self._rules:
-            raise DataError(
-                "the checkpoint's position belongs to another order of the data: seed, data.max_length, data.packing, "
-                "data.curriculum or data.shuffle_samples has changed. Restore them, or "
-                f"{NEW_RUN}."
-            )
+        check_order(state, self._rules)
         position = {name: int(state[name]) for name in asdict(_Position())}
         here = [
             (source.store.fingerprint, n) for source, n in zip(self.mixture.sources, self.mixture.taken, strict=True)
@@ -296,6 +297,28 @@ class DataStream:
             self._ids_of(epoch + ahead // self.windows, ahead % self.windows)
             for ahead in range(window + 1, window + 1 + min(HINTED_WINDOWS, self.windows))
         ]
+
+
+def order_rules(
+    *,
+    seed: int,
+    max_length: int,
+    packing: bool,
+    curriculum: str,
+    shuffle_samples: int,
+    window: int = DEFAULT_WINDOW,
+) -> int:
+    """Identifies what decides the order of given samples."""
+    return digest(seed, max_length if packing else 0, curriculum == "length", shuffle_samples, window)
+
+
+def check_order(state: dict[str, Any], *rules: int) -> None:
+    """Raises DataError if the position `state` belongs to none of these rules."""
+    if state.get("rules") not in rules:
+        raise DataError(
+            "the checkpoint's position belongs to another order of the data: seed, data.max_length, data.packing, "
+            f"data.curriculum or data.shuffle_samples has changed. Restore them, or {NEW_RUN}."
+        )
 
 
 def global_batch(store: SampleStore, rows: list[Row], *, index: int, epoch: int, progress: float) -> GlobalBatch:

@@ -4,7 +4,7 @@ from ft_dist.config import RunConfig
 from ft_dist.distributed import join_world, leave_world, open_store
 from ft_dist.engine.build import build_engine
 from ft_dist.model.builtin import resolve_model
-from ft_dist.model.load import load_model
+from ft_dist.model.load import enable_activation_checkpointing, load_model
 from ft_dist.model.parts.layers import layers_of
 from ft_dist.model.quiet import quietly
 from ft_dist.model.tokenizer import configured_tokenizer, new_token_ids
@@ -21,6 +21,8 @@ def check_model(config: RunConfig, *, weights: bool) -> list[str]:
     tokenizer, _ = configured_tokenizer(config.model, folder)
     with quietly():
         causal_lm, left_out = load_model(config.model, folder=folder, vocabulary=len(tokenizer), meta=True)
+        if config.engine.activation_checkpointing:
+            enable_activation_checkpointing(causal_lm)
         layers = layers_of(causal_lm)
         config.method.adapt(causal_lm, layers, new_token_ids=new_token_ids(config.model, tokenizer))
     if not weights:

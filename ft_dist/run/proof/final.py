@@ -34,9 +34,8 @@ def write_and_prove(
     frozen = config.method.frozen_base
     width = 2 if config.model.dtype == "bf16" else 4
     pad_id = tokenizer.pad_token_id or 0
-    skipped = fits(engine.total_parameters * width) if engine.world.is_main else None
     batches: list[MicroBatch] = []
-    if engine.world.is_main and skipped is None and samples is not None:
+    if engine.world.is_main and samples is not None:
         with suppress(DataError, StorageError, OSError):  # a remote set may be gone by now
             batches = _short_samples(engine, samples, pad_id)
     loss = _trained_loss(engine, samples, batches, pad_id)
@@ -44,6 +43,8 @@ def write_and_prove(
 
     def prove(folder: Path, digests: Mapping[str, Digest], nbytes: int) -> None:
         found.update(tensors=len(digests), bytes=nbytes)
+        # asked here, where the copy of the trained weights is in memory too
+        skipped = fits(engine.total_parameters * width)
         found.update(
             {"reloaded": False, "reason": skipped}
             if skipped
@@ -84,6 +85,9 @@ def _notes(found: Mapping[str, Any], *, adapter: bool) -> list[str]:
             f"final/ is as trained, but transformers changes {counted(len(changed), 'tensor')} of it while loading: "
             f"{', '.join(changed[:3])}"
         ]
+    if found["loss"] is None:
+        samples = counted(found["samples"], "sample")
+        return [f"the loss of the trained model is not finite on {samples}. final/ holds it as it is; lower optim.lr"]
     what = "its base model is not the one that was trained on" if adapter else "a part of the model is not saved"
     return [
         f"final/ scores {_number(found['reloaded_loss'])} when loaded again, the trained model "

@@ -4,18 +4,17 @@
 - It does not depend on other samples in its row, on padding, or on later tokens.
 - Gradients can reach every parameter that trains.
 
-Rank 0 judges and the others follow, so that all leave together. The result is cached by what it depends on: the model's
-config, the method, kernels, code and versions.
+Rank 0 measures and the others follow, so that all leave together. A result that lets a run train is cached by what it
+depends on: the model's config, weight files and code, the method, kernels, our code and versions.
 """
 
 import contextlib
 import hashlib
+import inspect
 import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import timedelta
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,10 +22,9 @@ import numpy as np
 import torch
 
 from ft_dist.config import RunConfig
-from ft_dist.data.encode.template import Encoder
-from ft_dist.data.read.formats import read_samples
+from ft_dist.data.prepare.preview import first_samples
 from ft_dist.data.store.store import SampleStore
-from ft_dist.distributed import control_store
+from ft_dist.distributed import decided, is_lost_peer
 from ft_dist.engine.probe import Probe, own_losses, own_unreached, training_loss, unreached
 from ft_dist.engine.step import Engine
 from ft_dist.errors import ModelError
@@ -34,6 +32,7 @@ from ft_dist.model.builtin import cache_dir
 from ft_dist.observe.files import write_json
 from ft_dist.preflight.same import code_hash
 from ft_dist.resources import is_out_of_memory, versions
+from ft_dist.run.out_of_memory import explain_out_of_memory
 
 TOKENS = (43, 37)
 """Longer samples are cut to these lengths: primes, so that padding and windows do not end with a sample"""
@@ -53,7 +52,7 @@ that we build; or nothing does, and every sample needs a row of its own"""
 
 @dataclass(frozen=True)
 class Measured:
-    """Losses in nats per labelled token. `leaks` is the largest change of a loss by what it must not depend on."""
+    """Losses in nats per labelled token, and how far a loss changes by what it must not depend on."""
 
     loss: float
     own_loss: float
@@ -84,14 +83,19 @@ def self_check(
 ) -> Checked:
     """All ranks call it once the engine is built. Raises ModelError on every rank, naming the part that is wrong."""
     _check_trained(engine, config)
-    measured, cached = _agreed(
+    measured, file = _agreed(
         engine,
-        lambda: _measure(engine, _probes(config, tokenizer, samples)),
-        file=cache_dir() / "self_check" / f"{_key(engine, config, folder)}.json",
-        timeout_s=config.engine.timeout_s,
+        config,
+        file=lambda: cache_dir() / "self_check" / f"{_key(engine, config, folder)}.json",
+        probes=lambda: _probes(config, tokenizer, samples),
     )
     engine.objective.by_block_masks = measured.separation == "masks"
-    return _judge(measured, engine, config, cached=cached)
+    checked = _judge(measured, engine, config, cached=file is None)
+    if engine.world.is_main and file is not None:  # only now: a refusal must not outlive its cause
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs the next start some seconds
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, asdict(measured))
+    return checked
 
 
 def _check_trained(engine: Engine, config: RunConfig) -> None:
@@ -223,19 +227,24 @@ def _change(engine: Engine, sample: Probe, alone: float, *rows: Sequence[Probe])
     return abs(training_loss(engine, *rows) - alone) / sample.labels
 
 
-def _probes(config: RunConfig, tokenizer: Any, samples: SampleStore | None) -> tuple[Probe, Probe]:
-    """Two short samples of the training data: one to stand before, and the one whose loss is compared.
+def _probes(config: RunConfig, tokenizer: Any, samples: SampleStore | None) -> list[list[int]]:
+    """The tokens of one or two short samples of the training data. `samples` is None if they are not prepared."""
+    if samples is None:
+        first = first_samples(config, tokenizer)
+        lengths = np.array([len(tokens) for tokens in first])
+    else:
+        lengths = samples.lengths_of(np.arange(min(len(samples), CANDIDATES)))
+    shortest = np.argsort(np.maximum(lengths, 8), kind="stable")[:2].tolist()
+    found = [first[at] if samples is None else samples.gather(np.array([at]))[0] for at in shortest]
+    return [tokens[: max(TOKENS)].tolist() for tokens in found]
+
+
+def _pair(found: list[list[int]]) -> tuple[Probe, Probe]:
+    """Two samples: one to stand before, and the one whose loss is compared.
 
     Nearly all tokens are labelled: more of them reveal more, and which ones a run labels does not matter here.
     """
-    if samples is not None:
-        ids = np.arange(min(len(samples), CANDIDATES))
-        shortest = ids[np.argsort(np.maximum(samples.lengths_of(ids), 8), kind="stable")][:2]
-        found: list[np.ndarray] = [samples.gather(np.array([index]))[0] for index in shortest]
-    else:
-        encoded = Encoder(tokenizer).encode_batch(list(islice(read_samples(config.data.train[0]), 2)))
-        found = [one.tokens for one in encoded]
-    other, sample = (_cut(tokens, at_most) for tokens, at_most in zip(found[::-1] * 2, TOKENS, strict=False))
+    other, sample = (_cut(np.array(tokens), at_most) for tokens, at_most in zip(found[::-1] * 2, TOKENS, strict=False))
     return other, sample
 
 
@@ -245,48 +254,44 @@ def _cut(tokens: np.ndarray, at_most: int) -> Probe:
     return Probe(tokens.astype(np.int64), np.arange(len(tokens)) < len(tokens) - 1)
 
 
-def _agreed(engine: Engine, measure: Callable[[], Measured], *, file: Path, timeout_s: float) -> tuple[Measured, bool]:
-    """What rank 0 measured or found in its cache, on every rank; at stage 3 all ranks must measure with it."""
-    world, store = engine.world, control_store()
-    together = engine.stage == 3
-    if world.is_main:
-        found = _read(file)
-        store.set("self_check/cached", json.dumps(found is not None))
-        if found is not None:
-            store.set("self_check/measured", json.dumps(asdict(found)))
-            return found, True
-        try:
-            measured = _named_failure(engine, measure)
-        except ModelError as error:
-            store.set("self_check/measured", json.dumps({"error": str(error)}))
-            raise
-        store.set("self_check/measured", json.dumps(asdict(measured)))
-        with contextlib.suppress(OSError):  # a cache that cannot be written costs the next start some seconds
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, asdict(measured))
-        return measured, False
-    store.wait(["self_check/cached"], timedelta(seconds=timeout_s))
-    cached = json.loads(store.get("self_check/cached"))
-    if together and not cached:
-        _named_failure(engine, measure)
-    store.wait(["self_check/measured"], timedelta(seconds=timeout_s))
-    answer = json.loads(store.get("self_check/measured"))
-    if "error" in answer:
-        raise ModelError(answer["error"])
-    return _parse(answer), cached
+def _agreed(
+    engine: Engine, config: RunConfig, *, file: Callable[[], Path], probes: Callable[[], list[list[int]]]
+) -> tuple[Measured, Path | None]:
+    """What rank 0 found in its cache, or measured and where to keep it, on every rank. At stage 3 all must measure.
+
+    Rank 0 alone calls `file` and `probes`: what it cannot read must not leave the others in a forward.
+    """
+    world, timeout_s = engine.world, config.collective_timeout_s
+
+    def begin() -> dict[str, Any]:
+        place = file()
+        found = _read(place)
+        return {"found": asdict(found)} if found else {"found": None, "file": str(place), "probes": probes()}
+
+    begun = decided(world, "self_check/begun", begin, timeout_s=timeout_s)
+    if begun["found"]:
+        return _parse(begun["found"]), None
+
+    def measure() -> dict[str, Any]:
+        with explain_out_of_memory(config, world, flash=engine.flash):
+            return asdict(_named_failure(engine, lambda: _measure(engine, _pair(begun["probes"]))))
+
+    measured = decided(world, "self_check/measured", measure, timeout_s=timeout_s, together=engine.stage == 3)
+    return _parse(measured), Path(begun["file"])
 
 
 def _named_failure(engine: Engine, measure: Callable[[], Measured]) -> Measured:
     try:
         return measure()
-    except FAILURES as error:
-        if is_out_of_memory(error) or isinstance(error, ModelError):
+    except Exception as error:  # any: Triton's errors have no type in common with those of PyTorch
+        if is_out_of_memory(error) or is_lost_peer(error):
             raise
         name = type(engine.objective.causal_lm).__name__
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        of_kernels = engine.fused.swapped and not isinstance(error, FAILURES)
+        fix = "Set model.kernels=off and report this." if of_kernels else "This architecture cannot be trained here."
         raise ModelError(
-            f"model.path={engine.config.model.path}: self-check: the forward of {name} fails ({reason}). This "
-            "architecture cannot be trained here."
+            f"model.path={engine.config.model.path}: self-check: the forward of {name} fails ({reason}). {fix}"
         ) from error
 
 
@@ -303,9 +308,17 @@ def _parse(tree: dict[str, Any]) -> Measured:
 
 def _key(engine: Engine, config: RunConfig, folder: str) -> str:
     device = engine.world.device
+    causal_lm = engine.objective.causal_lm
+    model = causal_lm.config
     parts = [
-        engine.objective.causal_lm.config.to_json_string(use_diff=False),
-        sorted(path.read_text(encoding="utf-8") for path in Path(folder).glob("*.py")),
+        model.to_json_string(use_diff=False),
+        [
+            getattr(model, "_commit_hash", None),
+            model._attn_implementation,
+            model.get_text_config()._attn_implementation,
+        ],
+        _files(Path(folder)),
+        _remote_code(causal_lm),
         config.method.model_dump(),
         config.model.model_dump(exclude={"path", "revision", "chat_template"}),
         {
@@ -319,6 +332,19 @@ def _key(engine: Engine, config: RunConfig, folder: str) -> str:
         code_hash(),
     ]
     return hashlib.blake2b(json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+
+
+def _files(folder: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of each weight file. A hub id has none: its commit says the same."""
+    found = [(path.name, path.stat()) for path in sorted(folder.glob("*.safetensors"))]
+    return [(name, at.st_size, at.st_mtime_ns) for name, at in found]
+
+
+def _remote_code(causal_lm: Any) -> list[str]:
+    """The code that came with the model, from a folder or the hub, as transformers runs it."""
+    kinds = [kind for kind in (type(causal_lm), type(causal_lm.config)) if "transformers_modules" in kind.__module__]
+    folders = {Path(inspect.getfile(kind)).parent for kind in kinds}
+    return [path.read_text(encoding="utf-8") for place in sorted(folders) for path in sorted(place.rglob("*.py"))]
 
 
 def _some(names: Sequence[str]) -> str:
