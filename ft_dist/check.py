@@ -1,8 +1,8 @@
 """Every check that can run before training, in seconds, before a GPU is allocated.
 
-`check` needs no torch: the data's files and formats, the model folder and its layers, batch and world size, what a
-resume would find, and whether the output folder is writable. `check_data` loads the tokenizer and encodes the first
-records. Neither leaves files behind.
+`check` needs no torch: the data's files and formats, the model folder, batch and world size, what a resume would find,
+and whether the output folder is writable. `check_method` builds the model without weights, and `check_data` loads the
+tokenizer and encodes the first records. None of them leaves files behind.
 """
 
 import tempfile
@@ -17,9 +17,8 @@ from ft_dist.config import RunConfig
 from ft_dist.config.schema import SourceConfig
 from ft_dist.data.read.check import check_sources
 from ft_dist.errors import CheckpointError, ConfigError, counted
-from ft_dist.model.builtin import check_hub, resolve_model
+from ft_dist.model.builtin import check_hub, local_folder, resolve_model
 from ft_dist.model.facts import model_facts
-from ft_dist.model.parts.layers import layers_of_files
 from ft_dist.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -33,12 +32,27 @@ def check(config: RunConfig, *, world_size: int) -> list[str]:
         names = ", ".join(f"method.{name}" for name in config.method.unused)
         facts.append(f"not used with method.kind={config.method.kind}: {names}")
     facts += check_sources(config.data)
-    folder = resolve_model(config.model.path)
+    folder = local_folder(resolve_model(config.model.path), config.model.revision)
     facts += _check_model(config, folder)
     _check_evaluation(config)
     _check_resume(config)
     _check_resumed(config, folder)
     return facts
+
+
+def check_method(config: RunConfig) -> list[str]:
+    """One line per thing that the options of `method` leave out; call it after `check`.
+
+    The layers are those of the model that transformers builds from config.json: the weight files may have other names.
+    Raises ModelError for options that do not fit them, or if transformers cannot build the model.
+    """
+    from ft_dist.model.quiet import quiet_process
+
+    quiet_process()
+    from ft_dist.model.load import outline
+    from ft_dist.model.parts.layers import layers_of
+
+    return config.method.check(layers_of(outline(config.model, folder=resolve_model(config.model.path))))
 
 
 def check_data(config: RunConfig) -> tuple[list[str], list["Preview"]]:
@@ -96,9 +110,8 @@ def _check_output(run_dir: Path) -> str:
 def _check_model(config: RunConfig, folder: str) -> list[str]:
     if not Path(folder).is_dir():
         check_hub(folder, config.model.revision)
-        return [f"model: {folder} from the hub; its layers are checked once it is downloaded"]
+        return [f"model: {folder} from the hub; its weights are not on this machine yet"]
     facts = model_facts(folder)
-    notes = config.method.check(layers_of_files(facts))
     if facts.max_positions and config.data.max_length > facts.max_positions:
         raise ConfigError(
             f"data.max_length={config.data.max_length} is more than the model's {facts.max_positions} positions. "
@@ -108,7 +121,7 @@ def _check_model(config: RunConfig, folder: str) -> list[str]:
     if facts.other_parts:
         parts = ", ".join(f"{name} ({size / 1e6:,.1f} M parameters)" for name, size in facts.other_parts.items())
         lines.append(f"only the text model is trained, not {parts}")
-    return [*lines, *notes]
+    return lines
 
 
 def _check_evaluation(config: RunConfig) -> None:

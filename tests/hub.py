@@ -1,8 +1,9 @@
-"""A dataset repository of the Hugging Face hub on loopback, with the few API calls needed to read its files.
+"""A repository of the Hugging Face hub on loopback, with the few API calls needed to read its files.
 
 https://huggingface.co/docs/hub/api; `environment` points huggingface_hub at it.
 """
 
+import hashlib
 import json
 import re
 import threading
@@ -34,31 +35,37 @@ class Hub:
 
 
 @contextmanager
-def hub(folder: Path, repo: str) -> Iterator[Hub]:
+def hub(folder: Path, repo: str, *, kind: str = "datasets") -> Iterator[Hub]:
+    """`kind`: datasets or models."""
+    at = repo if kind == "models" else f"{kind}/{repo}"
+
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
             url = urlsplit(self.path)
-            served.requests.append(f"{self.path} {self.headers.get('Range', '')}".strip())
+            served.requests.append(f"{self.command} {self.path} {self.headers.get('Range', '')}".strip())
             path = unquote(url.path)
-            if re.fullmatch(rf"/api/datasets/{repo}(/revision/\w+)?", path):
+            if re.fullmatch(rf"/api/{kind}/{repo}(/revision/\w+)?", path):
                 self.answer({"id": repo, "sha": COMMIT, "private": False, "tags": [], "siblings": []})
-            elif found := re.fullmatch(rf"/api/datasets/{repo}/tree/\w+(?:/(.*))?", path):
+            elif found := re.fullmatch(rf"/api/{kind}/{repo}/tree/\w+(?:/(.*))?", path):
                 below = found[1] or ""
                 if (folder / below).is_dir():
                     self.answer(served.listing(below, recursive="recursive=true" in url.query.lower()))
                 else:
                     self.missing("EntryNotFound")
-            elif (found := re.fullmatch(rf"/datasets/{repo}/resolve/\w+/(.*)", path)) and (folder / found[1]).is_file():
+            elif (found := re.fullmatch(rf"/{at}/resolve/\w+/(.*)", path)) and (folder / found[1]).is_file():
                 self.send_part((folder / found[1]).read_bytes())
             else:
                 self.missing("EntryNotFound" if repo in path else "RepoNotFound")
 
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
         def send_part(self, content: bytes) -> None:
             wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
             if not wanted:
-                self.send(200, content)
+                self.send(200, content, {"ETag": hashlib.md5(content).hexdigest(), "X-Repo-Commit": COMMIT})
                 return
             start, end = int(wanted[1]), min(int(wanted[2] or len(content) - 1), len(content) - 1)
             self.send(206, content[start : end + 1], {"Content-Range": f"bytes {start}-{end}/{len(content)}"})
@@ -74,7 +81,8 @@ def hub(folder: Path, repo: str) -> Iterator[Hub]:
             for name, value in ({"Content-Length": str(len(content))} | (headers or {})).items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(content)
+            if self.command != "HEAD":
+                self.wfile.write(content)
 
         def log_message(self, *_: object) -> None:
             """Logs nothing."""

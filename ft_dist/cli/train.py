@@ -48,7 +48,8 @@ def check(
     overrides: Overrides = None,
     nproc: Nproc = None,
     model: Annotated[
-        bool, typer.Option("--model", help="Also load the weights and check the model's loss, isolation and gradients")
+        bool,
+        typer.Option("--model", help="Also load the weights and check the model's loss, isolation and gradients"),
     ] = False,
     env: Annotated[
         bool, typer.Option("--env", help="Also start the ranks and check that they agree and can reach each other")
@@ -63,7 +64,7 @@ def check(
 ) -> None:
     """Run every check that is possible before training; exit 2 if something must be fixed."""
     from ft_dist.check import check as check_config
-    from ft_dist.check import check_data
+    from ft_dist.check import check_data, check_method
     from ft_dist.config import load_config
     from ft_dist.launcher.machine import default_nproc
     from ft_dist.run.lock import refuse_if_locked
@@ -74,9 +75,10 @@ def check(
     settings = load_config(config, overrides or [])
     facts = check_config(settings, world_size=nproc or default_nproc())
     refuse_if_locked(settings.run_dir, say=_say)
+    facts += check_method(settings)
     more, previews = check_data(settings)
     facts += more
-    facts += check_model(settings, weights=model)
+    facts = list(dict.fromkeys([*facts, *check_model(settings, weights=model, say=_say)]))
     if env:
         from ft_dist.launcher.agent import main as run_agent
 

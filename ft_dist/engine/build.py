@@ -26,9 +26,17 @@ from ft_dist.objective.table import build_objective
 
 
 def build_engine(
-    config: RunConfig, world: World, *, folder: str, tokenizer: Any, load: Callable[..., Loaded] = load_model
+    config: RunConfig,
+    world: World,
+    *,
+    folder: str,
+    tokenizer: Any,
+    load: Callable[..., Loaded] = load_model,
+    trains: bool = True,
 ) -> Engine:
     """Load `folder`, adapt it to the method, wrap it in DeepSpeed. `load` takes what `load_model` does.
+
+    Without `trains` it has no optimizer, and memory for little more than the weights.
 
     Raises ModelError.
     """
@@ -52,7 +60,7 @@ def build_engine(
         if not zero3:
             model.to(world.device)
         causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-        if stage_of(model, config, world) == 0 and world.device.type == "cpu":
+        if trains and stage_of(model, config, world) == 0 and world.device.type == "cpu":
             own_trained_weights(model)
         base_in_fp8 = hold_base_in_fp8(causal_lm) if config.model.base_dtype == "fp8" else None
         if zero3:
@@ -61,8 +69,9 @@ def build_engine(
         report = fuse(causal_lm, kernels=config.model.kernels, device_type=world.device.type, zero3=zero3)
         objective = build_objective(model, fused=report.head_backend, by_segment=report.segments, zero3=zero3)
         report.add_head(objective.head.reason_unfused())
-        engine = Engine(objective, config, world, fused=report)
-        hold_contents(engine)
+        engine = Engine(objective, config, world, fused=report, trains=trains)
+        if trains:
+            hold_contents(engine)
         engine.kernels = report.line() if base_in_fp8 is None else f"{report.line()}; {base_in_fp8.line()}"
         engine.notes = [*notes, *config.method.check(layers)]
         engine.parts = trained_parts(model)

@@ -58,13 +58,22 @@ class Engine:
     """DeepSpeed around the objective: `train_step` in, `StepResult` out."""
 
     def __init__(
-        self, objective: Objective, config: RunConfig, world: World, *, fused: FusedReport | None = None
+        self,
+        objective: Objective,
+        config: RunConfig,
+        world: World,
+        *,
+        fused: FusedReport | None = None,
+        trains: bool = True,
     ) -> None:
+        """Without `trains` it has no optimizer, nor its memory, and can only compute losses."""
         import deepspeed
 
         self.config = config
         self.world = world
-        self.stage = stage_of(objective.model, config, world)
+        stage = stage_of(objective.model, config, world)
+        # without an optimizer, the lower stages have nothing to shard, and DeepSpeed refuses them
+        self.stage = stage if trains or stage == 3 else 0
         self.objective = objective
         self.fused = fused or FusedReport("off")
         self.kernels = ""
@@ -84,16 +93,21 @@ class Engine:
         # walking all modules takes milliseconds, and every save needs this
         self._trainable = [(name, p) for name, p in objective.model.named_parameters() if p.requires_grad]
         groups = parameter_groups(objective.model.named_parameters(), config.optim)
-        optimizer = build_optimizer(groups, config.optim)
         self.deepspeed, *_ = deepspeed.initialize(
             model=objective,
-            optimizer=optimizer,
+            optimizer=build_optimizer(groups, config.optim) if trains else None,
             config=deepspeed_config(
                 config, stage=self.stage, device_type=world.device.type, trainable=self.trainable_parameters
             ),
             dist_init_required=False,
         )
         self.flat: FlatUpdate | None = None
+        if trains:
+            self._prepare_updates()
+
+    def _prepare_updates(self) -> None:
+        """Replace the parts of DeepSpeed's update that we make ourselves."""
+        config, world = self.config, self.world
         if self.stage == 1 and hasattr(self.deepspeed.optimizer, "bf16_groups"):
             self.flat = FlatUpdate(self.deepspeed.optimizer, world, max_grad_norm=config.optim.max_grad_norm)
         elif self.stage > 0 and config.engine.offload == "none":

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ft_dist.check import check
+from ft_dist.check import check, check_method
 from ft_dist.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, UserError
 from ft_dist.launcher.follow import follow
 from ft_dist.launcher.options import requested_runs
@@ -30,6 +30,7 @@ def plan_submission(request: Request, *, force: bool = False) -> Submission:
     runs = requested_runs(request)
     for run in runs if request.shares_disks else []:
         check(run.config, world_size=request.world_size)
+        check_method(run.config)
     device = None if force else target.device(request)
     if device:
         for run in runs:

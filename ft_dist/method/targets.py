@@ -154,7 +154,7 @@ def _experts(layers: "Layers", targets: str | Sequence[str], *, only: str | None
     ends = tuple(f".{target}" for target in chosen)
     found = []
     for name in layers.experts:
-        # the matrix, the module that holds it, and on disk the list of modules
+        # the matrix, the module that holds it, and the list that holds such modules
         outer = around(name.removesuffix(".weight"))[-3:]
         if any(part in chosen or part.endswith(ends) for part in outer) or outer[-1].rpartition(".")[2] in stacked:
             found.append(name)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ft_dist.errors import ModelError
+from ft_dist.model.facts import holds_weights
 from ft_dist.model.folder import whole_folder
 from ft_dist.model.tiny import tiny_names
 
@@ -62,6 +63,20 @@ def resolve_model(path: str, progress: Progress = print) -> str:
     raise ModelError(
         f"model.path={path}: no such folder, and not a built-in name ({names}) or hub id (org/name).{hint}"
     )
+
+
+def local_folder(path: str, revision: str | None = None) -> str:
+    """The folder of what `resolve_model` returns: for a hub id, its snapshot in the hub's cache.
+
+    A hub id whose weights are not in the cache, such as one that is not loaded yet, stays as it is.
+    """
+    if Path(path).is_dir():
+        return path
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(path, "config.json", revision=revision)
+    folder = Path(config).parent if isinstance(config, str) else None
+    return str(folder) if folder and holds_weights(folder) else path
 
 
 def fetch(name: str, progress: Progress = print) -> Path:

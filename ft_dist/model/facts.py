@@ -1,6 +1,6 @@
 """Facts about a model folder from config.json and the safetensors headers, without torch or weights.
 
-Enough to check a config before a GPU is allocated: layer names for `method.target_modules`, sizes for memory planning.
+Enough to check a config before a GPU is allocated. Names in the files may not be those of the loaded model's layers.
 """
 
 import json
@@ -21,22 +21,15 @@ _TEXT_PARTS = ("language_model", "text_model", "embed_tokens", "layers", "norm",
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """`shapes` maps each stored tensor's name to its shape; tied output embeddings are stored and counted once.
+    """Tied output embeddings are stored and counted once.
 
     `other_parts`: parameters of each part of a multimodal model that is not its text model, by the part's name.
     """
 
-    shapes: dict[str, tuple[int, ...]]
-    linear_modules: list[str]
     total_parameters: int
     dtype: str
     max_positions: int | None
-    vocab_size: int
-    hidden_size: int
-    layers: int
     architecture: str
-    model_type: str
-    tied_embeddings: bool
     other_parts: dict[str, int]
 
 
@@ -57,22 +50,21 @@ def model_facts(folder: str | Path) -> ModelFacts:
             shapes[name] = tuple(entry["shape"])
             dtypes[entry["dtype"]] = dtypes.get(entry["dtype"], 0) + math.prod(entry["shape"])
     dtype = max(dtypes, key=lambda code: dtypes[code])
-    tied = bool(config.get("tie_word_embeddings", whole.get("tie_word_embeddings", False)))
-    vocab_size = int(config.get("vocab_size", 0))
     return ModelFacts(
-        shapes=shapes,
-        linear_modules=_linear_modules(shapes),
         total_parameters=sum(math.prod(shape) for shape in shapes.values()),
         dtype=_DTYPES.get(dtype, dtype.lower()),
         max_positions=config.get("max_position_embeddings"),
-        vocab_size=vocab_size,
-        hidden_size=int(config.get("hidden_size", 0)),
-        layers=int(config.get("num_hidden_layers", 0)),
         architecture=(whole.get("architectures") or ["unknown"])[0],
-        model_type=str(config.get("model_type", whole.get("model_type", "unknown"))),
-        tied_embeddings=tied or not any(name.endswith("lm_head.weight") for name in shapes),
         other_parts=_other_parts(shapes) if "text_config" in whole else {},
     )
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether all safetensors weights of a model are in its folder."""
+    try:
+        return bool(_weight_files(folder))
+    except ModelError:
+        return False
 
 
 def _other_parts(shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
@@ -82,17 +74,6 @@ def _other_parts(shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
         if part not in _TEXT_PARTS:
             parts[part] = parts.get(part, 0) + math.prod(shape)
     return parts
-
-
-def _linear_modules(shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    """Modules with a 2-D weight that is neither an embedding nor the output head (peft's all-linear skips it too)."""
-    modules = []
-    for name, shape in shapes.items():
-        module, _, kind = name.rpartition(".")
-        leaf = module.rpartition(".")[2]
-        if kind == "weight" and len(shape) == 2 and "embed" not in leaf and leaf not in ("lm_head", "wte", "wpe"):
-            modules.append(module)
-    return modules
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -42,27 +42,43 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     with _partitioned_on_load(zero3_settings):
-        try:
-            with quietly():
-                causal_lm, found = AutoModelForCausalLM.from_pretrained(
-                    folder,
-                    revision=model.revision,
-                    dtype=DTYPES[model.dtype],
-                    attn_implementation=attention_implementation(model),
-                    trust_remote_code=model.trust_remote_code,
-                    output_loading_info=True,
-                    ignore_mismatched_sizes=True,  # so that they are listed
-                    **({"device_map": "meta"} if meta else {}),
-                )
-        except Exception as error:  # a damaged or foreign folder makes transformers raise errors of any kind
-            if not is_of_folder(error, alone=zero3_settings is None):
-                raise
-            raise ModelError(f"model.path={model.path}: transformers cannot load it ({reason_of(error)}).") from error
+        with _explained(model, alone=zero3_settings is None), quietly():
+            causal_lm, found = AutoModelForCausalLM.from_pretrained(
+                folder,
+                revision=model.revision,
+                dtype=DTYPES[model.dtype],
+                attn_implementation=attention_implementation(model),
+                trust_remote_code=model.trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that they are listed
+                **({"device_map": "meta"} if meta else {}),
+            )
         notes = check_loaded(found, causal_lm, f"model.path={model.path}")
         if not meta:
             grow_embeddings(causal_lm, vocabulary)
     causal_lm.config.use_cache = False
     return Loaded(causal_lm, notes)
+
+
+def outline(model: ModelConfig, *, folder: str) -> nn.Module:
+    """The same model without values, on the meta device, from config.json alone: nothing reads or downloads weights.
+
+    Raises ModelError.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _explained(model), quietly(), torch.device("meta"):
+        trusted = model.trust_remote_code
+        config = AutoConfig.from_pretrained(folder, revision=model.revision, trust_remote_code=trusted)
+        own_code = trusted and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+        causal_lm: nn.Module = AutoModelForCausalLM.from_config(
+            config,
+            dtype=DTYPES[model.dtype],
+            attn_implementation=attention_implementation(model),
+            trust_remote_code=trusted,
+            **({"code_revision": model.revision} if own_code else {}),
+        )
+    return causal_lm
 
 
 def random_model(
@@ -115,6 +131,17 @@ def enable_activation_checkpointing(causal_lm: nn.Module) -> None:
     causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     # checkpointed blocks only run under module.train()
     causal_lm.train()
+
+
+@contextlib.contextmanager
+def _explained(model: ModelConfig, *, alone: bool = True) -> Iterator[None]:
+    """Turns what transformers raises inside into a ModelError. `alone`: the load waits for no other rank."""
+    try:
+        yield
+    except Exception as error:  # a damaged or foreign folder makes transformers raise errors of any kind
+        if not is_of_folder(error, alone=alone):
+            raise
+        raise ModelError(f"model.path={model.path}: transformers cannot load it ({reason_of(error)}).") from error
 
 
 @contextlib.contextmanager

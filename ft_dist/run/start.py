@@ -10,14 +10,14 @@ from typing import IO
 
 import torch.distributed as dist
 
-from ft_dist.check import check
+from ft_dist.check import check, check_method
 from ft_dist.config import RunConfig
 from ft_dist.data.open import open_stream
 from ft_dist.data.prepare.report import estimated_steps, prepare_data, report_lines
 from ft_dist.engine.build import build_engine
 from ft_dist.errors import ConfigError
 from ft_dist.evaluate.held_out import HeldOut
-from ft_dist.model.builtin import resolve_model
+from ft_dist.model.builtin import local_folder, resolve_model
 from ft_dist.model.tokenizer import configured_tokenizer
 from ft_dist.observe.console import Console
 from ft_dist.observe.recorder import log_rank_output
@@ -36,7 +36,7 @@ def prepare_run(config: RunConfig, stop: StopRequest, *, free_memory: Callable[[
     """Everything up to the first step. `free_memory` is called before weights are loaded. Raises UserError."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     say = Console(enabled=rank == 0).say
-    facts = check(config, world_size=size)
+    facts = check(config, world_size=size) + check_method(config)
     if rank == 0:
         with _refusing_all_ranks(config, size=size):
             refuse_if_locked(config.run_dir, say=say)  # before data are prepared, which may take hours
@@ -53,6 +53,7 @@ def prepare_run(config: RunConfig, stop: StopRequest, *, free_memory: Callable[[
     free_memory()
     with explain_out_of_memory(config, world, flash=False):
         engine = build_engine(config, world, folder=folder, tokenizer=tokenizer)
+        folder = local_folder(folder, config.model.revision)  # a hub id is in the cache once it is loaded
         samples = None if config.data.live else train_set.store
         checked = self_check(engine, config, folder=folder, tokenizer=tokenizer, samples=samples)
     report["estimated_steps"] = estimated_steps(config, train_set, packs=checked.packs)

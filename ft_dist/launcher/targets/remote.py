@@ -6,7 +6,7 @@ machine: checkpoint.path is a bucket, or output_dir is on a volume.
 
 from pathlib import Path, PurePosixPath
 
-from ft_dist.check import check
+from ft_dist.check import check, check_method
 from ft_dist.config import RunConfig, dump_config, find_recipe, recipe_folder
 from ft_dist.errors import ConfigError, UserError
 from ft_dist.launcher.request import Request, RequestedRun
@@ -49,6 +49,7 @@ def check_portable(request: Request, run: RequestedRun) -> None:
         )
     if not on_volume:
         check(config.model_copy(update={"output_dir": str(run.folder)}), world_size=request.world_size)
+        check_method(config)
 
 
 def embedded_config(request: Request, run: RequestedRun) -> str | None:

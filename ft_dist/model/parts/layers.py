@@ -1,22 +1,16 @@
-"""The layers that a method can adapt or train whole, from a loaded model or from the headers of its files."""
+"""The layers of a model that a method can adapt or train whole."""
 
-import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ft_dist.model.anatomy.decoder import other_parameters
 from ft_dist.model.anatomy.probe import is_linear
 from ft_dist.model.anatomy.source import reads_weight
-from ft_dist.model.parts.kinds import EMBEDDINGS, EXPERTS, HEAD, NORMS, ROUTER, kinds_of
+from ft_dist.model.parts.kinds import EMBEDDINGS, EXPERTS, HEAD, ROUTER, kinds_of
 
-if TYPE_CHECKING:
-    from ft_dist.model.facts import ModelFacts
-
-_NUMBERED = re.compile(r"\.experts\.\d+\.")
 _NO_GRADIENT = "no gradient reaches it through the choice of its top tokens"
 _READS_WEIGHT = "its layer reads the weight itself, past an adapter"
 _OWN_PRODUCT = "its product is not that of a linear layer"
@@ -76,7 +70,7 @@ class Layers:
 
 
 def layers_of(causal_lm: Any) -> Layers:
-    """From a loaded model without adapters; its weights may be partitioned by ZeRO-3."""
+    """Of a model without adapters; its weights may be partitioned by ZeRO-3, or on the meta device."""
     from torch import nn
 
     modules = dict(causal_lm.named_modules())
@@ -118,45 +112,12 @@ def _modules(parameters: Iterable[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def layers_of_files(facts: "ModelFacts") -> Layers:
-    """From the headers of a model's files, which do not show what cannot be adapted."""
-    shapes = _stacked(facts.shapes)
-    embeddings = [name for name, shape in shapes.items() if _names_embedding(name, shape, facts.vocab_size)]
-    heads = [name for name in shapes if name.rpartition(".")[0].rpartition(".")[2] in ("lm_head", "embed_out")]
-    bare = Layers(
-        shapes=shapes,
-        embedding=embeddings[0].rpartition(".")[0] if embeddings else "",
-        head=heads[0].rpartition(".")[0] if heads else "lm_head",
-        tied=facts.tied_embeddings,
-        model_type=facts.model_type,
-        linears=(),
-    )
-    fixed = (EXPERTS, ROUTER, EMBEDDINGS, HEAD, NORMS)
-    linears = tuple(name for name in facts.linear_modules if bare.kinds.get(f"{name}.weight", EXPERTS) not in fixed)
-    # importing peft takes seconds, which a model without experts need not wait for
-    adapts_experts = bool(bare.experts) and peft_adapts_experts(bare.model_type)
-    return replace(bare, linears=linears, router_linears=frozenset(bare.routers), adapts_experts=adapts_experts)
-
-
 def peft_adapts_experts(model_type: str) -> bool:
     """Whether the installed peft rewrites adapters of this architecture's experts for the stacked matrices."""
     from peft.utils import transformers_weight_conversion as conversion
 
     pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(model_type)
     return pattern in conversion._MOE_TARGET_MODULE_MAPPING
-
-
-def _stacked(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """One entry for matrices that a layer's experts store one by one: `experts.7.w1` becomes part of `experts.w1`."""
-    counts: Counter[str] = Counter(_NUMBERED.sub(".experts.", name) for name in shapes)
-    named = ((_NUMBERED.sub(".experts.", name), name, shape) for name, shape in shapes.items())
-    return {whole: shape if whole == name else (counts[whole], *shape) for whole, name, shape in named}
-
-
-def _names_embedding(name: str, shape: tuple[int, ...], vocabulary: int) -> bool:
-    leaf = name.rpartition(".")[0].rpartition(".")[2]
-    named = leaf in ("wte", "word_embeddings") or leaf.startswith("embed")
-    return named and leaf != "embed_out" and len(shape) == 2 and shape[0] >= vocabulary
 
 
 def _unfit(causal_lm: Any, modules: Mapping[str, Any], name: str) -> str | None:

@@ -8,13 +8,14 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from ft_dist.config.schema import ModelConfig
 from ft_dist.errors import ModelError
 from ft_dist.method.lora import Lora
 from ft_dist.model.builtin import resolve_model
-from ft_dist.model.facts import model_facts
 from ft_dist.model.fp8 import hold_base_in_fp8
+from ft_dist.model.load import outline
 from ft_dist.model.parts.kinds import kinds_of
-from ft_dist.model.parts.layers import layers_of, layers_of_files
+from ft_dist.model.parts.layers import layers_of
 from ft_dist.model.parts.trained import trained_parts
 from tests.families.architectures import tiny_config
 from tests.families.multimodal import MULTIMODAL
@@ -198,19 +199,12 @@ def test_the_line_of_the_trained_parts():
     assert "experts 100%" in trained_parts(make("mixtral")).line()
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "glm4_moe", "gpt_oss", "gemma4_moe", "gemma4"])
-def test_files_and_loaded_models_agree(name, tmp_path):
-    """On disk, every expert has its own matrices."""
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_outline_has_the_layers_of_the_loaded_model(name, tmp_path):
+    """From config.json alone."""
     model = make(name)
-    model.save_pretrained(tmp_path)
-    files, loaded = layers_of_files(model_facts(tmp_path)), layers_of(model)
-    assert set(files.linears) == set(loaded.linears)
-    assert {router.rpartition(".")[2] for router in files.routers} == {r.rpartition(".")[2] for r in loaded.routers}
-    # buffers are stored too
-    assert files.share(files.experts) == pytest.approx(loaded.share(loaded.experts), rel=1e-3)
-    assert (files.embedding, files.head, files.tied) == (loaded.embedding, loaded.head, loaded.tied)
-    for method in (Lora(), Lora(target_modules=["k_proj"]), Lora(exclude_modules=["o_proj"], layers_to_transform=[1])):
-        assert method.check(files) == method.check(loaded)
+    model.config.save_pretrained(tmp_path)
+    assert layers_of(outline(ModelConfig(path=str(tmp_path)), folder=str(tmp_path))) == layers_of(model)
 
 
 def test_the_families_whose_experts_peft_adapts():
