@@ -124,7 +124,7 @@ class Lora(Method):
         matrices = {p.name.removesuffix(".weight"): p for p in shape.parameters if p.linear}
         if self.target_modules != ALL_LINEAR:
             matrices["lm_head"] = shape.head
-        names = match_target_modules(matrices, self.target_modules)
+        names = match_target_modules(matrices, self.target_modules, strict=shape.known)
         out = [*(self.exclude_modules or ()), *(self.modules_to_save or ())]
         layers = self.layers_to_transform
         kept = (name for name in names if not _within(name, out) and (layers is None or layer_of(name) in layers))
