@@ -135,7 +135,7 @@ class Lora(Method):
         matrices = {p.name.removesuffix(".weight"): p for p in shape.parameters if p.linear}
         if self.target_modules != ALL_LINEAR:
             matrices["lm_head"] = shape.head
-        names = match_target_modules(matrices, self.target_modules)
+        names = match_target_modules(matrices, self.target_modules, strict=shape.known)
         out = [*(self.exclude_modules or ()), *(self.modules_to_save or ())]
         layers, targets = self.layers_to_transform, self.target_modules
         kept = (name for name in names if not _within(name, out) and in_layers(name, targets, layers))
@@ -199,9 +199,20 @@ def lost_tensors(adapted: Any, saved: dict[str, Any]) -> list[str]:
     loaded = peft.set_peft_model_state_dict(adapted, saved)
     if not loaded.unexpected_keys:
         return []
+    unread = set(loaded.unexpected_keys)  # under the names that transformers gives them
     missing = {name.replace(f".{adapted.active_adapter}", "") for name in loaded.missing_keys}
-    # peft reports the names that transformers gives them
-    return sorted(saved.keys() & missing) or sorted(loaded.unexpected_keys)
+    passed_over = saved.keys() & (missing | unread)
+    # whole modules and rows of new tokens are in the file twice, if they belong to the embedding or the head
+    read = [tensor for name, tensor in saved.items() if name not in passed_over]
+    lost = sorted(name for name in passed_over if not any(_same(saved[name], other) for other in read))
+    return lost or sorted(unread - saved.keys())
+
+
+def _same(tensor: Any, other: Any) -> bool:
+    """False without values: `ft-dist check` may have a model of names and shapes alone."""
+    if tensor.is_meta or tensor.shape != other.shape or tensor.dtype != other.dtype:
+        return False
+    return bool((tensor == other).all())
 
 
 def token_rows(layers: "Layers", choice: Choice, new_token_ids: Sequence[int]) -> dict[str, list[int]]:

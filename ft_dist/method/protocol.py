@@ -45,7 +45,7 @@ class Method(BaseModel, ABC):
         return []
 
     def adapted(self, shape: "ModelShape") -> "list[Parameter]":
-        """The matrices that carry adapters. Raises ModelError for options that match nothing."""
+        """The matrices that carry adapters. Raises ModelError for options that match nothing in a known family."""
         return []
 
     @abstractmethod

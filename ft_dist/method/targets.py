@@ -177,11 +177,16 @@ def match_whole(modules: Iterable[str], wanted: Sequence[str]) -> list[str]:
     return [name for name in found if every.isdisjoint(around(name)[:-1])]
 
 
-def match_target_modules(names: Iterable[str], targets: str | Sequence[str]) -> list[str]:
-    """The linear layers among `names` that `targets` matches; `all-linear` matches all. Raises ModelError."""
+def match_target_modules(names: Iterable[str], targets: str | Sequence[str], *, strict: bool = True) -> list[str]:
+    """The linear layers among `names` that `targets` matches; `all-linear` matches all.
+
+    Raises ModelError for a target that matches nothing, unless the `names` are only assumed, so not `strict`.
+    """
     names = list(names)
     if targets == ALL_LINEAR:
         return names
+    if not strict:
+        return [name for name in names if any(_matches(name, target) for target in _listed(targets))]
     return match("target_modules", names, _listed(targets), "linear layer")
 
 

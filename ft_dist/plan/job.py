@@ -157,8 +157,9 @@ class Job:
 def job_of(
     config: RunConfig, *, ranks: int, ranks_per_node: int | None = None, gpu: bool = True, flash: bool = False
 ) -> Job:
-    """Raises ModelError for a model that cannot be planned."""
+    """Raises ModelError for a model that cannot be planned, or options of the method that match nothing in it."""
     shape = model_shape(config.model.path, revision=config.model.revision)
+    config.method.adapted(shape)
     return Job(shape, config, ranks, ranks_per_node or ranks, gpu, flash)
 
 

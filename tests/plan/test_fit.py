@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from ft_dist.config import load_config
-from ft_dist.errors import ConfigError
+from ft_dist.errors import ConfigError, ModelError
 from ft_dist.plan.fit import KEYS, Place, fit, settings_of, with_settings
 from ft_dist.plan.gpu import Device, gpu_named
 from ft_dist.plan.guard import check_fits
@@ -77,6 +77,18 @@ def test_unknown_devices_and_models_are_not_judged(model, tmp_path):
     strange = folder({"model_type": "mamba"}, tmp_path / "mamba")
     config = load_config("llama3_8b_lora", [f"model.path={strange}"])
     assert check_fits(config, ranks=1, ranks_per_node=1, device=Device("GPU", 1, gpu=True)) is None
+
+
+def test_names_of_layers_are_left_to_the_checks_of_the_model(tmp_path):
+    """The plan assumes Llama's names for a family that it does not know."""
+    device = Device("NVIDIA H100", int(80e9), gpu=True)
+    for family, target in (("cohere", "qkv"), ("llama", "q_prok")):
+        place = folder(LLAMA_8B | {"model_type": family}, tmp_path / family)
+        config = load_config("llama3_8b_lora", [f"model.path={place}", f"method.target_modules=[{target},o_proj]"])
+        line = check_fits(config, ranks=8, ranks_per_node=8, device=device)
+        assert (line is None) == (family == "llama")
+    with pytest.raises(ModelError, match="Did you mean q_proj"):
+        Cluster(gpu="h100").job(config)
 
 
 def test_ties_go_to_the_simplest_setting(model):

@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ft_dist.config.load import dump_config, validate
@@ -124,4 +125,14 @@ def test_an_adapter_that_peft_would_load_in_part_is_refused(tmp_path):
         export_run(run, kind="merged", to=tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     with pytest.raises(ModelError, match=lost):
+        load_finished(str(run))
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path):
+    run = adapted_run(tmp_path, Path(resolve_model("tiny-llama")))
+    file = run / "final/adapter_model.safetensors"
+    tensors = load_file(file)
+    name = "base_model.model.model.layers.{}.mlp.up_proj.lora_A.weight"
+    save_file(tensors | {name.format(7): 2 * tensors[name.format(1)]}, file)
+    with pytest.raises(ModelError, match=rf"would not load {name.format(7)} on .*Name the base that the adapter was"):
         load_finished(str(run))

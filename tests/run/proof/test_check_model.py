@@ -24,7 +24,7 @@ def test_an_engine_that_does_not_train_holds_the_weights_alone(stage: str, tmp_p
     """For training it held five times as much, with its fp32 weights and gradients."""
     make_tiny("tiny-llama", tmp_path)
     settings = ["method.kind=full", "model.dtype=bf16", f"engine.zero_stage={stage}", f"model.path={tmp_path}"]
-    done = start("tests.run.weights_only", "smoke", *settings)
+    done = start("tests.run.proof.weights_only", "smoke", *settings)
     assert done.returncode == 0, done.stderr
     assert 1 <= float(done.stdout.splitlines()[-1]) < 1.01
 
@@ -35,7 +35,7 @@ def test_running_out_of_memory_is_one_line(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(wide, dtype=torch.bfloat16).save_pretrained(tmp_path)
     settings = ["method.kind=full", "model.dtype=fp32", f"model.path={tmp_path}", f"output_dir={tmp_path / 'run'}"]
     # 192 MiB of weights in the file, and 384 MiB in fp32
-    done = start("tests.run.limited_check", "500", "smoke", *settings)
+    done = start("tests.run.proof.limited_check", "500", "smoke", *settings)
     assert done.returncode == 0, done.stderr
     line = done.stdout.strip().splitlines()[-1]
     assert line.startswith("model: not checked by --model: out of memory in one process")

@@ -1,6 +1,6 @@
 """Prints the bytes of all tensors of an engine that does not train, as a multiple of the model's weights.
 
-`python -m tests.run.weights_only CONFIG [key=value ...]`; model.path is a folder. The engine has computed a loss.
+`python -m tests.run.proof.weights_only CONFIG [key=value ...]`; model.path is a folder. The engine has computed a loss.
 """
 
 import gc
