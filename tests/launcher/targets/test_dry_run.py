@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from ft_dist.config import load_config
+from ft_dist.config.load import validate
 from ft_dist.errors import UserError
 from ft_dist.launcher.launch import plan_submission
 from ft_dist.launcher.options import make_request
@@ -224,7 +225,10 @@ def portable_recipe(folder: Path) -> str:
 
 def assert_embedded(text: str, submission: Submission) -> None:
     """The embedded config is exactly the planned one, quotes included."""
-    assert yaml.safe_load(text) == submission.runs[0].config.model_dump(mode="json")
+    planned = submission.runs[0].config
+    embedded = validate(yaml.safe_load(text))
+    assert embedded.model_dump() == planned.model_dump()
+    assert ("epochs" in embedded.optim.model_fields_set) == ("epochs" in planned.optim.model_fields_set)
 
 
 @pytest.mark.parametrize(
