@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ft_dist.checkpoint.commit.format import MANIFEST, Commit, commits, named_commit
+from ft_dist.checkpoint.commit.format import MANIFEST, Commit, commits, named_commit, verify
 from ft_dist.checkpoint.identity import check_identity, identity
 from ft_dist.checkpoint.state import RunState
 from ft_dist.config import RunConfig
@@ -219,8 +219,10 @@ def _resumed_state(config: RunConfig) -> tuple[Commit, RunState] | None:
         return None
     if resume != "auto":
         commit = named_commit(Path(resume))
+        verify(commit, state_only=True)
         return commit, RunState.from_dict(commit.state())
     for commit in reversed(commits(RunFolder(config.run_dir).checkpoints)):
         with suppress(CheckpointError):  # a damaged one is skipped by the run too
+            verify(commit, state_only=True)
             return commit, RunState.from_dict(commit.state())
     return None

@@ -152,7 +152,8 @@ def test_data_that_cannot_be_read_are_not_the_architectures_fault(cli: Any, tmp_
     path = tmp_path / "tokens.jsonl"
     path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     source = f"data.train=[{{path: {path}, format: tokens, live: true}}]"
-    done = cli("check", "--model", *SETTINGS, source, f"output_dir={tmp_path / 'run'}")
+    cache = {"FT_DIST_CACHE": str(tmp_path / "cache")}  # a cached result needs no data
+    done = cli("check", "--model", *SETTINGS, source, f"output_dir={tmp_path / 'run'}", **cache)
     assert done.returncode == 2
     assert "token 9999, but the tokenizer has only" in error_of(done)
 

@@ -133,12 +133,17 @@ def parse_manifest(text: bytes, where: object) -> dict[str, Any]:
     return dict(manifest)
 
 
-def verify(commit: Commit) -> None:
-    """Raise CheckpointError naming the first file that is missing, truncated, altered or from another step."""
+def verify(commit: Commit, *, state_only: bool = False) -> None:
+    """Raise CheckpointError naming the first file that is missing, truncated, altered or from another step.
+
+    `state_only`: of the files, read state.json alone.
+    """
     manifest = commit.manifest()
     if manifest["step"] != commit.step:
         raise CheckpointError(f"{commit.folder / MANIFEST}: belongs to step {manifest['step']}.")
     for name, expected in manifest["files"].items():
+        if state_only and name != STATE:
+            continue
         path = commit.folder / name
         try:
             found = fingerprint(path)
