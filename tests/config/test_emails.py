@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-EMAILS = Path(__file__).parents[1] / "configs" / "emails"
+from tests.conftest import ROOT
+
+EMAILS = ROOT / "configs" / "emails"
 SPLITS = ("train", "test")
 MAX_SHARED_WORDS = 4
 """Longest run of words, without slots, that a train and a test template may share"""
