@@ -14,8 +14,13 @@ import torch
 import torch.nn.functional as F
 
 from ft_dist.data.stream.batch import MicroBatch, collate
+from ft_dist.engine.digests import persistent_buffers
 from ft_dist.engine.step import Engine
 from ft_dist.model.fused.fuse import own_forwards
+from ft_dist.resources import is_out_of_memory
+
+FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError)
+"""What a model's code raises for inputs that it does not take"""
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,41 @@ def _own_losses(engine: Engine, sample: Probe) -> torch.Tensor:
     logits = engine.objective.causal_lm(input_ids=ids, use_cache=False).logits[0, :-1].float()
     labelled = torch.from_numpy(sample.mask[1:]).to(engine.world.device)
     return F.cross_entropy(logits[labelled], ids[0, 1:][labelled], reduction="none")
+
+
+def own_objective(engine: Engine, sample: Probe, *, otherwise: float) -> float:
+    """The loss per label that transformers' own model computes when it gets labels; `otherwise` if it computes none.
+
+    Beyond cross-entropy, it holds what the model adds in training, such as an auxiliary loss of its routers.
+    """
+    ids = torch.from_numpy(sample.tokens.astype(np.int64))[None].to(engine.world.device)
+    labels = ids.masked_fill(~torch.from_numpy(sample.mask)[None].to(ids.device), -100)
+    try:
+        with torch.no_grad(), _own_model(engine):
+            loss = engine.objective.causal_lm(input_ids=ids, labels=labels, use_cache=False).loss
+    except FAILURES as error:
+        if is_out_of_memory(error):
+            raise
+        return otherwise
+    return otherwise if loss is None else float(loss)
+
+
+def changed_buffers(engine: Engine, sample: Probe) -> list[str]:
+    """Names of the buffers in the model's state that a forward in training changes; they get their values back."""
+    before = {name: buffer.detach().clone() for name, buffer in persistent_buffers(engine.objective.model)}
+    if not before:
+        return []
+    engine.objective.train()
+    try:
+        with torch.no_grad():
+            engine.objective(**batch_of(engine, [[sample]]).to(engine.world.device).inputs())
+    finally:
+        engine.objective.eval()
+    now = dict(persistent_buffers(engine.objective.model))
+    changed = [name for name, old in before.items() if not torch.equal(now[name], old)]
+    for name in changed:
+        now[name].copy_(before[name])
+    return changed
 
 
 def unreached(engine: Engine, sample: Probe) -> list[str]:

@@ -61,6 +61,27 @@ def unread_adapter() -> None:
         sys.modules[f"ft_dist.model.fused.{module}"].lora_weights = detached  # type: ignore[attr-defined]
 
 
+def counting_buffer() -> None:
+    import torch
+
+    from ft_dist.method.lora import Lora
+
+    adapt = Lora.adapt
+
+    def count(module: Any, _: Any, output: Any) -> None:
+        if module.training:
+            module.seen.add_(1)
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        model = adapt(*arguments, **options)
+        norm = model.get_base_model().model.norm
+        norm.register_buffer("seen", torch.zeros(1))
+        norm.register_forward_hook(count)
+        return model
+
+    Lora.adapt = counting  # type: ignore[method-assign]
+
+
 def nothing() -> None:
     pass
 
@@ -107,6 +128,7 @@ FAULTS: dict[str, Callable[[], None]] = {
         wrong_norm,
         frozen_adapter,
         unread_adapter,
+        counting_buffer,
         nothing,
         eager,
         no_memory,

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from ft_dist.model.tiny import make_tiny
 from tests.conftest import ROOT, read_lines
+from tests.families.architectures import make
 from tests.ports import free_port
 
 PLANTED = Path(__file__).with_name("planted.py")
@@ -47,6 +48,7 @@ def error_of(done: subprocess.CompletedProcess[str]) -> str:
         ("wrong_norm", "transformers' own forward of the same tokens"),
         ("frozen_adapter", "q_proj.lora_B.default.weight: frozen, although method.kind=lora trains it"),
         ("unread_adapter", "no gradient reaches"),
+        ("counting_buffer", "training changes base_model.model.model.norm.seen, which no optimizer updates"),
     ],
 )
 def test_a_planted_fault_ends_the_run_before_its_first_step(fault: str, named: str, tmp_path: Path) -> None:
@@ -105,6 +107,57 @@ def test_a_part_that_text_models_do_not_have_is_reported(cli: Any, tmp_path: Pat
     done = cli("check", *SETTINGS, f"model.path={folder}", f"output_dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     assert "model: model.visual, mtp (2 tensors) are left out of training and of final/" in done.stdout
+
+
+def long_rope(folder: Path) -> Path:
+    """A tiny Phi-3 of 256 positions, stretched to 512."""
+    make("phi3", folder)
+    config = json.loads((folder / "config.json").read_text())
+    half = config["hidden_size"] // config["num_attention_heads"] // 2
+    config |= {"max_position_embeddings": 512, "original_max_position_embeddings": 256}
+    config["rope_parameters"] = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * half,
+        "long_factor": [4.0] * half,
+        "original_max_position_embeddings": 256,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_longrope_keeps_samples_apart(cli: Any, tmp_path: Path) -> None:
+    """transformers picks one set of frequencies for a whole forward, by its longest sample."""
+    model = long_rope(tmp_path / "model")
+    common = ("train", *SETTINGS, f"model.path={model}", "--nproc", "1", f"output_dir={tmp_path / 'run'}")
+    for settings, named in (
+        (
+            ["data.packing=true"],
+            "data.packing=true, but with data.max_length=512, rotary angles depend on the longest sample",
+        ),
+        (
+            ["batch.micro_rows=2"],
+            "batch.micro_rows=2, but with data.max_length=512, rotary angles depend on the longest sample",
+        ),
+    ):
+        done = cli(*common, *settings)
+        assert done.returncode == 2, done.stderr
+        assert named in error_of(done)
+    done = cli(*common, "batch.micro_rows=1")
+    assert done.returncode == 0, done.stderr
+    assert "(LongRoPE); each sample gets its own row" in done.stdout
+    done = cli(*common[:-1], f"output_dir={tmp_path / 'short'}", "data.max_length=256")
+    assert done.returncode == 0, done.stderr
+    assert "its own row" not in done.stdout
+
+
+def test_a_loss_that_training_leaves_out_is_reported(cli: Any, tmp_path: Path) -> None:
+    make("mixtral", tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"output_router_logits": True}))
+    done = cli("train", *SETTINGS, f"model.path={tmp_path / 'model'}", f"output_dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    assert "such as an auxiliary loss of routers; training leaves it out" in done.stdout
 
 
 @pytest.mark.parametrize("stage, ranks", [(0, 1), (2, 2), (3, 2)])

@@ -230,7 +230,7 @@ def _not_utf8(file: Path, number: int, byte: int, offset: int) -> DataError:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text.rstrip())  # an error at a line break would count columns of the next line
     except json.JSONDecodeError as error:
         raise _not_json(where, error.msg, error.colno) from None
     except RecursionError:

@@ -2,15 +2,13 @@
 
 - The objective's loss of a sample equals that of transformers' untouched model.
 - It does not depend on other samples in its row, on padding, or on later tokens.
-- Gradients can reach every parameter that trains.
+- Gradients can reach every parameter that trains, and training changes nothing else that a commit would have to hold.
 
 Rank 0 measures and the others follow, so that all leave together. A result that lets a run train is cached by what it
 depends on: the model's config, weight files and code, the method, kernels, our code and versions.
 """
 
 import contextlib
-import hashlib
-import inspect
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -25,20 +23,28 @@ from ft_dist.config import RunConfig
 from ft_dist.data.prepare.preview import first_samples
 from ft_dist.data.store.store import SampleStore
 from ft_dist.distributed import decided, is_lost_peer
-from ft_dist.engine.probe import Probe, own_losses, own_unreached, training_loss, unreached
+from ft_dist.engine.probe import (
+    FAILURES,
+    Probe,
+    changed_buffers,
+    own_losses,
+    own_objective,
+    own_unreached,
+    training_loss,
+    unreached,
+)
 from ft_dist.engine.step import Engine
 from ft_dist.errors import ModelError
+from ft_dist.model.anatomy.rotary import depends_on_longest
 from ft_dist.model.builtin import cache_dir
 from ft_dist.observe.files import write_json
-from ft_dist.preflight.same import code_hash
-from ft_dist.resources import is_out_of_memory, versions
+from ft_dist.resources import is_out_of_memory
 from ft_dist.run.out_of_memory import explain_out_of_memory
+from ft_dist.run.proof.cache_key import cache_key
 
 TOKENS = (43, 37)
 """Longer samples are cut to these lengths: primes, so that padding and windows do not end with a sample"""
 CANDIDATES = 64
-FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError)
-"""What a model's code raises for inputs that it does not take"""
 ROUNDINGS = {torch.bfloat16: 8.0, torch.float32: 64.0}
 """How many times the effect of one rounding of the embeddings two ways to compute the same loss may differ. Matrix
 products sum in fp32, so in that dtype the order of their sums adds to it"""
@@ -68,6 +74,10 @@ class Measured:
     """Trainable parameters that transformers' own forward reaches and ours does not"""
     idle: tuple[str, ...]
     """Trainable parameters that neither reaches"""
+    own_extra: float
+    """What the model's own loss adds to the cross-entropy; 0 if it computes none"""
+    changed_buffers: tuple[str, ...]
+    """Buffers that a forward in training changes"""
 
 
 @dataclass(frozen=True)
@@ -86,7 +96,7 @@ def self_check(
     measured, file = _agreed(
         engine,
         config,
-        file=lambda: cache_dir() / "self_check" / f"{_key(engine, config, folder)}.json",
+        file=lambda: cache_dir() / "self_check" / f"{cache_key(engine, config, folder)}.json",
         probes=lambda: _probes(config, tokenizer, samples),
     )
     engine.objective.by_block_masks = measured.separation == "masks"
@@ -133,10 +143,14 @@ def _judge(measured: Measured, engine: Engine, config: RunConfig, *, cached: boo
             f"{model}: self-check: no gradient reaches {_some(measured.unreached)}, which the model's own forward does "
             f"reach. {fix}"
         )
+    if measured.changed_buffers:
+        raise ModelError(
+            f"{model}: self-check: training changes {_some(measured.changed_buffers)}, which no optimizer updates and "
+            "no commit holds. This architecture cannot be trained here."
+        )
     lines = []
-    packs = config.data.packs and measured.separation != "rows"
-    if config.data.packs and not packs:
-        reason = f"samples in one row change each other's loss by {measured.leak_packed:.1g} in this architecture"
+    reason = _why_rows(measured, engine, config)
+    if config.data.packs and reason:
         if config.data.packing is True:
             raise ModelError(f"{model}: data.packing=true, but {reason}. Set data.packing=auto or false.")
         lines.append(f"{reason}; each sample gets its own row")
@@ -147,13 +161,37 @@ def _judge(measured: Measured, engine: Engine, config: RunConfig, *, cached: boo
         )
     if measured.idle:
         lines.append(f"the model's forward does not use {_some(measured.idle)}; they get no gradient")
+    if abs(measured.own_extra) > measured.tolerance:
+        lines.append(
+            f"the model's own loss adds {measured.own_extra:.2g} to the cross-entropy, such as an auxiliary loss of "
+            "routers; training leaves it out"
+        )
+    loss, own = f"{measured.loss:.5f}", f"{measured.own_loss:.5f}"
     counts = f"{_count(engine.trainable_parameters)} of {_count(engine.total_parameters)}"
     parameters = f"{counts} parameters train ({engine.parts.line()})"
     lines.append(
-        f"self-check{' (cached)' if cached else ''}: loss {measured.loss:.5f} = {measured.own_loss:.5f} (model's own; "
+        f"self-check{' (cached)' if cached else ''}: loss {loss} {'=' if loss == own else '~'} {own} (model's own; "
         f"rounding explains {measured.tolerance:.0e}), isolated to {measured.leak:.0e}, {parameters}"
     )
-    return Checked(lines, packs)
+    return Checked(lines, config.data.packs and not reason)
+
+
+def _why_rows(measured: Measured, engine: Engine, config: RunConfig) -> str:
+    """Why samples cannot share a row, or "". Raises ModelError if they cannot even share a micro-batch."""
+    longest = config.data.max_length
+    if depends_on_longest(engine.objective.causal_lm, longest):
+        reason = (
+            f"with data.max_length={longest}, rotary angles depend on the longest sample of a micro-batch (LongRoPE)"
+        )
+        if config.batch.micro_rows > 1:
+            raise ModelError(
+                f"model.path={config.model.path}: batch.micro_rows={config.batch.micro_rows}, but {reason}. Set "
+                "batch.micro_rows=1, or data.max_length to the positions of the original model."
+            )
+        return reason
+    if measured.separation == "rows":
+        return f"samples in one row change each other's loss by {measured.leak_packed:.1g} in this architecture"
+    return ""
 
 
 def _measure(engine: Engine, samples: Sequence[Probe]) -> Measured:
@@ -189,6 +227,8 @@ def _measure(engine: Engine, samples: Sequence[Probe]) -> Measured:
         foresight=0.0 if isolated else _change(engine, sample, alone, [sample.with_another_end()]),
         unreached=tuple(name for name in missing if name not in idle),
         idle=tuple(name for name in missing if name in idle),
+        own_extra=own_objective(engine, sample, otherwise=own / sample.labels) - own / sample.labels,
+        changed_buffers=tuple(changed_buffers(engine, sample)),
     )
 
 
@@ -303,48 +343,8 @@ def _read(file: Path) -> Measured | None:
 
 
 def _parse(tree: dict[str, Any]) -> Measured:
-    return Measured(**{**tree, "unreached": tuple(tree["unreached"]), "idle": tuple(tree["idle"])})
-
-
-def _key(engine: Engine, config: RunConfig, folder: str) -> str:
-    device = engine.world.device
-    causal_lm = engine.objective.causal_lm
-    model = causal_lm.config
-    parts = [
-        model.to_json_string(use_diff=False),
-        [
-            getattr(model, "_commit_hash", None),
-            model._attn_implementation,
-            model.get_text_config()._attn_implementation,
-        ],
-        _files(Path(folder)),
-        _remote_code(causal_lm),
-        config.method.model_dump(),
-        config.model.model_dump(exclude={"path", "revision", "chat_template"}),
-        {
-            "fused": engine.fused.line(),
-            "stage 3": engine.stage == 3,
-            "checkpointing": config.engine.activation_checkpointing,
-        },
-        torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        [name for name, _ in engine.trainable()],
-        versions(),
-        code_hash(),
-    ]
-    return hashlib.blake2b(json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
-
-
-def _files(folder: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of each weight file. A hub id has none: its commit says the same."""
-    found = [(path.name, path.stat()) for path in sorted(folder.glob("*.safetensors"))]
-    return [(name, at.st_size, at.st_mtime_ns) for name, at in found]
-
-
-def _remote_code(causal_lm: Any) -> list[str]:
-    """The code that came with the model, from a folder or the hub, as transformers runs it."""
-    kinds = [kind for kind in (type(causal_lm), type(causal_lm.config)) if "transformers_modules" in kind.__module__]
-    folders = {Path(inspect.getfile(kind)).parent for kind in kinds}
-    return [path.read_text(encoding="utf-8") for place in sorted(folders) for path in sorted(place.rglob("*.py"))]
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in tree.items()}
+    return Measured(**fields)
 
 
 def _some(names: Sequence[str]) -> str:
