@@ -5,11 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
+from transformers import AutoModelForCausalLM
 
 from ft_dist.check import check, check_data, check_method
 from ft_dist.config import RunConfig, load_config
 from ft_dist.errors import CheckpointError, DataError, ModelError
+from ft_dist.model.load import load_model
+from ft_dist.model.tiny import make_tiny
+from ft_dist.result.load import find_weights
 from ft_dist.run.proof.check_model import check_model
 from tests.conftest import SMALL_RUN, start_cli
 from tests.families.architectures import make
@@ -65,6 +70,40 @@ def test_the_identity_of_the_run_is_checked(earlier):
     commit = next((folder / "checkpoints").glob("step-*"))
     with pytest.raises(CheckpointError, match=r"method\.rank=4"):
         checked(earlier[0], "method.rank=4", f"checkpoint.resume={commit}", "output_dir=runs/another")
+
+
+def test_a_changed_function_of_the_base_is_refused(cli, tmp_path):
+    make_tiny("tiny-llama", tmp_path / "model")
+    file = tmp_path / "model/config.json"
+    tree = json.loads(file.read_text())
+    settings = [*SETTINGS, f"model.path={file.parent}", f"output_dir={tmp_path / 'run'}"]
+    assert cli("train", *settings, "--nproc", "1").returncode == 0
+    checked(settings, "optim.max_steps=2")
+    file.write_text(json.dumps(tree | {"rms_norm_eps": 0.5}))
+    with pytest.raises(CheckpointError, match=r"its config\.json differs from that of"):
+        checked(settings, "optim.max_steps=2")
+
+
+def test_an_adapter_inside_the_model_is_refused(tmp_path):
+    """transformers would load it too, and freeze the model."""
+    model, apart = tmp_path / "model", tmp_path / "adapter"
+    make_tiny("tiny-llama", model)
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model), peft.LoraConfig(task_type="CAUSAL_LM"))
+    adapted.save_pretrained(model)
+    refusal = f"model.path={model}: holds an adapter as well as a model"
+    settings = ["smoke", f"model.path={model}", "method.kind=full", f"output_dir={tmp_path / 'run'}"]
+    config = load_config(settings[0], settings[1:])
+    with pytest.raises(ModelError, match=refusal):
+        check(config, world_size=1)
+    with pytest.raises(ModelError, match=refusal):
+        find_weights(str(model))
+    with pytest.raises(ModelError, match=refusal):  # as from the hub, whose files are not seen before
+        load_model(config.model, folder=str(model), vocabulary=1)
+    apart.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (model / name).rename(apart / name)
+    checked(settings)
+    assert find_weights(str(apart)).base == str(model)
 
 
 def test_the_command_says_so(earlier, cli):

@@ -1,4 +1,4 @@
-"""The identity of a checkpoint's run: its config, and the base weights it was trained on.
+"""The identity of a checkpoint's run: its config, and the base model it was trained on.
 
 A resumed run may change its config, and the changes are logged. Changes that would alter the meaning of the saved state
 are refused.
@@ -14,12 +14,15 @@ import xxhash
 from ft_dist.config.schema import RunConfig
 from ft_dist.errors import NEW_RUN, CheckpointError
 from ft_dist.method.table import METHODS, own_options
+from ft_dist.model.facts import read_json
 
 FIXED = (
     "model.new_tokens",
     "method.kind",
 )
 """Keys that define the saved tensors of every method; each method adds its own `fixed_keys`"""
+_NOT_THE_FUNCTION = ("transformers_version", "use_cache", "_name_or_path", "dtype", "torch_dtype")
+"""Keys of config.json that do not change what a run computes; its dtype is `model.dtype`"""
 _SAMPLES = 64
 _SAMPLE_BYTES = 1 << 20
 
@@ -35,9 +38,41 @@ def config_hash(tree: dict[str, Any]) -> str:
 
 
 def base_model(config: RunConfig, folder: str) -> dict[str, Any]:
-    """Name and digest of the base weights; the digest is None if only the hub has them."""
-    name = {"path": config.model.path, "revision": config.model.revision}
-    return name | {"digest": weights_digest(Path(folder)) if Path(folder).is_dir() else None}
+    """Name of the base model, and digests of its weights, its config and, if trusted, its code.
+
+    They are None if only the hub has the model. Raises ModelError if its config is not JSON.
+    """
+    place = Path(folder)
+    local = place.is_dir()
+    return {
+        "path": config.model.path,
+        "revision": config.model.revision,
+        "digest": weights_digest(place) if local else None,
+        "config_digest": _config_digest(place / "config.json") if local else None,
+        "code_digest": _code_digest(place) if local and config.model.trust_remote_code else None,
+    }
+
+
+def _config_digest(file: Path) -> str | None:
+    """Of what a model's config.json says about its function. Raises ModelError if it is not JSON."""
+    return config_hash(_of_function(read_json(file))) if file.is_file() else None
+
+
+def _code_digest(folder: Path) -> str:
+    digest = xxhash.xxh3_128()
+    for path in sorted(folder.glob("*.py")):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _of_function(tree: Any) -> Any:
+    """A config without the keys that do not count, at any depth: a multimodal model nests one for each part."""
+    if isinstance(tree, list):
+        return [_of_function(each) for each in tree]
+    if not isinstance(tree, dict):
+        return tree
+    return {key: _of_function(value) for key, value in tree.items() if key not in _NOT_THE_FUNCTION}
 
 
 def weights_digest(folder: Path) -> str:
@@ -84,14 +119,32 @@ def check_identity(saved: dict[str, Any], now: dict[str, Any], *, where: Path) -
                 f"{key}={after}: the checkpoint {where} was made with {key}={before}, which its tensors depend on. "
                 f"Restore it, or {NEW_RUN}."
             )
-    digests = saved["base"]["digest"], now["base"]["digest"]
-    # after full fine-tuning the checkpoint holds every weight, so the base no longer matters
-    if method.frozen_base and None not in digests and digests[0] != digests[1]:
+    difference = base_difference(saved["base"], now["base"], weights=method.frozen_base)
+    if difference:
+        what = f"the adapters in {where} were" if method.frozen_base else f"the checkpoint {where} was"
         raise CheckpointError(
-            f"model.path={now['base']['path']}: its weights differ from those of {saved['base']['path']}, on which the "
-            f"adapters in {where} were trained. Restore them, or {NEW_RUN}."
+            f"model.path={now['base']['path']}: {difference}, on which {what} trained. Restore the model, or {NEW_RUN}."
         )
     return [f"{key}: {_short(before)} -> {_short(after)}" for key, (before, after) in changes.items()]
+
+
+def base_difference(saved: dict[str, Any], now: dict[str, Any], *, weights: bool) -> str | None:
+    """What differs between two base models (both from `base_model`), or None; a digest that one lacks is unknown.
+
+    `weights`: compare them too. After full fine-tuning the checkpoint holds every weight, so those of the base no
+    longer matter, but its config still says what to compute with them.
+    """
+
+    def differs(key: str) -> bool:
+        digests = saved.get(key), now.get(key)
+        return None not in digests and digests[0] != digests[1]
+
+    if weights and differs("digest"):
+        return f"its weights differ from those of {saved['path']}"
+    for key, name in (("config_digest", "config.json"), ("code_digest", "Python code")):
+        if differs(key):
+            return f"its {name} differs from that of {saved['path']}"
+    return None
 
 
 def config_changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from ft_dist.checkpoint.commit.mirror import MIRROR_WAIT_S, Mirror
 from ft_dist.checkpoint.commit.retention import Retention
@@ -65,6 +66,12 @@ class CheckpointKeeper:
             mirror=Mirror(storage, retention) if storage and world.is_main else None,
             timeout_s=config.engine.timeout_s,
         )
+
+    @property
+    def base(self) -> dict[str, Any]:
+        """The name and digests of the base model"""
+        found: dict[str, Any] = self._identity["base"]
+        return found
 
     def is_due(self, step: int) -> bool:
         return self._interval > 0 and step % self._interval == 0

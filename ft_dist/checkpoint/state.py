@@ -37,7 +37,7 @@ class RunState:
     config: dict[str, Any] | None = None
     config_hash: str | None = None
     base: dict[str, Any] | None = None
-    """Name and digest of the base weights"""
+    """Name and digests of the base model"""
 
     def to_dict(self) -> dict[str, Any]:
         """The content of state.json."""

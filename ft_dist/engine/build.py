@@ -13,6 +13,7 @@ from ft_dist.distributed import World
 from ft_dist.engine.fragments import hold_contents
 from ft_dist.engine.settings import deepspeed_config
 from ft_dist.engine.step import Engine, stage_of
+from ft_dist.errors import ModelError
 from ft_dist.model.anatomy.decoder import other_parameters
 from ft_dist.model.fp8 import hold_base_in_fp8, refuse_without_fp8
 from ft_dist.model.fused.fuse import fuse, register_parameters
@@ -57,6 +58,8 @@ def build_engine(
         layers = layers_of(model)
         with _whole_embeddings(model, zero3), _peft_gathers(zero3):
             model = config.method.adapt(model, layers, new_token_ids=new_token_ids(config.model, tokenizer))
+        if trains:
+            refuse_untrainable(model, config)
         if not zero3:
             model.to(world.device)
         causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -77,6 +80,15 @@ def build_engine(
         engine.parts = trained_parts(model)
         engine.never_trained = never_trained
         return engine
+
+
+def refuse_untrainable(model: nn.Module, config: RunConfig) -> None:
+    """Raise ModelError if the method trains no parameter, for which an optimizer cannot be built."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ModelError(
+            f"method.kind={config.method.kind}: leaves no parameter of model.path={config.model.path} to train, "
+            "because the model loads frozen. Use method.kind=lora, or another model."
+        )
 
 
 def _whole_embeddings(model: Any, zero3: bool) -> Any:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ft_dist.errors import ModelError
-from ft_dist.model.facts import holds_weights
+from ft_dist.model.facts import holds_weights, refuse_adapter_inside
 from ft_dist.model.folder import whole_folder
 from ft_dist.model.tiny import tiny_names
 
@@ -46,12 +46,14 @@ def may_be_model(path: str) -> bool:
 def resolve_model(path: str, progress: Progress = print) -> str:
     """The folder or hub id that `model.path` refers to; a built-in model is created if it is not in the cache.
 
-    Raises ModelError for a folder without config.json, and for anything but a folder, built-in name or hub id.
+    Raises ModelError for a folder without config.json or with an adapter besides the model, and for anything but a
+    folder, built-in name or hub id.
     """
     folder = Path(path).expanduser()
     if folder.is_dir() and path not in _VERSIONS:
         if not (folder / "config.json").is_file():
             raise ModelError(f"model.path={path}: the folder has no config.json, so it is not a Hugging Face model.")
+        refuse_adapter_inside(folder)
         return str(folder)
     if path in _VERSIONS:
         return str(_make_once(path, progress))

@@ -36,10 +36,11 @@ class ModelFacts:
 def model_facts(folder: str | Path) -> ModelFacts:
     """Read the facts of a local model folder with safetensors weights.
 
-    Raises ModelError naming the file that is missing or damaged.
+    Raises ModelError naming the file that is missing or damaged, and for a folder that also holds an adapter.
     """
     folder = Path(folder)
-    whole = _read_json(folder / "config.json")
+    refuse_adapter_inside(folder)
+    whole = read_json(folder / "config.json")
     config = whole.get("text_config", whole)  # a multimodal model nests the language model's config
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, int] = {}
@@ -67,6 +68,21 @@ def holds_weights(folder: Path) -> bool:
         return False
 
 
+def refuse_adapter_inside(folder: Path) -> None:
+    """Raise ModelError for a folder with a model and an adapter: transformers adds the adapter to the model on load,
+    and freezes the model."""
+    if (folder / "adapter_config.json").is_file() and holds_weights(folder):
+        raise ModelError(adapter_inside(str(folder)))
+
+
+def adapter_inside(path: str) -> str:
+    return (
+        f"model.path={path}: holds an adapter as well as a model, and transformers would add it on load. Move "
+        "adapter_config.json and adapter_model.safetensors to a folder of their own; ft-dist export merges it with its "
+        "model."
+    )
+
+
 def _other_parts(shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
     parts: dict[str, int] = {}
     for name, shape in shapes.items():
@@ -79,7 +95,7 @@ def _other_parts(shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = [folder / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
+        files = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
     else:
         files = [folder / "model.safetensors"]
     missing = [file.name for file in files if not file.is_file()]
@@ -91,7 +107,8 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model folder. Raises ModelError."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

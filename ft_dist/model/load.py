@@ -14,6 +14,7 @@ from torch import nn
 from ft_dist.config.schema import ModelConfig
 from ft_dist.errors import ModelError
 from ft_dist.model.anatomy.weights import check_loaded, is_of_folder, reason_of
+from ft_dist.model.facts import adapter_inside
 from ft_dist.model.quiet import quietly
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -53,6 +54,8 @@ def load_model(
                 ignore_mismatched_sizes=True,  # so that they are listed
                 **({"device_map": "meta"} if meta else {}),
             )
+        if getattr(causal_lm, "_hf_peft_config_loaded", False):  # of a hub id; a folder is refused earlier
+            raise ModelError(adapter_inside(model.path))
         notes = check_loaded(found, causal_lm, f"model.path={model.path}")
         if not meta:
             grow_embeddings(causal_lm, vocabulary)

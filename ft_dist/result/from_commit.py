@@ -15,6 +15,7 @@ from ft_dist.config import RunConfig
 from ft_dist.engine.build import freeze_other_parts
 from ft_dist.engine.save_pretrained import save_model, saved_buffers
 from ft_dist.errors import CheckpointError
+from ft_dist.model.builtin import local_folder
 from ft_dist.model.load import DTYPES, load_model
 from ft_dist.model.parts.layers import layers_of
 from ft_dist.model.quiet import quietly
@@ -29,7 +30,9 @@ def write_commit(commit: Commit, config: RunConfig, folder: Path, *, base: str) 
     """
     state = RunState.from_dict(commit.state())
     if state.config is not None:
-        check_identity(state.identity, identity(config, folder=base), where=commit.folder)
+        check_identity(
+            state.identity, identity(config, folder=local_folder(base, config.model.revision)), where=commit.folder
+        )
     tokenizer, _ = configured_tokenizer(config.model, base)
     with quietly(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as in training, which ignores them for the whole process

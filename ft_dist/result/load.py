@@ -13,9 +13,11 @@ from typing import Any
 
 from ft_dist.checkpoint.commit.format import MANIFEST, step_of
 from ft_dist.checkpoint.find import Step, commit_of_step
+from ft_dist.checkpoint.identity import base_difference, base_model
 from ft_dist.config import RunConfig, load_config
 from ft_dist.errors import ModelError
-from ft_dist.model.builtin import Progress, builtin_names, may_be_model, resolve_model
+from ft_dist.model.builtin import Progress, builtin_names, local_folder, may_be_model, resolve_model
+from ft_dist.model.facts import read_json
 from ft_dist.model.quiet import quietly
 from ft_dist.model.tokenizer import load_tokenizer, stop_token_ids
 from ft_dist.run_folder import RunFolder
@@ -55,7 +57,8 @@ class Finished:
 def find_weights(path: str, progress: Progress = print) -> Weights:
     """Resolve `path`: a run folder (its `final/`), an adapter folder, a model folder, a built-in name or a hub id.
 
-    Raises ModelError naming what is missing.
+    Raises ModelError naming what is missing, and for an adapter of a run whose base is no longer the one it was trained
+    on.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir() and not may_be_model(path):
@@ -78,7 +81,23 @@ def find_weights(path: str, progress: Progress = print) -> Weights:
             f"{path}: a checkpoint, not a model. Name its run and its step instead: "
             f"{folder.absolute().parents[1]} --step {step}."
         )
-    return _weights_in(folder, path, config, progress)
+    weights = _weights_in(folder, path, config, progress)
+    if config is not None and weights.base is not None:
+        _check_base(run, config, weights.base)
+    return weights
+
+
+def _check_base(run: RunFolder, config: RunConfig, base: str) -> None:
+    """Versions before the summary had `base` did not store what the adapter was trained on."""
+    trained_on = read_json(run.summary).get("base") if run.summary.is_file() else None
+    if trained_on is None:
+        return
+    now = base_model(config, local_folder(base, config.model.revision))
+    if difference := base_difference(trained_on, now, weights=True):
+        raise ModelError(
+            f"model.path={config.model.path}: {difference}, on which the adapter in {run.final} was trained. Restore "
+            f"the model, or set model.path in {run.config} to a folder that holds it as it was."
+        )
 
 
 @contextlib.contextmanager

@@ -348,6 +348,7 @@ class Run:
                 **self.planned.comparison(),
                 "before": before,
                 "after": after,
+                "base": self.checkpoints.base,
                 "final_check": self._final_check,
                 "versions": versions(),
             }

@@ -24,9 +24,13 @@ def base(tmp_path):
     return tmp_path
 
 
+def state(run, folder):
+    """What a commit stores of the identity."""
+    return json.loads(json.dumps(identity(run, folder=str(folder))))
+
+
 def check(before, after, base, other=None):
-    saved = json.loads(json.dumps(identity(before, folder=str(base))))
-    return check_identity(saved, identity(after, folder=str(other or base)), where=base)
+    return check_identity(state(before, base), identity(after, folder=str(other or base)), where=base)
 
 
 def test_settings_of_the_execution_may_change_and_are_shown(base):
@@ -77,6 +81,34 @@ def test_adapters_stay_with_their_base(base, tmp_path):
         check(config(), config(), base, other)
     # full fine-tuning has all its weights in the checkpoint
     assert check(config(method={"kind": "full"}), config(method={"kind": "full"}), base, other) == []
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_the_function_of_the_base_may_not_change(base, kind):
+    """The config of the base says what to compute with the weights, even with those in the checkpoint."""
+    method = {"method": {"kind": kind}}
+    tree = {"rms_norm_eps": 1e-6, "dtype": "float32", "text_config": {"rope_theta": 10000.0, "use_cache": True}}
+    saved = state(config(**method), base)  # as in versions that stored no digest of the config
+    (base / "config.json").write_text(json.dumps(tree))
+    now = state(config(**method), base)
+    assert check_identity(saved, now, where=base) == []
+    same = tree | {"dtype": "bfloat16", "transformers_version": "5.0", "text_config": {"rope_theta": 10000.0}}
+    (base / "config.json").write_text(json.dumps(same, indent=1))
+    assert check_identity(now, state(config(**method), base), where=base) == []
+    for changed in ({"rms_norm_eps": 1e-2}, {"text_config": {"rope_theta": 100.0}}):
+        (base / "config.json").write_text(json.dumps(tree | changed))
+        with pytest.raises(CheckpointError, match=r"model\.path=m: its config\.json differs from that of m, on which "):
+            check_identity(now, state(config(**method), base), where=base)
+
+
+def test_code_counts_if_it_is_trusted(base):
+    trusting = config(model={"trust_remote_code": True})
+    before = state(trusting, base)
+    (base / "modeling.py").write_text("scale = 2")
+    assert check(config(), config(), base) == []
+    with pytest.raises(CheckpointError, match="its Python code differs"):
+        check_identity(before, state(trusting, base), where=base)
+    assert check_identity(before, state(config(), base), where=base) == ["model.trust_remote_code: true -> false"]
 
 
 def test_the_digest_depends_on_content_not_on_the_path(base, tmp_path):

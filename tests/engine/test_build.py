@@ -3,6 +3,12 @@
 import subprocess
 import sys
 
+import pytest
+from torch import nn
+
+from ft_dist.config import load_config
+from ft_dist.engine.build import refuse_untrainable
+from ft_dist.errors import ModelError
 from tests.conftest import ROOT, SMALL_RUN
 from tests.families.architectures import make
 
@@ -30,3 +36,11 @@ def test_blocks_that_cannot_be_recomputed_are_refused(cli, tmp_path):
             "its blocks. Set engine.activation_checkpointing=false."
         )
         assert "Traceback" not in done.stderr
+
+
+def test_a_model_of_which_nothing_trains_is_refused():
+    config = load_config("smoke", ["method.kind=full"])
+    model = nn.Linear(2, 2)
+    refuse_untrainable(model, config)
+    with pytest.raises(ModelError, match=r"method\.kind=full: leaves no parameter of model\.path=\S+ to train"):
+        refuse_untrainable(model.requires_grad_(False), config)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ft_dist.checkpoint.commit import format as layout
@@ -17,6 +17,7 @@ from ft_dist.engine.digests import persistent_buffers
 from ft_dist.errors import CheckpointError, ModelError
 from ft_dist.model.builtin import resolve_model
 from ft_dist.model.load import load_model
+from ft_dist.model.tiny import make_tiny
 from ft_dist.result.export import export_run
 from ft_dist.result.load import find_weights, load_finished
 from ft_dist.result.score import evaluate_path
@@ -158,6 +159,27 @@ def test_mistakes_are_explained(cli, tmp_path):
     with pytest.raises(CheckpointError, match="weights differ"):
         export_run(run, kind="merged", to=out, step=4)
     assert not out.exists()
+
+
+def test_an_adapter_stays_with_its_base(cli, tmp_path):
+    base = tmp_path / "base"
+    make_tiny("tiny-llama", base)
+    run = trained(cli, tmp_path / "run", f"model.path={base}", nproc=1)
+    export_run(run, kind="merged", to=tmp_path / "merged")
+    weights = {name: tensor * 1.5 for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    refusal = f"model.path={base}: its weights differ from those of {base}, on which the adapter in {run / 'final'} was"
+    for command in (["export", str(run), str(tmp_path / "out")], ["chat", str(run), "--prompt", "Hello"]):
+        done = cli(*command)
+        assert done.returncode == 2, done.stderr
+        [line] = done.stderr.strip().splitlines()
+        assert refusal in line
+    assert not (tmp_path / "out").exists()
+    summary = run / "summary.json"
+    tree = json.loads(summary.read_text())
+    del tree["base"]  # as older versions wrote it
+    summary.write_text(json.dumps(tree))
+    assert find_weights(str(run)).base == str(base)
 
 
 def commit(root: Path, step: int, losses: dict[int, float | None]) -> None:

@@ -12,7 +12,7 @@ from ft_dist.checkpoint.identity import identity
 from ft_dist.checkpoint.state import RunState
 from ft_dist.config import RunConfig
 from ft_dist.errors import CheckpointError
-from ft_dist.model.builtin import resolve_model
+from ft_dist.model.builtin import local_folder, resolve_model
 from ft_dist.model.load import load_model
 from ft_dist.model.parts.layers import layers_of
 from ft_dist.model.quiet import quiet_process, quietly
@@ -40,7 +40,7 @@ def import_checkpoint(config: RunConfig, folder: Path) -> layout.Commit:
         parameters=shapes,
         imported_from=str(folder),
         versions=versions(),
-        **identity(config, folder=model_folder),
+        **identity(config, folder=local_folder(model_folder, config.model.revision)),
     )
     staging = root / f"{layout.step_name(found.step)}.importing"
     staging.mkdir(parents=True, exist_ok=True)
