@@ -207,7 +207,7 @@ def decided(world: World, key: str, decide: Callable[[], Any], *, timeout_s: flo
             try:
                 mine = {"result": decide()}
             except Exception as caught:  # any: the others wait for it
-                error, mine = caught, _told(caught, world.rank)
+                error, mine = caught, _error_answer(caught, world.rank)
             if world.is_main or error:
                 store.compare_set("answer", "", json.dumps(mine))  # the first error is the cause of the others
         if not world.is_main:
@@ -229,7 +229,7 @@ def decided(world: World, key: str, decide: Callable[[], Any], *, timeout_s: flo
     return answer["result"]
 
 
-def _told(error: Exception, rank: int) -> dict[str, Any]:
+def _error_answer(error: Exception, rank: int) -> dict[str, Any]:
     fixable = isinstance(error, UserError)
     plain = fixable or isinstance(error, TrainingError)
     text = str(error) if plain else f"rank {rank}: {type(error).__name__}: {_first_line(error)}. Its log says where."

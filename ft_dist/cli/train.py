@@ -48,8 +48,7 @@ def check(
     overrides: Overrides = None,
     nproc: Nproc = None,
     model: Annotated[
-        bool,
-        typer.Option("--model", help="Also load the weights and check the model's loss, isolation and gradients"),
+        bool, typer.Option("--model", help="Also load the weights and check the model's loss, isolation and gradients")
     ] = False,
     env: Annotated[
         bool, typer.Option("--env", help="Also start the ranks and check that they agree and can reach each other")

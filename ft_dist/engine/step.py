@@ -77,6 +77,8 @@ class Engine:
         self.objective = objective
         self.fused = fused or FusedReport("off")
         self.kernels = ""
+        self.samples_alone = False
+        """A sample's loss depends on the longest sample of its micro-batch, so that each needs its own"""
         self.notes: list[str] = []
         """Lines for the user on what was not loaded, and what the method leaves out"""
         self.parts = TrainedParts({}, {})

@@ -51,7 +51,7 @@ class HeldOut:
         stopping = _Stopping(world, stop_wanted)
         loss, labelled = held_out_loss(
             lambda batch: (engine.loss_sum(batch), engine.objective.weight(batch)),
-            stopping.between(self._batches(world, tokenizer.pad_token_id or 0)),
+            stopping.between(self._batches(world, tokenizer.pad_token_id or 0, alone=engine.samples_alone)),
             device=world.device,
         )
         if not self.prompts:
@@ -92,11 +92,11 @@ class HeldOut:
             examples=answered.examples,
         )
 
-    def _batches(self, world: World, pad_id: int) -> Iterator[MicroBatch]:
+    def _batches(self, world: World, pad_id: int, *, alone: bool) -> Iterator[MicroBatch]:
         """Batches of rows of similar length; the same number on every rank, as ZeRO-3 needs."""
         by_length = np.argsort(-self.store.lengths_of(np.arange(len(self))), kind="stable").tolist()
         mine = by_length[world.data_rank :: world.data_size]
-        rows = self.settings.batch_rows
+        rows = 1 if alone else self.settings.batch_rows
         share = -(-len(by_length) // world.data_size)
         gpu_length = self.max_length if world.device.type == "cuda" else None
         for start in range(0, share, rows):

@@ -70,11 +70,11 @@ def test_epochs_that_end_first_are_noted_and_kept_by_a_resumed_run(train, cli, t
 
 
 def test_a_pinned_config_does_not_set_the_epochs_that_its_recipe_leaves_open(tmp_path):
-    for number, (overrides, told) in enumerate([([], False), (["optim.epochs=null"], True)]):
+    for number, (overrides, is_set) in enumerate([([], False), (["optim.epochs=null"], True)]):
         place = tmp_path / f"{number}.yaml"
         place.write_text(dump_config(load_config("smoke", overrides)))
         again = load_config(str(place))
-        assert ("epochs" in again.optim.model_fields_set) == told
+        assert ("epochs" in again.optim.model_fields_set) == is_set
         assert dump_config(again) == place.read_text()
 
 

@@ -203,6 +203,8 @@ def _greet(rendezvous: Rendezvous, hello: Message) -> Connection:
             if messages := connection.receive():
                 if messages[0]["type"] == "refused":
                     raise UserError(f"--rdzv {rendezvous}: refused: {messages[0]['why']}")
+                if messages[0]["type"] != "welcome":  # connected to itself, as TCP allows on one machine
+                    raise ConnectionLostError("no agent answers there")
                 connection.unread(messages[1:])
                 on_failure.pop_all()
                 return connection

@@ -67,8 +67,8 @@ def _mixtures(shapes: Shapes) -> tuple[set[str], set[str]]:
             experts.update(stack.names)
         for depth in range(len(stack.path) - 1, max(0, len(stack.path) - 1 - _LEVELS), -1):
             children = modules[stack.path[:depth]]
-            beside = {child: names for child, names in children.items() if stacked.isdisjoint(names)}
-            if found := _routers(shapes, beside, stack):
+            siblings = {child: names for child, names in children.items() if stacked.isdisjoint(names)}
+            if found := _routers(shapes, siblings, stack):
                 routers.update(found)
                 experts.update(children.get(stack.path[depth], stack.names))
                 break

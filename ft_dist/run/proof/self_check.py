@@ -100,6 +100,7 @@ def self_check(
         probes=lambda: _probes(config, tokenizer, samples),
     )
     engine.objective.by_block_masks = measured.separation == "masks"
+    engine.samples_alone = depends_on_longest(engine.objective.causal_lm, config.data.max_length)
     checked = _judge(measured, engine, config, cached=file is None)
     if engine.world.is_main and file is not None:  # only now: a refusal must not outlive its cause
         with contextlib.suppress(OSError):  # a cache that cannot be written costs the next start some seconds
@@ -179,7 +180,7 @@ def _judge(measured: Measured, engine: Engine, config: RunConfig, *, cached: boo
 def _why_rows(measured: Measured, engine: Engine, config: RunConfig) -> str:
     """Why samples cannot share a row, or "". Raises ModelError if they cannot even share a micro-batch."""
     longest = config.data.max_length
-    if depends_on_longest(engine.objective.causal_lm, longest):
+    if engine.samples_alone:
         reason = (
             f"with data.max_length={longest}, rotary angles depend on the longest sample of a micro-batch (LongRoPE)"
         )
