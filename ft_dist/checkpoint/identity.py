@@ -6,6 +6,7 @@ are refused.
 
 import json
 import struct
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,20 @@ def weights_digest(folder: Path) -> str:
     Detects another model, or further training of the same one, in a fraction of a second even for hundreds of
     gigabytes; it is not meant to find a single flipped bit.
     """
+    return _digest_of(weight_files(folder))
+
+
+def weight_files(folder: Path) -> tuple[tuple[Path, int, int], ...]:
+    """Path, size and time of change (ns) of every weight file."""
+    found = [(path, path.stat()) for path in sorted(folder.glob("*.safetensors"))]
+    return tuple((path, at.st_size, at.st_mtime_ns) for path, at in found)
+
+
+@cache
+def _digest_of(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Kept, because the checks ahead of a run need it as well as the run."""
     digest = xxhash.xxh3_128()
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
+    for path, size, _ in files:
         digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:
             prefix = file.read(8)

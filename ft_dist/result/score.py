@@ -89,12 +89,14 @@ def _score(
     from ft_dist.data.read.formats import read_samples
     from ft_dist.data.stream.batch import MicroBatch, collate
     from ft_dist.evaluate.score import held_out_loss, labelled_prompts, score_answers
+    from ft_dist.model.anatomy.rotary import depends_on_longest
     from ft_dist.objective.table import build_objective
 
     model, tokenizer = finished.model, finished.tokenizer
     store = prepare(data.eval, tokenizer, data=data, model_path=path).store
     count = min(len(store), max_samples or len(store))
     say(f"scoring {count} samples")
+    rows = 1 if depends_on_longest(model, data.max_length) else rows
     objective = build_objective(model)
     options = {"pad_id": tokenizer.pad_token_id, "gpu_length": data.max_length if model.device.type == "cuda" else None}
     batches = (

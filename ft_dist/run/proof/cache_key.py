@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ft_dist.checkpoint.identity import weight_files
 from ft_dist.config import RunConfig
 from ft_dist.engine.step import Engine
 from ft_dist.preflight.same import code_hash
@@ -26,7 +27,8 @@ def cache_key(engine: Engine, config: RunConfig, folder: str) -> str:
             model._attn_implementation,
             model.get_text_config()._attn_implementation,
         ],
-        _files(Path(folder)),
+        # of a hub id there are none: its commit says the same
+        [(path.name, size, changed) for path, size, changed in weight_files(Path(folder))],
         _remote_code(causal_lm),
         config.method.model_dump(),
         config.model.model_dump(exclude={"path", "revision", "chat_template"}),
@@ -41,12 +43,6 @@ def cache_key(engine: Engine, config: RunConfig, folder: str) -> str:
         code_hash(),
     ]
     return hashlib.blake2b(json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
-
-
-def _files(folder: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of each weight file. A hub id has none: its commit says the same."""
-    found = [(path.name, path.stat()) for path in sorted(folder.glob("*.safetensors"))]
-    return [(name, at.st_size, at.st_mtime_ns) for name, at in found]
 
 
 def _remote_code(causal_lm: Any) -> list[str]:
