@@ -151,6 +151,21 @@ def test_longrope_keeps_samples_apart(cli: Any, tmp_path: Path) -> None:
     assert "its own row" not in done.stdout
 
 
+def test_longrope_is_scored_one_sample_at_a_time(cli: Any, tmp_path: Path) -> None:
+    model = long_rope(tmp_path / "model")
+    data = tmp_path / "data.jsonl"
+    texts = ["short answer, well below the original positions", "long " * 80]
+    data.write_text("".join(json.dumps({"prompt": "Say:", "completion": text}) + "\n" for text in texts))
+    losses = []
+    for rows in (1, 16):
+        run = tmp_path / f"rows{rows}"
+        settings = [f"evaluate.batch_rows={rows}", f"data.eval={data}", "evaluate.generate=false"]
+        done = cli("train", *SETTINGS, *settings, f"model.path={model}", f"output_dir={run}", "--nproc", "1")
+        assert done.returncode == 0, done.stderr
+        losses.append(json.loads((run / "summary.json").read_text())["before"]["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
 def test_a_loss_that_training_leaves_out_is_reported(cli: Any, tmp_path: Path) -> None:
     make("mixtral", tmp_path / "model")
     file = tmp_path / "model" / "config.json"
