@@ -139,7 +139,7 @@ def _gather(engine: Engine) -> dict[str, torch.Tensor]:
 def saved_buffers(model: torch.nn.Module, *, trained_only: bool) -> Iterator[tuple[str, torch.Tensor]]:
     """The buffers that `final/` holds, by name; `trained_only`: those of modules that train whole.
 
-    Commits hold no buffers: none of transformers' architectures changes one in training.
+    Commits hold no buffers: the self-check refuses a model that changes one in training.
     """
     for name, buffer in persistent_buffers(model):
         if not trained_only or ".modules_to_save." in name:
