@@ -10,7 +10,7 @@ export PYTHONUNBUFFERED := 1
 # Container images often stop Python from writing its byte code; every start would then compile 4,000 modules, for 7 s.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: quickstart install test gpu-fake-36 faults check format equivalence families plan chaos slurm hosts bench-quick gpu-dry-run wheel docs clean
+.PHONY: quickstart install test gpu-fake-36 faults check format equivalence families plan chaos faults-matrix fuzz slurm hosts bench-quick gpu-dry-run wheel docs clean
 
 # The versions that were tested together. With another torch, nothing is pinned.
 CONSTRAINTS := $(if $(filter torch==2.13.0,$(TORCH)),-c constraints.txt)
@@ -78,6 +78,14 @@ plan: $(VENV)/.dev
 # 200 kills at random instants (KILLS=N SEED=N change that); `make faults` runs 12
 chaos: $(VENV)/.dev
 	$(BIN)/python -m tests.chaos.storm $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
+
+# at least 40 kinds of fault, each injected into a real run: nothing may be lost (half an hour on two cores)
+faults-matrix: $(VENV)/.dev
+	$(BIN)/python -m tests.faults $(KINDS)
+
+# 10,000 random inputs per target (config, data files, commits, stores, model folders, the wire); CI tries 40
+fuzz: $(VENV)/.dev
+	FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-10000} $(BIN)/python -m pytest -q -n $(WORKERS) tests/fuzz
 
 # jobs on a real SLURM (installed with apt-get if missing) that are preempted, run out of time, are requeued or lose a node
 slurm: $(VENV)/.dev

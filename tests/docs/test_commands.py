@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.conftest import CLI, ROOT, read_lines
-from tests.slurm_cluster import slurm_cluster
+from tests.launcher.slurm_cluster import slurm_cluster
 
 PAGES = sorted(str(path.relative_to(ROOT)) for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 ON_SLURM = "docs/how-to/slurm.md"

@@ -18,7 +18,7 @@ from ft_dist.errors import UserError
 from ft_dist.launcher.launch import plan_submission
 from ft_dist.launcher.options import make_request
 from ft_dist.launcher.submission import Submission
-from tests.slurm_cluster import SlurmCluster, slurm_cluster
+from tests.launcher.slurm_cluster import SlurmCluster, slurm_cluster
 
 SCHEMAS = Path(__file__).parent / "schemas"
 KUBERNETES = "1.31"

@@ -11,7 +11,7 @@ import yaml
 from ft_dist.errors import ConfigError
 from ft_dist.launcher.profiles import load_profile
 from tests.conftest import SMALL_RUN
-from tests.slurm_cluster import slurm_cluster
+from tests.launcher.slurm_cluster import slurm_cluster
 
 PLANTED = {
     name: f"planted-{name.lower()}"

@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import CLI, SMALL_RUN, read_lines, start_cli
 from tests.launcher.processes import steps_done, wait_for
-from tests.slurm_cluster import SlurmCluster, slurm_cluster
+from tests.launcher.slurm_cluster import SlurmCluster, slurm_cluster
 
 # about 40 s of steps on a slow core, so that every fault occurs during training
 RUN = [*SMALL_RUN, "optim.max_steps=60", "optim.epochs=5", "checkpoint.interval_steps=10", "evaluate.before=false"]
