@@ -14,13 +14,12 @@ import pytest
 
 import ft_dist.data.store.cache as cache_module
 import ft_dist.data.store.store as store_module
-from ft_dist import retry
 from ft_dist.data.store.cache import ShardCache, open_store
 from ft_dist.data.store.store import TokenStore
 from ft_dist.data.stream.mixture import MixtureSource
 from ft_dist.data.stream.stream import DataStream
 from ft_dist.errors import DataError, StorageError
-from ft_dist.storage import open_storage
+from ft_dist.storage import open_storage, retry
 from tests.data.store.test_store import write_set
 from tests.object_store import ObjectStore, Proxy, Rule, fault_proxy, object_store
 

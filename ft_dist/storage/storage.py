@@ -1,4 +1,4 @@
-"""Named files in object stores and local folders. Only this module uses fsspec.
+"""Named files in object stores and local folders. `files.py` has the places.
 
 A `Storage` is a folder: a local path, or a URL such as `s3://bucket/folder`, `gs://`, `az://`, `hf://`. The client
 libraries find endpoints and credentials in the usual places (`AWS_ENDPOINT_URL`, `AWS_PROFILE`, ...). Transient errors
@@ -7,42 +7,24 @@ whole file or none.
 """
 
 import contextlib
-import errno
 import os
 import random
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
-from ft_dist.errors import ConfigError, MissingFileError, StorageError
-from ft_dist.retry import delay_s, is_transient
+from ft_dist.errors import MissingFileError, StorageError
+from ft_dist.storage.files import PART_BYTES, Files, Folder, Objects
+from ft_dist.storage.retry import delay_s, is_transient
 
-PART_BYTES = 16 * 2**20
-"""Bytes of one ranged read, the most that a broken connection wastes"""
 READ_BACK_BYTES = 16 * 2**20
 """Uploads up to this size are read back and compared; for larger ones only the size is compared"""
-CALL_TIMEOUT_S = 60.0
-SLOWEST_BYTES_S = 2**18
-"""A call that moves fewer bytes per second counts as stalled"""
 LOG_INTERVAL_S = 10.0
 
 Log = Callable[[str], None]
 Result = TypeVar("Result")
-
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
-# One request is one attempt: Storage retries, so that every wait is logged. botocore's checksum check fails for ranged
-# reads from stores that answer with the checksum of the whole object; the index of a token set holds its own checksums.
-_S3_OPTIONS = {
-    "config_kwargs": {
-        "retries": {"total_max_attempts": 1},
-        "connect_timeout": 10,
-        "read_timeout": CALL_TIMEOUT_S,
-        "response_checksum_validation": "when_required",
-    }
-}
-_OPTIONS: dict[str, dict[str, Any]] = {"s3": _S3_OPTIONS, "s3a": _S3_OPTIONS}
 
 
 def is_url(path: str | Path) -> bool:
@@ -74,7 +56,7 @@ def open_storage(
     url = str(place)
     if url.startswith("file://"):
         url = url.removeprefix("file://")
-    files = _Objects(url) if is_url(url) else _Folder(Path(url).expanduser())
+    files = Objects(url) if is_url(url) else Folder(Path(url).expanduser())
     return Storage(files, str(place).rstrip("/"), wait_s=wait_s, limit=limit, log=log)
 
 
@@ -90,7 +72,7 @@ class Storage:
     Every method raises StorageError (MissingFileError for a missing file) with the URL, the failure and the fix.
     """
 
-    def __init__(self, files: "_Files", url: str, *, wait_s: float, limit: str, log: Log | None) -> None:
+    def __init__(self, files: "Files", url: str, *, wait_s: float, limit: str, log: Log | None) -> None:
         self.url = url
         self.wait_s = wait_s
         self._files = files
@@ -104,7 +86,7 @@ class Storage:
     @property
     def local(self) -> Path | None:
         """The folder, or None if it is not on this machine's file system."""
-        return self._files.path if isinstance(self._files, _Folder) else None
+        return self._files.path if isinstance(self._files, Folder) else None
 
     def url_of(self, name: str) -> str:
         return f"{self.url}/{name}" if name else self.url
@@ -236,130 +218,6 @@ class Storage:
 
 class _Refused(Exception):  # noqa: N818 - an answer, not a failure of the store
     """The store answered; a retry would get the same answer."""
-
-
-class _Files(Protocol):
-    """One attempt per call, no retries."""
-
-    def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes: ...
-    def write(self, name: str, content: bytes | Path) -> None: ...
-    def names(self, folder: str) -> list[str]: ...
-    def size(self, name: str) -> int: ...
-    def delete(self, name: str) -> None: ...
-
-
-class _Folder:
-    """A folder of this machine. A file is written under a temporary name, synced and renamed."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
-        with (self.path / name).open("rb") as file:
-            file.seek(start or 0)
-            return file.read(-1 if end is None else end - (start or 0))
-
-    def write(self, name: str, content: bytes | Path) -> None:
-        path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part-{os.getpid()}-{threading.get_ident()}")
-        try:
-            with part.open("wb") as file:
-                if isinstance(content, bytes):
-                    file.write(content)
-                else:
-                    with content.open("rb") as source:
-                        while block := source.read(PART_BYTES):
-                            file.write(block)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-        handle = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-    def names(self, folder: str) -> list[str]:
-        files = (path for path in (self.path / folder).rglob("*") if path.is_file())
-        return [path.relative_to(self.path).as_posix() for path in files if ".part-" not in path.name]
-
-    def size(self, name: str) -> int:
-        path = self.path / name
-        if path.is_dir():
-            raise FileNotFoundError(errno.ENOENT, "this is a folder")
-        return path.stat().st_size
-
-    def delete(self, name: str) -> None:
-        (self.path / name).unlink()
-
-
-class _Objects:
-    """Objects of a remote store through fsspec, without caches: another process may write."""
-
-    def __init__(self, url: str) -> None:
-        protocol = url.partition("://")[0]
-        import fsspec
-
-        try:
-            driver = fsspec.get_filesystem_class(protocol)
-        except ValueError:
-            raise ConfigError(
-                f"{url}: unknown storage protocol {protocol}://. Use s3://, gs://, az:// or hf://."
-            ) from None
-        except ImportError as error:
-            extra = _EXTRAS.get(protocol)
-            fix = f"pip install 'ft-dist[{extra}]'" if extra else str(error)
-            raise ConfigError(f"{url}: the driver for {protocol}:// is not installed. {fix}.") from None
-        options = {"skip_instance_cache": True, "use_listings_cache": False, **_OPTIONS.get(protocol, {})}
-        # a malformed endpoint or key only fails here
-        try:
-            self._files = driver(**options)
-        except (ValueError, TypeError) as error:
-            raise ConfigError(
-                f"{url}: the driver for {protocol}:// rejects its settings ({error}). Correct them."
-            ) from None
-        if hasattr(self._files, "retries"):
-            self._files.retries = (
-                2  # one part of a large upload may fail once; Storage retries and logs longer failures
-            )
-        self._root = driver._strip_protocol(url).rstrip("/")
-
-    def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
-        moved = PART_BYTES if start is None or end is None else end - start
-        return bytes(self._files.cat_file(self._path(name), start=start, end=end, **self._timeout(moved)))
-
-    def write(self, name: str, content: bytes | Path) -> None:
-        if isinstance(content, bytes):
-            self._files.pipe_file(self._path(name), content, **self._timeout(len(content)))
-        else:
-            size = content.stat().st_size
-            self._files.put_file(str(content), self._path(name), **self._timeout(size))
-
-    def names(self, folder: str) -> list[str]:
-        start = self._path(folder) if folder else self._root
-        self._files.invalidate_cache()
-        found = self._files.find(start, **self._timeout(0))
-        return [path[len(self._root) + 1 :] for path in found if path.startswith(f"{self._root}/")]
-
-    def size(self, name: str) -> int:
-        self._files.invalidate_cache()
-        info = self._files.info(self._path(name), **self._timeout(0))
-        if info["type"] != "file":
-            raise FileNotFoundError(errno.ENOENT, "this is a folder")
-        return int(info["size"])
-
-    def delete(self, name: str) -> None:
-        self._files.rm_file(self._path(name), **self._timeout(0))
-
-    def _path(self, name: str) -> str:
-        return f"{self._root}/{name}"
-
-    def _timeout(self, moved_bytes: int) -> dict[str, float]:
-        """The timeout of one call, for drivers that support one."""
-        return {"timeout": CALL_TIMEOUT_S + moved_bytes / SLOWEST_BYTES_S} if self._files.async_impl else {}
 
 
 def _short(error: Exception) -> str:

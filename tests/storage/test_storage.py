@@ -11,10 +11,10 @@ from pathlib import Path
 import fsspec  # noqa: F401
 import pytest
 
-import ft_dist.storage as storage_module
-from ft_dist import retry
+import ft_dist.storage.files as files_module
+import ft_dist.storage.storage as storage_module
 from ft_dist.errors import ConfigError, MissingFileError, StorageError, UserError
-from ft_dist.storage import Storage, is_remote_folder, is_url, open_storage
+from ft_dist.storage import Storage, is_remote_folder, is_url, open_storage, retry
 from tests.object_store import ObjectStore, Proxy, Rule, fault_proxy, object_store
 
 
@@ -137,8 +137,8 @@ def test_a_damaged_upload_is_detected(proxy: Proxy) -> None:
 def test_a_hanging_request_times_out_and_is_retried(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = open_storage("s3://bucket/hanging")
     storage.write("x", b"content")
-    monkeypatch.setattr(storage_module, "CALL_TIMEOUT_S", 0.5)
-    monkeypatch.setattr(storage_module, "SLOWEST_BYTES_S", 2**40)
+    monkeypatch.setattr(files_module, "CALL_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(files_module, "SLOWEST_BYTES_S", 2**40)
     proxy.rules = [Rule("GET /bucket/hanging/x", "hang", times=2)]
     assert storage.read_bytes("x") == b"content"
     assert proxy.rules[0].seen == 2
