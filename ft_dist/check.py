@@ -5,21 +5,24 @@ and whether the output folder is writable. `check_method` builds the model witho
 tokenizer and encodes the first records. None of them leaves files behind.
 """
 
+import os
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ft_dist.checkpoint.commit.format import MANIFEST, Commit, commits, named_commit, verify
-from ft_dist.checkpoint.identity import check_identity, identity
+from ft_dist.checkpoint.commit.format import MANIFEST, STATE, Commit, commits, named_commit, remains, verify
+from ft_dist.checkpoint.find import newest_readable, restarted
+from ft_dist.checkpoint.identity import base_model, check_identity, identity
 from ft_dist.checkpoint.state import RunState
 from ft_dist.config import RunConfig
 from ft_dist.config.schema import SourceConfig
 from ft_dist.data.read.check import check_sources
-from ft_dist.errors import CheckpointError, ConfigError, counted
+from ft_dist.errors import ConfigError, counted
 from ft_dist.model.builtin import check_hub, local_folder, resolve_model
 from ft_dist.model.facts import model_facts
 from ft_dist.run_folder import RunFolder
+from ft_dist.storage import is_remote_folder
 
 if TYPE_CHECKING:
     from ft_dist.data.prepare.preview import Preview
@@ -35,6 +38,7 @@ def check(config: RunConfig, *, world_size: int) -> list[str]:
     folder = local_folder(resolve_model(config.model.path), config.model.revision)
     facts += _check_model(config, folder)
     _check_evaluation(config)
+    _check_mirror(config)
     _check_resume(config)
     _check_resumed(config, folder)
     return facts
@@ -143,15 +147,38 @@ def _check_evaluation(config: RunConfig) -> None:
             )
 
 
+def _check_mirror(config: RunConfig) -> None:
+    """Copies in the run's own folder would replace what they copy, and retention there would delete it."""
+    place = config.checkpoint.path
+    if not place or is_remote_folder(place):
+        return
+    own = Path(os.path.realpath(config.run_dir))
+    mirror = Path(os.path.realpath(Path(place.removeprefix("file://")).expanduser()))
+    for inner, outer in ((mirror, own), (own, mirror)):
+        if any(_same_folder(outer, folder) for folder in (inner, *inner.parents)):
+            raise ConfigError(
+                f"checkpoint.path={place}: is {'in' if inner is mirror else 'a folder around'} "
+                f"output_dir={config.run_dir}. Copies belong elsewhere, best on another disk: name a folder or URL "
+                "outside it, or remove checkpoint.path."
+            )
+
+
+def _same_folder(one: Path, other: Path) -> bool:
+    """Also if two mounts show the same folder."""
+    with suppress(OSError):
+        return one == other or one.samefile(other)
+    return False
+
+
 def _check_resume(config: RunConfig) -> None:
     resume = config.checkpoint.resume
     root = RunFolder(config.run_dir).checkpoints
-    if resume == "never" and commits(root):
+    if resume == "never" and remains(root) and not restarted():
         raise ConfigError(
             f"checkpoint.resume=never, but {root} holds commits of an earlier run. "
             "Use checkpoint.resume=auto to continue it, or another output_dir."
         )
-    if resume in ("auto", "never"):
+    if resume in ("auto", "never") or remains(root):
         return
     folder = Path(resume)
     if not (folder / MANIFEST).is_file():
@@ -174,7 +201,8 @@ def _check_resumed(config: RunConfig, folder: str) -> None:
         return
     commit, state = found
     if state.config is not None:
-        check_identity(state.identity, identity(config, folder=folder), where=commit.folder)
+        now = identity(config, base=base_model(config, folder))
+        check_identity(state.identity, now, where=commit.folder)
     if state.data is not None and not config.data.live:
         from ft_dist.data.stream.stream import check_order, order_rules
 
@@ -215,14 +243,12 @@ def _possible_packing(config: RunConfig) -> list[bool]:
 def _resumed_state(config: RunConfig) -> tuple[Commit, RunState] | None:
     """The commit that a run here would resume from, unless a newer one is in checkpoint.path, and its state."""
     resume = config.checkpoint.resume
-    if resume == "never":
+    root = RunFolder(config.run_dir).checkpoints
+    if resume == "never" and not restarted():
         return None
-    if resume != "auto":
+    if resume in ("auto", "never") or remains(root):
+        commit = newest_readable(root)
+    else:
         commit = named_commit(Path(resume))
         verify(commit, state_only=True)
-        return commit, RunState.from_dict(commit.state())
-    for commit in reversed(commits(RunFolder(config.run_dir).checkpoints)):
-        with suppress(CheckpointError):  # a damaged one is skipped by the run too
-            verify(commit, state_only=True)
-            return commit, RunState.from_dict(commit.state())
-    return None
+    return (commit, RunState.from_dict(commit.state(), where=commit.folder / STATE)) if commit else None

@@ -42,6 +42,10 @@ class CheckpointError(UserError):
     """A checkpoint is incomplete, damaged or from another run."""
 
 
+class CheckpointVersionError(CheckpointError):
+    """A checkpoint of another format version. It is not damaged, so an older one must not replace it silently."""
+
+
 class StorageError(UserError):
     """A folder or object store cannot be read or written; names the URL."""
 

@@ -16,6 +16,11 @@ class RunFolder:
         return self.root / "config.yaml"
 
     @property
+    def run_record(self) -> Path:
+        """The id of the run, which its commits and its mirror repeat"""
+        return self.root / "run.json"
+
+    @property
     def lock(self) -> Path:
         """Locked while a run uses the folder, and names its process; the file itself stays"""
         return self.root / "run.lock"

@@ -1,65 +1,47 @@
-"""Finds the commit that a run resumes from, the best, or that of a step. In a run, rank 0 verifies it for all ranks."""
+"""Finds the commit that a run resumes from, the best, or that of a step; see `agreed.py` for several ranks."""
 
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from ft_dist.checkpoint.commit.format import Commit, commits, named_commit, verify
-from ft_dist.checkpoint.commit.mirror import fetch, remote_steps
+from ft_dist.checkpoint.commit.format import (
+    MANIFEST,
+    Commit,
+    commits,
+    named_commit,
+    remains,
+    step_of,
+    verify,
+)
+from ft_dist.checkpoint.commit.lease import remote_steps
+from ft_dist.checkpoint.commit.mirror import fetch
 from ft_dist.checkpoint.commit.retention import by_loss
 from ft_dist.checkpoint.state import RunState
-from ft_dist.distributed import World, decided
-from ft_dist.errors import CheckpointError, StorageError
+from ft_dist.errors import NEW_RUN, CheckpointError, CheckpointVersionError, StorageError
 from ft_dist.storage import Storage
 
 Step = int | Literal["best"]
 
 
-def agreed_commit(
-    world: World, *, resume: str, root: Path, storage: Storage | None, timeout_s: float
-) -> tuple[Commit | None, list[str]]:
-    """The commit that `checkpoint.resume` selects, the same on every rank, and one line per skipped commit.
-
-    Raises UserError on every rank, on rank 0 as CheckpointError or StorageError.
-    """
-    return _agreed(
-        world, "checkpoint/resume", lambda: find(resume=resume, root=root, storage=storage), timeout_s=timeout_s
-    )
-
-
-def agreed_best(
-    world: World, *, losses: Mapping[int, float], current: int, root: Path, storage: Storage | None, timeout_s: float
-) -> tuple[Commit | None, list[str]]:
-    """Like `agreed_commit`: the commit with the lowest of the held-out `losses` (by step), if lower than that of step
-    `current`."""
-
-    def better(steps: Iterable[int]) -> list[int]:
-        ranked = by_loss({*steps, current}, losses)
-        return ranked[: ranked.index(current)] if current in ranked else ranked
-
-    return _agreed(world, "checkpoint/best", lambda: _first_intact(better, root, storage), timeout_s=timeout_s)
-
-
-def _agreed(
-    world: World, key: str, search: Callable[[], tuple[Commit | None, list[str]]], *, timeout_s: float
-) -> tuple[Commit | None, list[str]]:
-    """What `search` finds on rank 0, which reads and verifies; the others wait for its answer."""
-
-    def found() -> dict[str, Any]:
-        commit, skipped = search()
-        place = {"folder": str(commit.folder), "step": commit.step} if commit else None
-        return {"commit": place, "skipped": skipped}
-
-    answer = decided(world, key, found, timeout_s=timeout_s)
-    place = answer["commit"]
-    return Commit(Path(place["folder"]), place["step"]) if place else None, answer["skipped"]
+def restarted() -> bool:
+    """Whether a launcher, torchrun or SLURM has started this run again by itself."""
+    counts = {"FT_DIST_ROUND": 1, "TORCHELASTIC_RESTART_COUNT": 0, "SLURM_RESTART_COUNT": 0}
+    found = ((os.environ.get(name, ""), first) for name, first in counts.items())
+    return any(value.isdecimal() and int(value) > first for value, first in found)
 
 
 def find(*, resume: str, root: Path, storage: Storage | None = None) -> tuple[Commit | None, list[str]]:
-    """Like `agreed_commit`, for one process."""
+    """The commit that `checkpoint.resume` selects, and one line per skipped commit.
+
+    A path counts until the run has a commit of its own; so does `never` if the run is `restarted`. Raises
+    CheckpointError, StorageError.
+    """
+    if resume == "auto" or (resume == "never" and restarted()):
+        return newest_intact(root, storage)
     if resume == "never":
         return None, []
-    if resume == "auto":
+    if remains(root) or (storage and remote_steps(storage)):
         return newest_intact(root, storage)
     commit = named_commit(Path(resume))
     try:
@@ -70,20 +52,50 @@ def find(*, resume: str, root: Path, storage: Storage | None = None) -> tuple[Co
 
 
 def newest_intact(root: Path, storage: Storage | None = None) -> tuple[Commit | None, list[str]]:
-    """The newest commit, local or in `storage`, whose checksums match, and one line per newer commit skipped."""
-    return _first_intact(lambda steps: sorted(steps, reverse=True), root, storage)
+    """The newest commit, local or in `storage`, whose checksums match, and one line per newer commit skipped.
+
+    None if there never was one. Raises CheckpointError if commits exist, but none can be used.
+    """
+    commit, skipped = first_intact(lambda steps: sorted(steps, reverse=True), root, storage)
+    left = [] if commit else remains(root)
+    if left or (skipped and commit is None):
+        why = skipped[-1] if skipped else f"{left[-1]} has no {MANIFEST} or is damaged."
+        raise CheckpointError(f"{root}: has checkpoints, but none that can be used: {why} Restore one, or {NEW_RUN}.")
+    return commit, skipped
 
 
-def _first_intact(
+def newest_readable(root: Path) -> Commit | None:
+    """Like `newest_intact` for one who only looks: of the files, state.json alone is read, and nothing is moved."""
+    problem = ""
+    for commit in reversed(commits(root)):
+        try:
+            verify(commit, state_only=True)
+            return commit
+        except CheckpointVersionError:
+            raise
+        except CheckpointError as error:
+            problem = str(error)
+    left = remains(root)
+    if left:
+        why = problem or f"{left[-1]} has no {MANIFEST} or is damaged."
+        raise CheckpointError(f"{root}: has checkpoints, but none that can be used: {why} Restore one, or {NEW_RUN}.")
+    return None
+
+
+def first_intact(
     order: Callable[[Iterable[int]], list[int]], root: Path, storage: Storage | None
 ) -> tuple[Commit | None, list[str]]:
     """The first commit in the `order` of the steps found whose checksums match, and one line per commit skipped.
 
-    A commit that is missing or damaged locally is downloaded from the store. A damaged local commit is renamed to
-    `step-N.damaged`: it can be inspected, but is neither found again nor counted by retention.
+    A commit that is missing or damaged locally is downloaded from the store. Once another is found, a damaged local one
+    is renamed to `step-N.damaged`: it can be inspected, but is neither found again nor counted by retention. A commit
+    of another format version, and files that the file system does not read, are no damage: raises CheckpointError,
+    StorageError.
     """
-    skipped = []
+    skipped: list[str] = []
+    damaged: list[Path] = []
     local = {commit.step: commit for commit in commits(root)}
+    unsealed = {step: folder for folder in remains(root) if (step := step_of(folder.name)) and step not in local}
     remote: set[int] = set()
     if storage:
         try:
@@ -92,20 +104,34 @@ def _first_intact(
             if not local:
                 raise
             skipped.append(f"{error} The newest local checkpoint is used.")
-    for step in order(local.keys() | remote):
+    found: Commit | None = None
+    for step in order(local.keys() | unsealed.keys() | remote):
+        if step in unsealed:
+            skipped.append(f"{unsealed[step]}: has no {MANIFEST}, so it is not a whole commit.")
+            damaged.append(unsealed[step])
         if step in local:
             try:
                 verify(local[step])
-                return local[step], skipped
+                found = local[step]
+                break
+            except CheckpointVersionError:
+                raise
             except CheckpointError as error:
                 skipped.append(str(error))
-                _set_aside(local[step])
+                damaged.append(local[step].folder)
         if storage and step in remote:
             try:
-                return fetch(storage, step, root), skipped
+                found = fetch(storage, step, root)  # replaces a damaged one of this step
+                damaged = [folder for folder in damaged if step_of(folder.name.partition(".")[0]) != step]
+                break
+            except CheckpointVersionError:
+                raise
             except (CheckpointError, StorageError) as error:
                 skipped.append(str(error))
-    return None, skipped
+    if found:
+        for folder in damaged:
+            _set_aside(folder)
+    return found, skipped
 
 
 def commit_of_step(root: Path, step: Step) -> Commit:
@@ -137,10 +163,10 @@ def _steps(steps: Iterable[int]) -> str:
     return f"step{'s' if len(names) > 1 else ''} {', '.join(names)}" if names else "no step"
 
 
-def _set_aside(commit: Commit) -> None:
-    place = commit.folder.with_name(f"{commit.folder.name}.damaged")
-    number = 1
+def _set_aside(folder: Path) -> None:
+    name, number = folder.name.partition(".")[0], 1
+    place = folder.with_name(f"{name}.damaged")
     while place.exists():
         number += 1
-        place = commit.folder.with_name(f"{commit.folder.name}.damaged{number}")
-    commit.folder.rename(place)
+        place = folder.with_name(f"{name}.damaged{number}")
+    folder.rename(place)

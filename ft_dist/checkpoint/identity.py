@@ -12,10 +12,14 @@ from typing import Any
 
 import xxhash
 
+from ft_dist.checkpoint.commit.format import fingerprint
+from ft_dist.checkpoint.state import BaseRecord, WeightFile
 from ft_dist.config.schema import RunConfig
-from ft_dist.errors import NEW_RUN, CheckpointError
+from ft_dist.errors import NEW_RUN, CheckpointError, ModelError
 from ft_dist.method.table import METHODS, own_options
+from ft_dist.model.builtin import cache_dir
 from ft_dist.model.facts import read_json
+from ft_dist.storage.file_digests import cached_digests
 
 FIXED = (
     "model.new_tokens",
@@ -28,30 +32,38 @@ _SAMPLES = 64
 _SAMPLE_BYTES = 1 << 20
 
 
-def identity(config: RunConfig, *, folder: str) -> dict[str, Any]:
-    """For state.json: the config, its hash, and the base model loaded from `folder` (or hub id)."""
+def identity(config: RunConfig, *, base: BaseRecord) -> dict[str, Any]:
+    """For state.json: the config, its hash, and the base model."""
     tree = config.model_dump(mode="json")
-    return {"config": tree, "config_hash": config_hash(tree), "base": base_model(config, folder)}
+    return {"config": tree, "config_hash": config_hash(tree), "base": base}
 
 
 def config_hash(tree: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(tree, sort_keys=True).encode())
 
 
-def base_model(config: RunConfig, folder: str) -> dict[str, Any]:
+def base_model(config: RunConfig, folder: str) -> BaseRecord:
     """Name of the base model, and digests of its weights, its config and, if trusted, its code.
 
-    They are None if only the hub has the model. Raises ModelError if its config is not JSON.
+    They are None if only the hub has the model. Raises ModelError if its config is not JSON or a file is not readable.
     """
-    place = Path(folder)
-    local = place.is_dir()
-    return {
-        "path": config.model.path,
-        "revision": config.model.revision,
-        "digest": weights_digest(place) if local else None,
-        "config_digest": _config_digest(place / "config.json") if local else None,
-        "code_digest": _code_digest(place) if local and config.model.trust_remote_code else None,
-    }
+    place, path, revision = Path(folder), config.model.path, config.model.revision
+    if not place.is_dir():
+        return BaseRecord(path=path, revision=revision)
+    try:
+        return BaseRecord(
+            path=path,
+            revision=revision,
+            commit=place.resolve().name if place.parent.name == "snapshots" else None,
+            files=_whole_files(place),
+            digest=sampled_digest(place),
+            config_digest=_config_digest(place / "config.json"),
+            code_digest=_code_digest(place) if config.model.trust_remote_code else None,
+        )
+    except OSError as error:
+        raise ModelError(
+            f"model.path={config.model.path}: {error.filename}: cannot be read ({error.strerror})."
+        ) from None
 
 
 def _config_digest(file: Path) -> str | None:
@@ -76,13 +88,10 @@ def _of_function(tree: Any) -> Any:
     return {key: _of_function(value) for key, value in tree.items() if key not in _NOT_THE_FUNCTION}
 
 
-def weights_digest(folder: Path) -> str:
-    """xxh3-128 over name, size, safetensors header and 64 evenly spaced MiB of every weight file.
-
-    Detects another model, or further training of the same one, in a fraction of a second even for hundreds of
-    gigabytes; it is not meant to find a single flipped bit.
-    """
-    return _digest_of(weight_files(folder))
+def sampled_digest(folder: Path) -> str:
+    """xxh3-128 over name, size, safetensors header and 64 evenly spaced MiB of every weight file: all that commits of
+    older versions hold."""
+    return _sampled(weight_files(folder))
 
 
 def weight_files(folder: Path) -> tuple[tuple[Path, int, int], ...]:
@@ -91,9 +100,18 @@ def weight_files(folder: Path) -> tuple[tuple[Path, int, int], ...]:
     return tuple((path, at.st_size, at.st_mtime_ns) for path, at in found)
 
 
+def _whole_files(folder: Path) -> dict[str, WeightFile]:
+    """Every byte of every weight file. Read once on each machine, at the speed of its disk: see `cached_digests`."""
+    files = [path for path, _, _ in weight_files(folder)]
+    digests = cached_digests(files, cache_dir() / "weights-digests.json", lambda path: fingerprint(path)["xxh3"])
+    return {
+        path.name: WeightFile(bytes=path.stat().st_size, xxh3=digest)
+        for path, digest in zip(files, digests, strict=True)
+    }
+
+
 @cache
-def _digest_of(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """Kept, because the checks ahead of a run need it as well as the run."""
+def _sampled(files: tuple[tuple[Path, int, int], ...]) -> str:
     digest = xxhash.xxh3_128()
     for path, size, _ in files:
         digest.update(f"{path.name} {size}\n".encode())
@@ -115,8 +133,9 @@ def keep_length(config: RunConfig, saved: dict[str, Any] | None) -> None:
     the run would become longer, and its learning rate another.
     """
     before = (saved or {}).get("optim", {})
+    epochs = before.get("epochs")
     if "epochs" not in config.optim.model_fields_set and before.get("max_steps") == config.optim.max_steps:
-        config.optim.epochs = before.get("epochs")
+        config.optim.epochs = epochs if isinstance(epochs, int) else None
 
 
 def check_identity(saved: dict[str, Any], now: dict[str, Any], *, where: Path) -> list[str]:
@@ -131,31 +150,32 @@ def check_identity(saved: dict[str, Any], now: dict[str, Any], *, where: Path) -
                 f"{key}={after}: the checkpoint {where} was made with {key}={before}, which its tensors depend on. "
                 f"Restore it, or {NEW_RUN}."
             )
-    difference = base_difference(saved["base"], now["base"], weights=method.frozen_base)
+    difference = base_difference(saved["base"], now["base"])
     if difference:
         what = f"the adapters in {where} were" if method.frozen_base else f"the checkpoint {where} was"
         raise CheckpointError(
-            f"model.path={now['base']['path']}: {difference}, on which {what} trained. Restore the model, or {NEW_RUN}."
+            f"model.path={now['base'].path}: {difference}, on which {what} trained. Restore the model, or {NEW_RUN}."
         )
     return [f"{key}: {_short(before)} -> {_short(after)}" for key, (before, after) in changes.items()]
 
 
-def base_difference(saved: dict[str, Any], now: dict[str, Any], *, weights: bool) -> str | None:
-    """What differs between two base models (both from `base_model`), or None; a digest that one lacks is unknown.
+def base_difference(saved: BaseRecord | None, now: BaseRecord) -> str | None:
+    """What differs between two base models, or None; what one of them lacks is unknown.
 
-    `weights`: compare them too. After full fine-tuning the checkpoint holds every weight, so those of the base no
-    longer matter, but its config still says what to compute with them.
+    The weights count after full fine-tuning too: a checkpoint has every trained weight, but not the buffers.
     """
-
-    def differs(key: str) -> bool:
-        digests = saved.get(key), now.get(key)
-        return None not in digests and digests[0] != digests[1]
-
-    if weights and differs("digest"):
-        return f"its weights differ from those of {saved['path']}"
+    if saved is None:
+        return None
+    if saved.files is not None and now.files is not None:
+        for name in sorted(saved.files.keys() | now.files.keys()):
+            if saved.files.get(name) != now.files.get(name):
+                return f"its weights differ from those of {saved.path} ({name})"
+    elif None not in (saved.digest, now.digest) and saved.digest != now.digest:
+        return f"its weights differ from those of {saved.path}"
     for key, name in (("config_digest", "config.json"), ("code_digest", "Python code")):
-        if differs(key):
-            return f"its {name} differs from that of {saved['path']}"
+        before, after = getattr(saved, key), getattr(now, key)
+        if None not in (before, after) and before != after:
+            return f"its {name} differs from that of {saved.path}"
     return None
 
 

@@ -1,20 +1,24 @@
 """A run's checkpoints: the commit it resumes from, its saves, and the record of them."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from ft_dist.checkpoint.agreed import agreed_base, agreed_best, as_answer, of_answer
+from ft_dist.checkpoint.commit.format import STATE
+from ft_dist.checkpoint.commit.lease import Lease
 from ft_dist.checkpoint.commit.mirror import MIRROR_WAIT_S, Mirror
 from ft_dist.checkpoint.commit.retention import Retention
 from ft_dist.checkpoint.commit.writer import CheckpointWriter
-from ft_dist.checkpoint.find import agreed_best, agreed_commit
+from ft_dist.checkpoint.find import find
 from ft_dist.checkpoint.identity import check_identity, identity, keep_length
 from ft_dist.checkpoint.load import load
-from ft_dist.checkpoint.state import RunState
+from ft_dist.checkpoint.run_record import RunRecord, claim, write_record
+from ft_dist.checkpoint.state import BaseRecord, RunState
 from ft_dist.config import RunConfig
-from ft_dist.distributed import World, barrier
+from ft_dist.distributed import World, barrier, decided
 from ft_dist.engine.fragments import adam_step, owned_tensors
 from ft_dist.engine.step import Engine
+from ft_dist.errors import NEW_RUN, CheckpointError
 from ft_dist.observe.console import Console
 from ft_dist.observe.recorder import Recorder
 from ft_dist.run_folder import RunFolder
@@ -36,41 +40,53 @@ class CheckpointKeeper:
         self._interval = config.checkpoint.interval_steps
         self.saved_s = 0.0
         """Seconds until the last save was on disk; set on rank 0 only"""
-        place = config.checkpoint.path
+        place, timeout_s = config.checkpoint.path, config.engine.timeout_s
         note = Console(enabled=world.is_main).note
         limit = "the time limit for checkpoints"
-        storage = open_storage(place, wait_s=MIRROR_WAIT_S, limit=limit, log=note) if place else None
-        commit, self.skipped = agreed_commit(
-            world,
-            resume=config.checkpoint.resume,
-            root=self.root,
-            storage=storage,
-            timeout_s=config.engine.timeout_s,
-        )
-        self.resumed = RunState.from_dict(commit.state()) if commit else None
+        self._storage = open_storage(place, wait_s=MIRROR_WAIT_S, limit=limit, log=note) if place else None
+        self._timeout_s = timeout_s
+        self._lease: Lease | None = None
+        answer = decided(world, "checkpoint/resume", lambda: self._claim_and_find(config, note), timeout_s=timeout_s)
+        self._run_id: str = answer["run_id"]
+        commit, self.skipped = of_answer(answer), answer["skipped"]
+        self.resumed = RunState.from_dict(commit.state(), where=commit.folder / STATE) if commit else None
         if self.resumed:
             keep_length(config, self.resumed.config)
-        self._identity = identity(config, folder=folder)
+        self._identity = identity(config, base=agreed_base(config, world, folder=folder))
         self.changed: list[str] = []
         if commit and self.resumed:
             if self.resumed.config is not None:
                 self.changed = check_identity(self.resumed.identity, self._identity, where=commit.folder)
             load(engine, commit)
             barrier(world)
-        self._storage, self._timeout_s = storage, config.engine.timeout_s
+        if world.is_main:
+            write_record(RunFolder(config.run_dir), RunRecord(id=self._run_id, model_commit=self.base.commit))
         retention = Retention.of(config)
         self.writer = CheckpointWriter(
             self.root,
             world,
             retention=retention,
-            mirror=Mirror(storage, retention) if storage and world.is_main else None,
-            timeout_s=config.engine.timeout_s,
+            mirror=Mirror(self._storage, retention, self._lease) if self._storage and self._lease else None,
+            timeout_s=timeout_s,
         )
 
+    def _claim_and_find(self, config: RunConfig, note: Callable[[str], None]) -> dict[str, Any]:
+        """On rank 0: the id of the run, and the commit that it resumes from."""
+        run_id, self._lease = claim(config, self._storage, say=note)
+        storage = self._storage if self._lease and self._lease.held else None
+        commit, skipped = find(resume=config.checkpoint.resume, root=self.root, storage=storage)
+        if commit and commit.folder.parent == self.root:
+            state = RunState.from_dict(commit.state(), where=commit.folder / STATE)
+            if state.run_id not in (None, run_id):
+                raise CheckpointError(
+                    f"{commit.folder}: is a commit of another run than the one in {config.run_dir}. Move it away, or "
+                    f"{NEW_RUN}."
+                )
+        return {"run_id": run_id} | as_answer(commit, skipped)
+
     @property
-    def base(self) -> dict[str, Any]:
-        """The name and digests of the base model"""
-        found: dict[str, Any] = self._identity["base"]
+    def base(self) -> BaseRecord:
+        found: BaseRecord = self._identity["base"]
         return found
 
     def is_due(self, step: int) -> bool:
@@ -78,14 +94,14 @@ class CheckpointKeeper:
 
     def save(self, state: RunState) -> None:
         """Save the engine and the run's part of the state. See `wait_until_copied` and `finish`."""
-        whole = replace(
-            state,
-            adam_step=adam_step(self._engine),
-            parameters=self._engine.trainable_shapes(),
-            world_size=self._world.size,
-            zero_stage=self._engine.stage,
-            **self._identity,
-        )
+        own = {
+            "adam_step": adam_step(self._engine),
+            "parameters": self._engine.trainable_shapes(),
+            "world_size": self._world.size,
+            "zero_stage": self._engine.stage,
+            "run_id": self._run_id,
+        }
+        whole = state.model_copy(update=own | self._identity)
         tensors = owned_tensors(self._engine)
         losses = state.held_out_losses
         self.writer.save(tensors, step=state.step, state=whole.to_dict(), held_out_losses=losses)

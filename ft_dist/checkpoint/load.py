@@ -1,17 +1,21 @@
 """Load a commit into an engine of any world size and ZeRO stage: each rank reads the slices that it owns."""
 
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from ft_dist.checkpoint.commit.format import Commit, split_key
+from ft_dist.checkpoint.commit.format import STATE, Commit, split_key
 from ft_dist.checkpoint.state import RunState
 from ft_dist.engine.fragments import fragments, refresh_compute_weights, set_adam_step
 from ft_dist.engine.step import Engine
-from ft_dist.errors import NEW_RUN, CheckpointError
+from ft_dist.errors import NEW_RUN, CheckpointError, StorageError
+from ft_dist.storage.retry import patiently
+
+_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def load(engine: Engine, commit: Commit) -> RunState:
@@ -19,7 +23,7 @@ def load(engine: Engine, commit: Commit) -> RunState:
 
     Raises CheckpointError if the commit has other trainable parameters or another optimizer's state.
     """
-    state = RunState.from_dict(commit.state())
+    state = RunState.from_dict(commit.state(), where=commit.folder / STATE)
     _check_parameters(engine, commit, state)
     saved = SavedFragments(commit.fragment_files())
     for fragment in fragments(engine):
@@ -58,12 +62,28 @@ class SavedFragments:
 
     def __init__(self, files: list[Path]) -> None:
         self._ranges: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = defaultdict(list)
+        """Raises CheckpointError for a file that ft_dist did not write, StorageError for one that cannot be read."""
         for path in files:
-            handle = safe_open(path, framework="pt")
-            for key in handle.keys():  # noqa: SIM118 - not a dictionary
-                kind, name, start = split_key(key)
-                numel = handle.get_slice(key).get_shape()[0]
-                self._ranges[kind, name].append((start, numel, handle, key))
+            try:
+                handle = patiently(lambda path=path: safe_open(path, framework="pt"))  # type: ignore[misc]
+                for key in handle.keys():  # noqa: SIM118 - not a dictionary
+                    kind, name, start = split_key(key)
+                    fragment = handle.get_slice(key)
+                    if len(fragment.get_shape()) != 1 or fragment.get_dtype() not in _DTYPES:
+                        raise CheckpointError(
+                            f"{path}: {key} is {fragment.get_dtype()} of shape {fragment.get_shape()}, not a flat "
+                            "tensor of floats. Another program wrote this checkpoint."
+                        )
+                    self._ranges[kind, name].append((start, fragment.get_shape()[0], handle, key))
+            except SafetensorError as error:
+                raise CheckpointError(f"{path}: not a safetensors file ({error}).") from None
+            except OSError as error:
+                raise StorageError(f"{path}: cannot be read ({error}). Run the same command again.") from None
+        for (kind, name), ranges in self._ranges.items():
+            ranges.sort(key=lambda each: each[0])
+            for (first, numel, *_), (second, *_) in pairwise(ranges):
+                if first + numel > second:
+                    raise CheckpointError(f"{files[0].parent}: holds {kind} of {name} twice from entry {second}.")
 
     @torch.no_grad()
     def copy_into(self, tensor: torch.Tensor, kind: str, name: str, *, start: int) -> int:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from ft_dist.checkpoint.commit.format import Commit
-from ft_dist.checkpoint.identity import check_identity, identity
+from ft_dist.checkpoint.commit.format import STATE, Commit
+from ft_dist.checkpoint.identity import base_model, check_identity, identity
 from ft_dist.checkpoint.load import SavedFragments
 from ft_dist.checkpoint.state import RunState
 from ft_dist.config import RunConfig
@@ -28,10 +28,12 @@ def write_commit(commit: Commit, config: RunConfig, folder: Path, *, base: str) 
     The model in the folder (or hub id) `base` supplies what a run does not train: the config, buffers, frozen parts.
     Raises CheckpointError if the commit does not fit it, ModelError.
     """
-    state = RunState.from_dict(commit.state())
+    state = RunState.from_dict(commit.state(), where=commit.folder / STATE)
     if state.config is not None:
         check_identity(
-            state.identity, identity(config, folder=local_folder(base, config.model.revision)), where=commit.folder
+            state.identity,
+            identity(config, base=base_model(config, local_folder(base, config.model.revision))),
+            where=commit.folder,
         )
     tokenizer, _ = configured_tokenizer(config.model, base)
     with quietly(), warnings.catch_warnings():

@@ -14,12 +14,14 @@ from typing import Any
 from ft_dist.checkpoint.commit.format import MANIFEST, step_of
 from ft_dist.checkpoint.find import Step, commit_of_step
 from ft_dist.checkpoint.identity import base_difference, base_model
+from ft_dist.checkpoint.state import BaseRecord
 from ft_dist.config import RunConfig, load_config
 from ft_dist.errors import ModelError
 from ft_dist.model.builtin import Progress, builtin_names, local_folder, may_be_model, resolve_model
 from ft_dist.model.facts import read_json
 from ft_dist.model.quiet import quietly
 from ft_dist.model.tokenizer import load_tokenizer, stop_token_ids
+from ft_dist.outside import validated
 from ft_dist.run_folder import RunFolder
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -90,10 +92,11 @@ def find_weights(path: str, progress: Progress = print) -> Weights:
 def _check_base(run: RunFolder, config: RunConfig, base: str) -> None:
     """Versions before the summary had `base` did not store what the adapter was trained on."""
     trained_on = read_json(run.summary).get("base") if run.summary.is_file() else None
-    if trained_on is None:
+    if not isinstance(trained_on, dict):
         return
     now = base_model(config, local_folder(base, config.model.revision))
-    if difference := base_difference(trained_on, now, weights=True):
+    before = validated(trained_on, BaseRecord, where=f"{run.summary}: base", error=ModelError)
+    if difference := base_difference(before, now):
         raise ModelError(
             f"model.path={config.model.path}: {difference}, on which the adapter in {run.final} was trained. Restore "
             f"the model, or set model.path in {run.config} to a folder that holds it as it was."

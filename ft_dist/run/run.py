@@ -348,7 +348,7 @@ class Run:
                 **self.planned.comparison(),
                 "before": before,
                 "after": after,
-                "base": self.checkpoints.base,
+                "base": self.checkpoints.base.model_dump(),
                 "final_check": self._final_check,
                 "versions": versions(),
             }

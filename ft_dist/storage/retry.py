@@ -1,4 +1,4 @@
-"""Which errors of an object store are retried, and after what delay.
+"""Which errors of an object store or a file system are retried, and after what delay.
 
 Transient errors (timeouts, 408, 425, 429, 5xx, refused or broken connections, partial bodies) are retried with
 exponential back-off and jitter (Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog 2015). Permanent
@@ -7,7 +7,14 @@ errors (missing, forbidden, invalid request) are not.
 
 import errno
 import random
+import time
+from collections.abc import Callable
+from typing import TypeVar
 
+Result = TypeVar("Result")
+
+LOCAL_WAIT_S = 60.0
+"""How long a file server may take to answer again: a failover of NFS takes less"""
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 15.0
 
 _STATUS_NAMES = ("status", "status_code", "code")
@@ -38,3 +45,17 @@ def delay_s(attempts: int, generator: random.Random) -> float:
     """Seconds to wait after this many failed attempts: between a tenth of the back-off limit and the limit."""
     limit = min(LONGEST_DELAY_S, FIRST_DELAY_S * 2.0 ** min(attempts - 1, 10))
     return generator.uniform(limit / 10, limit)
+
+
+def patiently(call: Callable[[], Result], *, wait_s: float | None = None) -> Result:
+    """What `call` returns; retries its transient OSErrors (EIO, ESTALE, ...) for `wait_s` (default LOCAL_WAIT_S)."""
+    deadline, attempts = time.monotonic() + (LOCAL_WAIT_S if wait_s is None else wait_s), 0
+    generator = random.Random()
+    while True:
+        attempts += 1
+        try:
+            return call()
+        except OSError as error:
+            if not is_transient(error) or time.monotonic() >= deadline:
+                raise
+            time.sleep(min(delay_s(attempts, generator), max(0.0, deadline - time.monotonic())))

@@ -6,7 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ft_dist.checkpoint.identity import check_identity, config_hash, identity, weights_digest
+from ft_dist.checkpoint.identity import base_model, check_identity, config_hash
+from ft_dist.checkpoint.identity import identity as identity_of
+from ft_dist.checkpoint.state import RunState
 from ft_dist.config.load import validate
 from ft_dist.errors import CheckpointError
 
@@ -24,9 +26,14 @@ def base(tmp_path):
     return tmp_path
 
 
+def identity(run, *, folder):
+    return identity_of(run, base=base_model(run, folder))
+
+
 def state(run, folder):
     """What a commit stores of the identity."""
-    return json.loads(json.dumps(identity(run, folder=str(folder))))
+    saved = RunState(step=1, **identity(run, folder=str(folder))).to_dict()
+    return RunState.from_dict(json.loads(json.dumps(saved))).identity
 
 
 def check(before, after, base, other=None):
@@ -79,8 +86,9 @@ def test_adapters_stay_with_their_base(base, tmp_path):
     save_file({"w": torch.arange(1000.0) + 1}, other / "model.safetensors")
     with pytest.raises(CheckpointError, match="its weights differ from those"):
         check(config(), config(), base, other)
-    # full fine-tuning has all its weights in the checkpoint
-    assert check(config(method={"kind": "full"}), config(method={"kind": "full"}), base, other) == []
+    # full fine-tuning has all its weights in the checkpoint, but not the buffers
+    with pytest.raises(CheckpointError, match="its weights differ from those"):
+        check(config(method={"kind": "full"}), config(method={"kind": "full"}), base, other)
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -111,11 +119,33 @@ def test_code_counts_if_it_is_trusted(base):
     assert check_identity(before, state(config(), base), where=base) == ["model.trust_remote_code: true -> false"]
 
 
-def test_the_digest_depends_on_content_not_on_the_path(base, tmp_path):
+def test_digests_depend_on_content_not_on_the_path(base, tmp_path):
     moved = tmp_path / "moved"
     moved.mkdir()
     (moved / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes())
-    assert weights_digest(moved) == weights_digest(base)
+    assert base_model(config(), str(moved)) == base_model(config(), str(base))
+
+
+def test_one_flipped_bit_of_a_large_base_is_found(base):
+    """Between the samples that older versions compared, far from the header."""
+    save_file({"w": torch.zeros(50 << 20)}, base / "model.safetensors")  # 200 MB
+    saved = state(config(), base)
+    with (base / "model.safetensors").open("r+b") as file:
+        file.seek((1 << 20) + (1 << 20) + 12345)
+        file.write(b"\x01")
+    now = identity(config(), folder=str(base))
+    assert saved["base"].digest == now["base"].digest, "not a sampled byte"
+    with pytest.raises(CheckpointError, match=r"its weights differ from those of m \(model\.safetensors\)"):
+        check_identity(saved, now, where=base)
+
+
+def test_commits_of_older_versions_compare_samples(base):
+    saved = state(config(), base)
+    older = saved | {"base": saved["base"].model_copy(update={"files": None})}
+    assert check_identity(older, identity(config(), folder=str(base)), where=base) == []
+    save_file({"w": torch.arange(1000.0) + 1}, base / "model.safetensors")
+    with pytest.raises(CheckpointError, match="its weights differ from those"):
+        check_identity(older, identity(config(), folder=str(base)), where=base)
 
 
 def test_the_hash_does_not_depend_on_the_order_of_keys():

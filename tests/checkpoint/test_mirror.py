@@ -9,7 +9,8 @@ import torch
 
 from ft_dist.checkpoint.commit import format as layout
 from ft_dist.checkpoint.commit import mirror as mirror_module
-from ft_dist.checkpoint.commit.mirror import Mirror, fetch, remote_steps, upload
+from ft_dist.checkpoint.commit.lease import Lease, remote_steps
+from ft_dist.checkpoint.commit.mirror import Mirror, fetch, upload
 from ft_dist.checkpoint.commit.retention import Retention
 from ft_dist.checkpoint.commit.snapshot import HostBuffer
 from ft_dist.checkpoint.find import newest_intact
@@ -51,9 +52,13 @@ def commit(root, step):
     return layout.Commit(folder, step)
 
 
+def mirror_of(storage, retention):
+    return Mirror(storage, retention, Lease(storage, run_id="a run", output_dir="runs/x"))
+
+
 def test_a_lost_disk_loses_nothing(tmp_path, place):
     storage = open_storage(place[0], wait_s=20)
-    mirror = Mirror(storage, Retention(keep=2))
+    mirror = mirror_of(storage, Retention(keep=2))
     for step in (1, 2, 3):
         mirror.offer(commit(tmp_path / "local", step), losses={})
     mirror.close()
@@ -98,7 +103,7 @@ def same_files(one, two):
 def test_a_store_that_stays_down_loses_the_copy_only(tmp_path, proxy, place):
     storage = open_storage(place[0], wait_s=1)
     proxy.rules.append(Rule(".", 503, times=10**6))
-    mirror = Mirror(storage, Retention(keep=2))
+    mirror = mirror_of(storage, Retention(keep=2))
     local = commit(tmp_path / "local", 1)
     mirror.offer(local, losses={})
     mirror.close()
@@ -113,7 +118,7 @@ def test_a_store_that_stays_down_loses_the_copy_only(tmp_path, proxy, place):
     with pytest.raises(StorageError):
         newest_intact(tmp_path / "empty", storage)
     proxy.rules.clear()
-    again = Mirror(storage, Retention(keep=2))
+    again = mirror_of(storage, Retention(keep=2))
     again.offer(local, losses={})
     again.close()
     assert remote_steps(storage) == [1]

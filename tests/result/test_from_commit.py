@@ -198,8 +198,8 @@ def test_best_is_the_lowest_loss_that_has_a_checkpoint(tmp_path):
         if step != 2:
             commit(tmp_path, step, losses)
     assert commit_of_step(tmp_path, "best").step == 4  # of equals the earlier; steps 0 and 2 have no checkpoint
-    layout.remove(layout.step_folder(tmp_path, 4))
+    layout.remove(tmp_path, 4)
     assert commit_of_step(tmp_path, "best").step == 8
-    layout.remove(layout.step_folder(tmp_path, 8))
+    layout.remove(tmp_path, 8)
     with pytest.raises(CheckpointError, match=r"\(step 6\) was evaluated.*evaluated steps 0, 2, 4, 6\."):
         commit_of_step(tmp_path, "best")

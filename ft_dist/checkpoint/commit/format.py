@@ -11,24 +11,42 @@ manifest is a commit, no matter when a process is killed. Only safetensors and J
 execute code.
 """
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import xxhash
+from pydantic import Field
 
-from ft_dist.errors import CheckpointError
+from ft_dist.errors import CheckpointError, CheckpointVersionError, StorageError
+from ft_dist.outside import Document, check_name, parse_object, validated
+from ft_dist.storage.retry import patiently
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
 FORMAT_VERSION = 1
+REPLACED, REMOVING = ".replaced", ".removing"
+_MOST_DIGITS = 18
 
+Result = TypeVar("Result")
 Fingerprint = dict[str, Any]
 """`bytes` and `xxh3` (128 bits, hexadecimal) of a file"""
+
+
+class _File(Document):
+    bytes: Annotated[int, Field(ge=0)]
+    xxh3: str
+
+
+class _Manifest(Document):
+    version: int
+    step: Annotated[int, Field(ge=0)]
+    files: dict[str, _File]
 
 
 @dataclass(frozen=True)
@@ -39,15 +57,12 @@ class Commit:
     step: int
 
     def manifest(self) -> dict[str, Any]:
-        """Its content, after its own checksum is verified. Raises CheckpointError."""
+        """Its content, after its own checksum is verified. Raises CheckpointError, StorageError."""
         return parse_manifest(_read(self.folder / MANIFEST), self.folder / MANIFEST)
 
     def state(self) -> dict[str, Any]:
-        """The content of state.json. Raises CheckpointError unless it is a JSON object."""
-        try:
-            return dict(json.loads(_read(self.folder / STATE)))
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{self.folder / STATE}: not readable ({error}).") from None
+        """The content of state.json. Raises CheckpointError unless it is a JSON object, StorageError."""
+        return parse_object(_read(self.folder / STATE), where=self.folder / STATE, error=CheckpointError)
 
     def fragment_files(self) -> list[Path]:
         return [self.folder / name for name in sorted(self.manifest()["files"]) if name.endswith(".safetensors")]
@@ -63,7 +78,8 @@ def step_name(step: int) -> str:
 def step_of(name: str) -> int | None:
     """The step of a commit's folder name; None for any other name."""
     number = name.removeprefix("step-")
-    return int(number) if name.startswith("step-") and number.isdigit() else None
+    plain = name.startswith("step-") and number.isascii() and number.isdecimal() and len(number) <= _MOST_DIGITS
+    return int(number) if plain else None
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -75,20 +91,36 @@ def rank_name(rank: int) -> str:
 
 
 def split_key(key: str) -> tuple[str, str, int]:
-    """Split `KIND/PARAMETER@START` into its parts."""
+    """Split `KIND/PARAMETER@START` into its parts. Raises CheckpointError for another name."""
     kind, _, rest = key.partition("/")
     name, _, start = rest.rpartition("@")
+    if not kind or not name or not start.isascii() or not start.isdecimal() or len(start) > _MOST_DIGITS:
+        raise CheckpointError(f"tensor {key!r}: not named KIND/PARAMETER@START. Another program wrote this checkpoint.")
     return kind, name, int(start)
 
 
 def commits(root: Path) -> list[Commit]:
-    """Complete checkpoints below `root`, oldest first. Their contents are not verified."""
+    """Complete checkpoints below `root`, oldest first. Their contents are not verified.
+
+    A commit that was moved aside for its replacement counts until the replacement is in place.
+    """
+    found: dict[int, Commit] = {}
+    for suffix in (REPLACED, ""):
+        for folder in root.glob(f"step-*{suffix}"):
+            step = step_of(folder.name.removesuffix(suffix))
+            if step is not None and (folder / MANIFEST).is_file():
+                found[step] = Commit(folder, step)
+    return [found[step] for step in sorted(found)]
+
+
+def remains(root: Path) -> list[Path]:
+    """Folders below `root` that hold or held a commit, damaged ones and those without a manifest included."""
     found = []
     for folder in root.glob("step-*"):
-        step = step_of(folder.name)
-        if step is not None and (folder / MANIFEST).is_file():
-            found.append(Commit(folder, step))
-    return sorted(found, key=lambda commit: commit.step)
+        number, _, suffix = folder.name.partition(".")
+        if step_of(number) is not None and (not suffix or suffix == REPLACED[1:] or suffix.startswith("damaged")):
+            found.append(folder)
+    return sorted(found)
 
 
 def named_commit(folder: Path) -> Commit:
@@ -107,36 +139,42 @@ def write_manifest(folder: Path, step: int, files: Mapping[str, Fingerprint]) ->
 
 def publish(staging: Path, folder: Path) -> None:
     """Rename a sealed folder to its final name, replacing an earlier commit of the same step."""
-    old = folder.with_name(f"{folder.name}.replaced")
+    old = folder.with_name(f"{folder.name}{REPLACED}")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
-    staging.rename(folder)
+    try:
+        staging.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
     sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def parse_manifest(text: bytes, where: object) -> dict[str, Any]:
-    """Raises CheckpointError unless it is complete and has this format version."""
-    try:
-        manifest = json.loads(text)
-        checksum = manifest.pop("xxh3")
-        version = manifest["version"]
-        for file in manifest["files"].values():
-            file["bytes"], file["xxh3"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{where}: not readable ({error}).") from None
-    if checksum != _own_checksum(manifest):
+    """Raises CheckpointError unless it is complete, CheckpointVersionError for another format version."""
+    manifest = parse_object(text, where=where, error=CheckpointError)
+    if manifest.pop("xxh3", None) != _own_checksum(manifest):
         raise CheckpointError(f"{where}: its checksum is not the committed one.")
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{where}: format version {version}, but this version of ft_dist reads {FORMAT_VERSION}.")
-    return dict(manifest)
+    if manifest.get("version") != FORMAT_VERSION:
+        raise CheckpointVersionError(
+            f"{where}: format version {manifest.get('version')}, but this version of ft_dist reads {FORMAT_VERSION}. "
+            "Resume with the version that wrote it, or start a new run with another output_dir."
+        )
+    validated(manifest, _Manifest, where=where, error=CheckpointError)
+    for name in manifest["files"]:
+        if "/" in check_name(name, where=where, error=CheckpointError):
+            raise CheckpointError(f"{where}: names the file {name!r}, but a commit has no folders.")
+    return manifest
 
 
 def verify(commit: Commit, *, state_only: bool = False) -> None:
     """Raise CheckpointError naming the first file that is missing, truncated, altered or from another step.
 
-    `state_only`: of the files, read state.json alone.
+    `state_only`: of the files, read state.json alone. Raises StorageError if the file system does not answer, which
+    says nothing about the commit.
     """
     manifest = commit.manifest()
     if manifest["step"] != commit.step:
@@ -145,13 +183,7 @@ def verify(commit: Commit, *, state_only: bool = False) -> None:
         if state_only and name != STATE:
             continue
         path = commit.folder / name
-        try:
-            found = fingerprint(path)
-        except FileNotFoundError:
-            raise CheckpointError(f"{path}: missing.") from None
-        except OSError as error:
-            raise CheckpointError(f"{path}: not readable ({error.strerror}).") from None
-        check_fingerprint(path, found, expected)
+        check_fingerprint(path, _reading(path, fingerprint), expected)
 
 
 def check_fingerprint(where: object, found: Fingerprint, expected: Fingerprint) -> None:
@@ -171,10 +203,20 @@ def fingerprint(path: Path) -> Fingerprint:
     return {"bytes": size, "xxh3": digest.hexdigest()}
 
 
-def remove(folder: Path) -> None:
-    """Delete a checkpoint, manifest first, so that an interruption leaves no folder that looks complete."""
-    (folder / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+def remove(root: Path, step: int) -> None:
+    """Delete a commit: renamed first, so that an interruption leaves no folder that looks like one."""
+    folder = step_folder(root, step)
+    doomed = folder.with_name(f"{folder.name}{REMOVING}")
+    for place in (folder.with_name(f"{folder.name}{REPLACED}"), folder):
+        with contextlib.suppress(OSError):
+            shutil.rmtree(doomed, ignore_errors=True)
+            place.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def finish_removals(root: Path) -> None:
+    for doomed in root.glob(f"step-*{REMOVING}"):
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def write_synced(path: Path, text: str) -> Fingerprint:
@@ -199,10 +241,20 @@ def sync_folder(folder: Path) -> None:
 
 
 def _read(path: Path) -> bytes:
+    return _reading(path, Path.read_bytes)
+
+
+def _reading(path: Path, read: Callable[[Path], Result]) -> Result:
+    """Raises CheckpointError for a missing file, StorageError if the file system keeps failing."""
     try:
-        return path.read_bytes()
+        return patiently(lambda: read(path))
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise CheckpointError(f"{path}: missing.") from None
     except OSError as error:
-        raise CheckpointError(f"{path}: not readable ({error.strerror}).") from None
+        raise StorageError(
+            f"{path}: cannot be read ({error.strerror}). Nothing was changed: run the same command again once the file "
+            f"system answers, or move {path.parent} away to resume from an earlier commit."
+        ) from None
 
 
 def _own_checksum(manifest: dict[str, Any]) -> str:

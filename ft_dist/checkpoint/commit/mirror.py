@@ -13,9 +13,10 @@ from pathlib import Path
 import xxhash
 
 from ft_dist.checkpoint.commit import format as layout
+from ft_dist.checkpoint.commit.lease import Lease, remote_steps
 from ft_dist.checkpoint.commit.retention import Retention
 from ft_dist.checkpoint.commit.save_event import SaveEvent
-from ft_dist.errors import CheckpointError, StorageError
+from ft_dist.errors import CheckpointError, StorageError, UserError
 from ft_dist.storage import Storage
 
 MIRROR_WAIT_S = 600.0
@@ -23,10 +24,12 @@ MIRROR_WAIT_S = 600.0
 
 
 class Mirror:
-    """Copies commits to `storage`. During a copy, only the newest commit and the milestones wait."""
+    """Copies commits to `storage`, whose `lease` it holds. During a copy, only the newest commit and the milestones
+    wait."""
 
-    def __init__(self, storage: Storage, retention: Retention) -> None:
+    def __init__(self, storage: Storage, retention: Retention, lease: Lease) -> None:
         self.storage = storage
+        self._lease = lease
         self._retention = retention
         self._pending: list[tuple[layout.Commit, dict[int, float]]] = []
         self._current: int | None = None
@@ -63,6 +66,7 @@ class Mirror:
             self._changed.notify()
         if self._thread:
             self._thread.join()
+        self._lease.release()
 
     def _run(self) -> None:
         while True:
@@ -80,10 +84,14 @@ class Mirror:
     def _copy(self, commit: layout.Commit, losses: Mapping[int, float]) -> SaveEvent:
         started = time.monotonic()
         try:
+            if self._lease.lost:
+                raise StorageError(f"{self._lease.lost}.")
+            if not self._lease.held:  # the store did not answer when the run started
+                self._lease.take(say=lambda line: None)
             upload(commit, self.storage)
             for step in self._retention.surplus(remote_steps(self.storage), newest=commit.step, losses=losses):
                 remove_remote(self.storage, step)
-        except (OSError, StorageError, CheckpointError) as error:
+        except (OSError, UserError) as error:
             note = (
                 f"step {commit.step} was not copied to {self.storage.url}: {error} "
                 f"The local commit in {commit.folder} is intact."
@@ -102,21 +110,10 @@ def upload(commit: layout.Commit, storage: Storage) -> None:
     storage.write(f"{folder}/{layout.MANIFEST}", (commit.folder / layout.MANIFEST).read_bytes())
 
 
-def remote_steps(storage: Storage) -> list[int]:
-    """Steps of the commits in a store, ascending."""
-    found = []
-    for name in storage.list():
-        folder, _, file = name.rpartition("/")
-        step = layout.step_of(folder)
-        if step is not None and file == layout.MANIFEST:
-            found.append(step)
-    return sorted(found)
-
-
 def remove_remote(storage: Storage, step: int) -> None:
     folder = layout.step_name(step)
     if storage.local:
-        layout.remove(storage.local / folder)
+        layout.remove(storage.local, step)
         return
     storage.delete(f"{folder}/{layout.MANIFEST}")
     for name in storage.list(folder):

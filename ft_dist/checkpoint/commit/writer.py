@@ -199,7 +199,7 @@ class CheckpointWriter:
         steps = [commit.step for commit in layout.commits(self.root)]
         for step in self._retention.surplus(steps, newest=request.step, losses=request.losses):
             if step not in protected:
-                layout.remove(layout.step_folder(self.root, step))
+                layout.remove(self.root, step)
         for leftover in self.root.glob(f"step-*{STAGING}*"):
             # another rank may already be writing the next step
             if (layout.step_of(leftover.name.partition(STAGING)[0]) or 0) < request.step:
@@ -222,6 +222,7 @@ class CheckpointWriter:
             self.root.mkdir(parents=True, exist_ok=True)
             for leftover in self.root.glob(f"step-*{STAGING}*"):
                 shutil.rmtree(leftover, ignore_errors=True)
+            layout.finish_removals(self.root)
             for probe in self.root.glob(".attempt-*"):
                 probe.unlink(missing_ok=True)
             self._attempt = secrets.token_hex(4)

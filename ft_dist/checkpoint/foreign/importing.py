@@ -6,9 +6,11 @@ from pathlib import Path
 import torch
 
 from ft_dist.checkpoint.commit import format as layout
+from ft_dist.checkpoint.commit.lease import new_run_id
 from ft_dist.checkpoint.commit.snapshot import HostBuffer
 from ft_dist.checkpoint.foreign.read import read_foreign
-from ft_dist.checkpoint.identity import identity
+from ft_dist.checkpoint.identity import base_model, identity
+from ft_dist.checkpoint.run_record import run_id_of
 from ft_dist.checkpoint.state import RunState
 from ft_dist.config import RunConfig
 from ft_dist.errors import CheckpointError
@@ -28,19 +30,21 @@ def import_checkpoint(config: RunConfig, folder: Path) -> layout.Commit:
     Raises CheckpointError if the folder does not match the config, or if the run already has commits.
     """
     root = RunFolder(config.run_dir).checkpoints
-    if layout.commits(root):
+    if layout.remains(root):
         raise CheckpointError(f"{root}: already has checkpoints. Import into another output_dir.")
     quiet_process()
     model_folder = resolve_model(config.model.path)
     shapes = _trainable_shapes(config, model_folder)
     found = read_foreign(folder, shapes, no_decay=config.optim.weight_decay > 0)
+    run_id = run_id_of(RunFolder(config.run_dir)) or new_run_id()
     state = RunState(
         step=found.step,
         adam_step=found.adam_step,
         parameters=shapes,
         imported_from=str(folder),
         versions=versions(),
-        **identity(config, folder=local_folder(model_folder, config.model.revision)),
+        run_id=run_id,
+        **identity(config, base=base_model(config, local_folder(model_folder, config.model.revision))),
     )
     staging = root / f"{layout.step_name(found.step)}.importing"
     staging.mkdir(parents=True, exist_ok=True)

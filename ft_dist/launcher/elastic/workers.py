@@ -149,6 +149,7 @@ class Workers:
 
 def _environment(share: Share, local_rank: int) -> dict[str, str]:
     return {
+        "FT_DIST_ROUND": str(share.round),
         "RANK": str(share.first_rank + local_rank),
         "LOCAL_RANK": str(local_rank),
         "WORLD_SIZE": str(share.world_size),

@@ -1,0 +1,63 @@
+"""Digests of large files, remembered so that a start need not read them again.
+
+A digest is remembered by (path, size, mtime, ctime, inode): `rsync` and `cp -p` set mtime, but nothing sets ctime. That
+of a file that changed within the last seconds is not: it could change again within one tick of the file system's clock.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+from ft_dist.errors import StorageError
+from ft_dist.outside import parse_object
+
+SETTLED_S = 3.0
+MOST_REMEMBERED = 10_000
+THREADS = 4
+"""Hashing releases the interpreter's lock; one thread rarely keeps a fast disk busy"""
+
+
+def cached_digests(files: Sequence[Path], memory: Path, digest: Callable[[Path], str]) -> list[str]:
+    """The digest of each file; `memory` is the JSON file of remembered ones. Raises OSError for a file not readable."""
+    known = _remembered(memory)
+    states = [_state(file) for file in files]
+    entries = [known.get(str(file.resolve())) for file in files]
+    hits = [entry is not None and entry[:-1] == state for entry, state in zip(entries, states, strict=True)]
+    missing = [file for file, hit in zip(files, hits, strict=True) if not hit]
+    with ThreadPoolExecutor(THREADS) as pool:
+        computed = dict(zip(missing, pool.map(digest, missing), strict=True))
+    fresh: dict[str, list[object]] = {}
+    for file, state in zip(files, states, strict=True):
+        settled = time.time_ns() - file.stat().st_ctime_ns > SETTLED_S * 1e9
+        if file in computed and settled and _state(file) == state:
+            fresh[str(file.resolve())] = [*state, computed[file]]
+    if fresh:
+        _remember(memory, fresh)
+    return [computed.get(file) or str((entry or [""])[-1]) for file, entry in zip(files, entries, strict=True)]
+
+
+def _state(file: Path) -> list[object]:
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def _remembered(memory: Path) -> dict[str, list[object]]:
+    with suppress(OSError, StorageError):
+        known = parse_object(memory.read_bytes(), where=memory, error=StorageError)
+        return {path: entry for path, entry in known.items() if isinstance(entry, list)}
+    return {}
+
+
+def _remember(memory: Path, fresh: dict[str, list[object]]) -> None:
+    """Several processes may write at the same time: the file is always complete. Entries that are lost, because of that
+    or of a full disk, are only recomputed."""
+    newest = dict(list({**_remembered(memory), **fresh}.items())[-MOST_REMEMBERED:])
+    part = memory.with_name(f"{memory.name}.tmp-{os.getpid()}")
+    with suppress(OSError):
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(newest), encoding="utf-8")
+        part.replace(memory)
