@@ -11,6 +11,7 @@ from ft_dist.checkpoint.commit.format import (
     commits,
     named_commit,
     remains,
+    set_aside,
     step_of,
     verify,
 )
@@ -121,7 +122,7 @@ def first_intact(
                 damaged.append(local[step].folder)
         if storage and step in remote:
             try:
-                found = fetch(storage, step, root)  # replaces a damaged one of this step
+                found = fetch(storage, step, root)
                 damaged = [folder for folder in damaged if step_of(folder.name.partition(".")[0]) != step]
                 break
             except CheckpointVersionError:
@@ -130,7 +131,7 @@ def first_intact(
                 skipped.append(str(error))
     if found:
         for folder in damaged:
-            _set_aside(folder)
+            set_aside(folder)
     return found, skipped
 
 
@@ -161,12 +162,3 @@ def commit_of_step(root: Path, step: Step) -> Commit:
 def _steps(steps: Iterable[int]) -> str:
     names = [str(step) for step in sorted(steps)]
     return f"step{'s' if len(names) > 1 else ''} {', '.join(names)}" if names else "no step"
-
-
-def _set_aside(folder: Path) -> None:
-    name, number = folder.name.partition(".")[0], 1
-    place = folder.with_name(f"{name}.damaged")
-    while place.exists():
-        number += 1
-        place = folder.with_name(f"{name}.damaged{number}")
-    folder.rename(place)

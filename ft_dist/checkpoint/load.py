@@ -15,7 +15,8 @@ from ft_dist.engine.step import Engine
 from ft_dist.errors import NEW_RUN, CheckpointError, StorageError
 from ft_dist.storage.retry import patiently
 
-_DTYPES = ("F64", "F32", "F16", "BF16")
+_DTYPES = ("F64", "F32", "F16", "BF16", "I8", "U8")
+"""Optimizer states may be quantised"""
 
 
 def load(engine: Engine, commit: Commit) -> RunState:
@@ -72,7 +73,7 @@ class SavedFragments:
                     if len(fragment.get_shape()) != 1 or fragment.get_dtype() not in _DTYPES:
                         raise CheckpointError(
                             f"{path}: {key} is {fragment.get_dtype()} of shape {fragment.get_shape()}, not a flat "
-                            "tensor of floats. Another program wrote this checkpoint."
+                            "tensor of numbers. Another program wrote this checkpoint."
                         )
                     self._ranges[kind, name].append((start, fragment.get_shape()[0], handle, key))
             except SafetensorError as error:

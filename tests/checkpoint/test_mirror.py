@@ -191,7 +191,7 @@ def test_milestones_are_uploaded_in_order(tmp_path, place, monkeypatch):
         real(commit, storage)
 
     monkeypatch.setattr(mirror_module, "upload", slow)
-    mirror = Mirror(open_storage(place[0], wait_s=20), Retention(keep=1, every_steps=2))
+    mirror = mirror_of(open_storage(place[0], wait_s=20), Retention(keep=1, every_steps=2))
     for step in (1, 2, 3, 4, 5):
         mirror.offer(commit(tmp_path, step), losses={})
         assert started.wait(30)

@@ -214,6 +214,16 @@ def remove(root: Path, step: int) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
+def set_aside(folder: Path) -> None:
+    """Rename a damaged commit, so that it can be inspected but is neither found again nor counted by retention."""
+    name, number = folder.name.partition(".")[0], 1
+    place = folder.with_name(f"{name}.damaged")
+    while place.exists():
+        number += 1
+        place = folder.with_name(f"{name}.damaged{number}")
+    folder.rename(place)
+
+
 def finish_removals(root: Path) -> None:
     for doomed in root.glob(f"step-*{REMOVING}"):
         shutil.rmtree(doomed, ignore_errors=True)

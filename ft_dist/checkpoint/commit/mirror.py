@@ -121,11 +121,12 @@ def remove_remote(storage: Storage, step: int) -> None:
 
 
 def fetch(storage: Storage, step: int, root: Path) -> layout.Commit:
-    """Download a commit from a store to `root`, verifying every byte.
+    """Download a commit from a store to `root`, verifying every byte; sets aside a damaged one of the same step.
 
     Raises CheckpointError naming the missing or damaged object, StorageError if the store does not answer.
     """
-    name = layout.step_name(step)
+    folder = layout.step_folder(root, step)
+    name = folder.name
     partial = root / f"{name}.fetching"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -140,7 +141,9 @@ def fetch(storage: Storage, step: int, root: Path) -> layout.Commit:
             found = {"bytes": (partial / file).stat().st_size, "xxh3": digest.hexdigest()}
             layout.check_fingerprint(storage.url_of(f"{name}/{file}"), found, expected)
         layout.write_synced(partial / layout.MANIFEST, text.decode())
-        layout.publish(partial, layout.step_folder(root, step))
+        if folder.exists():
+            layout.set_aside(folder)
+        layout.publish(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return layout.Commit(layout.step_folder(root, step), step)
+    return layout.Commit(folder, step)
