@@ -32,7 +32,7 @@ def parse_json(text: bytes | str, *, where: object, error: type[UserError]) -> A
     except RecursionError:
         raise error(f"{where}: nested too deeply to be read as JSON.") from None
     except ValueError as problem:  # invalid JSON, invalid UTF-8, an integer beyond Python's limit
-        raise error(f"{where}: not readable as JSON ({_one_line(problem)}).") from None
+        raise error(f"{where}: not readable as JSON ({one_line(problem)}).") from None
 
 
 def parse_object(text: bytes | str, *, where: object, error: type[UserError]) -> dict[str, Any]:
@@ -55,8 +55,8 @@ def validated(tree: dict[str, Any], schema: type[Schema], *, where: object, erro
         return schema.model_validate_json(json.dumps(tree))
     except ValidationError as problem:
         first = problem.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise error(f"{where}: {key or 'its content'}: {_one_line(first['msg'])}.") from None
+        key = one_line(".".join(str(part) for part in first["loc"]))
+        raise error(f"{where}: {key or 'its content'}: {one_line(first['msg'])}.") from None
     except RecursionError:
         raise error(f"{where}: nested too deeply to be read as JSON.") from None
 
@@ -81,6 +81,8 @@ def _shown(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _one_line(problem: object) -> str:
-    text = " ".join(str(problem).split())
-    return text if len(text) <= 200 else text[:197] + "..."
+def one_line(problem: object, *, most: int = 200) -> str:
+    """The text of an error of a library, which may repeat what it has read: one line of printable characters."""
+    text = "".join(sign if sign.isprintable() else " " for sign in str(problem))
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -185,7 +185,8 @@ def config_changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, t
 
 
 def _own_options_only(tree: dict[str, Any]) -> dict[str, Any]:
-    return tree | {"method": own_options(tree["method"])} if "method" in tree else tree
+    method = tree.get("method")
+    return tree | {"method": own_options(method)} if isinstance(method, dict) else tree
 
 
 def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:

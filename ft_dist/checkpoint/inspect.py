@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ft_dist.checkpoint.commit.format import Commit, commits, split_key, verify
+from ft_dist.checkpoint.commit.format import STATE, Commit, commits, open_tensors, split_key, verify
 from ft_dist.checkpoint.identity import config_changes
 from ft_dist.checkpoint.state import RunState
 from ft_dist.errors import CheckpointError
@@ -35,7 +35,7 @@ def listing(place: Path) -> list[dict[str, Any]]:
 def details(place: Path) -> dict[str, Any]:
     """The newest commit at `place`: its summary, state without the config tree, and elements by kind of tensor."""
     commit = find_commits(place)[-1]
-    state = commit.state()
+    state = RunState.from_dict(commit.state(), where=commit.folder / STATE).to_dict()
     kinds: Counter[str] = Counter()
     for handle, key in _tensors(commit):
         kinds[split_key(key)[0]] += handle.get_slice(key).get_shape()[0]
@@ -93,12 +93,10 @@ def _summary(commit: Commit) -> dict[str, Any]:
 
 
 def _tensors(commit: Commit) -> Iterator[tuple[Any, str]]:
-    from safetensors import safe_open
-
     for path in commit.fragment_files():
-        with safe_open(path, framework="numpy") as handle:
-            for key in handle.keys():  # noqa: SIM118 - not a dictionary
-                yield handle, key
+        handle = open_tensors(path, framework="numpy")
+        for key in handle.keys():  # noqa: SIM118 - not a dictionary
+            yield handle, key
 
 
 def _kinds(commit: Commit) -> set[str]:

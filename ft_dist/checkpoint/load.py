@@ -6,17 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from ft_dist.checkpoint.commit.format import STATE, Commit, split_key
+from ft_dist.checkpoint.commit.format import STATE, Commit, open_tensors, split_key
 from ft_dist.checkpoint.state import RunState
 from ft_dist.engine.fragments import fragments, refresh_compute_weights, set_adam_step
 from ft_dist.engine.step import Engine
-from ft_dist.errors import NEW_RUN, CheckpointError, StorageError
-from ft_dist.storage.retry import patiently
-
-_DTYPES = ("F64", "F32", "F16", "BF16", "I8", "U8")
-"""Optimizer states may be quantised"""
+from ft_dist.errors import NEW_RUN, CheckpointError
 
 
 def load(engine: Engine, commit: Commit) -> RunState:
@@ -62,29 +57,21 @@ class SavedFragments:
     """Index of fragments: parameter and kind to ranges, each in a memory-mapped file."""
 
     def __init__(self, files: list[Path]) -> None:
-        self._ranges: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = defaultdict(list)
         """Raises CheckpointError for a file that ft_dist did not write, StorageError for one that cannot be read."""
+        self._ranges: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = defaultdict(list)
         for path in files:
-            try:
-                handle = patiently(lambda path=path: safe_open(path, framework="pt"))  # type: ignore[misc]
-                for key in handle.keys():  # noqa: SIM118 - not a dictionary
-                    kind, name, start = split_key(key)
-                    fragment = handle.get_slice(key)
-                    if len(fragment.get_shape()) != 1 or fragment.get_dtype() not in _DTYPES:
-                        raise CheckpointError(
-                            f"{path}: {key} is {fragment.get_dtype()} of shape {fragment.get_shape()}, not a flat "
-                            "tensor of numbers. Another program wrote this checkpoint."
-                        )
-                    self._ranges[kind, name].append((start, fragment.get_shape()[0], handle, key))
-            except SafetensorError as error:
-                raise CheckpointError(f"{path}: not a safetensors file ({error}).") from None
-            except OSError as error:
-                raise StorageError(f"{path}: cannot be read ({error}). Run the same command again.") from None
+            handle = open_tensors(path, framework="pt")
+            for key in handle.keys():  # noqa: SIM118 - not a dictionary
+                kind, name, start = split_key(key)
+                self._ranges[kind, name].append((start, handle.get_slice(key).get_shape()[0], handle, key))
         for (kind, name), ranges in self._ranges.items():
             ranges.sort(key=lambda each: each[0])
             for (first, numel, *_), (second, *_) in pairwise(ranges):
                 if first + numel > second:
-                    raise CheckpointError(f"{files[0].parent}: holds {kind} of {name} twice from entry {second}.")
+                    raise CheckpointError(
+                        f"{files[0].parent}: holds {kind} of {name} twice from entry {second}. Another program wrote "
+                        "this checkpoint."
+                    )
 
     @torch.no_grad()
     def copy_into(self, tensor: torch.Tensor, kind: str, name: str, *, start: int) -> int:

@@ -22,9 +22,10 @@ from typing import Annotated, Any, TypeVar
 
 import xxhash
 from pydantic import Field
+from safetensors import SafetensorError, safe_open
 
 from ft_dist.errors import CheckpointError, CheckpointVersionError, StorageError
-from ft_dist.outside import Document, check_name, parse_object, validated
+from ft_dist.outside import Document, check_name, one_line, parse_object, validated
 from ft_dist.storage.retry import patiently
 
 MANIFEST = "manifest.json"
@@ -32,6 +33,9 @@ STATE = "state.json"
 FORMAT_VERSION = 1
 REPLACED, REMOVING = ".replaced", ".removing"
 _MOST_DIGITS = 18
+_FOREIGN = "Another program wrote this checkpoint."
+_DTYPES = ("F64", "F32", "F16", "BF16", "I8", "U8")
+"""Optimizer states may be quantised"""
 
 Result = TypeVar("Result")
 Fingerprint = dict[str, Any]
@@ -95,7 +99,9 @@ def split_key(key: str) -> tuple[str, str, int]:
     kind, _, rest = key.partition("/")
     name, _, start = rest.rpartition("@")
     if not kind or not name or not start.isascii() or not start.isdecimal() or len(start) > _MOST_DIGITS:
-        raise CheckpointError(f"tensor {key!r}: not named KIND/PARAMETER@START. Another program wrote this checkpoint.")
+        raise CheckpointError(
+            f"tensor {one_line(key)}: not named KIND/PARAMETER@START. Another program wrote this checkpoint."
+        )
     return kind, name, int(start)
 
 
@@ -201,6 +207,24 @@ def fingerprint(path: Path) -> Fingerprint:
             digest.update(block)
             size += len(block)
     return {"bytes": size, "xxh3": digest.hexdigest()}
+
+
+def open_tensors(path: Path, *, framework: str) -> Any:
+    """The open safetensors file of a rank. Raises CheckpointError if ft_dist did not write it, StorageError."""
+    try:
+        handle = patiently(lambda: safe_open(path, framework=framework))
+        for key in handle.keys():  # noqa: SIM118 - not a dictionary
+            fragment = handle.get_slice(key)
+            shape, dtype = fragment.get_shape(), fragment.get_dtype()
+            if len(shape) != 1 or dtype not in _DTYPES:
+                raise CheckpointError(
+                    f"{path}: {one_line(key)} is {dtype} of shape {shape}, not flat numbers. {_FOREIGN}"
+                )
+        return handle
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: not a safetensors file ({one_line(error)}).") from None
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({one_line(error)}). Run the same command again.") from None
 
 
 def remove(root: Path, step: int) -> None:

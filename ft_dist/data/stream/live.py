@@ -29,6 +29,7 @@ from ft_dist.data.read.tables import hub_revision, numbered_rows, open_dataset
 from ft_dist.data.read.text_files import RawRecord, Record
 from ft_dist.data.store.store import BoolArray, Int64Array, end_to_end, gather_parts
 from ft_dist.data.stream.packing import DEFAULT_WINDOW
+from ft_dist.data.stream.position import LivePosition, check_position
 from ft_dist.data.stream.stream import GlobalBatch, Row, digest, global_batch, rows_of_window
 from ft_dist.errors import NEW_RUN, DataError
 
@@ -188,6 +189,7 @@ class LiveStream:
         Raises DataError if it belongs to another source, tokenizer or seed.
         """
         check_live(state, self.source, self._rules)
+        check_position(state, LivePosition)
         self.close()
         self._position = _Position(**{name: int(state[name]) for name in asdict(_Position())})
         self._reader_state = state["reader"]

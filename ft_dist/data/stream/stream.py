@@ -25,7 +25,8 @@ from ft_dist.data.store.store import SampleStore
 from ft_dist.data.stream.mixture import Mixture, MixtureSource
 from ft_dist.data.stream.order import Permutation
 from ft_dist.data.stream.packing import DEFAULT_WINDOW, pack_window
-from ft_dist.errors import NEW_RUN, DataError
+from ft_dist.data.stream.position import MixturePosition, check_position
+from ft_dist.errors import NEW_RUN, CheckpointError, DataError
 
 COUNTED_WINDOWS = 64
 """Steps are counted exactly up to this many windows; beyond them they are estimated"""
@@ -175,9 +176,11 @@ class DataStream:
     def load_state_dict(self, state: dict[str, Any]) -> list[str]:
         """Seek to a position. Returns the changes to the mixture since then, one line per change.
 
-        Raises DataError if the position belongs to another seed, packing or content of the data.
+        Raises DataError if the position belongs to another seed, packing or content of the data, CheckpointError if it
+        is none.
         """
         check_order(state, self._rules)
+        check_position(state, MixturePosition)
         position = {name: int(state[name]) for name in asdict(_Position())}
         here = [
             (source.store.fingerprint, n) for source, n in zip(self.mixture.sources, self.mixture.taken, strict=True)
@@ -188,6 +191,16 @@ class DataStream:
             self._draws = [int(entry["draws"]) for entry in state["sources"]]
             self._drawn = [int(entry["drawn"]) for entry in state["sources"]]
             self._retired = list(state["retired"])
+            at = self._position
+            if (
+                at.epoch < at.first_epoch
+                or at.window >= self.windows
+                or at.row >= len(self._rows_of(at.epoch, at.window))
+            ):
+                raise CheckpointError(
+                    f"state.json of the checkpoint: data: epoch {at.epoch}, window {at.window}, row {at.row} is not a "
+                    f"position in these data of {self.windows} windows. Another program wrote this checkpoint."
+                )
             return []
         changes = self._remix(state["sources"], state["retired"])
         begun = {"window": 0, "row": 0, "epoch_samples": 0}
