@@ -9,7 +9,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from ft_dist.config import RunConfig, load_config
+from ft_dist.config import RunConfig, worker_config
 from ft_dist.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USER, Preempted, TrainingError, UserError
 from ft_dist.preemption.signals import listen
 from ft_dist.preemption.stop import StopRequest
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if not arguments:
             raise UserError("no config given. Usage: python -m ft_dist.train CONFIG [key=value ...]")
-        train(load_config(arguments[0], arguments[1:]), stop)
+        train(worker_config(arguments), stop)
     except (UserError, TrainingError) as error:
         report_error(error)
         return EXIT_USER if isinstance(error, UserError) else EXIT_FAILED

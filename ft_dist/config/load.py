@@ -101,12 +101,17 @@ def validate(tree: dict[str, Any]) -> RunConfig:
         raise ConfigError(_explain(error)) from None
 
 
-def dump_config(config: RunConfig) -> str:
+def config_tree(config: RunConfig) -> dict[str, Any]:
     """All values, also defaults; but optim.epochs only if it is set, since null has another meaning on a resume."""
     tree = config.model_dump(mode="json")
     if "epochs" not in config.optim.model_fields_set:
         del tree["optim"]["epochs"]
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    return tree
+
+
+def dump_config(config: RunConfig) -> str:
+    """`config_tree` as YAML."""
+    return yaml.safe_dump(config_tree(config), sort_keys=False, allow_unicode=True)
 
 
 def json_schema() -> str:
