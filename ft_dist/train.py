@@ -115,7 +115,8 @@ def take_step(run: "Run", stop: StopRequest, batch: "Prefetched") -> None:
 
     waited_s = run.clock.lap()
     run.seed_step()
-    rate = learning_rate(run.config.optim, step=run.step + 1, total_steps=run.total_steps)
+    step, every = run.step + 1, run.config.engine.verify_steps
+    rate = learning_rate(run.config.optim, step=step, total_steps=run.total_steps)
     padded = sum(micro_batch.padded_tokens for micro_batch in batch.micro_batches)
     computed = sum(run.engine.objective.computed_tokens(micro_batch) for micro_batch in batch.micro_batches)
     result = run.engine.train_step(
@@ -124,6 +125,7 @@ def take_step(run: "Run", stop: StopRequest, batch: "Prefetched") -> None:
         learning_rate=rate,
         to_sum=lambda: StepSums(float(stop.wanted), float(padded), float(computed)),
         abandon=batch.given_up,
+        verify_as=step if every and step % every == 0 else None,
     )
     if result.abandoned:
         run.leave_preempted()
