@@ -81,7 +81,7 @@ class Storage:
         self._closed = threading.Event()
         self._logged_at = -LOG_INTERVAL_S
         self._lock = threading.Lock()
-        self._random = random.Random()  # independent of the global generator, which the run seeds
+        self._random = random.Random()  # noqa: S311 - delays; independent of the global generator, which the run seeds
 
     @property
     def local(self) -> Path | None:
