@@ -30,7 +30,8 @@ def audited(lines: list[str], service: str) -> list[dict[str, Any]] | None:
 
 
 def main() -> int:
-    pins = [line for lock in LOCKS for line in re.findall(r"^[\w.-]+==[^\\\n]+", lock.read_text(), re.MULTILINE)]
+    text = "\n".join(lock.read_text(encoding="utf-8") for lock in LOCKS)
+    pins = list({line.split()[0]: line for line in re.findall(r"^[\w.-]+==[^\\\n]+", text, re.MULTILINE)}.values())
     for service in SERVICES:
         # one package first, so that a registry without advisories is not asked for all of them
         probe = audited(pins[:1], service)

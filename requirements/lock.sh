@@ -32,8 +32,8 @@ lock() {
         --generate-hashes --no-annotate --no-emit-package torch --custom-compile-command "make lock" \
         --output-file "requirements/$out.lock" "$@"
 }
-# every package in one file only
-not_those_of() { for one in "$@"; do sed -n 's/^\([a-z0-9._-]*\)==.*/--no-emit-package=\1/p' "requirements/$one.lock"; done; }
+# a package that is installed everywhere is in one file only; one with a marker may be needed elsewhere by a later file
+not_those_of() { for one in "$@"; do sed -n 's/^\([a-z0-9._-]*\)==[^ ]* \\$/--no-emit-package=\1/p' "requirements/$one.lock"; done; }
 
 printf '%s\n' "$torch" >"$folder/torch.in"
 printf '%s\n' "setuptools>=69,<82" wheel ninja >"$folder/build.in"
