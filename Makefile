@@ -10,22 +10,31 @@ export PYTHONUNBUFFERED := 1
 # Container images often stop Python from writing its byte code; every start would then compile 4,000 modules, for 7 s.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: quickstart install test gpu-fake-36 faults check format equivalence families plan chaos faults-matrix fuzz slurm hosts bench-quick gpu-dry-run wheel docs clean
+.PHONY: quickstart install test gpu-fake-36 faults check format equivalence families plan chaos faults-matrix fuzz slurm hosts bench-quick gpu-dry-run wheel lock audit docs clean
 
-# The versions that were tested together. With another torch, nothing is pinned.
-CONSTRAINTS := $(if $(filter torch==2.13.0,$(TORCH)),-c constraints.txt)
+# The versions that were tested together, with the hashes of their files; `make lock` writes them. With another torch,
+# nothing is pinned. Torch itself is pinned because an open range downloads gigabytes of CUDA packages, even on a machine
+# without a GPU.
+LOCKED := $(filter torch==2.13.0,$(TORCH))
+LOCKS := $(addprefix requirements/,build.lock base.lock dev.lock)
+HASHED := install --no-compile --require-hashes --no-deps --no-build-isolation -r
 
-$(VENV)/.base: pyproject.toml setup.py constraints.txt
+$(VENV)/.base: pyproject.toml setup.py $(LOCKS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing ft_dist (a minute or two) ..."
-	$(PIP) install --no-compile "setuptools>=69,<82" wheel ninja $(TORCH)
-	$(PIP) install --no-compile --no-build-isolation $(CONSTRAINTS) -e .
+	$(PIP) $(if $(LOCKED),$(HASHED) requirements/build.lock,install --no-compile "setuptools>=69,<82" wheel ninja)
+	$(PIP) install --no-compile $(TORCH)
+	$(if $(LOCKED),$(PIP) $(HASHED) requirements/base.lock)
+	$(PIP) install --no-compile --no-build-isolation $(if $(LOCKED),--no-deps) -e .
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.base
-	$(PIP) install --no-compile --no-build-isolation $(CONSTRAINTS) -e ".[dev,triton]"
+	$(PIP) $(if $(LOCKED),$(HASHED) requirements/dev.lock,install --no-compile --no-build-isolation -e ".[dev,triton]")
 	touch $@
+
+$(VENV)/constraints.txt: $(LOCKS)
+	sed -n 's/^\([a-z0-9._-]*==[^\\]*[^\\ ]\) *\\$$/\1/p' $(LOCKS) >$@
 
 install: $(VENV)/.dev
 
@@ -104,14 +113,22 @@ gpu-dry-run: $(VENV)/.dev
 	PYTHON=$(BIN)/python OUT=$${OUT:-/tmp/ft_dist-gpu} benchmarks/gpu.sh --dry-run
 
 # builds the wheel, installs it into an empty environment outside the tree and trains `smoke` there (a minute)
-wheel: $(VENV)/.base
+wheel: $(VENV)/.base $(VENV)/constraints.txt
 	rm -rf build dist *.egg-info
 	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
 	rm -rf build *.egg-info
 	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
 	$(PYTHON) -m venv $$folder/venv && \
-	$$folder/venv/bin/python -m pip --disable-pip-version-check --quiet install --no-compile $(CONSTRAINTS) $(TORCH) dist/*.whl && \
+	$$folder/venv/bin/python -m pip --disable-pip-version-check --quiet install --no-compile $(if $(LOCKED),-c $(VENV)/constraints.txt) $(TORCH) dist/*.whl && \
 	cd $$folder && env -u PYTHONPATH FT_DIST_CACHE=$$folder/cache venv/bin/ft-dist train smoke
+
+# resolves pyproject.toml again and writes requirements/*.lock (UPGRADE=--upgrade takes the newest versions)
+lock: $(VENV)/.base
+	requirements/lock.sh $(TORCH) $(UPGRADE)
+
+# compares the locked versions with published advisories; says so if no database can be reached
+audit: $(VENV)/.dev
+	$(BIN)/python requirements/audit.py
 
 # rewrites the generated pages: the reference from the code, the tables from benchmarks/results/
 docs: $(VENV)/.base

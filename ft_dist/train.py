@@ -9,7 +9,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from ft_dist.config import RunConfig, load_config
+from ft_dist.config import RunConfig, worker_config
 from ft_dist.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USER, Preempted, TrainingError, UserError
 from ft_dist.preemption.signals import listen
 from ft_dist.preemption.stop import StopRequest
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if not arguments:
             raise UserError("no config given. Usage: python -m ft_dist.train CONFIG [key=value ...]")
-        train(load_config(arguments[0], arguments[1:]), stop)
+        train(worker_config(arguments), stop)
     except (UserError, TrainingError) as error:
         report_error(error)
         return EXIT_USER if isinstance(error, UserError) else EXIT_FAILED
@@ -115,7 +115,8 @@ def take_step(run: "Run", stop: StopRequest, batch: "Prefetched") -> None:
 
     waited_s = run.clock.lap()
     run.seed_step()
-    rate = learning_rate(run.config.optim, step=run.step + 1, total_steps=run.total_steps)
+    step, every = run.step + 1, run.config.engine.verify_steps
+    rate = learning_rate(run.config.optim, step=step, total_steps=run.total_steps)
     padded = sum(micro_batch.padded_tokens for micro_batch in batch.micro_batches)
     computed = sum(run.engine.objective.computed_tokens(micro_batch) for micro_batch in batch.micro_batches)
     result = run.engine.train_step(
@@ -124,6 +125,7 @@ def take_step(run: "Run", stop: StopRequest, batch: "Prefetched") -> None:
         learning_rate=rate,
         to_sum=lambda: StepSums(float(stop.wanted), float(padded), float(computed)),
         abandon=batch.given_up,
+        verify_as=step if every and step % every == 0 else None,
     )
     if result.abandoned:
         run.leave_preempted()

@@ -14,6 +14,7 @@ from ft_dist.bench.spec import Spec
 from ft_dist.errors import EXIT_PREEMPTED, MemoryPlanError, Preempted, UserError
 from ft_dist.launcher.agent import run_here
 from ft_dist.launcher.machine import launched
+from ft_dist.outside import parse_object
 from ft_dist.plan.guard import check_fits_here
 
 SWEPT: dict[str, list[Any]] = {
@@ -51,7 +52,7 @@ def measure_once(spec: Spec, *, nproc: int) -> dict[str, Any]:
     if code != 0 or not result.is_file():
         log = folder / LOG
         raise UserError(f"the measurement failed (exit code {code}; its output: {log}): {_last_line(log)}")
-    record = figures(spec, json.loads(result.read_text(encoding="utf-8")))
+    record = figures(spec, parse_object(result.read_bytes(), where=result, error=UserError))
     (folder / "record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return record
 

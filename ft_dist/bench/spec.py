@@ -6,11 +6,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from ft_dist.bench.shapes import SHAPES, write_shape
 from ft_dist.bench.synthetic import median_of
 from ft_dist.config import RunConfig
 from ft_dist.config.load import apply_override, validate
 from ft_dist.errors import UserError
+from ft_dist.outside import parse_object
 
 SYNTHETIC = "synthetic"
 
@@ -44,7 +47,7 @@ class Spec:
 
     @classmethod
     def read(cls, path: Path) -> "Spec":
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
+        return TypeAdapter(cls).validate_python(parse_object(path.read_bytes(), where=path, error=UserError))
 
     def changed(self, settings: dict[str, Any], folder: Path) -> "Spec":
         """The same measurement with other values at `key.sub` and its own `folder`."""

@@ -2,15 +2,36 @@
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ft_dist.checkpoint.commit.format import STATE, Commit, commits, open_tensors, split_key, verify
+import xxhash
+
+from ft_dist.checkpoint.commit.format import (
+    MANIFEST,
+    STATE,
+    Commit,
+    check_fingerprint,
+    commits,
+    open_tensors,
+    parse_manifest,
+    split_key,
+    step_name,
+    step_of,
+    verify,
+)
+from ft_dist.checkpoint.commit.lease import remote_steps
 from ft_dist.checkpoint.identity import config_changes
 from ft_dist.checkpoint.state import RunState
-from ft_dist.errors import CheckpointError
+from ft_dist.errors import CheckpointError, MissingFileError
 from ft_dist.run_folder import RunFolder
+from ft_dist.storage import Log, Storage, is_url, open_storage
+from ft_dist.storage.files import PART_BYTES
+
+ANSWER_S = 60.0
+"""How long a store may take to answer; nothing is lost if a command gives up"""
 
 
 def find_commits(place: Path) -> list[Commit]:
@@ -50,17 +71,61 @@ def details(place: Path) -> dict[str, Any]:
     }
 
 
-def verified(place: Path) -> list[dict[str, Any]]:
-    """Every commit at `place`, with every byte read: `problem` is None or the first fault."""
+def verified(place: str, *, log: Log | None = None) -> list[dict[str, Any]]:
+    """Every commit at `place` (a path, or the URL of a mirror) with every byte read: `problem` is None or the first
+    fault.
+
+    `log` receives a line while a store does not answer. Raises CheckpointError if there is no commit, StorageError.
+    """
+    storage = open_storage(place, wait_s=ANSWER_S, limit=None, log=log) if is_url(place) else None
+    if storage and not storage.local:
+        return _verified_remotely(storage)
     found = []
-    for commit in find_commits(place):
-        try:
-            verify(commit)
-            problem = None
-        except CheckpointError as error:
-            problem = str(error)
-        found.append({"folder": str(commit.folder), "step": commit.step, "problem": problem})
+    for commit in find_commits(storage.local if storage and storage.local else Path(place)):
+        found.append(_checked(str(commit.folder), commit.step, partial(verify, commit)))
     return found
+
+
+def _verified_remotely(storage: Storage) -> list[dict[str, Any]]:
+    steps = remote_steps(storage)
+    if not steps:  # the URL may name one commit
+        step = step_of(storage.url.rpartition("/")[2])
+        if step is None or not storage.exists(MANIFEST):
+            raise CheckpointError(
+                f"{storage.url}: holds no checkpoint. Name the checkpoint.path of a run, or a step-N folder in it."
+            )
+        return [_checked(storage.url, step, partial(_verify_remote, storage, "", step))]
+    return [
+        _checked(storage.url_of(step_name(step)), step, partial(_verify_remote, storage, f"{step_name(step)}/", step))
+        for step in steps
+    ]
+
+
+def _verify_remote(storage: Storage, folder: str, step: int) -> None:
+    """Read the commit at `folder` (empty, or ending in /) without storing it.
+
+    Raises CheckpointError or MissingFileError naming the first object that is missing or damaged, StorageError.
+    """
+    where = storage.url_of(f"{folder}{MANIFEST}")
+    manifest = parse_manifest(storage.read_bytes(f"{folder}{MANIFEST}"), where)
+    if manifest["step"] != step:
+        raise CheckpointError(f"{where}: belongs to step {manifest['step']}.")
+    for name, expected in manifest["files"].items():
+        file, digest = f"{folder}{name}", xxhash.xxh3_128()
+        size = storage.size(file)
+        if size == expected["bytes"]:
+            for start in range(0, size, PART_BYTES):
+                digest.update(storage.read_range(file, start, min(start + PART_BYTES, size)))
+        check_fingerprint(storage.url_of(file), {"bytes": size, "xxh3": digest.hexdigest()}, expected)
+
+
+def _checked(folder: str, step: int, check: Callable[[], None]) -> dict[str, Any]:
+    try:
+        check()
+        problem = None
+    except (CheckpointError, MissingFileError) as error:
+        problem = str(error)
+    return {"folder": folder, "step": step, "problem": problem}
 
 
 def compared(first: Path, second: Path) -> dict[str, Any]:

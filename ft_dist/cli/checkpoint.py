@@ -13,6 +13,11 @@ checkpoint = typer.Typer(help="Inspect, verify, compare and import checkpoints."
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Run folder, checkpoints/ folder, or one step-N folder")]
 
+Place = Annotated[
+    str,
+    typer.Argument(metavar="DIR|URL", help="Run folder, checkpoints/ folder, one step-N folder, or a checkpoint.path"),
+]
+
 
 @checkpoint.command()
 def ls(place: Folder, as_json: AsJson = False) -> None:
@@ -33,11 +38,11 @@ def show(place: Folder, as_json: AsJson = False) -> None:
 
 
 @checkpoint.command()
-def verify(place: Folder, as_json: AsJson = False) -> None:
-    """Read every byte of the checkpoints in DIR; exit 2 if one is damaged."""
+def verify(place: Place, as_json: AsJson = False) -> None:
+    """Read every byte of the checkpoints in DIR, or of their copies at a URL; exit 2 if one is damaged."""
     from ft_dist.checkpoint.inspect import verified
 
-    entries = verified(place)
+    entries = verified(place, log=lambda line: typer.echo(line, err=True))
     lines = [f"{entry['folder']}: {entry['problem'] or 'intact'}" for entry in entries]
     typer.echo(json.dumps(entries, indent=2) if as_json else "\n".join(lines))
     raise typer.Exit(EXIT_USER if any(entry["problem"] for entry in entries) else 0)

@@ -21,7 +21,7 @@ def train(
 ) -> None:
     """Fine-tune the model in CONFIG; run it again to resume. Under torchrun or srun, it joins their world."""
     from ft_dist.check import check as check_config
-    from ft_dist.config import load_config
+    from ft_dist.config import PINNED, load_config
     from ft_dist.launcher.agent import run_here
     from ft_dist.launcher.machine import default_nproc, exit_on_signal, launched
     from ft_dist.run.lock import refuse_if_locked
@@ -40,7 +40,7 @@ def train(
         from ft_dist.plan.guard import check_fits_here
 
         check_fits_here(settings, ranks=workers, ranks_per_node=workers)
-    raise typer.Exit(run_here(arguments, settings, nproc=workers, max_restarts=max_restarts))
+    raise typer.Exit(run_here([PINNED, *arguments], settings, nproc=workers, max_restarts=max_restarts))
 
 
 def check(

@@ -9,15 +9,19 @@ from ft_dist.config.load import (
     shipped_folder,
     validate,
 )
+from ft_dist.config.pinned import PINNED, pin, worker_config
 from ft_dist.config.schema import RunConfig
 
 __all__ = [
+    "PINNED",
     "RunConfig",
     "dump_config",
     "find_recipe",
     "json_schema",
     "load_config",
+    "pin",
     "recipe_folder",
     "shipped_folder",
     "validate",
+    "worker_config",
 ]

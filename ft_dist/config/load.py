@@ -41,7 +41,7 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = find_recipe(recipe)
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -101,12 +101,17 @@ def validate(tree: dict[str, Any]) -> RunConfig:
         raise ConfigError(_explain(error)) from None
 
 
-def dump_config(config: RunConfig) -> str:
+def config_tree(config: RunConfig) -> dict[str, Any]:
     """All values, also defaults; but optim.epochs only if it is set, since null has another meaning on a resume."""
     tree = config.model_dump(mode="json")
     if "epochs" not in config.optim.model_fields_set:
         del tree["optim"]["epochs"]
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    return tree
+
+
+def dump_config(config: RunConfig) -> str:
+    """`config_tree` as YAML."""
+    return yaml.safe_dump(config_tree(config), sort_keys=False, allow_unicode=True)
 
 
 def json_schema() -> str:
@@ -126,7 +131,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise ConfigError(f"override {override!r} must have the form key.sub=value.")
     try:
-        value = yaml.load(text, Loader=_Loader)
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError:
         value = text
     *parents, leaf = key.split(".")

@@ -205,6 +205,20 @@ class EngineConfig(Section):
         description="The run ends with exit code 76 and all ranks' stacks in logs/ if a rank makes no progress (a "
         "micro-batch, an evaluated batch, a wait for data) for this long; a commit may take engine.timeout_s",
     )
+    verify_steps: Annotated[int, Field(ge=0)] = Field(
+        default=0,
+        description="Every this many steps and before every commit, all ranks compare checksums of their weights; the "
+        "run ends and names the rank whose copy differs. 0 never does. Not at zero_stage 3, which has no copies",
+    )
+
+    @model_validator(mode="after")
+    def _verify_what_has_copies(self) -> "EngineConfig":
+        if self.verify_steps and self.zero_stage == 3:
+            raise ValueError(
+                f"verify_steps={self.verify_steps} needs zero_stage=auto, 0, 1 or 2: at stage 3 there is one copy of "
+                "the weights, so ranks have nothing to compare"
+            )
+        return self
 
     @model_validator(mode="after")
     def _nvme_needs_a_path(self) -> "EngineConfig":

@@ -20,6 +20,7 @@ from ft_dist.data.stream.batch import MicroBatch
 from ft_dist.distributed import World, sum_over_ranks
 from ft_dist.engine.flat_update import FlatUpdate
 from ft_dist.engine.grad_norm import judge_by_norm
+from ft_dist.engine.replicas import verify_replicas
 from ft_dist.engine.settings import deepspeed_config, effective_stage
 from ft_dist.model.fp8 import held_elements
 from ft_dist.model.fused.fuse import FusedReport
@@ -133,12 +134,16 @@ class Engine:
         learning_rate: float,
         to_sum: Callable[[], StepSums] = StepSums,
         abandon: bool = False,
+        verify_as: int | None = None,
     ) -> StepResult:
         """Forward and backward over this rank's micro-batches, then one update.
 
         `weight` is the objective's for the global batch. `to_sum` is called once this rank has queued its part; the
         hosts sum its numbers while the devices work, so a stop request reaches all ranks in the same step. `abandon` on
-        any rank leaves all weights unchanged; gradients are then undefined, and the run must end.
+        any rank leaves all weights unchanged; gradients are then undefined, and the run must end. `verify_as`: the
+        number of this step, if the ranks shall compare the weights that gave the gradients before these change any.
+
+        Raises TrainingError on all ranks if their weights differ.
         """
         self.objective.train()
         scale = (1 if self.flat else self.world.data_size) / weight
@@ -162,6 +167,8 @@ class Engine:
         if abandoning:
             summed = to_sum() if alone else StepSums(*sums)
             return StepResult(loss=math.nan, grad_norm=math.nan, skipped=True, sums=summed, abandoned=True)
+        if verify_as is not None:
+            verify_replicas(self.objective, self.world, step=verify_as)
         held_up_s = self.before_update()
         with self.on_phase("optimizer"):
             total, norm = self._update(loss_sum, learning_rate)

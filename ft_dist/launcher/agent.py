@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any, Protocol
 
-from ft_dist.config import RunConfig, load_config
+from ft_dist.config import PINNED, RunConfig, load_config, pin
 from ft_dist.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER, UserError
 from ft_dist.launcher.elastic.head import Head, Node
 from ft_dist.launcher.elastic.rendezvous import Rendezvous, RendezvousServer, connect
@@ -95,8 +95,11 @@ class RemoteLink:
 class Agent:
     """Starts, signals and stops the workers of this node as the head directs, and reports how they end."""
 
-    def __init__(self, arguments: Sequence[str], *, module: str, environment: dict[str, str] | None = None) -> None:
-        self.workers = Workers(arguments, module=module, environment=environment)
+    def __init__(
+        self, arguments: Sequence[str], config: RunConfig, *, module: str, environment: dict[str, str] | None = None
+    ) -> None:
+        self._config = pin(config)
+        self.workers = Workers(arguments, module=module, stdin=self._config, environment=environment)
         self.signalled = False
         self._unhandled: list[int] = []
         self._round = 0
@@ -107,6 +110,7 @@ class Agent:
 
     def __exit__(self, *_: object) -> None:
         self.workers.close()
+        self._config.close()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -143,8 +147,11 @@ class Agent:
 
 
 def run_here(arguments: Sequence[str], config: RunConfig, *, nproc: int, max_restarts: int, module: str = TRAIN) -> int:
-    """Run `python -m MODULE ARGUMENTS` on `nproc` ranks of this machine; returns the run's exit code."""
-    with Agent(arguments, module=module) as agent:
+    """Run `python -m MODULE ARGUMENTS` on `nproc` ranks of this machine; returns the run's exit code.
+
+    `config` is the ranks' standard input: see `ft_dist.config.pinned`.
+    """
+    with Agent(arguments, config, module=module) as agent:
         return agent.obey(_start_head(agent, config, ONE_NODE, nproc=nproc, max_restarts=max_restarts))
 
 
@@ -161,7 +168,7 @@ def run_node(
     module: str = TRAIN,
 ) -> int:
     """Run this node's part of a run on several nodes; returns the run's exit code."""
-    with Agent(arguments, module=module, environment={"FT_DIST_NODE": node_name()}) as agent:
+    with Agent(arguments, config, module=module, environment={"FT_DIST_NODE": node_name()}) as agent:
         server = RendezvousServer.open(rendezvous)
         if server:
             say(f"{node_name()} is the head of run {rendezvous.run_id}, at {rendezvous}")
@@ -285,7 +292,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     from ft_dist.check import check
 
-    arguments = [options.config, *options.overrides]
+    arguments = [PINNED, options.config, *options.overrides]
     nodes = parse_nodes(options.nnodes, option="--nnodes")
     nproc = options.nproc or default_nproc()
     if nproc < 1 or options.max_restarts < 0:

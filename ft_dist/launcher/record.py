@@ -1,6 +1,5 @@
 """`output_dir/launch.json`: what was submitted and as which job, for `ft-dist status|logs|stop|resume`."""
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ from typing import Any
 from ft_dist.errors import UserError
 from ft_dist.launcher.elastic.restarts import newest_commit
 from ft_dist.observe.files import last_record, write_json
+from ft_dist.outside import Document, parse_document
 from ft_dist.run_folder import RunFolder
 
 ACTIVE = ("pending", "running")
@@ -28,6 +28,14 @@ class LaunchRecord:
     def write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(RunFolder(folder).launch_record, asdict(self))
+
+
+class _Record(Document):
+    target: str
+    job: str
+    command: list[str]
+    log: str | None
+    submitted_at: float
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,8 @@ def read_record(folder: Path) -> LaunchRecord:
     """Raises UserError if the folder is not that of a launched run."""
     path = RunFolder(folder).launch_record
     try:
-        return LaunchRecord(**json.loads(path.read_text(encoding="utf-8")))
+        found = parse_document(path.read_bytes(), _Record, where=path, error=UserError)
+        return LaunchRecord(**found.model_dump())
     except FileNotFoundError:
         runs = sorted(found.parent.name for found in folder.glob(f"*/{path.name}"))
         hint = f"It is a sweep of {len(runs)} runs: name one, such as {folder / runs[0]}." if runs else ""
@@ -58,8 +67,8 @@ def read_record(folder: Path) -> LaunchRecord:
             f"{folder}: no {path.name}, so no run was launched into this folder. "
             + (hint or "Name the output_dir of a run that `ft-dist launch` started.")
         ) from None
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: not readable ({error}). Launch the run again.") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Launch the run again.") from None
 
 
 def new_record(*, target: str, job: str, command: Sequence[str], log: Path | None) -> LaunchRecord:

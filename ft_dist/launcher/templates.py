@@ -19,7 +19,7 @@ def render(template: str, **values: Any) -> str:
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    environment = Environment(
+    environment = Environment(  # noqa: S701 - not HTML: filters quote
         loader=FileSystemLoader(template_folder()),
         undefined=StrictUndefined,
         trim_blocks=True,

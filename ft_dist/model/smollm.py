@@ -102,13 +102,13 @@ def _convert(gguf: Path, folder: Path) -> None:
     )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The file pads with <|im_end|>, the end of a turn; <|endoftext|> never occurs in a chat and is the safer choice.
-    tokenizer.pad_token = "<|endoftext|>"
+    tokenizer.pad_token = "<|endoftext|>"  # noqa: S105 - a token of text
     tokenizer.model_max_length = _MAX_POSITIONS
     model.config.name_or_path = HUB_ID
     for config in (model.config, model.generation_config):
         config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
         config.pad_token_id = tokenizer.pad_token_id
-    if model.config.max_position_embeddings != _MAX_POSITIONS or tokenizer.eos_token != "<|im_end|>":
+    if model.config.max_position_embeddings != _MAX_POSITIONS or tokenizer.eos_token != "<|im_end|>":  # noqa: S105 - a token of text
         raise ModelError(
             "the converted SmolLM2 is not the expected model; transformers may read this GGUF differently."
         )

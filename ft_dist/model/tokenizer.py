@@ -119,7 +119,7 @@ def _read_template(path: str) -> str:
 
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
-        Environment(extensions=[loopcontrols]).parse(_GENERATION_MARKS.sub("", text))
+        Environment(extensions=[loopcontrols]).parse(_GENERATION_MARKS.sub("", text))  # noqa: S701 - only parsed
     except FileNotFoundError:
         raise ModelError(f"model.chat_template={path}: no such file.") from None
     except TemplateSyntaxError as error:

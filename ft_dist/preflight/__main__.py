@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 
-from ft_dist.config import load_config
+from ft_dist.config import worker_config
 from ft_dist.distributed import join_world, leave_world, open_store
 from ft_dist.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_USER, PreflightError, TrainingError, UserError
 from ft_dist.observe.console import Console, print_error
@@ -19,7 +19,7 @@ def main(arguments: list[str]) -> int:
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     console = Console(enabled=rank == 0)
     try:
-        config = load_config(arguments[0], arguments[1:])
+        config = worker_config(arguments)
         existed = config.run_dir.exists()
         choose_interface(node=node_name(), several_nodes=several_nodes())
         store = open_store(timeout_s=TIMEOUT_S)

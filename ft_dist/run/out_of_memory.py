@@ -4,16 +4,18 @@ With batch.halve_when_out_of_memory the next start uses half the rows per micro-
 folder, and the agent restarts the run immediately. Global batch and samples stay the same.
 """
 
-import json
+import contextlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Annotated
 
 import torch
+from pydantic import Field
 
 from ft_dist.config.schema import RunConfig
 from ft_dist.distributed import World, max_over_ranks
 from ft_dist.errors import ConfigError, ModelError, TrainingError
 from ft_dist.observe.files import write_json
+from ft_dist.outside import Document, parse_document
 from ft_dist.plan.fit import Place, fit
 from ft_dist.plan.gpu import free_host_memory, gpu_like
 from ft_dist.plan.guard import changes
@@ -23,18 +25,25 @@ from ft_dist.resources import is_out_of_memory
 from ft_dist.run_folder import RunFolder
 
 
+class _Shortage(Document):
+    micro_rows: Annotated[int, Field(ge=1)]
+
+
 def rows_after_shortage(config: RunConfig, world: World) -> RunConfig:
     """The config with the micro-batch that an earlier start of this run halved. All ranks call it."""
     path = RunFolder(config.run_dir).micro_rows
     rows = config.batch.micro_rows
-    if config.batch.halve_when_out_of_memory and path.exists():
-        rows = min(rows, int(json.loads(path.read_text())["micro_rows"]))
+    if config.batch.halve_when_out_of_memory:
+        # without it, or with a damaged one, the run would run out of memory once more and halve again
+        with contextlib.suppress(OSError, ConfigError):
+            found = parse_document(path.read_bytes(), _Shortage, where=path, error=ConfigError)
+            rows = min(rows, found.micro_rows)
     # the minimum over ranks: a node may not see rank 0's disk
     rows = int(-max_over_ranks(-float(rows), world)) if config.batch.halve_when_out_of_memory else rows
     return config.model_copy(update={"batch": config.batch.model_copy(update={"micro_rows": rows})})
 
 
-@contextmanager
+@contextlib.contextmanager
 def explain_out_of_memory(config: RunConfig, world: World, *, flash: bool) -> Iterator[None]:
     """Turns an out-of-memory error inside into the error of `shortage`."""
     try:

@@ -14,6 +14,7 @@ from ft_dist.config import RunConfig
 from ft_dist.data.stream.batch import BatchStream, Prefetched, Prefetcher
 from ft_dist.data.stream.stream import DataStream
 from ft_dist.distributed import World, announce_stop, leave_world, stop_announced
+from ft_dist.engine.replicas import verify_replicas
 from ft_dist.engine.step import Engine, StepResult
 from ft_dist.errors import Preempted, TrainingError
 from ft_dist.evaluate.comparison import comparison
@@ -239,7 +240,9 @@ class Run:
         return self.evaluations.is_due(self.step, finished=self.finished)
 
     def commit(self) -> None:
-        """Save the state after the current step, in the background; see `finish_commits`."""
+        """Save the state after the current step, in the background; see `finish_commits`. Raises TrainingError."""
+        if self.config.engine.verify_steps:
+            verify_replicas(self.engine.objective, self.world, step=self.step)
         state = RunState(
             step=self.step,
             data=self._state_after,

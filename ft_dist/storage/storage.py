@@ -45,13 +45,13 @@ def is_remote_folder(path: str) -> bool:
 
 
 def open_storage(
-    place: str | Path, *, wait_s: float = 1800.0, limit: str = "data.remote_wait_s", log: Log | None = None
+    place: str | Path, *, wait_s: float = 1800.0, limit: str | None = "data.remote_wait_s", log: Log | None = None
 ) -> "Storage":
     """Open the folder at a local path or URL. No request is sent yet.
 
-    One request is retried for up to `wait_s` seconds; `limit` is the config key that sets this, for error messages.
-    `log` receives a line when retries begin, at most every 10 s while they last, and when they end. Raises ConfigError
-    for an unknown protocol or a driver that is not installed.
+    One request is retried for up to `wait_s` seconds; error messages name `limit`, the config key that sets this, if
+    there is one. `log` receives a line when retries begin, at most every 10 s while they last, and when they end.
+    Raises ConfigError for an unknown protocol or a driver that is not installed.
     """
     url = str(place)
     if url.startswith("file://"):
@@ -72,7 +72,7 @@ class Storage:
     Every method raises StorageError (MissingFileError for a missing file) with the URL, the failure and the fix.
     """
 
-    def __init__(self, files: "Files", url: str, *, wait_s: float, limit: str, log: Log | None) -> None:
+    def __init__(self, files: "Files", url: str, *, wait_s: float, limit: str | None, log: Log | None) -> None:
         self.url = url
         self.wait_s = wait_s
         self._files = files
@@ -81,7 +81,7 @@ class Storage:
         self._closed = threading.Event()
         self._logged_at = -LOG_INTERVAL_S
         self._lock = threading.Lock()
-        self._random = random.Random()  # independent of the global generator, which the run seeds
+        self._random = random.Random()  # noqa: S311 - delays; independent of the global generator, which the run seeds
 
     @property
     def local(self) -> Path | None:
@@ -190,9 +190,10 @@ class Storage:
         waited = time.monotonic() - started
         url = self.url_of(name)
         if waited >= self.wait_s:
+            otherwise = f", or raise {self._limit} ({self.wait_s:g})" if self._limit else ""
             raise StorageError(
                 f"{url}: cannot {what}: {attempts} attempts failed within {waited:.0f} s ({_short(error)}). "
-                f"Check the endpoint and the network, or raise {self._limit} ({self.wait_s:g})."
+                f"Check the endpoint and the network{otherwise}."
             ) from None
         with self._lock:
             now = time.monotonic()

@@ -6,7 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from ft_dist.config import load_config
+from ft_dist.distributed import World
+from ft_dist.run.out_of_memory import rows_after_shortage
 from tests.conftest import ROOT, SMALL_RUN, read_lines
 
 # 48 rows of 512 tokens keep about 170 MiB for backward, 24 rows half of that
@@ -58,3 +62,14 @@ def test_the_next_start_takes_half_the_rows_of_the_same_batches(tmp_path):
     assert summary["planned_step_s"] is None  # the planner does not know CPUs
     # the plan assumes rows of distinct tokens; the e-mails share their system prompt
     assert 0.9 < summary["planned_peak_bytes"] / summary["peak_memory_bytes"] < 1.6
+
+
+@pytest.mark.parametrize(
+    "text, rows", [('{"micro_rows": 3}', 3), ('{"micro_rows": 30}', 8), ("", 8), ("[", 8), ('{"micro_rows": 0}', 8)]
+)
+def test_a_damaged_note_of_an_earlier_shortage_is_ignored(tmp_path, text, rows):
+    (tmp_path / "micro_rows.json").write_text(text)
+    config = load_config(
+        "smoke", ["batch.micro_rows=8", "batch.halve_when_out_of_memory=true", f"output_dir={tmp_path}"]
+    )
+    assert rows_after_shortage(config, World(0, 1, 0, 1, torch.device("cpu"))).batch.micro_rows == rows

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import IO
 
 from ft_dist.errors import EXIT_FINISHED, EXIT_PREEMPTED
 from ft_dist.launcher.machine import FORWARDED, threads_per_worker
@@ -54,8 +55,17 @@ class Workers:
     Always `close` it. Main thread only: the parent-death signal is tied to the thread that forks.
     """
 
-    def __init__(self, arguments: Sequence[str], *, module: str, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        *,
+        module: str,
+        stdin: IO[bytes] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """Workers share `stdin`, and its position."""
         self._command = [sys.executable, "-m", module, *arguments]
+        self._stdin = stdin
         self._environment = dict(environment or {})
         self._running: dict[int, subprocess.Popen[bytes]] = {}
         self._signals_sent: set[int] = set()
@@ -73,6 +83,7 @@ class Workers:
             rank = share.first_rank + local_rank
             self._running[rank] = subprocess.Popen(
                 self._command,
+                stdin=self._stdin,
                 env=os.environ | self._environment | _environment(share, local_rank),
                 # its own session, so that Ctrl-C reaches the workers once, through the agent
                 start_new_session=True,

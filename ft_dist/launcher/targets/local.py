@@ -122,7 +122,8 @@ def _start(command: Sequence[str], log: Path) -> str:
 def _running_pid(job: str) -> int | None:
     """The PID of `job` while it runs here. A job without a start time ended before the time could be read."""
     pid, _, started = job.partition("@")
-    return int(pid) if started and _started_at(int(pid)) == started else None
+    known = bool(started) and pid.isdecimal() and len(pid) < 20  # as the record says, which others may write
+    return int(pid) if known and _started_at(int(pid)) == started else None
 
 
 def _started_at(pid: int) -> str:
@@ -134,5 +135,5 @@ def _started_at(pid: int) -> str:
             return ""
         # state, and ticks since boot: proc(5); a zombie has ended
         return "" if fields[0] == "Z" else fields[19]
-    shown = subprocess.run(["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True).stdout.split()
+    shown = subprocess.run(["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True).stdout.split()  # noqa: S607 - as PATH has it
     return "" if not shown or shown[0].startswith("Z") else "-".join(shown[1:])

@@ -9,7 +9,6 @@ depends on: the model's config, weight files and code, the method, kernels, our 
 """
 
 import contextlib
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 
 from ft_dist.config import RunConfig
 from ft_dist.data.prepare.preview import first_samples
@@ -38,6 +38,7 @@ from ft_dist.errors import ModelError
 from ft_dist.model.anatomy.rotary import depends_on_longest
 from ft_dist.model.builtin import cache_dir
 from ft_dist.observe.files import write_json
+from ft_dist.outside import parse_object
 from ft_dist.resources import is_out_of_memory
 from ft_dist.run.out_of_memory import explain_out_of_memory
 from ft_dist.run.proof.cache_key import cache_key
@@ -338,14 +339,13 @@ def _named_failure(engine: Engine, measure: Callable[[], Measured]) -> Measured:
 
 def _read(file: Path) -> Measured | None:
     try:
-        return _parse(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, KeyError):
+        return _parse(parse_object(file.read_bytes(), where=file, error=ModelError))
+    except (OSError, ModelError, ValueError):  # damaged: it is measured again
         return None
 
 
 def _parse(tree: dict[str, Any]) -> Measured:
-    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in tree.items()}
-    return Measured(**fields)
+    return TypeAdapter(Measured).validate_python(tree)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.chaos.storm import workers_of
 from tests.conftest import ROOT, SMALL_RUN, read_lines, start_cli
@@ -77,6 +78,42 @@ def test_a_killed_worker_is_restarted_and_no_bit_changes(tmp_path, mark, undistu
     assert restarted["count"] == 1
     assert len(events_of(folder, "resume")) == 1
     same(folder, undisturbed)
+
+
+AS_TRAIN = ["-m", "ft_dist.cli", "train"]
+AS_AGENT = ["-m", "ft_dist.launcher.agent"]
+
+
+@pytest.mark.parametrize("command", [AS_TRAIN, AS_AGENT], ids=["train", "agent"])
+def test_a_recipe_edited_during_a_run_changes_nothing(tmp_path, mark, command):
+    recipe, folder, elsewhere = tmp_path / "mine.yaml", tmp_path / "run", tmp_path / "elsewhere"
+    text = (ROOT / "configs" / "smoke.yaml").read_text()
+    arguments = [*RUN[1:], "data.train=emails/train.jsonl", "optim.lr=0.001", "--nproc", "1"]
+    tree = yaml.safe_load(text) | {"output_dir": str(folder)}
+    recipe.write_text(yaml.safe_dump(tree))
+    process = subprocess.Popen(
+        [sys.executable, *command, str(recipe), *arguments],
+        cwd=ROOT / "configs",
+        env=os.environ | {"FT_DIST_TEST_RUN": mark, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(lambda: steps_done(folder) >= 6, [process])
+    recipe.write_text(yaml.safe_dump(tree | {"output_dir": str(elsewhere)}))
+    os.kill(workers_of(process.pid)[0], signal.SIGKILL)
+    wait_for(lambda: len(events_of(folder, "resume")) == 1 and steps_done(folder) >= 12, [process])
+    recipe.write_text("model: {path: [")
+    os.kill(workers_of(process.pid)[0], signal.SIGKILL)
+    out, err = process.communicate(timeout=900)
+    assert process.returncode == 0, out + err
+    assert len(events_of(folder, "resume")) == 2
+    assert steps_done(folder) == STEPS
+    assert not elsewhere.exists()
+    # started anew, the command reads the recipe as it now is
+    again = subprocess.run(process.args, cwd=ROOT / "configs", capture_output=True, text=True)
+    assert again.returncode == 2
+    assert f"{recipe} line 1" in again.stderr
 
 
 def test_a_hung_run_is_restarted(tmp_path, mark, undisturbed):
