@@ -1,33 +1,35 @@
 """`output_dir/launch.json`: what was submitted and as which job, for `ft-dist status|logs|stop|resume`."""
 
-import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import Field
 
 from ft_dist.errors import UserError
 from ft_dist.launcher.elastic.restarts import newest_commit
 from ft_dist.observe.files import last_record, write_json
+from ft_dist.outside import Document, parse_document
 from ft_dist.run_folder import RunFolder
 
 ACTIVE = ("pending", "running")
 
 
-@dataclass(frozen=True)
-class LaunchRecord:
+class LaunchRecord(Document):
     """`command` submits the run again unchanged; `log` is its console. Holds no environment and no credentials."""
 
     target: str
-    job: str
-    command: Sequence[str]
+    job: str = Field(pattern=r"^[A-Za-z0-9][\w.@:+-]*(/[\w.-]+/[\w.-]+)?$")
+    """As the target names it; targets pass it to programs, so it never looks like an option"""
+    command: list[str]
     log: str | None
     submitted_at: float
 
     def write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(RunFolder(folder).launch_record, asdict(self))
+        write_json(RunFolder(folder).launch_record, self.model_dump())
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def read_record(folder: Path) -> LaunchRecord:
     """Raises UserError if the folder is not that of a launched run."""
     path = RunFolder(folder).launch_record
     try:
-        return LaunchRecord(**json.loads(path.read_text(encoding="utf-8")))
+        content = path.read_bytes()
     except FileNotFoundError:
         runs = sorted(found.parent.name for found in folder.glob(f"*/{path.name}"))
         hint = f"It is a sweep of {len(runs)} runs: name one, such as {folder / runs[0]}." if runs else ""
@@ -58,12 +60,19 @@ def read_record(folder: Path) -> LaunchRecord:
             f"{folder}: no {path.name}, so no run was launched into this folder. "
             + (hint or "Name the output_dir of a run that `ft-dist launch` started.")
         ) from None
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: not readable ({error}). Launch the run again.") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Launch the run again.") from None
+    return parse_document(content, LaunchRecord, where=path, error=UserError)
 
 
 def new_record(*, target: str, job: str, command: Sequence[str], log: Path | None) -> LaunchRecord:
-    return LaunchRecord(target, job, list(command), str(log) if log else None, round(time.time(), 3))
+    return LaunchRecord(
+        target=target,
+        job=job,
+        command=list(command),
+        log=str(log) if log else None,
+        submitted_at=round(time.time(), 3),
+    )
 
 
 def stop_marker(folder: Path) -> Path:
