@@ -114,7 +114,7 @@ def test_the_flag_lets_the_code_run(run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"megatron_config": {"a": 1}, "megatron_core": "own"}, "megatron_config: Input should be None"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "own"}, "megatron_config: Input should be null"),
         ({"base_model_name_or_path": 5}, "base_model_name_or_path: Input should be a valid string"),
         ({"base_model_name_or_path": None}, "has no base_model_name_or_path"),
         ({"base_model_name_or_path": "../../x"}, r"model\.path=\.\./\.\./x: no such folder"),
