@@ -21,6 +21,10 @@ AtStep = Annotated[
         help="Use a checkpoint of the run instead of final/; best has the lowest held-out loss",
     ),
 ]
+Trust = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Let Python code from the model's folder or hub repository run"),
+]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="output_dir of a launched run")]
 
 

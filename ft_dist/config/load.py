@@ -3,6 +3,7 @@
 Relative data paths are looked up from the working directory first, then from the folder of the config file.
 """
 
+import contextlib
 import difflib
 import json
 import re
@@ -16,22 +17,13 @@ from pydantic import BaseModel, ValidationError
 
 from ft_dist.config.peer_names import PEER_NAMES
 from ft_dist.config.schema import RunConfig
-from ft_dist.errors import ConfigError
+from ft_dist.config.yaml_text import MAX_DEPTH, parse_yaml, read_yaml, reads_as_text
+from ft_dist.errors import ConfigError, counted
+from ft_dist.method.section import check_text
 from ft_dist.method.table import DEFAULT, METHODS
 
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 semantics for two cases: YAML 1.1 reads `2e-4` as a string, and the `off` of `wandb: off` and `kernels:
-    off` as false."""
-
-
-_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_Loader.add_implicit_resolver(_FLOAT, re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+MAX_PROBLEMS = 5
+"""How many problems of a config one message names"""
 
 
 def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -40,14 +32,7 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     Raises ConfigError naming the key, the rule and the fix.
     """
     path = find_recipe(recipe)
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', error)}).") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
+    tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: contains {type(tree).__name__}, but a config is a mapping of sections.")
     for override in overrides:
@@ -62,15 +47,20 @@ def _data_path(name: str, *, config_file: Path) -> str:
     """Resolve a relative path from the working directory or, if it does not exist there, from the config file's folder,
     so that a recipe shipped with its data works from anywhere."""
     from_config = config_file.resolve().parent / name
-    if not Path(name).expanduser().exists() and from_config.exists():
-        return str(from_config)
+    # a glob with the folder of the config in front may be too long for a path
+    with contextlib.suppress(OSError):
+        if not Path(name).exists() and from_config.exists():
+            return str(from_config)
     return name
 
 
 def find_recipe(recipe: str) -> Path:
-    path = Path(recipe)
-    if path.is_file():
-        return path
+    try:
+        path = Path(recipe)
+        if path.is_file():
+            return path
+    except (OSError, ValueError) as error:  # too long for a path; NUL
+        raise ConfigError(f"{ascii(recipe)[:80]}: not the path of a config ({error.args[-1]}).") from None
     shipped = recipe_folder()
     named = shipped / (recipe if recipe.endswith(".yaml") else f"{recipe}.yaml")
     if path.name == recipe and named.is_file():
@@ -111,7 +101,19 @@ def config_tree(config: RunConfig) -> dict[str, Any]:
 
 def dump_config(config: RunConfig) -> str:
     """`config_tree` as YAML."""
-    return yaml.safe_dump(config_tree(config), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config_tree(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=float("inf"))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Every value on one line, so that none can look like another line of a script that embeds the config."""
+
+
+def _on_one_line(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    quoted = "\n" in text or not reads_as_text(text)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if quoted else None)
+
+
+_Dumper.add_representer(str, _on_one_line)
 
 
 def json_schema() -> str:
@@ -128,19 +130,26 @@ def json_schema() -> str:
 def apply_override(tree: dict[str, Any], override: str) -> None:
     """Set `key.sub=value` in an unvalidated tree. Raises ConfigError."""
     key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"override {override!r} must have the form key.sub=value.")
+    *parents, leaf = names = key.split(".")
+    shown = _start(repr(override))
+    if not separator or not all(name.isprintable() and name.strip() for name in names):
+        raise ConfigError(f"override {shown} must have the form key.sub=value.")
+    if len(names) > MAX_DEPTH:
+        raise ConfigError(f"override {shown}: no key has {len(names)} parts.")
     try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        check_text(text)
+    except ValueError as error:
+        raise ConfigError(f"override {shown}: its value {error}.") from None
+    try:
+        value = parse_yaml(text, where=f"override {shown}")
     except yaml.YAMLError:
         value = text
-    *parents, leaf = key.split(".")
     node: Any = tree
     for depth, name in enumerate(parents):
         where = ".".join(parents[: depth + 1])
         node = _child(node, name, where)
         if not isinstance(node, dict | list):
-            raise ConfigError(f"override {override!r}: {where} is a value, not a section.")
+            raise ConfigError(f"override {shown}: {where} is a value, not a section.")
     if isinstance(node, list):
         node[_index(node, leaf, key)] = value
     else:
@@ -156,8 +165,8 @@ def _child(node: Any, name: str, where: str) -> Any:
 
 
 def _index(node: list[Any], name: str, where: str) -> int:
-    if not name.isdigit() or int(name) >= len(node):
-        raise ConfigError(f"{where}: the list has {len(node)} entries, numbered from 0.")
+    if not re.fullmatch(r"[0-9]{1,6}", name) or int(name) >= len(node):
+        raise ConfigError(f"{_start(where)}: the list has {len(node)} entries, numbered from 0.")
     return int(name)
 
 
@@ -167,7 +176,8 @@ def _explain(error: ValidationError) -> str:
     lines: list[str] = []
     suggested: set[str | None] = set()
     rules: dict[str, int] = {}  # the place in `lines` of a value and its rule
-    for problem in sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden"):
+    problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
+    for problem in problems[:MAX_PROBLEMS]:
         location = [str(part) for part in problem["loc"]]
         if location[:1] == ["method"] and location[1:2] and location[1] in METHODS:
             del location[1]  # pydantic names the member of the union too
@@ -195,6 +205,8 @@ def _explain(error: ValidationError) -> str:
             else:
                 rules[value] = len(lines)
                 lines.append(f"{value}: should be {rule}.")
+    if len(problems) > MAX_PROBLEMS:
+        lines.append(f"And {counted(len(problems) - MAX_PROBLEMS, 'more problem')}.")
     return " ".join(dict.fromkeys(lines))
 
 
@@ -210,7 +222,10 @@ def _without_members(location: list[str]) -> str:
 
 
 def _short(value: object) -> str:
-    text = json.dumps(value, default=str, ensure_ascii=False)
+    return _start(json.dumps(value, default=str, ensure_ascii=not isinstance(value, str) or not value.isprintable()))
+
+
+def _start(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 

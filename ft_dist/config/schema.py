@@ -4,24 +4,23 @@
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
+from ft_dist.method.section import LocalPath, Place, Section
 from ft_dist.method.table import DEFAULT, MethodConfig, read_section
 from ft_dist.storage import is_url
 
 DataFormat = Literal["auto", "chat", "prompt_completion", "alpaca", "sharegpt", "text", "tokens"]
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
-
-
 class ModelConfig(Section):
     """The pretrained model and its precision."""
 
-    path: str = Field(description="Folder, hub id, or built-in name (see `ft-dist fetch --list`)")
+    several_lines: ClassVar[tuple[str, ...]] = ("new_tokens",)
+
+    path: Place = Field(description="Folder, hub id, or built-in name (see `ft-dist fetch --list`)")
     revision: str | None = Field(
         default=None, description="Branch, tag or commit on the hub; None takes the default branch"
     )
@@ -42,7 +41,7 @@ class ModelConfig(Section):
         default=False, description="Allow code from the model folder or hub repository to run"
     )
     new_tokens: list[str] = Field(default_factory=list, description="Special tokens to add; embeddings grow as needed")
-    chat_template: str | None = Field(
+    chat_template: LocalPath | None = Field(
         default=None, description="Path of a Jinja file that replaces the tokenizer's template"
     )
 
@@ -50,7 +49,7 @@ class ModelConfig(Section):
 class SourceConfig(Section):
     """One data source: a file, a folder, a glob, a hub dataset, or a prepared set (folder or URL)."""
 
-    path: str
+    path: Place
     format: DataFormat = "auto"
     weight: float = Field(default=1.0, gt=0, description="Average number of times that each sample is seen in an epoch")
     live: bool = Field(
@@ -91,7 +90,7 @@ class DataConfig(Section):
         "remote shards must hold one group",
     )
     log_samples: bool = Field(default=False, description="Write the sample ids of every step to samples.jsonl")
-    cache_dir: str | None = Field(
+    cache_dir: LocalPath | None = Field(
         default=None, description="Tokenised data; None is $FT_DIST_CACHE or ~/.cache/ft_dist"
     )
     cache_bytes: PositiveInt = Field(
@@ -179,6 +178,15 @@ class OptimConfig(Section):
         "evaluated step and keeps the best. Needs evaluate.interval_steps",
     )
 
+    @model_validator(mode="after")
+    def _warms_up_within_the_run(self) -> "OptimConfig":
+        if self.max_steps is not None and self.warmup_steps > self.max_steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} is more than max_steps={self.max_steps}, so the run would end "
+                f"before it reaches optim.lr; use at most {self.max_steps}"
+            )
+        return self
+
     @property
     def most_epochs(self) -> int | None:
         """The epochs after which a run ends; None if only max_steps ends it."""
@@ -194,7 +202,7 @@ class EngineConfig(Section):
         "on one rank",
     )
     offload: Literal["none", "cpu", "nvme"] = Field(default="none", description="Where optimizer state is stored")
-    nvme_path: str | None = None
+    nvme_path: LocalPath | None = None
     activation_checkpointing: bool = False
     timeout_s: PositiveInt = Field(
         default=1800,
@@ -244,12 +252,22 @@ class CheckpointConfig(Section):
     keep_best: Annotated[int, Field(ge=0)] = Field(
         default=0, description="Number of commits with the lowest held-out loss to keep; only evaluated steps count"
     )
-    path: str | None = Field(
+    path: Place | None = Field(
         default=None,
         description="Mirror of every commit: a URL (s3://, gs://, az://, file://) or folder, written in the background "
         "and read if output_dir has no commit",
     )
-    resume: str = Field(default="auto", description="auto: newest complete commit of output_dir; never; or a path")
+    resume: LocalPath = Field(
+        default="auto", description="auto: newest complete commit of output_dir; never; or a path"
+    )
+
+    @field_validator("path")
+    @classmethod
+    def _names_a_bucket(cls, value: str | None) -> str | None:
+        scheme, separator, place = (value or "").partition("://")
+        if separator and (not scheme or (not place.split("/")[0] and (scheme != "file" or not place.strip("/")))):
+            raise ValueError(f"{value} names no bucket or folder; use a URL such as s3://bucket/run")
+        return value
 
 
 class PreemptionConfig(Section):
@@ -314,7 +332,7 @@ class RunConfig(Section):
     preemption: PreemptionConfig = Field(default_factory=PreemptionConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     observe: ObserveConfig = Field(default_factory=ObserveConfig)
-    output_dir: str
+    output_dir: LocalPath
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
     @field_validator("method", mode="wrap")

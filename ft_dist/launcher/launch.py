@@ -2,7 +2,6 @@
 
 import subprocess
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +111,7 @@ def resume(folder: Path) -> LaunchRecord:
     record = read_record(folder)
     _check_inactive(folder)
     stop_marker(folder).unlink(missing_ok=True)
-    record = replace(record, job=find_target(record.target).resubmit(record, folder))
+    record = record.model_copy(update={"job": find_target(record.target).resubmit(record, folder)})
     record.write(folder)
     return record
 

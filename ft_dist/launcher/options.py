@@ -68,7 +68,10 @@ def requested_runs(request: Request) -> list[RequestedRun]:
         overrides = [*request.overrides, *combination]
         name = re.sub(r"[^\w.=+-]+", "_", "_".join(combination))[:100]
         folder = Path(base.output_dir) / f"{index:03d}-{name}"
-        runs.append(_pinned(load_config(request.recipe, overrides), overrides, folder))
+        config = load_config(request.recipe, overrides)
+        if config.checkpoint.path:  # two runs in one mirror would resume from each other's commits
+            config.checkpoint.path = f"{config.checkpoint.path.rstrip('/')}/{folder.name}"
+        runs.append(_pinned(config, overrides, folder))
     return runs
 
 
@@ -90,8 +93,8 @@ def _combinations(sweep: Sequence[str]) -> list[tuple[str, ...]]:
         key, separator, values = entry.partition("=")
         if not separator or not key or not all(values.split(",")):
             raise UserError(f"--sweep {entry}: should be key=value,value, for example optim.lr=1e-4,2e-4.")
-        if key == "output_dir":
-            raise UserError(f"--sweep {entry}: each run of a sweep already gets its own folder below output_dir.")
+        if key in ("output_dir", "checkpoint.path"):
+            raise UserError(f"--sweep {entry}: each run of a sweep already gets its own folder below {key}.")
         choices.append([f"{key}={value}" for value in values.split(",")])
     found = list(itertools.product(*choices))
     if len(found) > MAX_SWEEP:

@@ -7,17 +7,21 @@ shipped ones. It contains no credentials: they come from the environment of the 
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-import yaml
 from pydantic import Field, PositiveInt, ValidationError, field_validator, model_validator
 
-from ft_dist.config.schema import Section
+from ft_dist.config.load import MAX_PROBLEMS
+from ft_dist.config.yaml_text import read_yaml
 from ft_dist.errors import ConfigError
 from ft_dist.launcher.templates import template_folder
+from ft_dist.method.section import Section
 
 CREDENTIAL = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE)
 """Matches names of variables whose values must not be written to a file"""
+
+
+KubernetesName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$", max_length=253)]
 
 
 class SlurmProfile(Section):
@@ -42,6 +46,8 @@ class SlurmProfile(Section):
 class SkyProfile(Section):
     """https://docs.skypilot.co/en/latest/reference/yaml-spec.html."""
 
+    several_lines: ClassVar[tuple[str, ...]] = ("setup",)
+
     infra: str | None = Field(default=None, description="Such as aws/us-east-1; SkyPilot chooses if it is not set")
     use_spot: bool = True
     setup: str | None = Field(default=None, description="Shell commands that install ft_dist on a new machine")
@@ -52,8 +58,10 @@ class KubernetesProfile(Section):
     """JobSet (jobset.x-k8s.io/v1alpha2) or Kubeflow's PyTorchJob (kubeflow.org/v1)."""
 
     kind: Literal["jobset", "pytorchjob"] = "jobset"
-    namespace: str = "default"
-    secrets: list[str] = Field(default_factory=list, description="Secrets whose keys become environment variables")
+    namespace: KubernetesName = "default"
+    secrets: list[KubernetesName] = Field(
+        default_factory=list, description="Secrets whose keys become environment variables"
+    )
     max_restarts: Annotated[int, Field(ge=0)] = Field(
         default=20, description="How often Kubernetes restarts the whole job"
     )
@@ -81,7 +89,7 @@ class Profile(Section):
     @classmethod
     def _no_credentials(cls, value: dict[str, str]) -> dict[str, str]:
         for name in value:
-            if not re.fullmatch(r"[A-Za-z_]\w*", name):
+            if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
                 raise ValueError(f"{name!r} is not a valid name of an environment variable")
             if CREDENTIAL.search(name):
                 # the value may be the credential, so it is not printed
@@ -96,7 +104,7 @@ class Profile(Section):
     def _absolute(cls, value: dict[str, str]) -> dict[str, str]:
         for folder in value:
             if not folder.startswith("/"):
-                raise ValueError(f"{folder} is not an absolute path")
+                raise ValueError(f"{folder!r} is not an absolute path")
         return value
 
     @model_validator(mode="after")
@@ -117,14 +125,12 @@ def load_profile(name: str | None) -> Profile:
     if name is None:
         return Profile()
     path = _find(name)
+    content = read_yaml(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return Profile.model_validate(content or {})
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML ({getattr(error, 'problem', error)}).") from None
+        return Profile.model_validate({} if content is None else content)
     except ValidationError as error:
         problems = [f"{'.'.join(str(part) for part in each['loc'])}: {each['msg']}" for each in error.errors()]
-        raise ConfigError(f"{path}: {'; '.join(problems)}.") from None
+        raise ConfigError(f"{path}: {'; '.join(problems[:MAX_PROBLEMS])}.") from None
 
 
 def _find(name: str) -> Path:

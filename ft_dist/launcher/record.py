@@ -2,9 +2,11 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import Field
 
 from ft_dist.errors import UserError
 from ft_dist.launcher.elastic.restarts import newest_commit
@@ -15,27 +17,19 @@ from ft_dist.run_folder import RunFolder
 ACTIVE = ("pending", "running")
 
 
-@dataclass(frozen=True)
-class LaunchRecord:
+class LaunchRecord(Document):
     """`command` submits the run again unchanged; `log` is its console. Holds no environment and no credentials."""
 
     target: str
-    job: str
-    command: Sequence[str]
+    job: str = Field(pattern=r"^[A-Za-z0-9][\w.@:+-]*(/[\w.-]+/[\w.-]+)?$")
+    """As the target names it; targets pass it to programs, so it never looks like an option"""
+    command: list[str]
     log: str | None
     submitted_at: float
 
     def write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(RunFolder(folder).launch_record, asdict(self))
-
-
-class _Record(Document):
-    target: str
-    job: str
-    command: list[str]
-    log: str | None
-    submitted_at: float
+        write_json(RunFolder(folder).launch_record, self.model_dump())
 
 
 @dataclass(frozen=True)
@@ -58,8 +52,7 @@ def read_record(folder: Path) -> LaunchRecord:
     """Raises UserError if the folder is not that of a launched run."""
     path = RunFolder(folder).launch_record
     try:
-        found = parse_document(path.read_bytes(), _Record, where=path, error=UserError)
-        return LaunchRecord(**found.model_dump())
+        content = path.read_bytes()
     except FileNotFoundError:
         runs = sorted(found.parent.name for found in folder.glob(f"*/{path.name}"))
         hint = f"It is a sweep of {len(runs)} runs: name one, such as {folder / runs[0]}." if runs else ""
@@ -69,10 +62,17 @@ def read_record(folder: Path) -> LaunchRecord:
         ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Launch the run again.") from None
+    return parse_document(content, LaunchRecord, where=path, error=UserError)
 
 
 def new_record(*, target: str, job: str, command: Sequence[str], log: Path | None) -> LaunchRecord:
-    return LaunchRecord(target, job, list(command), str(log) if log else None, round(time.time(), 3))
+    return LaunchRecord(
+        target=target,
+        job=job,
+        command=list(command),
+        log=str(log) if log else None,
+        submitted_at=round(time.time(), 3),
+    )
 
 
 def stop_marker(folder: Path) -> Path:

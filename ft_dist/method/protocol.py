@@ -7,17 +7,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, PrivateAttr
+from pydantic import PrivateAttr
+
+from ft_dist.method.section import Section
 
 if TYPE_CHECKING:
     from ft_dist.model.parts.layers import Layers
     from ft_dist.model.shape import ModelShape, Parameter
 
 
-class Method(BaseModel, ABC):
+class Method(Section, ABC):
     """The config section `method`. The fields of a subclass, including `kind`, are its options."""
-
-    model_config = ConfigDict(extra="forbid", validate_default=True)
 
     frozen_base: ClassVar[bool]
     """The base weights are not trained: commits and `final/` omit them, and a resume needs the same base model"""

@@ -3,20 +3,53 @@
 Enough to check a config before a GPU is allocated. Names in the files may not be those of the loaded model's layers.
 """
 
-import json
 import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, PositiveInt
 
 from ft_dist.errors import ModelError
+from ft_dist.outside import Document, check_name, parse_object, validated
 
 _MAX_HEADER_BYTES = 100 * 1024 * 1024  # the limit of the safetensors format
 _DTYPES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 
 
+_BITS = {"F4": 4, "F8_E8M0": 8, "F8_E4M3": 8, "F8_E5M2": 8, "BOOL": 8, "I8": 8, "U8": 8, "C64": 64}
+_BITS |= {f"{kind}{bits}": bits for kind in ("F", "I", "U") for bits in (16, 32, 64)} | {"BF16": 16}
+_MAX_JSON_BYTES = 100 * 1024 * 1024
+_MAX_JSON_DEPTH = 64
+INDEX = "model.safetensors.index.json"
+
 _TEXT_PARTS = ("language_model", "text_model", "embed_tokens", "layers", "norm", "lm_head")
+
+
+class _TextConfig(Document):
+    max_position_embeddings: PositiveInt | None = None
+
+
+class _Config(_TextConfig):
+    """What we use of a config.json; transformers reads the rest."""
+
+    text_config: _TextConfig | None = None
+    architectures: list[Annotated[str, Field(pattern=r"^\w+$")]] | None = None
+
+
+class _Index(Document):
+    weight_map: dict[str, str]
+
+
+class _Tensor(Document):
+    dtype: Annotated[str, Field(pattern=r"^\w{1,16}$")]
+    shape: Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], Field(max_length=16)]
+    data_offsets: Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], Field(min_length=2, max_length=2)]
+
+
+class _Header(Document):
+    tensors: dict[str, _Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,23 +73,27 @@ def model_facts(folder: str | Path) -> ModelFacts:
     """
     folder = Path(folder)
     refuse_adapter_inside(folder)
-    whole = read_json(folder / "config.json")
-    config = whole.get("text_config", whole)  # a multimodal model nests the language model's config
+    whole = validated(read_json(folder / "config.json"), _Config, where=folder / "config.json", error=ModelError)
+    config = whole.text_config or whole  # a multimodal model nests the language model's config
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, int] = {}
     for file in _weight_files(folder):
-        for name, entry in _read_header(file).items():
-            if name == "__metadata__":
-                continue
-            shapes[name] = tuple(entry["shape"])
-            dtypes[entry["dtype"]] = dtypes.get(entry["dtype"], 0) + math.prod(entry["shape"])
+        for name, tensor in _read_header(file).items():
+            shapes[name] = tuple(tensor.shape)
+            dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + math.prod(tensor.shape)
+    index = folder / INDEX
+    absent = sorted(_weight_map(index).keys() - shapes.keys()) if index.is_file() else []
+    if absent or not shapes:
+        raise ModelError(
+            f"model.path={folder}: {_shown(absent[0]) if absent else 'its weights'}: in none of its weight files."
+        )
     dtype = max(dtypes, key=lambda code: dtypes[code])
     return ModelFacts(
         total_parameters=sum(math.prod(shape) for shape in shapes.values()),
         dtype=_DTYPES.get(dtype, dtype.lower()),
-        max_positions=config.get("max_position_embeddings"),
-        architecture=(whole.get("architectures") or ["unknown"])[0],
-        other_parts=_other_parts(shapes) if "text_config" in whole else {},
+        max_positions=config.max_position_embeddings,
+        architecture=(whole.architectures or ["unknown"])[0],
+        other_parts=_other_parts(shapes) if whole.text_config else {},
     )
 
 
@@ -93,46 +130,91 @@ def _other_parts(shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
-        files = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+        files = [folder / name for name in sorted(set(_weight_map(index).values()))]
     else:
         files = [folder / "model.safetensors"]
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
         raise ModelError(
-            f"model.path={folder}: no {', '.join(missing) or 'weights'}. "
+            f"model.path={folder}: no {', '.join(missing[:3]) or 'weights'}. "
             "Weights must be safetensors; pickled .bin files are not read."
         )
     return files
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    """File of each tensor. Raises ModelError if a file is not below the model's folder."""
+    tree = validated(read_json(index), _Index, where=index, error=ModelError)
+    for name in set(tree.weight_map.values()):
+        check_name(name, where=index, error=ModelError)
+    return tree.weight_map
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file of a model folder. Raises ModelError."""
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(_MAX_JSON_BYTES + 1)
     except FileNotFoundError:
         raise ModelError(f"model.path={path.parent}: has no {path.name}.") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: not readable as JSON ({error}).") from None
-    if not isinstance(tree, dict):
-        raise ModelError(f"{path}: contains {type(tree).__name__}, not a JSON object.")
-    return tree
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror}).") from None
+    if len(content) > _MAX_JSON_BYTES:
+        raise ModelError(f"{path}: more than {_MAX_JSON_BYTES:,} bytes.")
+    tree = parse_object(content, where=path, error=ModelError)
+    level: list[Any] = [tree]
+    for _ in range(_MAX_JSON_DEPTH):
+        level = [each for node in level for each in (node.values() if isinstance(node, dict) else node)]
+        level = [each for each in level if isinstance(each, dict | list)]
+        if not level:
+            return tree
+    raise ModelError(f"{path}: more than {_MAX_JSON_DEPTH} levels of JSON.")
 
 
-def _read_header(file: Path) -> dict[str, Any]:
-    """https://github.com/huggingface/safetensors#format: u64 little-endian length, then a JSON object."""
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= _MAX_HEADER_BYTES:
-            raise ModelError(f"{file}: not a safetensors file (its header says {length} bytes). Download it again.")
-        header = stream.read(length)
+def check_weights(folder: Path) -> None:
+    """Raise ModelError if a weight file of the model in `folder` is missing or its header is damaged."""
+    for file in _weight_files(folder):
+        _read_header(file)
+
+
+def _read_header(file: Path) -> "dict[str, _Tensor]":
+    """The tensors of a safetensors file, whose bytes follow each other without gap or overlap up to its end.
+
+    https://github.com/huggingface/safetensors#format: u64 little-endian length, then a JSON object.
+    """
     try:
-        tree = json.loads(header)
-        needed = 8 + length + max(entry["data_offsets"][1] for name, entry in tree.items() if name != "__metadata__")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ModelError(f"{file}: its safetensors header is damaged. Download it again.") from None
-    if file.stat().st_size < needed:
-        raise ModelError(f"{file}: has {file.stat().st_size} of {needed} bytes. Download it again.")
-    return tree
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            prefix = stream.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 2 <= length <= _MAX_HEADER_BYTES:
+                raise ModelError(f"{file}: not a safetensors file (its header says {length} bytes). Download it again.")
+            header = stream.read(length)
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read ({error.strerror}).") from None
+    if len(header) < length:
+        raise ModelError(f"{file}: has {size} of {8 + length} bytes. Download it again.")
+    tree = parse_object(header, where=f"{file}, its header", error=ModelError)
+    tree.pop("__metadata__", None)
+    tensors = validated({"tensors": tree}, _Header, where=f"{file}, its header", error=ModelError).tensors
+    end = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_offsets):
+        begin, stop = tensor.data_offsets
+        bits = _BITS.get(tensor.dtype)
+        nbytes = None if bits is None else -(-math.prod(tensor.shape) * bits // 8)
+        if begin != end or stop < begin or (nbytes is not None and stop - begin != nbytes):
+            raise ModelError(
+                f"{file}: its header is damaged: {_shown(name)} of {tensor.dtype}{tensor.shape} is at bytes "
+                f"{begin} to {stop}. Download it again."
+            )
+        end = stop
+    if size != 8 + length + end:
+        raise ModelError(f"{file}: has {size} of {8 + length + end} bytes. Download it again.")
+    return tensors
+
+
+def _shown(name: str) -> str:
+    text = ascii(name)
+    return text if len(text) <= 120 else f"{text[:117]}..."

@@ -75,7 +75,8 @@ EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 def expert_count(config: dict[str, Any]) -> int:
     """Experts in a layer of a config.json, 0 for a dense model."""
-    return next((int(config[key]) for key in EXPERT_KEYS if config.get(key)), 0)
+    counts = (config.get(key) for key in EXPERT_KEYS)
+    return next((count for count in counts if type(count) is int and count > 0), 0)
 
 
 def ties_by_default(model_type: str) -> bool:

@@ -50,6 +50,7 @@ def load_model(
                 dtype=DTYPES[model.dtype],
                 attn_implementation=attention_implementation(model),
                 trust_remote_code=model.trust_remote_code,
+                use_safetensors=True,  # other files can hold code
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # so that they are listed
                 **({"device_map": "meta"} if meta else {}),
@@ -100,7 +101,7 @@ def random_model(
     place = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     with _partitioned_on_load(zero3_settings), quietly(), place if zero3_settings is None else contextlib.nullcontext():
         causal_lm = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(folder),
+            AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code),
             dtype=DTYPES[model.dtype],
             attn_implementation=attention_implementation(model),
         )

@@ -4,7 +4,6 @@ Covers dense decoders of the families in `families.py`. For another family with 
 layout, and the plan says so.
 """
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -13,6 +12,7 @@ from typing import Any
 
 from ft_dist.errors import ModelError
 from ft_dist.model.builtin import SMOLLM2, cached_folder, resolve_model
+from ft_dist.model.facts import read_json
 from ft_dist.model.families import FAMILIES, Family, assumed_family, expert_count, ties_by_default
 from ft_dist.model.tiny import tiny_config, tiny_names
 
@@ -27,6 +27,8 @@ _SMOLLM2 = {
     "vocab_size": 49152,
     "tie_word_embeddings": True,
 }
+_MOST = (2**40, 10_000)
+"""Of any size, and of layers"""
 BLOCK_NORMS = (
     "input_layernorm",
     "post_attention_layernorm",
@@ -138,17 +140,24 @@ def model_shape(path: str, *, revision: str | None = None) -> ModelShape:
 
 def shape_of_config(whole: dict[str, Any], path: str) -> ModelShape:
     """From the tree of a config.json. Raises ModelError."""
-    config = whole.get("text_config", whole)
-    family = str(config.get("model_type", whole.get("model_type", "unknown")))
+    config = whole.get("text_config") or whole
+    if not isinstance(config, dict):
+        raise ModelError(f"model.path={path}: text_config in its config.json is not an object.")
+    family = str(config.get("model_type", whole.get("model_type", "unknown")))[:80]
     if experts := expert_count(config):
         raise ModelError(f"model.path={path}: has {experts} experts per layer, but plan supports only dense decoders.")
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    missing = [name for name in names if not isinstance(config.get(name), int)]
+    missing = [name for name in names if type(config.get(name)) is not int]
     if missing:
         raise ModelError(
             f"model.path={path}: config.json ({family}) has no {', '.join(missing)}; plan supports dense decoders that "
             "specify these."
         )
+    optional = ("num_key_value_heads", "head_dim")
+    for name in (*names, *(name for name in optional if config.get(name) is not None)):
+        if type(config[name]) is not int or not 1 <= config[name] <= _MOST[name == "num_hidden_layers"]:
+            shown = ascii(config[name])[:40]
+            raise ModelError(f"model.path={path}: {name}={shown} in its config.json, which no model can have.")
     heads = config["num_attention_heads"]
     biased = bool(config.get("attention_bias", False))
     qkv_bias = FAMILIES[family].qkv_bias if family in FAMILIES else None
@@ -159,7 +168,7 @@ def shape_of_config(whole: dict[str, Any], path: str) -> ModelShape:
         layers=config["num_hidden_layers"],
         heads=heads,
         kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        head_dim=config.get("head_dim") or max(1, config["hidden_size"] // heads),
         vocabulary=config["vocab_size"],
         tied=bool(config.get("tie_word_embeddings", whole.get("tie_word_embeddings", ties_by_default(family)))),
         qkv_bias=biased if qkv_bias is None else qkv_bias,
@@ -177,7 +186,7 @@ def _read_config(path: str, revision: str | None) -> dict[str, Any]:
         folder = Path(place)
         if not folder.is_dir():
             return _from_hub(place, revision)
-    return _tree(folder / "config.json")
+    return read_json(folder / "config.json")
 
 
 def _from_hub(hub_id: str, revision: str | None) -> dict[str, Any]:
@@ -187,19 +196,9 @@ def _from_hub(hub_id: str, revision: str | None) -> dict[str, Any]:
 
     check_hub(hub_id, revision)
     try:
-        return _tree(Path(hf_hub_download(hub_id, "config.json", revision=revision)))
+        return read_json(Path(hf_hub_download(hub_id, "config.json", revision=revision)))
     except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or ["no reason given"])[0]
         raise ModelError(
             f"model.path={hub_id}: its config.json could not be downloaded from the hub ({reason})."
         ) from None
-
-
-def _tree(file: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file}: not readable as JSON ({error}).") from None
-    if not isinstance(tree, dict):
-        raise ModelError(f"{file}: holds {type(tree).__name__}, not a JSON object.")
-    return tree

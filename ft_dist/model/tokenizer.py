@@ -7,6 +7,7 @@ from typing import Any
 
 from ft_dist.config.schema import ModelConfig
 from ft_dist.errors import ModelError, counted
+from ft_dist.model.anatomy.weights import reason_of
 from ft_dist.model.builtin import check_hub
 from ft_dist.model.quiet import quietly
 
@@ -68,8 +69,7 @@ def load_tokenizer(
         with quietly():
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-        raise ModelError(f"model.path={path}: its tokenizer does not load ({reason}).") from None
+        raise ModelError(f"model.path={path}: its tokenizer does not load ({reason_of(error)}).") from None
     notes: list[str] = []
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)

@@ -28,6 +28,7 @@ def chat(
     system: str | None = None,
     max_new_tokens: int = 512,
     temperature: float = 0.0,
+    trust_remote_code: bool = False,
 ) -> None:
     """Chat with `path` (see `trained_weights`); temperature 0 always picks the likeliest token.
 
@@ -35,7 +36,7 @@ def chat(
     """
     from ft_dist.result.load import load_finished
 
-    finished = load_finished(path, step=step, progress=_say)
+    finished = load_finished(path, step=step, trust_remote_code=trust_remote_code, progress=_say)
     for note in finished.notes:
         _say(note)
     if system is None and finished.config is not None:

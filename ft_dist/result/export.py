@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from safetensors import SafetensorError
 
@@ -21,6 +21,7 @@ def export_run(
     to: str | Path,
     step: Step | None = None,
     dtype: Literal["bf16", "fp32"] | None = None,
+    trust_remote_code: bool = False,
     progress: Progress = print,
 ) -> None:
     """Write the run's result, or its commit of `step`, into the new folder `to`, completely or not at all.
@@ -34,7 +35,8 @@ def export_run(
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ModelError(f"{to}: exists and is not an empty folder. Name a new folder.")
     near = next(parent for parent in to.absolute().parents if parent.is_dir())
-    with trained_weights(str(run_dir), step=step, near=near, progress=progress) as weights:
+    options: Any = {"near": near, "trust_remote_code": trust_remote_code, "progress": progress}
+    with trained_weights(str(run_dir), step=step, **options) as weights:
         _export(weights, run_dir, kind, to, dtype, progress)
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import json
 import shutil
 import tempfile
 import warnings
@@ -18,10 +17,10 @@ from ft_dist.checkpoint.state import BaseRecord
 from ft_dist.config import RunConfig, load_config
 from ft_dist.errors import ModelError
 from ft_dist.model.builtin import Progress, builtin_names, local_folder, may_be_model, resolve_model
-from ft_dist.model.facts import read_json
+from ft_dist.model.facts import check_weights, read_json
 from ft_dist.model.quiet import quietly
 from ft_dist.model.tokenizer import load_tokenizer, stop_token_ids
-from ft_dist.outside import validated
+from ft_dist.outside import Document, parse_document, validated
 from ft_dist.run_folder import RunFolder
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -36,14 +35,12 @@ class Weights:
     base: str | None
     """Folder or hub id of an adapter's base; None for a complete model"""
     config: RunConfig | None
+    trust_remote_code: bool = False
+    """Whether the caller allows code from these folders to run; what a run's own config says does not count"""
 
     @property
     def revision(self) -> str | None:
         return self.config.model.revision if self.config else None
-
-    @property
-    def trust_remote_code(self) -> bool:
-        return self.config.model.trust_remote_code if self.config else False
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +53,11 @@ class Finished:
     config: RunConfig | None
 
 
-def find_weights(path: str, progress: Progress = print) -> Weights:
+def find_weights(path: str, progress: Progress = print, *, trust_remote_code: bool = False) -> Weights:
     """Resolve `path`: a run folder (its `final/`), an adapter folder, a model folder, a built-in name or a hub id.
 
-    Raises ModelError naming what is missing, and for an adapter of a run whose base is no longer the one it was trained
-    on.
+    `trust_remote_code` allows code from there to run. Raises ModelError naming what is missing, and for an adapter of
+    a run whose base is no longer the one it was trained on.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir() and not may_be_model(path):
@@ -71,7 +68,7 @@ def find_weights(path: str, progress: Progress = print) -> Weights:
     config = None
     run = RunFolder(folder)
     if run.config.is_file():
-        config = load_config(str(run.config))
+        config = _config_of(run, trust_remote_code)
         if not run.final.is_dir():
             raise ModelError(
                 f"{path}: the run has no final/ folder, so it has not finished. Run ft-dist train again, or use one of "
@@ -83,10 +80,17 @@ def find_weights(path: str, progress: Progress = print) -> Weights:
             f"{path}: a checkpoint, not a model. Name its run and its step instead: "
             f"{folder.absolute().parents[1]} --step {step}."
         )
-    weights = _weights_in(folder, path, config, progress)
+    weights = _weights_in(folder, path, config, trust_remote_code, progress)
     if config is not None and weights.base is not None:
         _check_base(run, config, weights.base)
     return weights
+
+
+def _config_of(run: RunFolder, trust_remote_code: bool) -> RunConfig:
+    """The config of a run, which somebody else may have written: only the caller decides whether code may run."""
+    config = load_config(str(run.config))
+    config.model.trust_remote_code = trust_remote_code
+    return config
 
 
 def _check_base(run: RunFolder, config: RunConfig, base: str) -> None:
@@ -105,7 +109,12 @@ def _check_base(run: RunFolder, config: RunConfig, base: str) -> None:
 
 @contextlib.contextmanager
 def trained_weights(
-    path: str, *, step: Step | None = None, near: Path | None = None, progress: Progress = print
+    path: str,
+    *,
+    step: Step | None = None,
+    near: Path | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = print,
 ) -> Iterator[Weights]:
     """`find_weights`, or with `step` the weights of that commit of the run in `path`.
 
@@ -113,7 +122,7 @@ def trained_weights(
     files), which is removed at the end of the block. Raises ModelError, CheckpointError.
     """
     if step is None:
-        yield find_weights(path, progress)
+        yield find_weights(path, progress, trust_remote_code=trust_remote_code)
         return
     from safetensors import SafetensorError
 
@@ -122,7 +131,7 @@ def trained_weights(
     run = RunFolder(Path(path).expanduser())
     if not run.config.is_file():
         raise ModelError(f"{path}: not a run folder (no config.yaml), so it has no step {step}. Leave out --step.")
-    config = load_config(str(run.config))
+    config = _config_of(run, trust_remote_code)
     commit = commit_of_step(run.checkpoints, step)
     if step == "best":
         progress(f"step {commit.step} has the lowest held-out loss of the checkpoints")
@@ -134,7 +143,7 @@ def trained_weights(
             write_commit(commit, config, Path(temporary), base=resolve_model(config.model.path, progress))
         except (OSError, SafetensorError) as error:
             raise not_written(near or tempfile.gettempdir(), error) from None
-        yield _weights_in(Path(temporary), path, config, progress)
+        yield _weights_in(Path(temporary), path, config, trust_remote_code, progress)
 
 
 def not_written(place: str | Path, error: Exception) -> ModelError:
@@ -144,12 +153,14 @@ def not_written(place: str | Path, error: Exception) -> ModelError:
     return ModelError(f"{place}: cannot be written ({getattr(error, 'strerror', None) or error}).")
 
 
-def _weights_in(folder: Path, path: str, config: RunConfig | None, progress: Progress) -> Weights:
+def _weights_in(folder: Path, path: str, config: RunConfig | None, trusted: bool, progress: Progress) -> Weights:
     if not (folder / ADAPTER_CONFIG).is_file():
-        return Weights(str(folder) if config else resolve_model(path, progress), None, config)
-    if config is not None:
-        return Weights(str(folder), resolve_model(config.model.path, progress), config)
-    return Weights(str(folder), resolve_model(_base_of(folder), progress), None)
+        return Weights(str(folder) if config else resolve_model(path, progress), None, config, trusted)
+    adapter = _adapter_config(folder)
+    base = config.model.path if config is not None else adapter.base_model_name_or_path
+    if not base:
+        raise ModelError(f"{folder / ADAPTER_CONFIG}: has no base_model_name_or_path, so the adapter has no base.")
+    return Weights(str(folder), resolve_model(base, progress), config, trusted)
 
 
 def _nearest(folder: Path) -> str:
@@ -159,9 +170,16 @@ def _nearest(folder: Path) -> str:
     return f" Did you mean {near[0]}?" if near else ""
 
 
-def load_finished(path: str, *, step: Step | None = None, device: Any = None, progress: Progress = print) -> Finished:
+def load_finished(
+    path: str,
+    *,
+    step: Step | None = None,
+    device: Any = None,
+    trust_remote_code: bool = False,
+    progress: Progress = print,
+) -> Finished:
     """Load `path` (see `trained_weights`) for inference. Raises ModelError, CheckpointError."""
-    with trained_weights(path, step=step, progress=progress) as weights:
+    with trained_weights(path, step=step, trust_remote_code=trust_remote_code, progress=progress) as weights:
         return load_for_inference(weights, device=device)
 
 
@@ -200,10 +218,12 @@ def load_weights(weights: Weights, *, dtype: Any, vocabulary: int) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    from ft_dist.model.anatomy.weights import check_loaded
+    from ft_dist.model.anatomy.weights import check_loaded, reason_of
     from ft_dist.model.parts.new_tokens import run_token_rows
 
     source = weights.base or weights.folder
+    if Path(source).is_dir():
+        check_weights(Path(source))
     try:
         with quietly(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # from peft, about tied and resized embeddings, which are handled below
@@ -213,6 +233,7 @@ def load_weights(weights: Weights, *, dtype: Any, vocabulary: int) -> Any:
                 trust_remote_code=weights.trust_remote_code,
                 # the revision applies to the hub's repository, not to the saved folder
                 revision=weights.revision if weights.base else None,
+                use_safetensors=True,  # other files can hold code
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # so that they are listed
             )
@@ -230,8 +251,7 @@ def load_weights(weights: Weights, *, dtype: Any, vocabulary: int) -> Any:
             run_token_rows(adapted)
             return adapted
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-        raise ModelError(f"{weights.folder}: cannot be loaded on {source} ({reason}).") from None
+        raise ModelError(f"{weights.folder}: cannot be loaded on {source} ({reason_of(error)}).") from None
 
 
 def _grow_as_in_training(model: Any, vocabulary: int, config: RunConfig | None) -> None:
@@ -269,18 +289,20 @@ def _in_trained_dtype(adapted: Any, stored: dict[str, Any], dtype: Any) -> None:
             parameter.data = parameter.data.to(torch.promote_types(found, dtype))
 
 
-def _base_of(adapter: Path) -> str:
-    base = _adapter_config(adapter).get("base_model_name_or_path")
-    if not base:
-        raise ModelError(f"{adapter / ADAPTER_CONFIG}: has no base_model_name_or_path, so the adapter has no base.")
-    return str(base)
+class AdapterConfig(Document):
+    """What we use of an adapter's config; peft reads the rest."""
+
+    base_model_name_or_path: str | None = None
+    megatron_config: None = None
+    """With it, peft would import the module that `megatron_core` names"""
 
 
-def _adapter_config(adapter: Path) -> dict[str, Any]:
+def _adapter_config(adapter: Path) -> AdapterConfig:
+    where = adapter / ADAPTER_CONFIG
     try:
-        tree = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{adapter / ADAPTER_CONFIG}: not readable as JSON ({error}).") from None
-    if not isinstance(tree, dict):
-        raise ModelError(f"{adapter / ADAPTER_CONFIG}: contains {type(tree).__name__}, not a JSON object.")
-    return tree
+        content = where.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{where}: cannot be read ({error.strerror}).") from None
+    if not (adapter / ADAPTER_WEIGHTS).is_file():  # peft would take a pickled file instead
+        raise ModelError(f"{adapter}: no {ADAPTER_WEIGHTS}. Weights must be safetensors; pickled files are not read.")
+    return parse_document(content, AdapterConfig, where=where, error=ModelError)

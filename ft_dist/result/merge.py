@@ -16,6 +16,7 @@ from ft_dist.data.stream.batch import IGNORED
 from ft_dist.engine.digests import persistent_buffers
 from ft_dist.errors import ModelError, UserError
 from ft_dist.method.lora import OF_ADAPTERS
+from ft_dist.model.anatomy.weights import reason_of
 from ft_dist.model.load import DTYPES
 from ft_dist.model.parts.trained import unwrapped
 from ft_dist.model.quiet import quietly
@@ -52,7 +53,10 @@ def trained_dtype(weights: Weights) -> torch.dtype:
 
     if weights.config is not None:
         return DTYPES[weights.config.model.dtype]
-    own = AutoConfig.from_pretrained(weights.base).dtype
+    try:
+        own = AutoConfig.from_pretrained(weights.base, trust_remote_code=weights.trust_remote_code).dtype
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{weights.base}: its config.json cannot be loaded ({reason_of(error)}).") from None
     return own if isinstance(own, torch.dtype) else torch.float32
 
 

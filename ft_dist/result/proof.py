@@ -96,7 +96,8 @@ def prove_final(
     or loading `changed` tensors, and `reason` says why something was not compared. The files themselves are right.
     """
     frozen = config.method.frozen_base
-    weights = Weights(str(folder), base if frozen else None, config)
+    # the run's own folder, and the config of its caller
+    weights = Weights(str(folder), base if frozen else None, config, config.model.trust_remote_code)
     with _all_cores():
         try:
             model = load_weights(weights, dtype=DTYPES[config.model.dtype], vocabulary=vocabulary).eval()

@@ -25,6 +25,7 @@ def evaluate_path(
     max_new_tokens: int = 32,
     max_samples: int | None = None,
     batch_rows: int = 8,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Scores:
     """Loss, and accuracy if samples end with an assistant turn, of `path` (see `trained_weights`) on `sources`.
@@ -35,7 +36,7 @@ def evaluate_path(
     from ft_dist.result.load import load_for_inference, trained_weights
 
     say = progress or _quiet
-    with trained_weights(path, step=step, progress=say) as weights:
+    with trained_weights(path, step=step, trust_remote_code=trust_remote_code, progress=say) as weights:
         data = _held_out(path, weights.config, sources)
         finished = load_for_inference(weights)
     for note in finished.notes:

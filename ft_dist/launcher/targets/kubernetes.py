@@ -7,7 +7,7 @@ always restarted, one that exits with 2 never, and any other as often as the pro
 import json
 from pathlib import Path
 
-from ft_dist.errors import ConfigError
+from ft_dist.errors import ConfigError, UserError
 from ft_dist.launcher.record import JobState, LaunchRecord, new_record
 from ft_dist.launcher.request import Request, RequestedRun, job_name
 from ft_dist.launcher.submission import Submission, call
@@ -55,7 +55,7 @@ class Kubernetes(Target):
         return record.job
 
     def state(self, record: LaunchRecord, folder: Path) -> JobState:
-        namespace, kind, name = record.job.split("/")
+        namespace, kind, name = _parts(record)
         shown = call(["kubectl", "-n", namespace, "get", kind, name, "--ignore-not-found", "-o", "json"])
         if not shown:
             return JobState("unknown", "not in the cluster")
@@ -68,11 +68,19 @@ class Kubernetes(Target):
 
     def stop(self, record: LaunchRecord) -> str:
         """The pods get SIGTERM and a grace period in which to commit."""
-        namespace, kind, name = record.job.split("/")
+        namespace, kind, name = _parts(record)
         call(["kubectl", "-n", namespace, "delete", kind, name, "--ignore-not-found", "--wait=true"])
         return f"{kind} {name} committed and was deleted"
 
     def log_command(self, record: LaunchRecord) -> list[str]:
-        namespace, kind, name = record.job.split("/")
+        namespace, kind, name = _parts(record)
         label = "jobset.sigs.k8s.io/jobset-name" if kind == "jobset" else "training.kubeflow.org/job-name"
         return ["kubectl", "-n", namespace, "logs", "--follow", "--prefix", f"--selector={label}={name}"]
+
+
+def _parts(record: LaunchRecord) -> list[str]:
+    """Namespace, kind and name."""
+    parts = record.job.split("/")
+    if len(parts) != 3:
+        raise UserError(f"launch.json: job={record.job} is not NAMESPACE/KIND/NAME. Launch the run again.")
+    return parts

@@ -73,7 +73,7 @@ class Torchrun(Target):
         return [new_record(target=self.name, job=job, command=submission.command, log=log)]
 
     def resubmit(self, record: LaunchRecord, folder: Path) -> str:
-        return _start(record.command, Path(str(record.log)))
+        return _start(record.command, Path(record.log or RunFolder(folder).logs / "launch.log"))
 
     def state(self, record: LaunchRecord, folder: Path) -> JobState:
         pid = _running_pid(record.job)
@@ -122,8 +122,9 @@ def _start(command: Sequence[str], log: Path) -> str:
 def _running_pid(job: str) -> int | None:
     """The PID of `job` while it runs here. A job without a start time ended before the time could be read."""
     pid, _, started = job.partition("@")
-    known = bool(started) and pid.isdecimal() and len(pid) < 20  # as the record says, which others may write
-    return int(pid) if known and _started_at(int(pid)) == started else None
+    if not re.fullmatch(r"[1-9][0-9]{0,9}", pid):
+        raise UserError(f"launch.json: job={job} is not PID@START. Launch the run again.")
+    return int(pid) if started and _started_at(int(pid)) == started else None
 
 
 def _started_at(pid: int) -> str:

@@ -5,7 +5,7 @@ from datetime import datetime
 from pathlib import Path
 
 from ft_dist.config import dump_config
-from ft_dist.errors import UserError
+from ft_dist.errors import ConfigError, UserError
 from ft_dist.launcher.record import JobState, LaunchRecord, new_record, state_of_folder
 from ft_dist.launcher.request import Request, RequestedRun, job_name
 from ft_dist.launcher.submission import Submission, call
@@ -29,6 +29,10 @@ class Slurm(Target):
         sweep = len(runs) > 1
         base = runs[0].folder.parent if sweep else runs[0].folder
         script = RunFolder(base).launch / "job.sbatch"
+        if "\\" in str(base):
+            raise ConfigError(
+                f"output_dir={base}: SLURM cannot write a log below a folder with a backslash in its name. Rename it."
+            )
         log = RunFolder(base).logs / ("slurm-%a.log" if sweep else "slurm.log")
         text = render(
             "job.sbatch.j2",
@@ -37,7 +41,7 @@ class Slurm(Target):
             slurm=request.profile.slurm,
             folders=[str(run.folder) for run in runs],
             working_folder=os.getcwd(),
-            log=str(log),
+            log=f"{str(log.parent).replace('%', '%%')}/{log.name}",  # %a is sbatch's, other signs are the path's
             margin_s=runs[0].config.preemption.margin_s,
         )
         return Submission(
@@ -46,7 +50,7 @@ class Slurm(Target):
             script=script,
             files={script: text} | {run.pinned: dump_config(run.config) for run in runs},
             command=["sbatch", "--parsable", str(script)],
-            logs=[Path(str(log).replace("%a", str(task))) for task in range(len(runs))],
+            logs=[log.with_name(log.name.replace("%a", str(task))) for task in range(len(runs))],
         )
 
     def submit(self, submission: Submission) -> list[LaunchRecord]:

@@ -4,6 +4,7 @@ Both files belong in the image or the start-up script of a spot machine; the nex
 """
 
 import getpass
+import re
 from pathlib import Path
 
 from ft_dist.errors import UserError
@@ -35,7 +36,7 @@ class VirtualMachine(Target):
             config=embedded_config(request, run),
             arguments=agent_arguments(request, run, config="config.yaml"),
         )
-        service = render("vm.service.j2", name=name, user=getpass.getuser(), margin_s=run.config.preemption.margin_s)
+        service = render("vm.service.j2", name=name, user=_user(), margin_s=run.config.preemption.margin_s)
         next_steps = (
             f"On the machine, or in its start-up script:\n"
             f"  sudo install -m 755 vm.sh /usr/local/bin/{name}\n"
@@ -59,3 +60,10 @@ class VirtualMachine(Target):
 
     def log_command(self, record: LaunchRecord) -> list[str]:
         raise UserError(f"the log is on the run's own machine: `journalctl -fu {record.job}`.")
+
+
+def _user() -> str:
+    user = getpass.getuser()
+    if not re.fullmatch(r"[A-Za-z_][\w.-]*", user, re.ASCII):
+        raise UserError(f"user {user!r}: no name for a systemd unit. Set LOGNAME to the user of the other machine.")
+    return user

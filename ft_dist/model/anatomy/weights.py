@@ -44,6 +44,11 @@ def reason_of(error: Exception) -> str:
     for name, log in sorted(_failed_conversions(error).items()):
         raised = re.findall(r"^[\w.]*(?:Error|Exception): (.+)", log, re.MULTILINE) or log.strip().splitlines()[-1:]
         return f"the tensors in the folder do not make up {name}: {raised[0].rstrip('.')}"
+    if "trust_remote_code" in str(error):
+        return (
+            "it needs Python code from there: if you trust that code, set model.trust_remote_code=true in a run, or "
+            "pass --trust-remote-code to a command"
+        )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__

@@ -5,7 +5,6 @@ A shell script replaces the agent: it prints its arguments and exits with 75 on 
 
 import os
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -105,5 +104,5 @@ def test_a_folder_without_a_launched_run_is_an_error(tmp_path):
 def test_a_run_that_ended_before_its_start_time_was_read_is_inactive(run):
     stop(run)
     record = read_record(run)
-    replace(record, job=f"{record.job.partition('@')[0]}@").write(run)
+    record.model_copy(update={"job": f"{record.job.partition('@')[0]}@"}).write(run)
     assert status(run)["state"] == "stopped"
