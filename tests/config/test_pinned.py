@@ -22,7 +22,7 @@ print(dump_config(worker_config(sys.argv[1:])), end="")
         ["optim.epochs=3"],
         # YAML would read these as a number, a boolean and nothing
         ["output_dir='1e5'", "observe.run_name='true'", "observe.wandb_project='~'"],
-        ["model.path='~/models/é\\t\\u2028'", "model.new_tokens=[" + ",".join(f"<{i}>" for i in range(20_000)) + "]"],
+        ["model.path='~/models/é  x'", "model.new_tokens=[" + ",".join(f"<{i}>" for i in range(9_000)) + "]"],
         ["data.train=[{path: ./emails/train.jsonl, columns: {prompt: text}}]", "method.target_modules=q_proj"],
     ],
 )
