@@ -46,14 +46,16 @@ class Connection:
 
     def receive(self) -> list[Message]:
         """Messages received since the last call. Raises ConnectionLostError, but only after returning all messages."""
+        if self._put_back:
+            put_back, self._put_back = self._put_back, []
+            return put_back
         self._beat()
         payloads = self.channel.receive()
         if self.channel.bytes_read > self._bytes_read:
             self._bytes_read, self._silent_s = self.channel.bytes_read, 0.0
         elif self._silent_s > LOST_S:
             raise ConnectionLostError(f"it was silent for {self._silent_s:.0f} s")
-        put_back, self._put_back = self._put_back, []
-        return [*put_back, *(self._parse(payload) for payload in payloads if payload)]
+        return [self._parse(payload) for payload in payloads if payload]
 
     def finish(self, timeout_s: float = 3.0) -> None:
         """Send what is queued, wait for the peer to close, and close."""
