@@ -8,6 +8,7 @@ import contextlib
 import errno
 import json
 import os
+import resource
 import socket
 import threading
 import time
@@ -135,6 +136,7 @@ def join_world(store: dist.Store, *, timeout_s: float) -> World:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("LOCAL_RANK", str(local_rank))
     timeout = timedelta(seconds=timeout_s)
+    _allow_open_files()
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     os.environ.setdefault("MASTER_PORT", "29500")
     return World(rank=rank, size=size, local_rank=local_rank, local_size=local_size, device=device)
@@ -149,6 +151,13 @@ def _make_gpus_deterministic() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
+def _allow_open_files() -> None:
+    """As many as the system permits: gloo keeps every connection that a stranger opens to its port."""
+    with contextlib.suppress(OSError, ValueError):
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def leave_world() -> None:

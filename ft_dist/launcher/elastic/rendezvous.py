@@ -195,9 +195,7 @@ def connect(
             return _greet(rendezvous, hello, secret.read())
         except SecretError as error:
             strange_since = strange_since or now
-            problem = (
-                f"{error}; another run or program may be listening there, or its secret is not that of {secret.source}"
-            )
+            problem = f"{error}; another program may be listening there, or its secret is not that of {secret.source}"
             if now - strange_since > SECRET_TIMEOUT_S:
                 raise UserError(
                     f"--rdzv {rendezvous}: {problem}. Give each run its own port; if the nodes do not share "
