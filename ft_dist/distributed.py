@@ -5,9 +5,12 @@ MASTER_ADDR, MASTER_PORT); without it the world size is 1.
 """
 
 import contextlib
+import errno
 import json
 import os
+import resource
 import socket
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +22,9 @@ import torch
 import torch.distributed as dist
 
 from ft_dist.errors import TrainingError, UserError
+from ft_dist.network.gate import listen_at
+from ft_dist.network.secret import secret_of
+from ft_dist.network.store import RunStore, StoreServer
 
 GLOO_IDLE_S = 5.0
 LONGEST_READ_S = 30.0
@@ -51,29 +57,65 @@ class World:
         return self.rank == 0
 
 
+def several_nodes() -> bool:
+    """True if the launcher started several nodes; torchrun and our launcher set the same variable."""
+    return int(os.environ.get("GROUP_WORLD_SIZE", os.environ.get("SLURM_NNODES", "1"))) > 1
+
+
 def open_store(*, timeout_s: float) -> dist.Store:
     """The ranks' shared key-value store, available before they form a process group.
 
-    Raises TrainingError if the port of rank 0 is in use: the next start gets another port.
+    Ranks that know the secret of their run share a store that nobody else can use. Without one (torchrun, or ranks
+    started by hand, without FT_DIST_SECRET) it is torch's own, which has no protection beyond the address at which it
+    listens. Raises TrainingError if the port of rank 0 is in use: the next start gets another port.
     """
-    if "MASTER_PORT" not in os.environ:
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if "MASTER_PORT" not in os.environ or size == 1:
         # a world of one needs no port
         return dist.HashStore()
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    secret = secret_of(os.environ)
     address, port = os.environ.setdefault("MASTER_ADDR", "127.0.0.1"), int(os.environ["MASTER_PORT"])
-    # torchrun's agent hosts the store
-    opens = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     timeout = timedelta(seconds=timeout_s)
-    try:
-        store = dist.TCPStore(address, port, size, is_master=opens, timeout=timeout, wait_for_workers=False)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        hosted = dist.TCPStore(address, port, size, is_master=False, timeout=timeout, wait_for_workers=False)
         # the agent's store outlives a restart, whose ranks must not find the answers of the ranks before them
-        return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    except dist.DistNetworkError as error:
-        if opens and "EADDRINUSE" in str(error):
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", hosted)
+        if not secret:
+            return store
+        # its port is taken, so rank 0 serves ours at another; a forged address has no secret
+        if rank == 0:
+            server = StoreServer(_listen(address, 0), secret)
+            store.set("ft_dist/store", str(server.port))
+        return RunStore(address, int(store.get("ft_dist/store")), secret, timeout=timeout)
+    listener = _listen(address, port) if rank == 0 else None
+    if secret:
+        if listener:
+            StoreServer(listener, secret)
+        return RunStore(address, port, secret, timeout=timeout)
+    return dist.TCPStore(
+        address,
+        port,
+        size,
+        is_master=rank == 0,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach() if listener else None,
+    )
+
+
+def _listen(address: str, port: int) -> socket.socket:
+    """Raises TrainingError if the port is in use."""
+    try:
+        return listen_at(address, port, several_nodes=several_nodes())
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
             raise TrainingError(
                 f"{socket.gethostname()}: MASTER_PORT={port} is in use by another program. Set another MASTER_PORT."
             ) from None
-        raise
+        if error.errno != errno.EADDRNOTAVAIL:
+            raise
+        # an address that is translated on the way to this machine, such as that of a Kubernetes service
+        return listen_at("0.0.0.0", port, several_nodes=True)  # noqa: S104 - what connects needs the secret
 
 
 def join_world(store: dist.Store, *, timeout_s: float) -> World:
@@ -94,6 +136,7 @@ def join_world(store: dist.Store, *, timeout_s: float) -> World:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("LOCAL_RANK", str(local_rank))
     timeout = timedelta(seconds=timeout_s)
+    _allow_open_files()
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     os.environ.setdefault("MASTER_PORT", "29500")
     return World(rank=rank, size=size, local_rank=local_rank, local_size=local_size, device=device)
@@ -108,6 +151,13 @@ def _make_gpus_deterministic() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
+def _allow_open_files() -> None:
+    """As many as the system permits: gloo keeps every connection that a stranger opens to its port."""
+    with contextlib.suppress(OSError, ValueError):
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def leave_world() -> None:
@@ -188,9 +238,16 @@ def stop_announced() -> bool:
     return bool(control_store().check([STOP_KEY]))
 
 
+_control = threading.local()
+
+
 def control_store() -> dist.Store:
-    """The ranks' shared key-value store over a separate connection: a thread may use it during collectives."""
-    return dist.distributed_c10d._get_default_store().clone()
+    """The ranks' shared key-value store over a connection of this thread, which may use it during collectives."""
+    default = dist.distributed_c10d._get_default_store()
+    if getattr(_control, "of", None) is not default:
+        _control.of, _control.store = default, default.clone()
+    store: dist.Store = _control.store
+    return store
 
 
 def decided(world: World, key: str, decide: Callable[[], Any], *, timeout_s: float, together: bool = False) -> Any:

@@ -76,6 +76,11 @@ class RunFolder:
         return self.root / "launch"
 
     @property
+    def secret(self) -> Path:
+        """What the agents of several nodes prove to know, while they run; for their user's eyes only"""
+        return self.launch / "secret"
+
+    @property
     def launch_record(self) -> Path:
         """Where the run was submitted to, and its job"""
         return self.root / "launch.json"

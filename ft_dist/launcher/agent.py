@@ -16,21 +16,24 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
-from typing import Any, Protocol
+from typing import Protocol
 
 from ft_dist.config import PINNED, RunConfig, load_config, pin
 from ft_dist.errors import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER, UserError
 from ft_dist.launcher.elastic.head import Head, Node
 from ft_dist.launcher.elastic.rendezvous import Rendezvous, RendezvousServer, connect
 from ft_dist.launcher.elastic.restarts import RestartPolicy
-from ft_dist.launcher.elastic.wire import Connection, ConnectionLostError, Message
+from ft_dist.launcher.elastic.wire import Connection, Message
 from ft_dist.launcher.elastic.workers import Share, WorkerExit, Workers
 from ft_dist.launcher.machine import FORWARDED, default_nproc, exit_on_signal
 from ft_dist.launcher.nodes import ONE_NODE, Nodes, parse_nodes
+from ft_dist.network.channel import ConnectionLostError
+from ft_dist.network.secret import VARIABLE, RunSecret, new_secret
 from ft_dist.preflight.node import node_name
 from ft_dist.preflight.same import code_hash, config_hash
+from ft_dist.run_folder import RunFolder
 
 POLL_S = 0.05
 JOIN_TIMEOUT_S = 300.0
@@ -70,7 +73,10 @@ class LocalLink:
         self._head.leave(self._node, number)
 
     def wait(self) -> None:
-        _wait_for_input(self._server.sockets() if self._server else [])
+        if self._server:
+            self._server.wait(POLL_S)
+        else:
+            time.sleep(POLL_S)
 
 
 class RemoteLink:
@@ -89,14 +95,16 @@ class RemoteLink:
         self._connection.send({"type": "leaving", "number": number})
 
     def wait(self) -> None:
-        _wait_for_input([self._connection.socket])
+        poll = select.poll()
+        poll.register(self._connection.socket, select.POLLIN)
+        poll.poll(int(POLL_S * 1000))
 
 
 class Agent:
     """Starts, signals and stops the workers of this node as the head directs, and reports how they end."""
 
     def __init__(
-        self, arguments: Sequence[str], config: RunConfig, *, module: str, environment: dict[str, str] | None = None
+        self, arguments: Sequence[str], config: RunConfig, *, module: str, environment: Mapping[str, str]
     ) -> None:
         self._config = pin(config)
         self.workers = Workers(arguments, module=module, stdin=self._config, environment=environment)
@@ -151,7 +159,7 @@ def run_here(arguments: Sequence[str], config: RunConfig, *, nproc: int, max_res
 
     `config` is the ranks' standard input: see `ft_dist.config.pinned`.
     """
-    with Agent(arguments, config, module=module) as agent:
+    with Agent(arguments, config, module=module, environment={VARIABLE: new_secret()}) as agent:
         return agent.obey(_start_head(agent, config, ONE_NODE, nproc=nproc, max_restarts=max_restarts))
 
 
@@ -168,10 +176,12 @@ def run_node(
     module: str = TRAIN,
 ) -> int:
     """Run this node's part of a run on several nodes; returns the run's exit code."""
+    secret = RunSecret(RunFolder(config.run_dir).secret)
     with Agent(arguments, config, module=module, environment={"FT_DIST_NODE": node_name()}) as agent:
-        server = RendezvousServer.open(rendezvous)
+        server = RendezvousServer.open(rendezvous, secret)
         if server:
             say(f"{node_name()} is the head of run {rendezvous.run_id}, at {rendezvous}")
+            agent.workers.environment[VARIABLE] = secret.value
             with server:
                 return agent.obey(
                     _start_head(
@@ -185,7 +195,7 @@ def run_node(
                         join_timeout_s=join_timeout_s,
                     )
                 )
-        return _follow(agent, rendezvous, nproc=nproc, join_timeout_s=join_timeout_s)
+        return _follow(agent, rendezvous, secret, nproc=nproc, join_timeout_s=join_timeout_s)
 
 
 def _start_head(
@@ -215,13 +225,16 @@ def _start_head(
     return LocalLink(head, node, inbox, server)
 
 
-def _follow(agent: Agent, rendezvous: Rendezvous, *, nproc: int, join_timeout_s: float) -> int:
+def _follow(agent: Agent, rendezvous: Rendezvous, secret: RunSecret, *, nproc: int, join_timeout_s: float) -> int:
     """Join the head, and rejoin it whenever it is lost, until the run is over or rejoining times out."""
     hello = {"node": node_name(), "nproc": nproc, "agent": secrets.token_hex(4)}
     while True:
-        connection = connect(rendezvous, hello, timeout_s=join_timeout_s, stop=lambda: agent.signalled, say=say)
+        connection = connect(
+            rendezvous, hello, secret=secret, timeout_s=join_timeout_s, stop=lambda: agent.signalled, say=say
+        )
         if connection is None:
             return EXIT_PREEMPTED if agent.signalled else EXIT_FAILED
+        agent.workers.environment[VARIABLE] = secret.value
         try:
             code = agent.obey(RemoteLink(connection))
             connection.finish()
@@ -238,13 +251,6 @@ def say(line: str) -> None:
     """Print to the console of this node. Standard output belongs to rank 0."""
     with contextlib.suppress(OSError):
         print(f"ft-dist: {line}", file=sys.stderr, flush=True)
-
-
-def _wait_for_input(sockets: list[Any]) -> None:
-    if sockets:
-        select.select(sockets, [], [], POLL_S)
-    else:
-        time.sleep(POLL_S)
 
 
 def _free_port() -> int:

@@ -1,7 +1,8 @@
 """Chooses the network interface of the ranks, and checks that a configured one exists.
 
-gloo uses the address of the host's name, which is 127.0.1.1 on many machines. So on several nodes gloo gets the
-interface that leads to rank 0. NCCL chooses well on its own and is only checked.
+gloo uses the address of the host's name, which is 127.0.1.1 on many machines and a network address on others. So it
+gets the interface that leads to rank 0, which on one machine is loopback: no rank is then reachable from outside. NCCL
+gets loopback on one machine; on several it chooses well on its own and is only checked.
 """
 
 import fcntl
@@ -15,7 +16,10 @@ SIOCGIFADDR = 0x8915
 
 
 def choose_interface(*, node: str, several_nodes: bool) -> None:
-    """Set GLOO_SOCKET_IFNAME unless it is set. Raises PreflightError if a configured interface does not exist."""
+    """Set GLOO_SOCKET_IFNAME, and on one machine NCCL_SOCKET_IFNAME, unless they are set.
+
+    Raises PreflightError if a configured interface does not exist.
+    """
     names = [name for _, name in socket.if_nameindex()]
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         wanted = os.environ.get(variable, "")
@@ -24,10 +28,15 @@ def choose_interface(*, node: str, several_nodes: bool) -> None:
                 f"{node}: {variable}={wanted} is not a network interface of this machine ({', '.join(names)}). "
                 f"Name one that all nodes have, or unset it."
             )
-    if several_nodes and not os.environ.get("GLOO_SOCKET_IFNAME"):
-        chosen = interface_of(address_towards(os.environ.get("MASTER_ADDR", "127.0.0.1")))
-        if chosen:
-            os.environ["GLOO_SOCKET_IFNAME"] = chosen
+    towards = address_towards(os.environ.get("MASTER_ADDR", "127.0.0.1"))
+    chosen = interface_of(towards)
+    here = towards.startswith("127.")
+    if not chosen or not (several_nodes or here):
+        return
+    if not os.environ.get("GLOO_SOCKET_IFNAME"):
+        os.environ["GLOO_SOCKET_IFNAME"] = chosen
+    if here and not several_nodes:
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={chosen}")
 
 
 def own_address() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""This node's name and role, from the environment; without torch, since agents use it too."""
+"""This node's name, from the environment; without torch, since agents use it too."""
 
 import os
 import socket
@@ -7,8 +7,3 @@ import socket
 def node_name() -> str:
     """FT_DIST_NODE, SLURM's name of this node (several may share a machine), or the host's."""
     return os.environ.get("FT_DIST_NODE") or os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-
-
-def several_nodes() -> bool:
-    """True if the launcher started several nodes; torchrun and our launcher set the same variable."""
-    return int(os.environ.get("GROUP_WORLD_SIZE", os.environ.get("SLURM_NNODES", "1"))) > 1

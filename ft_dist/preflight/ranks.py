@@ -18,13 +18,13 @@ import torch
 import torch.distributed as dist
 
 from ft_dist.config import RunConfig
-from ft_dist.distributed import World, await_count, join_world, open_store
+from ft_dist.distributed import World, await_count, join_world, open_store, several_nodes
 from ft_dist.errors import PreflightError
 from ft_dist.observe.console import Console
-from ft_dist.preflight.facts import facts
+from ft_dist.preflight.facts import facts, gpu_facts
 from ft_dist.preflight.interface import choose_interface
-from ft_dist.preflight.node import node_name, several_nodes
-from ft_dist.preflight.verdict import Facts, Problem, clock_problems, problems, speed_problems
+from ft_dist.preflight.node import node_name
+from ft_dist.preflight.verdict import Facts, Problem, clock_problems, gpu_problems, problems, speed_problems
 
 VISIBLE_S = 10.0
 """How long a shared file system may take to show another node's file"""
@@ -60,6 +60,12 @@ def form_world(config: RunConfig, store: dist.Store, *, rank: int, size: int) ->
     timeout_s = config.collective_timeout_s
     console = Console(enabled=rank == 0)
     if size == 1:
+        # after a device error, the agent restarts the rank on the same GPU
+        own = {"node": node_name(), "rank": 0, "gpu": gpu_facts(int(os.environ.get("LOCAL_RANK", 0)))}
+        for problem in gpu_problems(own):
+            if problem.fatal:
+                raise PreflightError(problem.line)
+            console.note(problem.line)
         return join_world(store, timeout_s=timeout_s), []
     preflight = Preflight(config, store, rank=rank, size=size, timeout_s=timeout_s, say=console.say)
     preflight.compare()

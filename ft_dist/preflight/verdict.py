@@ -46,7 +46,7 @@ def problems(ranks: Sequence[Facts]) -> list[Problem]:
     for facts in _one_per_node(ranks):
         found += _node_problems(facts, len(ranks), machines)
     for facts in ranks:
-        found += _gpu_problems(facts)
+        found += gpu_problems(facts)
     return found
 
 
@@ -118,7 +118,8 @@ def _node_problems(facts: Facts, world_size: int, machines: int) -> list[Problem
     return found
 
 
-def _gpu_problems(facts: Facts) -> list[Problem]:
+def gpu_problems(facts: Facts) -> list[Problem]:
+    """Of one rank; uses the facts `node`, `rank` and `gpu` alone."""
     gpu, where = facts["gpu"], f"{facts['node']}: the GPU of rank {facts['rank']}"
     if not gpu:
         return []

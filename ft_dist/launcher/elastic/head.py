@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ft_dist.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_HUNG, EXIT_PREEMPTED, EXIT_USER, counted
+from ft_dist.launcher.elastic.messages import LONGEST_TEXT
 from ft_dist.launcher.elastic.restarts import (
     AgentEvents,
     RestartPolicy,
@@ -128,9 +129,10 @@ class Head:
             self._end(EXIT_PREEMPTED, f"stopped by {signal.Signals(number).name} while no workers were running")
 
     def worker_ended(self, node: Node, number: int, rank: int, code: int | None) -> None:
-        """`code` is None if the agent killed the worker because others had failed."""
+        """`code` is None if the agent killed the worker because others had failed. Ignores ranks of other nodes."""
         current = self._round
-        if current is None or current.number != number or rank not in current.running:
+        # a node speaks for its own ranks only
+        if current is None or current.number != number or current.running.get(rank) is not node:
             return
         del current.running[rank]
         if code is None:
@@ -288,4 +290,4 @@ class Head:
             self._say(line)
         self.over = code
         for node in self._nodes:
-            node.send({"type": "over", "code": code, "why": line})
+            node.send({"type": "over", "code": code, "why": line[:LONGEST_TEXT]})

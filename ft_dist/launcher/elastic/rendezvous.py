@@ -1,27 +1,33 @@
 """The rendezvous of a run's agents: one listens at the agreed address, the others connect.
 
 The agent that can listen becomes the head: it must be on the machine that has HOST's address, and be the first there.
+Only an agent that knows the run's secret is heard (network/gate.py), and only such an agent learns why it is refused.
 """
 
-import contextlib
 import errno
-import ipaddress
+import select
 import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from ft_dist.errors import UserError
 from ft_dist.launcher.elastic.head import Head, Node
-from ft_dist.launcher.elastic.wire import Connection, ConnectionLostError, Message
+from ft_dist.launcher.elastic.messages import FROM_HEAD, FROM_NODES
+from ft_dist.launcher.elastic.wire import LONGEST_MESSAGE_BYTES, PURPOSE, Connection, Message
+from ft_dist.network.channel import Channel, ConnectionLostError, SecretError
+from ft_dist.network.gate import Gate, listen_at
+from ft_dist.network.secret import ADVICE, RunSecret
 from ft_dist.preflight.node import node_name
 
-PROTOCOL = 1
+PROTOCOL = 2
+MOST_NODES = 4096
 ATTEMPT_TIMEOUT_S = 5.0
 RETRY_S = 1.0
 LOG_INTERVAL_S = 30.0
 HELLO_TIMEOUT_S = 10.0
+SECRET_TIMEOUT_S = 30.0
+"""How long a shared file system may take to show the head's new secret"""
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Rendezvous:
     def parse(cls, text: str, *, run_id: str, code: str, config: str) -> "Rendezvous":
         """Raises UserError."""
         host, _, port = text.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 65536:
             raise UserError(f"--rdzv {text}: should be HOST:PORT, for example node0:29400.")
         return cls(host.strip("[]"), int(port), run_id, code, config)
 
@@ -54,131 +60,149 @@ class Rendezvous:
 class RendezvousServer:
     """The head's side: accepts the other agents and passes their messages to the head."""
 
-    def __init__(self, listener: socket.socket, rendezvous: Rendezvous) -> None:
-        self._listener, self._rendezvous = listener, rendezvous
-        self._pending: dict[Connection, float] = {}
+    def __init__(self, gate: Gate, rendezvous: Rendezvous, secret: RunSecret) -> None:
+        self._gate, self._rendezvous, self._secret = gate, rendezvous, secret
+        self._unnamed: dict[Connection, float] = {}
+        """Members that have not said hello yet, with the time at which they came"""
         self._joined: dict[Connection, tuple[Node, str]] = {}
 
     @classmethod
-    def open(cls, rendezvous: Rendezvous) -> "RendezvousServer | None":
+    def open(cls, rendezvous: Rendezvous, secret: RunSecret) -> "RendezvousServer | None":
         """None if the address is not this machine's, or if another agent already listens there."""
         try:
-            family, *_, address = socket.getaddrinfo(rendezvous.host, rendezvous.port, type=socket.SOCK_STREAM)[0]
-        except OSError:
+            listener = listen_at(rendezvous.host, rendezvous.port, several_nodes=True)
+        except socket.gaierror:
             return None
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if not _is_ip_address(rendezvous.host):
-                # a name may resolve to 127.0.1.1 here and to a network address on other machines
-                with socket.socket(family, socket.SOCK_STREAM) as probe:
-                    probe.bind((address[0], 0))
-                address = ("", rendezvous.port)
-            listener.bind(address)
-            listener.listen(1024)
         except OSError as error:
-            listener.close()
             if error.errno in (errno.EADDRNOTAVAIL, errno.EADDRINUSE):
                 return None
             raise UserError(f"--rdzv {rendezvous}: cannot listen there ({error.strerror}). Use another port.") from None
-        listener.setblocking(False)
-        return cls(listener, rendezvous)
+        try:
+            known = secret.create()
+        except UserError:
+            listener.close()
+            raise
+        gate = Gate(listener, known, purpose=PURPOSE, longest=LONGEST_MESSAGE_BYTES)
+        return cls(gate, rendezvous, secret)
 
     def __enter__(self) -> "RendezvousServer":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for connection in [*self._joined, *self._pending]:
+        for connection in [*self._joined, *self._unnamed]:
+            self._gate.leave(connection.channel)
             connection.finish()
-        self._listener.close()
+        self._secret.remove()  # before the next head can listen and write its own
+        self._gate.close()
 
-    def sockets(self) -> list[Any]:
-        return [self._listener, *(connection.socket for connection in (*self._joined, *self._pending))]
+    def wait(self, timeout_s: float) -> None:
+        """Wait until something has arrived."""
+        self._gate.wait(timeout_s)
 
     def serve(self, head: Head) -> None:
-        """Accept connections and handle messages that have arrived. Never blocks."""
-        with contextlib.suppress(BlockingIOError, InterruptedError, ConnectionError):
-            while True:
-                peer, _ = self._listener.accept()
-                self._pending[Connection(peer)] = time.monotonic()
-        for connection, since in list(self._pending.items()):
-            self._await_hello(connection, since, head)
+        """Handle messages that have arrived, and accept connections. Never blocks."""
         for connection, (node, _) in list(self._joined.items()):
             try:
                 for message in connection.receive():
                     _dispatch(message, node, head)
-            except (ConnectionLostError, KeyError, TypeError, ValueError) as error:
-                connection.close()
-                del self._joined[connection]
+            except ConnectionLostError as error:
+                self._drop(connection)
                 head.lose(node, str(error))
+        for channel in self._gate.admit():
+            self._unnamed[Connection(channel, FROM_NODES)] = time.monotonic()
+        for connection, since in list(self._unnamed.items()):
+            self._await_hello(connection, since, head)
 
     def _await_hello(self, connection: Connection, since: float, head: Head) -> None:
         try:
             messages = connection.receive()
         except ConnectionLostError:
-            messages = [{}]
-        if not messages and time.monotonic() - since < HELLO_TIMEOUT_S:
+            self._drop(connection)
             return
-        del self._pending[connection]
-        problem = self._refusal(messages[0] if messages else {})
+        if not messages:
+            if time.monotonic() - since > HELLO_TIMEOUT_S:
+                self._drop(connection)
+            return
+        hello, *others = messages
+        problem = self._refusal(hello)
         if problem is None:
-            hello = messages[0]
+            del self._unnamed[connection]
             self._drop_earlier(hello, head)
             connection.send({"type": "welcome"})
-            node = Node(str(hello["node"]), int(hello["nproc"]), connection.send)
-            self._joined[connection] = node, str(hello["agent"])
+            connection.unread(others)
+            node = Node(hello["node"], hello["nproc"], connection.send)
+            self._joined[connection] = node, hello["agent"]
             head.join(node)
             return
         connection.send({"type": "refused", "why": problem})
+        del self._unnamed[connection]
+        self._gate.leave(connection.channel)
         connection.finish(timeout_s=0.1)
 
     def _refusal(self, hello: Message) -> str | None:
-        try:
-            own = self._rendezvous.hello()
-            names = {"run_id": "run", "code": "ft_dist's source", "config": "the resolved config"}
-            other = [
-                f"{name} is {hello[key]}, but {own[key]} here" for key, name in names.items() if hello[key] != own[key]
-            ]
-            if other or hello["type"] != "hello" or hello["protocol"] != PROTOCOL:
-                return (
-                    f"{hello['node']}: {', '.join(other) or 'its agent runs another ft_dist version'}. Give each run "
-                    "its own port, and all its nodes the same code, config and --run-id."
-                )
-            str(hello["agent"])
-            return None if int(hello["nproc"]) > 0 else "this node has no workers"
-        except (KeyError, TypeError, ValueError):
-            return "this is not an agent of ft_dist"
+        own = self._rendezvous.hello()
+        if hello["type"] != "hello" or hello["protocol"] != PROTOCOL:
+            return "its agent runs another ft_dist version. Install the same one on every node."
+        names = {"run_id": "run", "code": "ft_dist's source", "config": "the resolved config"}
+        differing = [key for key in names if hello[key] != own[key]]
+        other = [f"{names[key]} is {hello[key]}, but {own[key]} here" for key in differing]
+        if other:
+            return (
+                f"{hello['node']}: {', '.join(other)}. Give each run its own port, and all its nodes the same code, "
+                "config and --run-id."
+            )
+        return f"{MOST_NODES} nodes have joined already" if len(self._joined) >= MOST_NODES else None
 
     def _drop_earlier(self, hello: Message, head: Head) -> None:
         """An agent that rejoins knows that its earlier connection is lost, perhaps before this side does."""
         for connection, (node, agent) in list(self._joined.items()):
             if agent == hello["agent"]:
-                connection.close()
-                del self._joined[connection]
+                self._drop(connection)
                 head.lose(node, "it rejoins")
+
+    def _drop(self, connection: Connection) -> None:
+        self._joined.pop(connection, None)
+        self._unnamed.pop(connection, None)
+        self._gate.drop(connection.channel)
 
 
 def _dispatch(message: Message, node: Node, head: Head) -> None:
     if message["type"] == "ended":
-        code = message["code"]
-        head.worker_ended(node, int(message["round"]), int(message["rank"]), None if code is None else int(code))
+        head.worker_ended(node, message["round"], message["rank"], message["code"])
     elif message["type"] == "leaving":
-        head.leave(node, int(message["number"]))
+        head.leave(node, message["number"])
 
 
 def connect(
-    rendezvous: Rendezvous, hello: Message, *, timeout_s: float, stop: Callable[[], bool], say: Callable[[str], None]
+    rendezvous: Rendezvous,
+    hello: Message,
+    *,
+    secret: RunSecret,
+    timeout_s: float,
+    stop: Callable[[], bool],
+    say: Callable[[str], None],
 ) -> Connection | None:
     """A connection that the head has accepted; None if `stop()` is true, or after `timeout_s`, which is logged.
 
-    Raises UserError if the head refuses.
+    Raises UserError if the head refuses, or if this agent and the listener do not share a secret.
     """
     started = logged_at = time.monotonic()
+    strange_since: float | None = None
     while not stop():
         problem = "no agent is listening there"
+        now = time.monotonic()
         try:
-            return _greet(rendezvous, hello)
+            return _greet(rendezvous, hello, secret.read())
+        except SecretError as error:
+            strange_since = strange_since or now
+            problem = f"{error}; another program may be listening there, or its secret is not that of {secret.source}"
+            if now - strange_since > SECRET_TIMEOUT_S:
+                raise UserError(
+                    f"--rdzv {rendezvous}: {problem}. Give each run its own port; if the nodes do not share "
+                    f"output_dir, {ADVICE}."
+                ) from None
         except (OSError, ConnectionLostError) as error:
+            strange_since = None
             problem = getattr(error, "strerror", None) or str(error) or problem
         now = time.monotonic()
         if now - started >= timeout_s:
@@ -191,30 +215,36 @@ def connect(
     return None
 
 
-def _greet(rendezvous: Rendezvous, hello: Message) -> Connection:
-    """Raises OSError, ConnectionLostError, and UserError if the head refuses."""
+def _greet(rendezvous: Rendezvous, hello: Message, secret: str | None) -> Connection:
+    """Raises OSError, ConnectionLostError, SecretError, and UserError if the head refuses."""
     peer = socket.create_connection((rendezvous.host, rendezvous.port), timeout=ATTEMPT_TIMEOUT_S)
-    connection = Connection(peer)
-    with contextlib.ExitStack() as on_failure:
-        on_failure.callback(connection.close)
-        connection.send({**rendezvous.hello(), **hello})
-        deadline = time.monotonic() + HELLO_TIMEOUT_S
-        while time.monotonic() < deadline:
-            if messages := connection.receive():
-                if messages[0]["type"] == "refused":
-                    raise UserError(f"--rdzv {rendezvous}: refused: {messages[0]['why']}")
-                if messages[0]["type"] != "welcome":  # connected to itself, as TCP allows on one machine
-                    raise ConnectionLostError("no agent answers there")
-                connection.unread(messages[1:])
-                on_failure.pop_all()
-                return connection
-            time.sleep(0.02)
-        raise ConnectionLostError("it does not answer; another program may be listening there")
-
-
-def _is_ip_address(host: str) -> bool:
     try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
+        if peer.getsockname() == peer.getpeername():  # as TCP allows on one machine
+            raise ConnectionLostError("no agent answers there")
+        if secret is None:
+            raise SecretError("there is no secret yet")
+        channel = Channel(peer, secret, purpose=PURPOSE, serves=False, longest=LONGEST_MESSAGE_BYTES)
+        deadline = time.monotonic() + HELLO_TIMEOUT_S
+        while not channel.ready:
+            channel.receive()
+            _await_input(peer, deadline)
+        connection = Connection(channel, FROM_HEAD)
+        connection.send({**rendezvous.hello(), **hello})
+        while not (messages := connection.receive()):
+            _await_input(peer, deadline)
+        if messages[0]["type"] == "refused":
+            raise UserError(f"--rdzv {rendezvous}: refused: {messages[0]['why']}")
+        connection.unread(messages[1:])
+        return connection
+    except BaseException:
+        peer.close()
+        raise
+
+
+def _await_input(peer: socket.socket, deadline: float) -> None:
+    """Wait a moment for input. Raises ConnectionLostError after the deadline."""
+    if time.monotonic() > deadline:
+        raise ConnectionLostError("it does not answer; another program may be listening there")
+    poll = select.poll()
+    poll.register(peer, select.POLLIN)
+    poll.poll(50)

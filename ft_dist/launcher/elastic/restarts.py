@@ -119,7 +119,8 @@ def describe_exit(rank: int, code: int, *, node: str, run_dir: Path, since: floa
     where = f"rank {rank}" + (f" on {node}" if node else "")
     if code < 0:
         hint = " (the kernel does this when memory runs out)" if -code == signal.SIGKILL else ""
-        return f"{where} was killed by {signal.Signals(-code).name}{hint}"
+        names = {int(known): known.name for known in signal.Signals}
+        return f"{where} was killed by {names.get(-code, f'signal {-code}')}{hint}"
     if code == EXIT_HUNG:
         return f"{where} made no progress; the stacks of all ranks are in {run_dir / 'logs'}"
     log = RunFolder(run_dir).rank_log(rank)

@@ -1,42 +1,44 @@
-"""JSON objects, one per line, over a non-blocking TCP connection.
+"""JSON messages over an authenticated connection; each is checked against its schema before it counts.
 
-Each side sends a heartbeat every BEAT_S. A peer that is silent for LOST_S counts as lost, whether its process, machine
-or link failed. A stall of a few seconds is not a loss, since TCP resends. Nothing received is executed.
+Each side sends a heartbeat, an empty message, every BEAT_S. A peer that is silent for LOST_S counts as lost, whether
+its process, machine or link failed. A stall of a few seconds is not a loss, since TCP resends.
 """
 
-import contextlib
 import json
 import socket
 import time
 from typing import Any
 
+from ft_dist.errors import UserError
+from ft_dist.launcher.elastic.messages import Schemas
+from ft_dist.network.channel import Channel, ConnectionLostError
+from ft_dist.outside import parse_object, validated
+
 Message = dict[str, Any]
 
+PURPOSE = "rendezvous"
+LONGEST_MESSAGE_BYTES = 2**16
 BEAT_S = 1.0
 LOST_S = 15.0
-LONGEST_LINE_BYTES = 2**20
-
-
-class ConnectionLostError(Exception):
-    """The peer is gone or silent, or it violates the protocol."""
 
 
 class Connection:
-    def __init__(self, peer: socket.socket) -> None:
-        peer.setblocking(False)
-        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.socket = peer
+    def __init__(self, channel: Channel, incoming: Schemas) -> None:
+        """`incoming`: the messages that the peer may send."""
+        self.channel = channel
+        self._incoming = incoming
         self._put_back: list[Message] = []
-        self._received = b""
-        self._to_send = b""
         self._silent_s = 0.0
+        self._bytes_read = 0
         self._checked_at = self._beat_at = time.monotonic()
+
+    @property
+    def socket(self) -> socket.socket:
+        return self.channel.socket
 
     def send(self, message: Message) -> None:
         """Queue `message`; what cannot be sent now is sent by the next `receive`."""
-        self._to_send += json.dumps(message).encode() + b"\n"
-        with contextlib.suppress(ConnectionLostError):
-            self._flush()
+        self.channel.send(json.dumps(message).encode())
 
     def unread(self, messages: list[Message]) -> None:
         """Put messages back: the next `receive` returns them first."""
@@ -44,41 +46,33 @@ class Connection:
 
     def receive(self) -> list[Message]:
         """Messages received since the last call. Raises ConnectionLostError, but only after returning all messages."""
-        problem = None
-        for part in (self._beat, self._read):
-            try:
-                part()
-            except ConnectionLostError as error:
-                problem = problem or error
-        *lines, self._received = self._received.split(b"\n")
-        if problem and not lines:
-            raise problem
-        try:
-            messages = [json.loads(line) for line in lines]
-        except ValueError:
-            messages = [None]
-        if not all(isinstance(message, dict) for message in messages) or len(self._received) > LONGEST_LINE_BYTES:
-            raise ConnectionLostError("it does not speak the protocol of ft-dist; another program may be listening")
-        if self._silent_s > LOST_S:
+        if self._put_back:
+            put_back, self._put_back = self._put_back, []
+            return put_back
+        self._beat()
+        payloads = self.channel.receive()
+        if self.channel.bytes_read > self._bytes_read:
+            self._bytes_read, self._silent_s = self.channel.bytes_read, 0.0
+        elif self._silent_s > LOST_S:
             raise ConnectionLostError(f"it was silent for {self._silent_s:.0f} s")
-        put_back, self._put_back = self._put_back, []
-        return [*put_back, *(message for message in messages if message.get("type") != "beat")]
+        return [self._parse(payload) for payload in payloads if payload]
 
     def finish(self, timeout_s: float = 3.0) -> None:
-        """Send what is queued, wait for the peer to close (closing with unread data would discard it), and close."""
-        deadline = time.monotonic() + timeout_s
-        with contextlib.suppress(OSError, ConnectionLostError):
-            while self._to_send and time.monotonic() < deadline:
-                self._flush()
-                time.sleep(0.01)
-            self.socket.shutdown(socket.SHUT_WR)
-            while time.monotonic() < deadline:
-                self._read()
-                time.sleep(0.01)
-        self.close()
+        """Send what is queued, wait for the peer to close, and close."""
+        self.channel.finish(timeout_s)
 
     def close(self) -> None:
-        self.socket.close()
+        self.channel.close()
+
+    def _parse(self, payload: bytes) -> Message:
+        try:
+            tree = parse_object(payload, where="its message", error=UserError)
+            schema = self._incoming.get(str(tree.get("type")))
+            if schema is None:
+                raise UserError("its message: has no type that is expected here.")
+            return validated(tree, schema, where="its message", error=UserError).model_dump()
+        except UserError as error:
+            raise ConnectionLostError(f"it does not keep to the protocol of ft-dist: {error}") from None
 
     def _beat(self) -> None:
         now = time.monotonic()
@@ -87,28 +81,4 @@ class Connection:
         self._checked_at = now
         if now - self._beat_at >= BEAT_S:
             self._beat_at = now
-            self._to_send += b'{"type": "beat"}\n'
-        self._flush()
-
-    def _read(self) -> None:
-        while True:
-            try:
-                data = self.socket.recv(65536)
-            except (BlockingIOError, InterruptedError):
-                return
-            except OSError as error:
-                raise ConnectionLostError(error.strerror or str(error)) from None
-            if not data:
-                raise ConnectionLostError("the connection was closed")
-            self._silent_s = 0.0
-            self._received += data
-
-    def _flush(self) -> None:
-        try:
-            while self._to_send:
-                sent = self.socket.send(self._to_send)
-                self._to_send = self._to_send[sent:]
-        except (BlockingIOError, InterruptedError):
-            pass
-        except OSError as error:
-            raise ConnectionLostError(error.strerror or str(error)) from None
+            self.channel.send(b"")

@@ -66,7 +66,8 @@ class Workers:
         """Workers share `stdin`, and its position."""
         self._command = [sys.executable, "-m", module, *arguments]
         self._stdin = stdin
-        self._environment = dict(environment or {})
+        self.environment = dict(environment or {})
+        """Added to this process's own, for workers started from now on"""
         self._running: dict[int, subprocess.Popen[bytes]] = {}
         self._signals_sent: set[int] = set()
         self._kill_at: float | None = None
@@ -84,7 +85,7 @@ class Workers:
             self._running[rank] = subprocess.Popen(
                 self._command,
                 stdin=self._stdin,
-                env=os.environ | self._environment | _environment(share, local_rank),
+                env=os.environ | self.environment | _environment(share, local_rank),
                 # its own session, so that Ctrl-C reaches the workers once, through the agent
                 start_new_session=True,
                 preexec_fn=_die_with_parent if sys.platform == "linux" else None,
