@@ -27,8 +27,10 @@ from ft_dist.launcher.elastic.rendezvous import Rendezvous, RendezvousServer, co
 from ft_dist.launcher.elastic.restarts import RestartPolicy
 from ft_dist.launcher.elastic.wire import Connection, ConnectionLostError, Message
 from ft_dist.launcher.elastic.workers import Share, WorkerExit, Workers
-from ft_dist.launcher.machine import FORWARDED, default_nproc, exit_on_signal
+from ft_dist.launcher.machine import default_nproc, exit_on_signal
 from ft_dist.launcher.nodes import ONE_NODE, Nodes, parse_nodes
+from ft_dist.observe.streams import secure_streams
+from ft_dist.preemption.signals import heeded
 from ft_dist.preflight.node import node_name
 from ft_dist.preflight.same import code_hash, config_hash
 
@@ -102,7 +104,7 @@ class Agent:
         self._round = 0
 
     def __enter__(self) -> "Agent":
-        self._previous = {number: signal.signal(number, self._on_signal) for number in FORWARDED}
+        self._previous = {number: signal.signal(number, self._on_signal) for number in heeded()}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -274,6 +276,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--check", action="store_true", help="check that the nodes can train, and exit")
     options = parser.parse_intermixed_args(argv)
+    secure_streams()
     exit_on_signal()
     try:
         return _run(options)
