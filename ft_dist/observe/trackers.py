@@ -4,9 +4,12 @@ Each tracker runs on a thread of its own, so that a service that hangs, refuses 
 run. The files of the run folder hold everything that trackers get.
 """
 
+import http.client
 import re
 import secrets
 import threading
+import urllib.error
+import urllib.request
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,6 +23,7 @@ from ft_dist.run_folder import RunFolder
 MOST_WAITING = 10_000
 """Records; what waits beyond this is dropped, the oldest first"""
 RETRY_S = 10.0
+ANSWER_S = 10.0
 WANDB_INIT_S = 60.0
 RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -42,6 +46,8 @@ class WandbTracker:
 
     def __init__(self, config: RunConfig, run_id: str, note: Note) -> None:
         try:
+            if config.observe.wandb == "online":
+                _check_reachable()
             self.run = self._start(config, run_id, config.observe.wandb)
         except Exception as error:
             if config.observe.wandb != "online":
@@ -193,6 +199,21 @@ def keep_wandb_run_id(config: RunConfig, run_id: str, *, note: Note) -> None:
         replace(path, run_id.encode())
     except OSError as error:
         note(f"{path}: cannot be written ({error.strerror}), so a restart begins another run at wandb")
+
+
+def _check_reachable() -> None:
+    """Raises OSError if the server does not answer in ANSWER_S. wandb itself tries for minutes, and then blocks the id
+    of the run."""
+    import wandb
+
+    url = wandb.Settings().base_url
+    try:
+        with urllib.request.urlopen(url, timeout=ANSWER_S):
+            pass
+    except urllib.error.HTTPError:
+        pass  # an answer
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise OSError(f"{url} does not answer: {getattr(error, 'reason', error)}") from None
 
 
 def _close_quietly(tracker: Tracker | None) -> None:

@@ -53,6 +53,8 @@ class CheckpointWriter:
         self._store = control_store()
         self._buffer = HostBuffer(world.device)
         self._thread: threading.Thread | None = None
+        self._hurry = threading.Event()
+        """The next save waits: do not repeat the writes of this one"""
         self._copied = threading.Event()
         self._copied.set()
         self._last_step = -1
@@ -82,7 +84,9 @@ class CheckpointWriter:
         """
         if step == self._last_step and not again:
             return
+        self._hurry.set()
         waited_s = self._wait_for_previous()
+        self._hurry.clear()
         if waited_s > 0.05:
             note = f"the save of step {step} waited {waited_s:.1f} s for the save of step {self._last_step}"
             self._add_event(SaveEvent("save_waited", step, {"seconds": round(waited_s, 3)}, note))
@@ -177,14 +181,13 @@ class CheckpointWriter:
         return snapshot.write(path)
 
     def _repeated(self, write: Callable[[], layout.Fingerprint]) -> layout.Fingerprint:
-        """What `write` returns; repeats it after an OSError, unless the run ends."""
+        """What `write` returns; repeats it after an OSError, unless the run ends or the next save waits."""
         for pause_s in _RETRIES_S:
             try:
                 return write()
             except OSError:
-                if self._closing_at is not None:
+                if self._closing_at is not None or self._hurry.wait(pause_s):
                     raise
-                time.sleep(pause_s)
         return write()
 
     def _seal(self, request: "_Save", staging: Path) -> tuple[Path, int]:
