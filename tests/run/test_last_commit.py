@@ -1,6 +1,9 @@
 """A commit that fails at the end of a run is repeated for a while, and what is lost is said."""
 
 import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +13,24 @@ from tests.launcher.processes import events_of, wait_for
 from tests.observe.failing import Failing
 
 pytestmark = pytest.mark.faults
+
+
+@pytest.fixture
+def mount_tmpfs(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mount one with these options (`size=..,nr_inodes=..`) at a new folder."""
+    mounted: list[Path] = []
+
+    def mount(options: str) -> Path:
+        place = tmp_path / f"disk{len(mounted)}"
+        place.mkdir()
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], check=False).returncode:
+            pytest.skip("mounting needs root")
+        mounted.append(place)
+        return place
+
+    yield mount
+    for place in mounted:
+        subprocess.run(["umount", "-l", str(place)], check=False)
 
 
 def test_a_disk_that_gets_room_before_the_run_gives_up_loses_nothing(tmp_path):
