@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ft_dist.config import RunConfig, worker_config
 from ft_dist.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USER, Preempted, TrainingError, UserError
+from ft_dist.observe.streams import secure_streams
 from ft_dist.preemption.signals import listen
 from ft_dist.preemption.stop import StopRequest
 
@@ -25,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     # Imports create a million objects that stay; collecting garbage among them took a sixth of the start-up time.
     # `prepare_run` enables it again.
     gc.disable()
+    secure_streams()
     stop = StopRequest()
     listen(stop)
     try:
@@ -61,7 +63,7 @@ def train(config: RunConfig, stop: StopRequest) -> None:
             before = run.evaluate("before") if config.evaluate.before else None
             stop.training_started()
             step_until_done(run, stop)
-            run.finish_commits()
+            run.finish_commits(insist=True)
             stop.training_ended()
             run.load_best()
             run.write_final()

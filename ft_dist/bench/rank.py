@@ -23,9 +23,11 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> int:
+    from ft_dist.observe.streams import secure_streams
     from ft_dist.train import report_error
 
     arguments = sys.argv[1:] if argv is None else argv
+    secure_streams()
     try:
         measure(Spec.read(Path(arguments[0])))
     except UserError as error:
@@ -127,7 +129,7 @@ def prepare(spec: Spec, config: RunConfig, stop: Any, free_memory: Callable[[], 
         packing=config.data.packs,
     )
     run = Run(config, world, engine, stream, stop, tokenizer=tokenizer, held_out=None, folder=config.model.path)
-    run.log_file = log_file
+    run.recorder.watch(log_file)
     run.start(facts=[], data_report={})
     return run
 

@@ -1,5 +1,6 @@
 """A run's checkpoints: the commit it resumes from, its saves, and the record of them."""
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -40,6 +41,8 @@ class CheckpointKeeper:
         self._interval = config.checkpoint.interval_steps
         self.saved_s = 0.0
         """Seconds until the last save was on disk; set on rank 0 only"""
+        self.saved_at = time.monotonic()
+        """When that was, or when the run started"""
         place, timeout_s = config.checkpoint.path, config.engine.timeout_s
         note = Console(enabled=world.is_main).note
         limit = "the time limit for checkpoints"
@@ -92,8 +95,16 @@ class CheckpointKeeper:
     def is_due(self, step: int) -> bool:
         return self._interval > 0 and step % self._interval == 0
 
-    def save(self, state: RunState) -> None:
-        """Save the engine and the run's part of the state. See `wait_until_copied` and `finish`."""
+    @property
+    def failed(self) -> bool:
+        """Whether the last save that ended has failed. Known on rank 0 only."""
+        return self.writer.failed
+
+    def save(self, state: RunState, *, again: bool = False) -> None:
+        """Save the engine and the run's part of the state. See `wait_until_copied` and `finish`.
+
+        `again`: even if this step was saved last.
+        """
         own = {
             "adam_step": adam_step(self._engine),
             "parameters": self._engine.trainable_shapes(),
@@ -104,7 +115,7 @@ class CheckpointKeeper:
         whole = state.model_copy(update=own | self._identity)
         tensors = owned_tensors(self._engine)
         losses = state.held_out_losses
-        self.writer.save(tensors, step=state.step, state=whole.to_dict(), held_out_losses=losses)
+        self.writer.save(tensors, step=state.step, state=whole.to_dict(), held_out_losses=losses, again=again)
 
     def wait_until_copied(self) -> float:
         """Wait until the engine may change what the last save reads; returns the seconds waited."""
@@ -143,7 +154,7 @@ class CheckpointKeeper:
         for event in self.writer.new_events():
             recorder.event(event.name, step=event.step, **event.fields)
             if event.name == "saved":
-                self.saved_s = float(event.fields["seconds"])
+                self.saved_s, self.saved_at = float(event.fields["seconds"]), time.monotonic()
             if event.note:
                 recorder.console.note(event.note)
 

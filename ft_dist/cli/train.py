@@ -24,6 +24,7 @@ def train(
     from ft_dist.config import PINNED, load_config
     from ft_dist.launcher.agent import run_here
     from ft_dist.launcher.machine import default_nproc, exit_on_signal, launched
+    from ft_dist.observe.streams import secure_streams
     from ft_dist.run.lock import refuse_if_locked
 
     arguments = [config, *(overrides or [])]
@@ -31,6 +32,7 @@ def train(
         from ft_dist.train import main as train_rank
 
         raise typer.Exit(train_rank(arguments))
+    secure_streams()
     exit_on_signal()
     workers = nproc or default_nproc()
     settings = load_config(config, overrides or [])

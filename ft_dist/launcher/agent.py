@@ -27,10 +27,12 @@ from ft_dist.launcher.elastic.rendezvous import Rendezvous, RendezvousServer, co
 from ft_dist.launcher.elastic.restarts import RestartPolicy
 from ft_dist.launcher.elastic.wire import Connection, Message
 from ft_dist.launcher.elastic.workers import Share, WorkerExit, Workers
-from ft_dist.launcher.machine import FORWARDED, default_nproc, exit_on_signal
+from ft_dist.launcher.machine import default_nproc, exit_on_signal
 from ft_dist.launcher.nodes import ONE_NODE, Nodes, parse_nodes
 from ft_dist.network.channel import ConnectionLostError
 from ft_dist.network.secret import VARIABLE, RunSecret, new_secret
+from ft_dist.observe.streams import secure_streams
+from ft_dist.preemption.signals import heeded
 from ft_dist.preflight.node import node_name
 from ft_dist.preflight.same import code_hash, config_hash
 from ft_dist.run_folder import RunFolder
@@ -113,7 +115,7 @@ class Agent:
         self._round = 0
 
     def __enter__(self) -> "Agent":
-        self._previous = {number: signal.signal(number, self._on_signal) for number in FORWARDED}
+        self._previous = {number: signal.signal(number, self._on_signal) for number in heeded()}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -287,6 +289,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--check", action="store_true", help="check that the nodes can train, and exit")
     options = parser.parse_intermixed_args(argv)
+    secure_streams()
     exit_on_signal()
     try:
         return _run(options)

@@ -5,9 +5,10 @@ import signal
 from pathlib import Path
 
 from ft_dist.errors import EXIT_PREEMPTED
+from ft_dist.preemption.signals import SIGNALS, heeded
 
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals that the agent forwards to its workers, which then commit and exit"""
+FORWARDED = SIGNALS
+"""Signals that the agent forwards to its workers, which then commit and exit; it ignores SIGHUP if it was started so"""
 
 
 def launched() -> bool:
@@ -35,5 +36,5 @@ def threads_per_worker(nproc: int) -> int:
 
 def exit_on_signal() -> None:
     """Until workers run there is nothing to save, so a signal ends this process with 75."""
-    for number in FORWARDED:
+    for number in heeded():
         signal.signal(number, lambda *_: os._exit(EXIT_PREEMPTED))

@@ -29,6 +29,7 @@ def whole_folder(final: Path, *, replace: bool = False) -> Iterator[Path]:
             _replace(temporary, final, prefix)
         else:
             os.replace(temporary, final)
+        _sync_one(final.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -53,8 +54,12 @@ def _sync(temporary: Path) -> None:
     for path in [*temporary.rglob("*"), temporary]:
         # temporary folders are private; the result gets the permissions of the user's umask
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

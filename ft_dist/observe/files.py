@@ -1,39 +1,51 @@
-"""The run folder's JSON lines: rank 0 appends and flushes line by line.
+"""The run folder's JSON lines: rank 0 appends line by line, and readers pass over what is damaged.
 
 A resumed run first drops the lines of steps that were not committed, so that every step appears once.
 """
 
 import json
+import os
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from ft_dist.errors import UserError, counted
+from ft_dist.observe.patient import AppendedFile, replace
+from ft_dist.outside import parse_object
 
 TAIL_BYTES = 64 * 1024
 
 
-class JsonLines:
-    """Append-only file; `keep_until` first drops the lines of later steps."""
+class JsonLines(AppendedFile):
+    """Append-only file; `keep_until` first drops the lines of later steps, and damaged ones, which `notes` reports."""
 
     def __init__(self, path: Path, *, keep_until: int | None = None) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and keep_until is not None:
-            _drop_after(path, keep_until)
-        self._file: IO[str] = path.open("a", encoding="utf-8")
+        super().__init__(path, lines=True, before_opening=self._drop)
+        self.notes: list[str] = []
+        self._keep_until = keep_until
+        self.open()
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._file.flush()
+        self.write_bytes(json.dumps(record, ensure_ascii=False).encode(errors="replace") + b"\n")
 
-    def close(self) -> None:
-        self._file.close()
+    def _drop(self, path: Path) -> None:
+        if self._keep_until is not None and path.exists():
+            damaged = drop_after(path, self._keep_until)
+            if damaged:
+                self.notes.append(f"{path}: {counted(damaged, 'damaged line')} dropped")
 
 
 class EventLog(JsonLines):
     """events.jsonl: start, resume, preempted, saved, evaluated, skipped, hung, end. The agent adds restarted, world."""
 
     def event(self, name: str, **fields: Any) -> None:
-        self.write({"time": round(time.time(), 3), "event": name} | fields)
+        self.write(event_record(name, fields))
+
+
+def event_record(name: str, fields: dict[str, Any]) -> dict[str, Any]:
+    return {"time": round(time.time(), 3), "event": name} | fields
 
 
 def tail(path: Path) -> list[str]:
@@ -48,29 +60,80 @@ def tail(path: Path) -> list[str]:
 def last_record(path: Path) -> dict[str, Any] | None:
     """The last complete line of a JSON lines file: a killed process may have left a partial line."""
     for line in reversed(tail(path)):
-        with suppress(ValueError):
-            record = json.loads(line)
-            if isinstance(record, dict):
-                return record
+        record = parse_line(line)
+        if record is not None:
+            return record
     return None
 
 
-def _drop_after(path: Path, step: int) -> None:
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            # a killed process left a partial line
-            continue
-        if record.get("step", 0) <= step:
-            kept.append(line)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    partial.replace(path)
+def last_step(path: Path) -> int:
+    """The step of the last line that has one, or 0."""
+    for line in reversed(tail(path)):
+        record = parse_line(line)
+        step = step_of(record) if record else None
+        if step:
+            return step
+    return 0
+
+
+def records(path: Path) -> Iterator[dict[str, Any]]:
+    """Every line that is a JSON object; others, which a full disk or a kill left, are passed over. Raises OSError."""
+    with path.open("rb") as file:
+        for line in file:
+            record = parse_line(line)
+            if record is not None:
+                yield record
+
+
+def parse_line(line: bytes | str) -> dict[str, Any] | None:
+    """None for anything but one JSON object."""
+    with suppress(UserError):
+        return parse_object(line, where="", error=UserError)
+    return None
+
+
+def step_of(record: dict[str, Any]) -> int | None:
+    """Its step, 0 without one; None if that is no number of a step."""
+    step = record.get("step", 0)
+    return step if type(step) is int and step >= 0 else None
+
+
+def drop_after(path: Path, step: int) -> int:
+    """Drop the lines of steps after `step`, and damaged ones; returns how many were damaged. Raises OSError.
+
+    Usually they are the end of the file, which is cut off: that works on a full disk too. Else a new file replaces it.
+    A partial last line, which every killed process may leave, does not count as damaged.
+    """
+    damaged = keeps_to = at = 0
+    in_between = False
+    for line, kept, broken in _judged(path, step):
+        damaged += broken
+        if kept and at == keeps_to:
+            keeps_to += len(line)
+        elif kept:
+            in_between = True
+        at += len(line)
+    if in_between:
+        lines = (line for line, kept, _ in _judged(path, step) if kept)
+        replace(path, b"".join(line.rstrip(b"\n") + b"\n" for line in lines))
+    elif keeps_to < at:
+        os.truncate(path, keeps_to)
+    return damaged
+
+
+def _judged(path: Path, step: int) -> Iterator[tuple[bytes, bool, bool]]:
+    """Every line, whether to keep it, and whether it is damaged."""
+    with path.open("rb") as file:
+        for line in file:
+            record = parse_line(line)
+            found = step_of(record) if record is not None else None
+            yield line, found is not None and found <= step, found is None and line.endswith(b"\n")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    """Replace the file, durably. Raises OSError."""
+    replace(path, json_text(content).encode(errors="replace"))
+
+
+def json_text(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

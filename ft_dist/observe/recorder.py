@@ -1,16 +1,20 @@
-"""Records a run on rank 0: files of the run folder, console, trackers. Other ranks record nothing."""
+"""Records a run on rank 0: files of the run folder, console, trackers. Other ranks record nothing.
+
+Nothing here ends a run: what cannot be written now waits (`patient`), and the user reads once that it does.
+"""
 
 import faulthandler
-import json
 import os
-import sys
-from typing import IO, Any
+from typing import Any
 
 from ft_dist.config import RunConfig, dump_config
 from ft_dist.distributed import World
+from ft_dist.errors import StorageError
 from ft_dist.observe.console import Console
-from ft_dist.observe.files import EventLog, JsonLines, write_json
-from ft_dist.observe.trackers import Tracker, open_trackers
+from ft_dist.observe.files import EventLog, JsonLines, json_text, records, write_json
+from ft_dist.observe.patient import AppendedFile, PatientFile, ReplacedFile
+from ft_dist.observe.streams import copy_streams
+from ft_dist.observe.trackers import Feed, open_trackers
 from ft_dist.run_folder import RunFolder
 
 
@@ -25,19 +29,26 @@ class Recorder:
         self._metrics: JsonLines | None = None
         self._samples: JsonLines | None = None
         self._events: EventLog | None = None
-        self._trackers: list[Tracker] = []
+        self._files: list[PatientFile] = []
+        self._feeds: list[Feed] = []
         if world.is_main:
-            self._folder.root.mkdir(parents=True, exist_ok=True)
-            self._folder.config.write_text(dump_config(config), encoding="utf-8")
+            self._replace(self._folder.config, dump_config(config))
             self._metrics = JsonLines(self._folder.metrics, keep_until=resumed_step)
             self._events = EventLog(self._folder.events)
+            self._files += [self._metrics, self._events]
             if config.data.log_samples:
                 self._samples = JsonLines(self._folder.samples, keep_until=resumed_step)
-            self._trackers = open_trackers(config, resumed_step=resumed_step)
+                self._files.append(self._samples)
+            self._feeds = open_trackers(config, resumed_step=resumed_step, note=self.console.note)
+
+    def watch(self, file: PatientFile) -> None:
+        """Report the outages of `file` too, and close it."""
+        self._files.append(file)
 
     def event(self, name: str, **fields: Any) -> None:
         if self._events:
             self._events.event(name, **fields)
+            self._report_outages()
 
     def step(self, record: dict[str, Any], *, sample_ids: list[list[int]]) -> None:
         """Record one optimizer step; `sample_ids` has one list per row."""
@@ -45,68 +56,90 @@ class Recorder:
             self._metrics.write(record)
         if self._samples:
             self._samples.write({"step": record["step"], "rows": sample_ids})
-        for tracker in self._trackers:
-            tracker.log(record, record["step"])
+        for feed in self._feeds:
+            feed.log(record, record["step"])
+        self._report_outages()
 
     def scores(self, when: str, scores: dict[str, Any], step: int, seconds: float, *, track: bool) -> None:
         """`track`: the trackers do not have this step's scores yet."""
         self.event("evaluated", when=when, step=step, seconds=round(seconds, 3), scores=scores)
-        for tracker in self._trackers if track else ():
-            tracker.log({f"eval/{key}": value for key, value in scores.items() if isinstance(value, int | float)}, step)
+        for feed in self._feeds if track else ():
+            feed.log({f"eval/{key}": value for key, value in scores.items() if isinstance(value, int | float)}, step)
 
     def earlier_scores(self, when: str) -> dict[str, Any] | None:
         """Scores that the run measured before it was resumed."""
-        path = self._folder.events
         found = None
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                if f'"when": "{when}"' in line:
-                    found = json.loads(line)["scores"]
+        try:
+            for record in records(self._folder.events):
+                if record.get("when") == when and isinstance(record.get("scores"), dict):
+                    found = record["scores"]
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            self.console.note(
+                f"{self._folder.events}: cannot be read ({error.strerror}), so earlier scores are missing"
+            )
         return found
 
     def data_report(self, content: dict[str, Any]) -> None:
         if self.world.is_main:
-            write_json(self._folder.data_report, content)
+            self._replace(self._folder.data_report, json_text(content))
 
     def summary(self, content: dict[str, Any]) -> None:
-        if self.world.is_main:
+        """Raises StorageError: the file says that the run has finished."""
+        if not self.world.is_main:
+            return
+        try:
             write_json(self._folder.summary, content)
+        except OSError as error:
+            raise StorageError(
+                f"{self._folder.summary}: cannot be written ({error.strerror}). {self._folder.final} is complete: mend "
+                "the cause and run the same command again, which writes both."
+            ) from None
 
-    def close(self) -> None:
-        for file in (self._metrics, self._samples, self._events):
-            if file:
-                file.close()
-        for tracker in self._trackers:
-            tracker.close()
+    def close(self, *, wait_s: float) -> None:
+        """Trackers get `wait_s` seconds for what they have not sent."""
+        for feed in self._feeds:
+            feed.close(wait_s=wait_s)
+        self._report_outages()
+        for file in self._files:
+            if lost := file.close():
+                self.console.note(lost)
+
+    def _replace(self, path: Any, text: str) -> None:
+        file = ReplacedFile(path)
+        file.write_text(text)
+        self._files.append(file)
+
+    def _report_outages(self) -> None:
+        for file in self._files:
+            for outage in file.outages():
+                self.console.note(str(outage))
+                if self._events and outage.over:
+                    self._events.event(
+                        "log_delayed",
+                        file=outage.file.name,
+                        reason=outage.reason,
+                        lines=outage.waited,
+                        dropped=outage.dropped,
+                        seconds=round(outage.seconds, 3),
+                    )
+            if isinstance(file, JsonLines):
+                while file.notes:
+                    self.console.note(file.notes.pop())
 
 
-def log_rank_output(config: RunConfig, *, rank: int) -> IO[str]:
+def log_rank_output(config: RunConfig, *, rank: int) -> AppendedFile:
     """Copy rank 0's output to its log file; redirect every other rank's output to its log file.
 
-    A crash in native code writes the Python stack to the file too. Returns the open file, which must stay open.
+    A crash in native code writes the Python stack to the file too. The returned file must stay open.
     """
-    path = RunFolder(config.run_dir).rank_log(rank)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("a", encoding="utf-8", buffering=1)
-    faulthandler.enable(file)
-    if rank == 0:
-        sys.stdout = _Tee(sys.stdout, file)
-        sys.stderr = _Tee(sys.stderr, file)
-    else:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    file = AppendedFile(RunFolder(config.run_dir).rank_log(rank), lines=False)
+    descriptor = file.open()
+    # a duplicate: the file is closed and opened again when it fails
+    faulthandler.enable(2 if descriptor is None else os.dup(descriptor))
+    if rank > 0 and descriptor is not None:
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+    copy_streams(file, only=rank > 0)
     return file
-
-
-class _Tee:
-    """Writes to the console and to the rank's file."""
-
-    def __init__(self, console: Any, file: IO[str]) -> None:
-        self._console, self._file = console, file
-
-    def write(self, text: str) -> int:
-        self._file.write(text)
-        return int(self._console.write(text))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._console, name)

@@ -1,8 +1,10 @@
-"""SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 ask the run to stop, even while its main thread is blocked.
+"""SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 ask the run to stop, even while its main thread is blocked.
 
 A Python handler runs only between two bytecodes of the main thread, and that thread may block in a collective or a read
 for minutes. The interpreter's C handler writes the number into a pipe (`signal.set_wakeup_fd`), where a thread
 reads it.
+
+SIGHUP comes when a terminal closes. A process that was started to ignore it (`nohup`) keeps ignoring it.
 """
 
 import contextlib
@@ -13,14 +15,20 @@ from types import FrameType
 
 from ft_dist.preemption.stop import StopRequest
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def heeded() -> list[signal.Signals]:
+    """`SIGNALS`, without SIGHUP if this process ignores it."""
+    ignores_hangup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in SIGNALS if number != signal.SIGHUP or not ignores_hangup]
 
 
 def listen(stop: StopRequest) -> None:
-    """Pass `SIGNALS` to `stop` from now on. Main thread only."""
+    """Pass the signals that are `heeded` to `stop` from now on. Main thread only."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    for number in SIGNALS:
+    for number in heeded():
         signal.signal(number, _read_elsewhere)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     os.register_at_fork(after_in_child=_forget)
@@ -42,5 +50,5 @@ def _forget() -> None:
     """A forked child (a pool of tokenising processes) shares the pipe: stopping the child must not stop the run."""
     with contextlib.suppress(ValueError):
         signal.set_wakeup_fd(-1)
-        for number in SIGNALS:
+        for number in heeded():
             signal.signal(number, signal.SIG_DFL)

@@ -10,23 +10,30 @@ import shutil
 import subprocess
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 SCONTROL_TIMEOUT_S = 10
 
 
 @dataclass
 class TimeLimit:
-    """`ends_at` in Unix seconds. The loop updates `step_s` and `save_s`, the durations of the last step and commit."""
+    """`ends_at` in Unix seconds. The loop updates `step_s` and `save_s`, the durations of the last step and commit.
+
+    The clock of the machine is read once: if it is set later, the time that is left stays the same.
+    """
 
     ends_at: float
     margin_s: float
     step_s: float = 0.0
     save_s: float = 0.0
+    _deadline: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._deadline = time.monotonic() + self.ends_at - time.time()
 
     def is_near(self) -> bool:
         """True once another step and a commit no longer fit before the margin."""
-        return time.time() + self.step_s + self.save_s + self.margin_s >= self.ends_at
+        return time.monotonic() + self.step_s + self.save_s + self.margin_s >= self._deadline
 
 
 def job_ends_at(environment: Mapping[str, str] = os.environ) -> float | None:

@@ -19,12 +19,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ft_dist.errors import EXIT_HUNG, EXIT_PREEMPTED
+from ft_dist.observe.files import event_record
+from ft_dist.observe.patient import append_to
 from ft_dist.preemption.stop import StopRequest
 from ft_dist.run_folder import RunFolder
 
 NOTICE_S = 20.0
 REPORT_S = 5.0
 """Longest time for the report: its disk may be what hangs"""
+STDERR = 2
 
 
 class Watchdog:
@@ -42,11 +45,10 @@ class Watchdog:
         self._longest_s = 0.0
         self._tick_s = min(1.0, timeout_s / 10)
         self._closed = threading.Event()
-        path = self._folder.rank_stacks(rank)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._stacks = path.open("a", encoding="utf-8")
+        self._stacks = self._folder.rank_stacks(rank)
+        self._descriptor = _open(self._stacks)
         # the launcher requests stacks with SIGQUIT; faulthandler writes them without the interpreter's lock
-        faulthandler.register(signal.SIGQUIT, file=self._stacks, all_threads=True)
+        faulthandler.register(signal.SIGQUIT, file=self._descriptor, all_threads=True)
 
     def start(self) -> None:
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -70,9 +72,12 @@ class Watchdog:
     def close(self) -> None:
         self._closed.set()
         faulthandler.unregister(signal.SIGQUIT)
-        self._stacks.close()
-        if Path(self._stacks.name).stat().st_size == 0:
-            Path(self._stacks.name).unlink()
+        if self._descriptor == STDERR:
+            return
+        with contextlib.suppress(OSError):
+            os.close(self._descriptor)
+            if self._stacks.stat().st_size == 0:
+                self._stacks.unlink()
 
     def _watch(self) -> None:
         seen, silent_s, at = self._beats, 0.0, time.monotonic()
@@ -101,15 +106,25 @@ class Watchdog:
         why = f"asked to stop ({self._stop.reason}), but " if code == EXIT_PREEMPTED else ""
         line = (
             f"rank {self._rank}: {why}no progress for {silent_s:.0f} s in {self._doing} after step {self.step}; "
-            f"stacks in {self._stacks.name}. The last commit is intact. A step that is slow but not stuck needs a "
+            f"stacks in {self._stacks}. The last commit is intact. A step that is slow but not stuck needs a "
             f"higher engine.hang_timeout_s ({self.timeout_s:g})."
         )
-        self._stacks.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
-        self._stacks.flush()
-        faulthandler.dump_traceback(self._stacks, all_threads=True)
-        os.write(2, f"ft-dist: {line}\n".encode())
+        with contextlib.suppress(OSError):
+            os.write(self._descriptor, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n".encode())
+        faulthandler.dump_traceback(self._descriptor, all_threads=True)
+        with contextlib.suppress(OSError):
+            os.write(STDERR, f"ft-dist: {line}\n".encode())
         if self._rank == 0:
-            event = {"time": round(time.time(), 3), "event": "hung", "step": self.step, "doing": self._doing}
+            event = event_record("hung", {"step": self.step, "doing": self._doing})
             # a separate descriptor: the main thread may hold the lock of the open file
-            with self._folder.events.open("a", encoding="utf-8") as events:
-                events.write(json.dumps(event) + "\n")
+            with contextlib.suppress(OSError):
+                append_to(self._folder.events, json.dumps(event).encode() + b"\n")
+
+
+def _open(path: Path) -> int:
+    """To append to `path`; standard error if it cannot be opened, which is no reason not to train."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    except OSError:
+        return STDERR

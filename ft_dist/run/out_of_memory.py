@@ -4,12 +4,12 @@ With batch.halve_when_out_of_memory the next start uses half the rows per micro-
 folder, and the agent restarts the run immediately. Global batch and samples stay the same.
 """
 
-import contextlib
 from collections.abc import Iterator
-from typing import Annotated
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
-from pydantic import Field
+from pydantic import PositiveInt
 
 from ft_dist.config.schema import RunConfig
 from ft_dist.distributed import World, max_over_ranks
@@ -25,25 +25,31 @@ from ft_dist.resources import is_out_of_memory
 from ft_dist.run_folder import RunFolder
 
 
-class _Shortage(Document):
-    micro_rows: Annotated[int, Field(ge=1)]
-
-
 def rows_after_shortage(config: RunConfig, world: World) -> RunConfig:
     """The config with the micro-batch that an earlier start of this run halved. All ranks call it."""
     path = RunFolder(config.run_dir).micro_rows
     rows = config.batch.micro_rows
     if config.batch.halve_when_out_of_memory:
-        # without it, or with a damaged one, the run would run out of memory once more and halve again
-        with contextlib.suppress(OSError, ConfigError):
-            found = parse_document(path.read_bytes(), _Shortage, where=path, error=ConfigError)
-            rows = min(rows, found.micro_rows)
+        rows = min(rows, _stored_rows(path) or rows)
     # the minimum over ranks: a node may not see rank 0's disk
     rows = int(-max_over_ranks(-float(rows), world)) if config.batch.halve_when_out_of_memory else rows
     return config.model_copy(update={"batch": config.batch.model_copy(update={"micro_rows": rows})})
 
 
-@contextlib.contextmanager
+class StoredRows(Document):
+    """The content of micro_rows.json."""
+
+    micro_rows: PositiveInt
+
+
+def _stored_rows(path: Path) -> int | None:
+    """None without the file, or if it cannot be read or is damaged: running out of memory writes it again."""
+    with suppress(OSError, ConfigError):
+        return parse_document(path.read_bytes(), StoredRows, where=path, error=ConfigError).micro_rows
+    return None
+
+
+@contextmanager
 def explain_out_of_memory(config: RunConfig, world: World, *, flash: bool) -> Iterator[None]:
     """Turns an out-of-memory error inside into the error of `shortage`."""
     try:
@@ -61,7 +67,14 @@ def shortage(config: RunConfig, world: World, error: BaseException, *, flash: bo
         f"out of memory at batch.micro_rows={rows}, data.max_length={config.data.max_length}. {_numbers(world, error)}"
     )
     if config.batch.halve_when_out_of_memory and rows > 1:
-        write_json(RunFolder(config.run_dir).micro_rows, {"micro_rows": rows // 2})
+        path = RunFolder(config.run_dir).micro_rows
+        try:
+            write_json(path, StoredRows(micro_rows=rows // 2).model_dump())
+        except OSError as refused:
+            return ConfigError(
+                f"{problem} {path}: cannot be written ({refused.strerror}), so the next start would use as many rows. "
+                f"Set batch.micro_rows={rows // 2}: global batch and samples stay the same."
+            )
         return TrainingError(
             f"{problem} batch.halve_when_out_of_memory: the next start resumes from the last commit with "
             f"batch.micro_rows={rows // 2}, the same global batch and the same samples."

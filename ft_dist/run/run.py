@@ -19,31 +19,24 @@ from ft_dist.engine.step import Engine, StepResult
 from ft_dist.errors import Preempted, TrainingError
 from ft_dist.evaluate.comparison import comparison
 from ft_dist.evaluate.held_out import EvaluationStopped, HeldOut
+from ft_dist.observe.console import Console
 from ft_dist.observe.recorder import Recorder
 from ft_dist.observe.trackers import keep_wandb_run_id, wandb_run_id
 from ft_dist.preemption.stop import StopRequest
 from ft_dist.preemption.watchdog import Watchdog
 from ft_dist.resources import peak_memory_bytes, versions
 from ft_dist.run.evaluations import Evaluations
+from ft_dist.run.last_commit import repeat_failed_commit
 from ft_dist.run.length import is_over, length_notes, run_length
 from ft_dist.run.planned import Planned
 from ft_dist.run.proof.final import check_line, write_and_prove
-from ft_dist.run.step_record import print_step, step_record
+from ft_dist.run.step_record import Clock, print_step, step_record
 
 WAIT_FOR_DATA_S = 5.0
 """How long a rank that was asked to stop waits for the data of its last step"""
-
-
-class Clock:
-    """Splits wall time into consecutive laps."""
-
-    def __init__(self) -> None:
-        self._last = time.perf_counter()
-
-    def lap(self) -> float:
-        now = time.perf_counter()
-        elapsed, self._last = now - self._last, now
-        return elapsed
+TRACKERS_WAIT_S = 60.0
+STOPPED_WAIT_S = 5.0
+"""How long the end of a run waits for trackers; of a run that was asked to stop"""
 
 
 class Run:
@@ -68,7 +61,6 @@ class Run:
         self.stop = stop
         self.tokenizer = tokenizer
         self.held_out = held_out
-        self.log_file: Any = None
         self.step = 0
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
@@ -239,8 +231,8 @@ class Run:
     def evaluation_is_due(self) -> bool:
         return self.evaluations.is_due(self.step, finished=self.finished)
 
-    def commit(self) -> None:
-        """Save the state after the current step, in the background; see `finish_commits`. Raises TrainingError."""
+    def commit(self, *, again: bool = False) -> None:
+        """Save the state after the current step, in the background (see `finish_commits`). Raises TrainingError."""
         if self.config.engine.verify_steps:
             verify_replicas(self.engine.objective, self.world, step=self.step)
         state = RunState(
@@ -255,15 +247,31 @@ class Run:
             held_out_losses=dict(self.evaluations.losses),
         )
         with self.watchdog.during("a commit", timeout_s=self.config.engine.timeout_s):
-            self.checkpoints.save(state)
+            self.checkpoints.save(state, again=again)
         self._committed_step = self.step
         self._checkpoint_stall_s += self.clock.lap()
 
-    def finish_commits(self) -> None:
-        """Return when the last commit is on disk or its failure is reported. All ranks call it at the same step."""
+    def finish_commits(self, *, insist: bool = False) -> None:
+        """Return when the last commit is on disk or its failure is reported. All ranks call it at the same step.
+
+        `insist`: the run is about to end, so repeat a commit that failed for a while.
+        """
         with self.watchdog.during("a commit", timeout_s=self.config.engine.timeout_s):
             self.checkpoints.finish()
         self._record_saves()
+        if insist:
+            repeat_failed_commit(
+                self._commit_again,
+                failed=lambda: self.checkpoints.failed,
+                unsaved_s=time.monotonic() - self.checkpoints.saved_at,
+                world=self.world,
+                stop=self.stop,
+                note=self.recorder.console.note,
+            )
+
+    def _commit_again(self) -> None:
+        self.commit(again=True)
+        self.finish_commits()
 
     def _record_saves(self) -> None:
         self.checkpoints.record_saves(self.recorder)
@@ -276,7 +284,7 @@ class Run:
             # drop the time of an interrupted evaluation or step
             self.clock.lap()
             self.commit()
-        self.finish_commits()
+        self.finish_commits(insist=True)
         reason = self.stop.reason or "another rank"
         self.recorder.event("preempted", step=self.step, reason=reason)
         safe = "its state is committed" if self.checkpoints.is_committed(self.step) else "its state could not be saved"
@@ -328,6 +336,7 @@ class Run:
                 self.tokenizer,
                 self.config,
                 base=self._base_folder,
+                step=self.step,
                 samples=self.held_out.store if self.held_out else store,
             )
         if self._final_check:
@@ -366,7 +375,7 @@ class Run:
         self.watchdog.close()
         self.checkpoints.close()
         self._record_saves()
-        self.recorder.close()
+        self.recorder.close(wait_s=STOPPED_WAIT_S if self.stop.wanted else TRACKERS_WAIT_S)
         leave_world()
 
     def _sources(self) -> list[dict[str, Any]]:
@@ -387,4 +396,4 @@ class Run:
             self._state_after = state.data
             self._data_changes = self.stream.load_state_dict(state.data)
         if self.world.is_main and state.wandb_run_id and not wandb_run_id(self.config):
-            keep_wandb_run_id(self.config, state.wandb_run_id)
+            keep_wandb_run_id(self.config, state.wandb_run_id, note=Console(enabled=True).note)

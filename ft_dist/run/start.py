@@ -6,7 +6,6 @@ The cheapest checks come first: config and tokenising before the process group e
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import IO
 
 import torch.distributed as dist
 
@@ -21,6 +20,7 @@ from ft_dist.evaluate.held_out import HeldOut
 from ft_dist.model.builtin import local_folder, resolve_model
 from ft_dist.model.tokenizer import configured_tokenizer
 from ft_dist.observe.console import Console
+from ft_dist.observe.patient import AppendedFile
 from ft_dist.observe.recorder import log_rank_output
 from ft_dist.preemption.listen import listen_for_notices
 from ft_dist.preemption.stop import StopRequest
@@ -61,7 +61,7 @@ def prepare_run(config: RunConfig, stop: StopRequest, *, free_memory: Callable[[
     report["estimated_steps"] = estimated_steps(config, train_set, packs=checked.packs)
     stream = open_stream(config, tokenizer, train_set, packing=checked.packs)
     run = Run(config, world, engine, stream, stop, tokenizer=tokenizer, held_out=held_out, folder=folder)
-    run.log_file = log_file
+    run.recorder.watch(log_file)
     parts = other_parts(engine, folder)
     facts = [*facts, *parts, *notes, *report_lines(report), *agreed, *checked.lines]
     run.start(facts=facts, data_report=report)
@@ -70,7 +70,7 @@ def prepare_run(config: RunConfig, stop: StopRequest, *, free_memory: Callable[[
 
 def _enter_output_dir(
     config: RunConfig, *, rank: int, size: int, say: Callable[[str], None]
-) -> tuple[IO[str], dist.Store]:
+) -> tuple[AppendedFile, dist.Store]:
     """Lock output_dir and begin this rank's log in it; all ranks raise ConfigError if another run holds the lock."""
     if rank == 0:
         with _refusing_all_ranks(config, size=size):

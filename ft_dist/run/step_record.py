@@ -1,6 +1,7 @@
 """One optimizer step as recorded in metrics.jsonl, and its line on the console."""
 
 import math
+import time
 from typing import Any
 
 import torch
@@ -10,6 +11,18 @@ from ft_dist.engine.step import Engine, StepResult
 from ft_dist.observe.console import Console
 from ft_dist.plan.gpu import peak_flops
 from ft_dist.resources import flops_per_token
+
+
+class Clock:
+    """Splits wall time into consecutive laps."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        elapsed, self._last = now - self._last, now
+        return elapsed
 
 
 def step_record(

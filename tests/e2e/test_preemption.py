@@ -207,3 +207,39 @@ def test_a_run_that_waits_for_data_commits_and_stops(tmp_path):
         for rank in ranks:
             rank.kill()
     assert committed(folder) == 3
+
+
+def test_a_closed_terminal_commits_unless_the_run_was_started_to_ignore_it(tmp_path):
+    folder = tmp_path / "run"
+    log = folder / "logs" / "rank-0.log"
+    process = start(folder, *LONG_STEPS, nproc=1)
+    wait_until(process, lambda: log.exists() and "step 1/3" in log.read_text())
+    process.send_signal(signal.SIGHUP)
+    assert "stopped by SIGHUP after step" in end_of(process, 75)
+    assert committed(folder) in (1, 2)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does, for the processes started from here
+    try:
+        process = start(folder, *LONG_STEPS, nproc=1)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    wait_until(process, lambda: "resumed from step" in log.read_text())
+    process.send_signal(signal.SIGHUP)
+    os.kill(workers_of(process.pid)[0], signal.SIGHUP)
+    end_of(process, 0, within_s=120)
+
+
+def test_a_run_that_was_suspended_continues(tmp_path):
+    folder = tmp_path / "run"
+    process = start(folder, "engine.hang_timeout_s=4", "checkpoint.interval_steps=2", "optim.max_steps=40")
+    wait_until(process, lambda: happened(folder, "saved"))
+    workers = workers_of(process.pid)
+    for stopped in ([process.pid], [*workers, process.pid]):
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(6)
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+        time.sleep(0.5)
+    end_of(process, 0, within_s=120)
+    assert not happened(folder, "restarted")
+    assert [line["step"] for line in read_lines(folder / "metrics.jsonl")] == list(range(1, 41))

@@ -13,6 +13,7 @@ from ft_dist.errors import ConfigError
 from ft_dist.preemption.slurm import TimeLimit, job_ends_at
 from ft_dist.preemption.stop import SAME_NOTICE_S
 from tests.conftest import ROOT
+from tests.observe.failing import Failing
 
 SCRIPT = """
 import ctypes, os, signal, sys, time
@@ -25,21 +26,22 @@ listen(stop)
 BLOCKED = "libc = ctypes.CDLL(None); print('blocked', flush=True)\nwhile True: libc.pause()\n"
 
 
-def start(body: str) -> subprocess.Popen[str]:
+def start(body: str, *, before: str = "", **environment: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT + body],
+        [sys.executable, "-c", before + SCRIPT + body],
         cwd=ROOT,
         text=True,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=os.environ | {"RANK": "0"},
+        env=os.environ | {"RANK": "0"} | environment,
     )
     assert process.stdout is not None
     process.stdout.readline()
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
 def test_before_training_a_signal_exits_immediately_even_from_a_blocked_call(number):
     process = start(BLOCKED)
     process.send_signal(number)
@@ -57,6 +59,14 @@ def test_in_training_only_a_later_second_signal_exits():
         process.wait(SAME_NOTICE_S + 0.5)
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 75
+
+
+def test_a_closed_terminal_is_ignored_by_what_was_started_with_nohup():
+    body = "print('ready', flush=True)\ntime.sleep(0.5)\nprint(stop.wanted, flush=True)\n"
+    process = start(body, before="import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n")
+    process.send_signal(signal.SIGHUP)
+    out, _ = process.communicate(timeout=10)
+    assert (out.strip(), process.returncode) == ("False", 0)
 
 
 def test_the_loop_sees_the_first_signal_and_continues_until_it_has_committed():
@@ -98,6 +108,24 @@ def test_the_time_limit_leaves_room_for_a_step_and_a_commit():
     assert not limit.is_near()
     limit.save_s = 30
     assert limit.is_near()
+
+
+@pytest.mark.parametrize("hours", [24, -24])
+def test_a_clock_that_is_set_changes_nothing_about_the_time_limit(tmp_path, hours):
+    body = """
+from ft_dist.preemption.slurm import TimeLimit
+limits = TimeLimit(time.time() + 3600, margin_s=60), TimeLimit(time.time() + 30, margin_s=60)
+started = time.time()
+print(flush=True)
+input()
+print(round((time.time() - started) / 3600), *(limit.is_near() for limit in limits))
+"""
+    failing = Failing(tmp_path, "clock", "all", hours * 3600)
+    failing.end()
+    process = start(body, **failing.environment)
+    failing.begin()
+    out, err = process.communicate("\n", timeout=10)
+    assert out.split() == [str(hours), "False", "True"], err
 
 
 def scontrol(folder: Path, answer: str) -> dict[str, str]:

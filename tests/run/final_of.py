@@ -36,7 +36,7 @@ def main() -> None:
         with torch.no_grad():
             for _, parameter in engine.trainable():
                 parameter += 0.02 * torch.randn_like(parameter)
-        found, notes = write_and_prove(engine, tokenizer, config, base=folder, samples=train_set.store)
+        found, notes = write_and_prove(engine, tokenizer, config, base=folder, step=0, samples=train_set.store)
         print(json.dumps({"folder": Path(folder).name, **found, "notes": notes}), flush=True)
     leave_world()
 

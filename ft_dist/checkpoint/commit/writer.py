@@ -25,13 +25,15 @@ from ft_dist.checkpoint.commit import format as layout
 from ft_dist.checkpoint.commit.mirror import Mirror
 from ft_dist.checkpoint.commit.retention import Retention
 from ft_dist.checkpoint.commit.save_event import SaveEvent
-from ft_dist.checkpoint.commit.snapshot import HostBuffer, TensorSource
+from ft_dist.checkpoint.commit.snapshot import HostBuffer, Snapshot, TensorSource
 from ft_dist.distributed import World, control_store
 from ft_dist.errors import CheckpointError
 
 STAGING = ".saving-"
 _GRACE_S = 30.0
 """How long a failing run waits for the other ranks' files of a save in flight"""
+_RETRIES_S = (0.5, 1.0, 2.0)
+"""Pauses before a write that fails is repeated; training continues meanwhile"""
 _VISIBLE_S = 20.0
 """How long a shared file system may take to show another rank's file"""
 
@@ -51,10 +53,14 @@ class CheckpointWriter:
         self._store = control_store()
         self._buffer = HostBuffer(world.device)
         self._thread: threading.Thread | None = None
+        self._hurry = threading.Event()
+        """The next save waits: do not repeat the writes of this one"""
         self._copied = threading.Event()
         self._copied.set()
         self._last_step = -1
         self._saves = 0
+        self.failed = False
+        """Whether the last save that ended has failed. Known on rank 0 only."""
         self._events: list[SaveEvent] = []
         self._lock = threading.Lock()
         self._closing_at: float | None = None
@@ -69,15 +75,18 @@ class CheckpointWriter:
         step: int,
         state: dict[str, Any],
         held_out_losses: Mapping[int, float] | None = None,
+        again: bool = False,
     ) -> None:
         """Save this rank's `tensors` and rank 0's JSON `state`; all ranks call it with the same `step`.
 
         The tensors must not change until `wait_until_copied` returns; the state must never. First waits for a save
-        still in flight, and reports the wait. A second call for the same step does nothing.
+        still in flight, and reports the wait. A second call for the same step does nothing, unless `again`.
         """
-        if step == self._last_step:
+        if step == self._last_step and not again:
             return
+        self._hurry.set()
         waited_s = self._wait_for_previous()
+        self._hurry.clear()
         if waited_s > 0.05:
             note = f"the save of step {step} waited {waited_s:.1f} s for the save of step {self._last_step}"
             self._add_event(SaveEvent("save_waited", step, {"seconds": round(waited_s, 3)}, note))
@@ -138,7 +147,9 @@ class CheckpointWriter:
                 f"and a restart would resume from {self._newest()}."
             )
             self._add_event(SaveEvent("save_failed", request.step, {"reason": str(error)}, note))
+            self.failed = True
             return
+        self.failed = False
         seconds = time.monotonic() - request.started
         self._add_event(SaveEvent("saved", request.step, {"seconds": round(seconds, 3), "bytes": size}))
         if self._mirror:
@@ -156,13 +167,28 @@ class CheckpointWriter:
             self._copied.set()
         path = staging / layout.rank_name(self._world.rank)
         try:
-            staging.mkdir(parents=True, exist_ok=True)
-            needed, free = snapshot.size_bytes * self._world.local_size, shutil.disk_usage(self.root).free
-            if free < needed:
-                return {"error": f"{self.root}: {_gigabytes(needed)} needed, {_gigabytes(free)} free on its disk."}
-            return {"name": path.name, **snapshot.write(path)}
+            return {"name": path.name, **self._repeated(lambda: self._write(snapshot, path))}
+        except CheckpointError as error:
+            return {"error": str(error)}
         except OSError as error:
             return {"error": f"{path}: cannot be written ({error.strerror})."}
+
+    def _write(self, snapshot: Snapshot, path: Path) -> layout.Fingerprint:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        needed, free = snapshot.size_bytes * self._world.local_size, shutil.disk_usage(self.root).free
+        if free < needed:
+            raise CheckpointError(f"{self.root}: {_gigabytes(needed)} needed, {_gigabytes(free)} free on its disk.")
+        return snapshot.write(path)
+
+    def _repeated(self, write: Callable[[], layout.Fingerprint]) -> layout.Fingerprint:
+        """What `write` returns; repeats it after an OSError, unless the run ends or the next save waits."""
+        for pause_s in _RETRIES_S:
+            try:
+                return write()
+            except OSError:
+                if self._closing_at is not None or self._hurry.wait(pause_s):
+                    raise
+        return write()
 
     def _seal(self, request: "_Save", staging: Path) -> tuple[Path, int]:
         files = {}
@@ -172,7 +198,8 @@ class CheckpointWriter:
             files[posted.pop("name")] = posted
         for name, expected in files.items():
             _await_visible(staging / name, expected["bytes"])
-        files[layout.STATE] = layout.write_synced(staging / layout.STATE, json.dumps(request.state, indent=1))
+        state = json.dumps(request.state, indent=1)
+        files[layout.STATE] = self._repeated(lambda: layout.write_synced(staging / layout.STATE, state))
         layout.write_manifest(staging, request.step, files)
         folder = layout.step_folder(self.root, request.step)
         layout.publish(staging, folder)

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,7 +10,8 @@ from typing import Any
 
 from ft_dist.checkpoint.commit.format import commits
 from ft_dist.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_HUNG, EXIT_PREEMPTED, EXIT_USER
-from ft_dist.observe.files import last_record, tail
+from ft_dist.observe import files
+from ft_dist.observe.patient import append_to
 from ft_dist.run_folder import RunFolder
 
 MAX_SAME_STEP_FAILURES = 3
@@ -80,16 +80,19 @@ class AgentEvents:
         self._waiting: list[dict[str, Any]] = []
 
     def add(self, name: str, **fields: Any) -> None:
-        self._waiting.append({"time": round(time.time(), 3), "event": name, **fields})
+        self._waiting.append(files.event_record(name, fields))
         self.flush()
 
     def flush(self) -> None:
-        if self._waiting and self._path.exists():
+        if not self._waiting:
+            return
+        with suppress(OSError):
+            if not self._path.exists():
+                return
             lines = "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in self._waiting)
             # one appending write, since rank 0 may write a line in between
-            with suppress(OSError), self._path.open("a", encoding="utf-8") as file:
-                file.write(lines)
-                self._waiting = []
+            append_to(self._path, lines.encode(errors="replace"))
+            self._waiting = []
 
 
 def combined_exit_code(codes: Sequence[int]) -> int:
@@ -111,7 +114,7 @@ def newest_commit(run_dir: Path) -> int:
 
 def last_step(run_dir: Path) -> int:
     """The last step in metrics.jsonl, or 0."""
-    return int((last_record(RunFolder(run_dir).metrics) or {}).get("step", 0))
+    return files.last_step(RunFolder(run_dir).metrics)
 
 
 def describe_exit(rank: int, code: int, *, node: str, run_dir: Path, since: float) -> str:
@@ -125,7 +128,7 @@ def describe_exit(rank: int, code: int, *, node: str, run_dir: Path, since: floa
         return f"{where} made no progress; the stacks of all ranks are in {run_dir / 'logs'}"
     log = RunFolder(run_dir).rank_log(rank)
     with suppress(OSError):
-        lines = [line for line in tail(log) if line.strip()]
+        lines = [line for line in files.tail(log) if line.strip()]
         if lines and log.stat().st_mtime >= since:
             return f"{where} exited with {code}: {lines[-1].strip()[:500]}"
     return f"{where} exited with {code}"

@@ -24,12 +24,12 @@ CANDIDATES = 256
 
 
 def write_and_prove(
-    engine: Engine, tokenizer: Any, config: RunConfig, *, base: str, samples: SampleStore | None
+    engine: Engine, tokenizer: Any, config: RunConfig, *, base: str, step: int, samples: SampleStore | None
 ) -> tuple[dict[str, Any], list[str]]:
     """Write `final/`; returns what was checked, for the summary, and notes. All ranks call it.
 
-    `base` is the folder of the model that was trained. A few of `samples` are scored by both models; None: only
-    tensors are compared. Raises StorageError or TrainingError.
+    `base` is the folder of the model that was trained, for `step` steps. A few of `samples` are scored by both models;
+    None: only tensors are compared. Raises StorageError or TrainingError.
     """
     frozen = config.method.frozen_base
     width = 2 if config.model.dtype == "bf16" else 4
@@ -59,7 +59,7 @@ def write_and_prove(
             )
         )
 
-    advice = _advice(config) if engine.world.is_main else ""
+    advice = _advice(config, step) if engine.world.is_main else ""
     notes = write_final(engine, tokenizer, RunFolder(config.run_dir).final, prove=prove, advice=advice)
     return found, notes + (_notes(found, adapter=frozen) if engine.world.is_main else [])
 
@@ -127,14 +127,15 @@ def _collate(engine: Engine, rows: list[list[int]], store: SampleStore, pad_id: 
     return collate(rows, store, pad_id=pad_id, gpu_length=engine.config.data.max_length if on_gpu else None)
 
 
-def _advice(config: RunConfig) -> str:
-    """What is safe, and how to go on."""
+def _advice(config: RunConfig, step: int) -> str:
+    """What is safe, what is not, and how to go on."""
     steps = [commit.step for commit in commits(RunFolder(config.run_dir).checkpoints)]
     if not steps:
         return "No commit holds the trained weights either. Mend the cause and run the same command again."
     return (
         f"The commit of step {steps[-1]} is safe: mend the cause and run the same command again, which resumes there "
         "and writes final/."
+        + (f" The steps after it, up to {step}, could not be saved and are trained again." if steps[-1] < step else "")
     )
 
 

@@ -2,6 +2,7 @@
 
 - The objective's loss of a sample equals that of transformers' untouched model.
 - It does not depend on other samples in its row, on padding, or on later tokens.
+- The base model's weights are finite.
 - Gradients can reach every parameter that trains, and training changes nothing else that a commit would have to hold.
 
 Rank 0 measures and the others follow, so that all leave together. A result that lets a run train is cached by what it
@@ -42,6 +43,7 @@ from ft_dist.outside import parse_object
 from ft_dist.resources import is_out_of_memory
 from ft_dist.run.out_of_memory import explain_out_of_memory
 from ft_dist.run.proof.cache_key import cache_key
+from ft_dist.run.proof.finite import check_finite
 
 TOKENS = (43, 37)
 """Longer samples are cut to these lengths: primes, so that padding and windows do not end with a sample"""
@@ -94,6 +96,7 @@ def self_check(
 ) -> Checked:
     """All ranks call it once the engine is built. Raises ModelError on every rank, naming the part that is wrong."""
     _check_trained(engine, config)
+    check_finite(engine, config, folder=folder)
     measured, file = _agreed(
         engine,
         config,
