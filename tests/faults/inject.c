@@ -6,7 +6,7 @@
  *          open (any), create (an open that may write), read, write, fsync, rename, link, unlink (rmdir too), mkdir,
  *          truncate, stat, list (opendir), mmap, free (statvfs), clock (clock_gettime of CLOCK_REALTIME)
  * @rank    only in the process with RANK=rank; "@agent": only where RANK is not set
- * path     part of the path, or a pattern with * that matches all of it; of a rename or link: of either path
+ * path     part of the absolute path, or a pattern with * that matches all of it; of a rename or link: of either path
  * effect   NUMBER   the call fails with this errno; for free: so many bytes are free; for clock: so many seconds later
  *          KILL     the process gets SIGKILL before the call
  *          SHORT    a write writes half of its bytes
@@ -132,17 +132,23 @@ static const struct rule *hit(const char *call, const char *path, const char *ot
     return NULL;
 }
 
-static const char *path_of(int fd, char *buffer) {
-    char link[64];
-    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+static const char *target_of(const char *link, char *buffer) {
     long length = syscall(SYS_readlink, link, buffer, PATH_BYTES - 1);
     if (length < 0) return NULL;
     buffer[length] = 0;
     return buffer;
 }
 
+static const char *path_of(int fd, char *buffer) {
+    char link[64];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    return target_of(link, buffer);
+}
+
+/* The whole path, in `buffer` if it was relative. */
 static const char *path_at(int folder, const char *path, char *buffer) {
-    if (!path || *path == '/' || folder == AT_FDCWD || !path_of(folder, buffer)) return path;
+    if (!path || *path == '/') return path;
+    if (folder == AT_FDCWD ? !target_of("/proc/self/cwd", buffer) : !path_of(folder, buffer)) return path;
     if (!*path) return buffer;
     size_t length = strlen(buffer);
     snprintf(buffer + length, PATH_BYTES - length, "/%s", path);
@@ -268,10 +274,14 @@ ON_PATH(fstatat64, int, "stat", -1, at, (int at, const char *path, struct stat64
 ON_PATH(statx, int, "stat", -1, at, (int at, const char *path, int flags, unsigned mask, struct statx *to),
         (at, path, flags, mask, to), int, const char *, int, unsigned, struct statx *)
 
+static const struct rule *hit_two(const char *call, int at, const char *from, int other, const char *to) {
+    char one[PATH_BYTES], two[PATH_BYTES];
+    return about(call) ? hit(call, path_at(at, from, one), path_at(other, to, two)) : NULL;
+}
 #define ON_TWO(name, call) \
     int name(const char *from, const char *to) { \
         REAL(int, name, const char *, const char *); \
-        FAIL_IF(hit(call, from, to), -1); \
+        FAIL_IF(hit_two(call, AT_FDCWD, from, AT_FDCWD, to), -1); \
         return real(from, to); \
     }
 ON_TWO(rename, "rename")
@@ -279,8 +289,7 @@ ON_TWO(link, "link")
 #define ON_TWO_AT(name, call, more_type, more_name) \
     int name(int at, const char *from, int other, const char *to more_type) { \
         REAL(int, name, int, const char *, int, const char *, unsigned); \
-        char one[PATH_BYTES], two[PATH_BYTES]; \
-        FAIL_IF(hit(call, path_at(at, from, one), path_at(other, to, two)), -1); \
+        FAIL_IF(hit_two(call, at, from, other, to), -1); \
         return real(at, from, other, to, more_name); \
     }
 #define COMMA ,

@@ -38,6 +38,12 @@ def write_result(rows: Iterable[Mapping[str, Any]], *, seconds: float, folder: P
     (folder / PAGE.name).write_text(page(content), encoding="utf-8")
 
 
+def rewrite(folder: Path = RESULT.parent) -> None:
+    """The page from the result that is there."""
+    result = json.loads((folder / RESULT.name).read_text(encoding="utf-8"))
+    (folder / PAGE.name).write_text(page(result), encoding="utf-8")
+
+
 def page(result: Mapping[str, Any]) -> str:
     """The page that belongs to a result."""
     rows = result["rows"]

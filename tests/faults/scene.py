@@ -15,9 +15,10 @@ from typing import Any
 import xxhash
 
 from tests.chaos.storm import workers_of
-from tests.conftest import CLI, ROOT, read_lines
+from tests.conftest import CLI, read_lines
 from tests.faults.planted import commits
 from tests.faults.shim import Rule, Shim, with_plants
+from tests.launcher.processes import marked
 
 STEPS = 12
 INTERVAL = 2
@@ -25,8 +26,6 @@ HALF = 6
 """The newest commit of a run that was killed half-way"""
 LIFE_S = 300.0
 RECIPE = "smoke"
-MARK = "FAULTS_SCENE"
-"""Environment variable that every process of a scene has"""
 
 
 @dataclass
@@ -48,7 +47,10 @@ class Life:
 
 @dataclass
 class Scene:
-    """`folder` has the run's `run`, its `cache`, `data`, `mirror` and temporary files, nothing else has any."""
+    """`folder` has the run's `run`, its `cache`, `data`, `mirror` and temporary files, nothing else has any.
+
+    The command is started there, so that all scenes have the same config.
+    """
 
     folder: Path
     ranks: int = 1
@@ -57,6 +59,7 @@ class Scene:
     environment: dict[str, str] = field(default_factory=dict)
     lives: list[Life] = field(default_factory=list)
     mounts: list[Path] = field(default_factory=list)
+    program: list[str] = field(default_factory=lambda: [*CLI, "train"])
     prefix: list[str] = field(default_factory=list)
     """Before the command, such as `unshare -m`"""
 
@@ -87,16 +90,17 @@ class Scene:
     def command(self, *more: str) -> list[str]:
         settings = [
             "model.dtype=fp32",
-            f"data.train=[{self.data}]",
+            "data.train=[data/train.jsonl]",
             "data.eval=[]",
             "data.packing=false",
             "data.log_samples=true",
             "batch.global_rows=2",
             f"optim.max_steps={STEPS}",
             f"checkpoint.interval_steps={INTERVAL}",
-            f"output_dir={self.run}",
+            "output_dir=run",
         ]
-        return [*self.prefix, *CLI, "train", self.recipe, *settings, *self.settings, "--nproc", str(self.ranks), *more]
+        options = ["--nproc", str(self.ranks), "--max-restarts", "1"]
+        return [*self.prefix, *self.program, self.recipe, *settings, *self.settings, *options, *more]
 
     def start(
         self, *more: str, rules: Sequence[Rule] = (), plant: Mapping[str, object] | None = None, **popen: Any
@@ -110,12 +114,17 @@ class Scene:
             "TMPDIR": str(self.folder / "tmp"),
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
-            MARK: str(self.folder),
+            "FT_DIST_TEST_RUN": str(self.folder),
             **with_plants(self.folder, plant or {}),
             **shim.environment,
             **self.environment,
         }
-        options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+        options: dict[str, Any] = {
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+            "text": True,
+            "cwd": self.folder,
+        }
         life = Life(
             subprocess.Popen(self.command(*more), env=environment, start_new_session=True, **options | popen),
             shim,
@@ -161,13 +170,7 @@ class Scene:
 
     def processes(self) -> list[int]:
         """Every process of the scene that still runs."""
-        mark = f"{MARK}={self.folder}\0".encode()
-        found = []
-        for entry in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):
-                if mark in (entry / "environ").read_bytes() and entry.joinpath("stat").read_text().split()[2] != "Z":
-                    found.append(int(entry.name))
-        return found
+        return marked(str(self.folder))
 
     def kill_all(self) -> None:
         for pid in self.processes():

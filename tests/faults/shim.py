@@ -1,8 +1,10 @@
 """Builds `inject.c` once per process and gives a run the environment in which its rules apply."""
 
+import atexit
 import errno
 import json
 import os
+import shutil
 import struct
 import subprocess
 import tempfile
@@ -77,7 +79,9 @@ class Shim:
 @lru_cache(maxsize=1)
 def library() -> Path:
     """Compile the shim into a folder of its own."""
-    target = Path(tempfile.mkdtemp(prefix="faults-shim-")) / "inject.so"
+    folder = tempfile.mkdtemp(prefix="faults-shim-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    target = Path(folder) / "inject.so"
     compiler = os.environ.get("CC") or "cc"
     options = ["-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror"]
     subprocess.run([compiler, *options, "-o", str(target), str(SOURCE), "-ldl"], check=True)

@@ -32,7 +32,7 @@ KINDS = [
     of_commit("rename-estale", "the rename that publishes fails", Rule("rename", "*/step-????????", "ESTALE", 1)),
     of_commit("open-emfile", "no file descriptor left at state.json", Rule("create", "*/state.json*", "EMFILE", 1)),
     of_commit("mkdir-erofs", "no folder can be created for a save", Rule("mkdir", ".saving-", "EROFS", 1)),
-    of_commit("no-space-reported", "the disk says that 0 bytes are free", Rule("free", "/run", "0", 4)),
+    of_commit("no-space-reported", "the disk says that 0 bytes are free", Rule("free", "/run/", "0", 4)),
     of_commit(
         "one-rank-enospc",
         "one rank of two cannot write",

@@ -139,7 +139,6 @@ KINDS = [
         then=MEND,
         mend=restore,
         resumes=HALF,
-        never_ran=True,
     ),
     newest_damaged(
         "version",
@@ -150,7 +149,6 @@ KINDS = [
         then=MEND,
         mend=older_version,
         resumes=HALF,
-        never_ran=True,
     ),
     newest_damaged(
         "cut-publish", "a kill between the renames of a step saved again", cut_publish, words="", resumes=HALF

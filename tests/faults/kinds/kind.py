@@ -41,8 +41,6 @@ class Kind:
     """Files of the run folder that the fault may leave incomplete"""
     leaves: str = ""
     """A pattern of names that may stay in the run folder"""
-    never_ran: bool = False
-    """The faulty start trains no step"""
     restarts: bool = False
     """The agent restarts the ranks; otherwise the run must continue, or end, by itself"""
     root_only: bool = False

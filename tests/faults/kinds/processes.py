@@ -1,14 +1,21 @@
 """Signals, kills, hangs and errors of the processes of a run, and runs in each other's way."""
 
+import json
 import os
+import secrets
 import shutil
 import signal
+import socket
+import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 
 from tests.conftest import ROOT
 from tests.faults.kinds.kind import AGAIN, Kind, Story
 from tests.faults.scene import Life, Scene
+from tests.launcher.processes import listening, wait_for
+from tests.ports import free_port
 
 PAUSE = 8
 """The run pauses before this step; the newest commit is of step 6"""
@@ -87,6 +94,45 @@ def edited(change: Callable[[str], str]) -> Story:
     return story
 
 
+def two_nodes(lie: Callable[[int], None]) -> Story:
+    """Two agents train; half-way, `lie` talks to the port of their rendezvous as a node that does not belong there."""
+
+    def story(scene: Scene) -> Life:
+        port, scene.ranks = free_port(), 1
+        scene.program = [sys.executable, "-m", "ft_dist.launcher.agent"]
+        scene.environment["FT_DIST_SECRET"] = secrets.token_hex(16)
+        nodes = ("--nnodes", "2", "--rdzv", f"127.0.0.1:{port}")
+        head = scene.start(*nodes, plant={"pause": PAUSE})
+        wait_for(lambda: listening(port), [head.process])
+        follower = scene.start(*nodes, plant={"pause": PAUSE})
+        with scene.paused(head):
+            lie(port)
+        scene.end(head)
+        scene.end(follower)
+        assert follower.code == head.code, f"the other node ended with {follower.code}: {follower.said[-500:]}"
+        scene.lives.remove(follower)
+        return head
+
+    return story
+
+
+def lies(port: int) -> None:
+    hello = {"type": "hello", "protocol": 1, "node": "x", "agent": "x", "run_id": "", "code": "", "config": ""}
+    messages = [
+        b"[" * 200_000 + b"\n",
+        json.dumps({**hello, "nproc": 3_000_000}).encode() + b"\n",
+        json.dumps({**hello, "nproc": 0}).replace('"nproc": 0', '"nproc": 1e999').encode() + b"\n",
+        b'{"type": "hello"}\n{"type": "ended", "round": 1, "rank": 0, "code": 2}\n',
+        os.urandom(4096),
+    ]
+    with ExitStack() as connections:
+        for message in messages * 20:
+            connection = connections.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
+            with suppress(OSError):
+                connection.sendall(message)
+        time.sleep(1)
+
+
 def stopped(name: str, what: str, number: signal.Signals, choice: Choice, **more: object) -> Kind:
     """The run commits its step and asks to be started again."""
     options = {"codes": (75,), "words": r"after step 8; its state is committed", "then": AGAIN} | more
@@ -163,9 +209,9 @@ KINDS = [
         "CUDA error",
         "look at the GPU, then the same command again",
         plant={"raise": [PAUSE, 2]},
-        arguments=("--max-restarts", "1"),
         restarts=True,
     ),
+    Kind("lying-node", "a node that does not belong there sends lies", "training", story=two_nodes(lies), ranks=2),
     Kind("two-starts", "a second start on the same output_dir", "training", story=two_starts),
     Kind(
         "recipe-edited",

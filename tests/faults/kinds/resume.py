@@ -1,5 +1,7 @@
 """Faults while a killed run resumes: it resumes from its newest commit, or says why it cannot. It never starts anew."""
 
+from dataclasses import replace
+
 from tests.faults.kinds.kind import MEND, Kind
 from tests.faults.scene import HALF
 from tests.faults.shim import Rule
@@ -9,14 +11,13 @@ COMMIT = f"*/step-{HALF:08d}"
 
 def transient(name: str, what: str, rule: Rule, **more: object) -> Kind:
     """The call works when it is tried again, so the run must try again."""
+    rule = replace(rule, rank="0")
     return Kind(f"resume-{name}", what, "resume", rules=(rule,), half=True, resumes=HALF, **more)  # type: ignore[arg-type]
 
 
 def permanent(name: str, what: str, *rules: Rule, words: str) -> Kind:
     """The commit cannot be read now, and is perhaps intact: the run must refuse to start."""
-    return Kind(
-        f"resume-{name}", what, "resume", (2,), words, MEND, rules=rules, half=True, resumes=HALF, never_ran=True
-    )
+    return Kind(f"resume-{name}", what, "resume", (2,), words, MEND, rules=rules, half=True, resumes=HALF)
 
 
 KINDS = [
@@ -24,11 +25,11 @@ KINDS = [
     transient("manifest-estale", "a manifest cannot be opened twice", Rule("open", f"{COMMIT}/manifest*", "ESTALE", 2)),
     transient("state-eio", "two reads of state.json fail", Rule("read", f"{COMMIT}/state.json", "EIO", 2)),
     transient("load-mmap", "a rank's file cannot be mapped once", Rule("mmap", f"{COMMIT}/rank*", "EIO", 1)),
-    transient("list-estale", "the list of commits fails once", Rule("list", "*/checkpoints", "ESTALE", 1, rank="0")),
+    transient("list-estale", "the list of commits fails once", Rule("list", "*/checkpoints", "ESTALE", 1)),
     transient(
         "kill",
         "SIGKILL while the commit is read",
-        Rule("read", f"{COMMIT}/rank*", "KILL", 1, rank="0"),
+        Rule("read", f"{COMMIT}/rank*", "KILL", 1),
         words="killed by SIGKILL",
         restarts=True,
     ),
