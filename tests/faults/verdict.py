@@ -70,7 +70,7 @@ def judge(kind: Kind, prepared: Prepared, folder: Path, *, keep: bool = False) -
 
 def _play(kind: Kind, scene: Scene, reference: Scene, verdict: Verdict) -> None:
     found = verdict.problems
-    life = kind.play(scene)
+    last = life = kind.play(scene)
     verdict.codes = [one.code for one in scene.lives]
     _check_life(kind, scene, life, verdict)
     if life.code != 0:
@@ -78,7 +78,7 @@ def _play(kind: Kind, scene: Scene, reference: Scene, verdict: Verdict) -> None:
         life.shim.disarm()
         if kind.mend:
             kind.mend(scene)
-        again = scene.play()
+        last = again = scene.play()
         verdict.codes.append(again.code)
         if again.hung:
             found.append((HUNG, f"the next start did not end: {_end_of(again)}"))
@@ -87,7 +87,8 @@ def _play(kind: Kind, scene: Scene, reference: Scene, verdict: Verdict) -> None:
         if scene.newest < before:
             found.append((LOST, f"step {before} was committed, but then only step {scene.newest}"))
     found += _wrong_starts(kind, scene, verdict)
-    found += _differences(kind, scene, reference)
+    if last.code == 0:
+        found += _differences(kind, scene, reference)
     found += [(LEFT, f"{name} is left behind") for name in _leftovers(kind, scene)]
 
 
