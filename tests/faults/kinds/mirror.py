@@ -134,11 +134,17 @@ KINDS = [
         story=mirrored(Rule("write", "*/mirror/step-*", "ENOSPC", 1)),
     ),
     Kind(
-        "mirror-eio-always",
-        "no write to the mirror works",
+        "mirror-eio",
+        "three writes to the mirror fail (EIO)",
+        "mirror copy",
+        story=mirrored(Rule("write", "*/mirror/step-*", "EIO", 3)),
+    ),
+    Kind(
+        "mirror-edquot-always",
+        "the quota of the mirror is used up",
         "mirror copy",
         words=NOT_COPIED,
-        story=mirrored(Rule("write", "*/mirror/step-*", "EIO")),
+        story=mirrored(Rule("write", "*/mirror/step-*", "EDQUOT")),
     ),
     Kind(
         "mirror-mkdir-erofs",
