@@ -23,6 +23,8 @@ class Hub:
         self.folder, self.repo = folder, repo
         self.environment = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_OFFLINE": "0"}
         self.requests: list[str] = []
+        self.commit = COMMIT
+        """What `main` is"""
 
     def listing(self, folder: str, *, recursive: bool) -> list[dict[str, object]]:
         found = (self.folder / folder).rglob("*") if recursive else (self.folder / folder).iterdir()
@@ -31,7 +33,7 @@ class Hub:
     def entry(self, path: Path) -> dict[str, object]:
         kind = "directory" if path.is_dir() else "file"
         size = 0 if path.is_dir() else path.stat().st_size
-        return {"type": kind, "path": str(path.relative_to(self.folder)), "size": size, "oid": COMMIT}
+        return {"type": kind, "path": str(path.relative_to(self.folder)), "size": size, "oid": self.commit}
 
 
 @contextmanager
@@ -47,7 +49,7 @@ def hub(folder: Path, repo: str, *, kind: str = "datasets") -> Iterator[Hub]:
             served.requests.append(f"{self.command} {self.path} {self.headers.get('Range', '')}".strip())
             path = unquote(url.path)
             if re.fullmatch(rf"/api/{kind}/{repo}(/revision/\w+)?", path):
-                self.answer({"id": repo, "sha": COMMIT, "private": False, "tags": [], "siblings": []})
+                self.answer({"id": repo, "sha": served.commit, "private": False, "tags": [], "siblings": []})
             elif found := re.fullmatch(rf"/api/{kind}/{repo}/tree/\w+(?:/(.*))?", path):
                 below = found[1] or ""
                 if (folder / below).is_dir():
@@ -65,7 +67,7 @@ def hub(folder: Path, repo: str, *, kind: str = "datasets") -> Iterator[Hub]:
         def send_part(self, content: bytes) -> None:
             wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
             if not wanted:
-                self.send(200, content, {"ETag": hashlib.md5(content).hexdigest(), "X-Repo-Commit": COMMIT})
+                self.send(200, content, {"ETag": hashlib.md5(content).hexdigest(), "X-Repo-Commit": served.commit})
                 return
             start, end = int(wanted[1]), min(int(wanted[2] or len(content) - 1), len(content) - 1)
             self.send(206, content[start : end + 1], {"Content-Range": f"bytes {start}-{end}/{len(content)}"})

@@ -68,3 +68,26 @@ def test_a_cached_model_is_known_like_a_folder(cli, tmp_path):
     assert json.loads(state.read_text())["base"]["digest"]
     adapter = json.loads((run / "final/adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == "org/seeing"
+
+
+def test_a_run_stays_at_the_commit_that_it_began_with(cli, tmp_path):
+    """The hub's main moves on while the run is preempted; the weights there are others now."""
+    repository, run = tmp_path / "repository", tmp_path / "run"
+    repository.mkdir()
+    make_tiny("tiny-llama", repository)
+    settings = ["smoke", "model.path=org/tiny", f"output_dir={run}", *QUICK, "--nproc", "1"]
+    with hub(repository, "org/tiny", kind="models") as served:
+        own = {**served.environment, "HF_HOME": str(tmp_path / "home")}
+        first = cli("train", *settings, **own)
+        assert first.returncode == 0, first.stderr
+        assert json.loads((run / "run.json").read_text())["model_commit"] == COMMIT
+        served.commit = COMMIT[::-1]
+        weights = repository / "model.safetensors"
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+        again = cli("train", *settings, "optim.max_steps=2", **own)
+    assert again.returncode == 0, again.stderr
+    assert "resumed from step 1" in again.stdout
+    [_, newest] = sorted(run.glob("checkpoints/*/state.json"))
+    assert json.loads(newest.read_text())["base"]["commit"] == COMMIT

@@ -105,28 +105,60 @@ def split_key(key: str) -> tuple[str, str, int]:
     return kind, name, int(start)
 
 
-def commits(root: Path) -> list[Commit]:
+def commits(root: Path, *, wait_s: float | None = None) -> list[Commit]:
     """Complete checkpoints below `root`, oldest first. Their contents are not verified.
 
-    A commit that was moved aside for its replacement counts until the replacement is in place.
+    A commit that was moved aside for its replacement counts until the replacement is in place. Raises StorageError if
+    the file system does not answer for `wait_s` (default LOCAL_WAIT_S): that is not the same as no commits.
     """
     found: dict[int, Commit] = {}
+    names = _names(root, wait_s)
     for suffix in (REPLACED, ""):
-        for folder in root.glob(f"step-*{suffix}"):
-            step = step_of(folder.name.removesuffix(suffix))
-            if step is not None and (folder / MANIFEST).is_file():
-                found[step] = Commit(folder, step)
+        for name in names:
+            step = step_of(name.removesuffix(suffix)) if name.endswith(suffix) else None
+            if step is not None and _exists(root / name / MANIFEST, wait_s):
+                found[step] = Commit(root / name, step)
     return [found[step] for step in sorted(found)]
 
 
 def remains(root: Path) -> list[Path]:
-    """Folders below `root` that hold or held a commit, damaged ones and those without a manifest included."""
+    """Folders below `root` that hold or held a commit, damaged ones and those without a manifest included.
+
+    Raises StorageError as `commits` does.
+    """
     found = []
-    for folder in root.glob("step-*"):
-        number, _, suffix = folder.name.partition(".")
+    for name in _names(root, None):
+        number, _, suffix = name.partition(".")
         if step_of(number) is not None and (not suffix or suffix == REPLACED[1:] or suffix.startswith("damaged")):
-            found.append(folder)
+            found.append(root / name)
     return sorted(found)
+
+
+def _names(root: Path, wait_s: float | None) -> list[str]:
+    """Of everything in a folder; Path.glob would hide errors."""
+    try:
+        return patiently(lambda: os.listdir(root), wait_s=wait_s)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise _unanswered(root, error, root) from None
+
+
+def _exists(path: Path, wait_s: float | None) -> bool:
+    try:
+        patiently(path.stat, wait_s=wait_s)
+        return True
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise _unanswered(path, error, path.parent) from None
+
+
+def _unanswered(path: Path, error: OSError, aside: Path) -> StorageError:
+    return StorageError(
+        f"{path}: cannot be read ({error.strerror}). Nothing was changed: run the same command again once the file "
+        f"system answers, or move {aside} away to resume from what is left."
+    )
 
 
 def named_commit(folder: Path) -> Commit:
@@ -285,10 +317,7 @@ def _reading(path: Path, read: Callable[[Path], Result]) -> Result:
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise CheckpointError(f"{path}: missing.") from None
     except OSError as error:
-        raise StorageError(
-            f"{path}: cannot be read ({error.strerror}). Nothing was changed: run the same command again once the file "
-            f"system answers, or move {path.parent} away to resume from an earlier commit."
-        ) from None
+        raise _unanswered(path, error, path.parent) from None
 
 
 def _own_checksum(manifest: dict[str, Any]) -> str:

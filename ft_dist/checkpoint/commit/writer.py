@@ -27,7 +27,7 @@ from ft_dist.checkpoint.commit.retention import Retention
 from ft_dist.checkpoint.commit.save_event import SaveEvent
 from ft_dist.checkpoint.commit.snapshot import HostBuffer, Snapshot, TensorSource
 from ft_dist.distributed import World, control_store
-from ft_dist.errors import CheckpointError
+from ft_dist.errors import CheckpointError, StorageError
 
 STAGING = ".saving-"
 _GRACE_S = 30.0
@@ -114,14 +114,17 @@ class CheckpointWriter:
         self._wait_for_previous()
 
     def is_committed(self, step: int) -> bool:
-        return (layout.step_folder(self.root, step) / layout.MANIFEST).is_file()
+        with contextlib.suppress(OSError):
+            return (layout.step_folder(self.root, step) / layout.MANIFEST).is_file()
+        return False
 
     def close(self) -> None:
         """Like `wait`, and also for the mirror; waits a bounded time for other ranks, which may be gone."""
         self._closing_at = time.monotonic()
         self.wait()
         if self._world.is_main:
-            self._probe().unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._probe().unlink(missing_ok=True)
         if self._mirror:
             self._mirror.close()
 
@@ -154,7 +157,8 @@ class CheckpointWriter:
         self._add_event(SaveEvent("saved", request.step, {"seconds": round(seconds, 3), "bytes": size}))
         if self._mirror:
             self._mirror.offer(layout.Commit(folder, request.step), losses=request.losses)
-        self._tidy(request, size)
+        with contextlib.suppress(OSError, StorageError):  # what stays is deleted after the next save
+            self._tidy(request, size)
 
     def _save(self, tensors: Mapping[str, TensorSource], staging: Path) -> dict[str, Any]:
         """Copy, then write; returns the post: the fingerprint of this rank's file, or the error."""
@@ -246,14 +250,15 @@ class CheckpointWriter:
         """
         key = "checkpoint/attempt"
         if self._world.is_main:
-            self.root.mkdir(parents=True, exist_ok=True)
-            for leftover in self.root.glob(f"step-*{STAGING}*"):
-                shutil.rmtree(leftover, ignore_errors=True)
-            layout.finish_removals(self.root)
-            for probe in self.root.glob(".attempt-*"):
-                probe.unlink(missing_ok=True)
             self._attempt = secrets.token_hex(4)
-            self._probe().touch()
+            try:
+                self._clean_up()
+                self._probe().touch()
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.root}: cannot be written ({error.strerror}). Nothing was changed: mend that and run the "
+                    "same command again."
+                ) from None
             self._store.set(key, self._attempt)
             return
         self._store.wait([key], timedelta(seconds=self._timeout_s))
@@ -264,12 +269,23 @@ class CheckpointWriter:
                 "several nodes needs its output_dir on a file system that all of them share."
             )
 
+    def _clean_up(self) -> None:
+        """Raises OSError."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        for leftover in self.root.glob(f"step-*{STAGING}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        layout.finish_removals(self.root)
+        for probe in self.root.glob(".attempt-*"):
+            probe.unlink(missing_ok=True)
+
     def _probe(self) -> Path:
         return self.root / f".attempt-{self._attempt}"
 
     def _newest(self) -> str:
-        found = layout.commits(self.root)
-        return str(found[-1].folder) if found else "the beginning"
+        with contextlib.suppress(StorageError):
+            found = layout.commits(self.root, wait_s=1.0)
+            return str(found[-1].folder) if found else "the beginning"
+        return "the newest commit"
 
     def _key(self, number: int, rank: int) -> str:
         return f"checkpoint/{number}/{rank}"

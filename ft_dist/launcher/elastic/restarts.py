@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ft_dist.checkpoint.commit.format import commits
-from ft_dist.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_HUNG, EXIT_PREEMPTED, EXIT_USER
+from ft_dist.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_HUNG, EXIT_PREEMPTED, EXIT_USER, StorageError
 from ft_dist.observe import files
 from ft_dist.observe.patient import append_to
 from ft_dist.run_folder import RunFolder
@@ -108,8 +108,10 @@ def combined_exit_code(codes: Sequence[int]) -> int:
 
 
 def newest_commit(run_dir: Path) -> int:
-    """Step of the newest commit, or 0."""
-    return max((commit.step for commit in commits(RunFolder(run_dir).checkpoints)), default=0)
+    """Step of the newest commit, or 0; also 0 if the file system does not answer, since the agent must not wait."""
+    with suppress(StorageError):
+        return max((commit.step for commit in commits(RunFolder(run_dir).checkpoints, wait_s=1.0)), default=0)
+    return 0
 
 
 def last_step(run_dir: Path) -> int:
