@@ -206,7 +206,7 @@ def _check_reachable() -> None:
     of the run."""
     import wandb
 
-    url = wandb.Settings().base_url
+    url = wandb.setup().settings.base_url  # with what the environment says
     try:
         with urllib.request.urlopen(url, timeout=ANSWER_S):  # noqa: S310 - wandb's own address
             pass

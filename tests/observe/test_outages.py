@@ -131,7 +131,7 @@ def test_wandb_without_a_server_or_a_key_is_kept_for_a_later_upload(cli, tmp_pat
     assert losses(folder) == undisturbed
     run_id = (folder / "wandb_run_id").read_text()
     assert "note: wandb cannot be used (" in done.stdout
-    assert ("does not answer" in done.stdout) == (missing == "server")
+    assert (f"127.0.0.1:{port} does not answer" in done.stdout) == (missing == "server")
     assert f"wandb sync {folder / 'wandb'}/offline-run-*-{run_id}" in done.stdout
     (kept,) = (folder / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb")
     assert kept.stat().st_size > 1000
