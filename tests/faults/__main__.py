@@ -1,16 +1,21 @@
 """Run the matrix of faults, two kinds at a time; a run of all kinds rewrites docs/explanation/faults.json and .md."""
 
 import argparse
+import os
+import shutil
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.faults.kinds import KINDS
+from tests.faults.kinds.kind import Kind
 from tests.faults.page import rewrite, write_result
 from tests.faults.prepared import Prepared
-from tests.faults.verdict import Verdict, judge
+from tests.faults.verdict import OPEN, Verdict, judge
 
 AT_ONCE = 2
 
@@ -34,13 +39,9 @@ def main() -> int:
         print("\n".join(f"{kind.name:28} {kind.what}" for kind in chosen))
         return 0
     started = time.monotonic()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="faults-") as place:
-        folder = options.keep or Path(place)
-        prepared = Prepared(folder / "prepared")
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            verdicts = list(
-                pool.map(lambda kind: show(judge(kind, prepared, folder / kind.name, keep=bool(options.keep))), chosen)
-            )
+        verdicts = run_all(chosen, options.keep or Path(place), keep=bool(options.keep))
     seconds = time.monotonic() - started
     if options.result:
         write_result((verdict.as_dict() for verdict in verdicts), seconds=seconds, folder=options.result)
@@ -49,6 +50,20 @@ def main() -> int:
     held = sum(verdict.holds for verdict in verdicts)
     print(f"{held} of {len(verdicts)} kinds hold, in {seconds:.0f} s")
     return int(held < len(verdicts))
+
+
+def run_all(kinds: Sequence[Kind], folder: Path, *, keep: bool) -> list[Verdict]:
+    """An interrupt ends the runs and unmounts their disks."""
+    prepared = Prepared(folder / "prepared")
+    pool = ThreadPoolExecutor(AT_ONCE)
+    try:
+        return list(pool.map(lambda kind: show(judge(kind, prepared, folder / kind.name, keep=keep)), kinds))
+    except KeyboardInterrupt:
+        for scene in list(OPEN):
+            scene.close()
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
+        os._exit(128 + signal.SIGINT)
 
 
 def show(verdict: Verdict) -> Verdict:

@@ -15,6 +15,8 @@ from tests.faults.prepared import Prepared
 from tests.faults.scene import STEPS, Life, Scene, damaged_files
 
 LEFTOVERS = re.compile(r"^\.|\.partial|\.saving-|\.replaced|\.fetching|\.tmp|~$")
+OPEN: list[Scene] = []
+"""Scenes that are being played, so that an interrupt can close them"""
 ENDING_S = 10.0
 """After its command has ended, the processes of a run are gone within this time"""
 
@@ -52,6 +54,7 @@ def judge(kind: Kind, prepared: Prepared, folder: Path, *, keep: bool = False) -
     reference = prepared.whole(kind.ranks)
     scene = prepared.scene(folder, ranks=kind.ranks, half=kind.half)
     scene.settings += kind.settings
+    OPEN.append(scene)
     try:
         _play(kind, scene, reference, verdict)
     except Exception as error:  # the story could not be played, which is a finding too
@@ -59,6 +62,7 @@ def judge(kind: Kind, prepared: Prepared, folder: Path, *, keep: bool = False) -
         verdict.problems.append((BROKEN, f"{type(error).__name__} at {where.name}:{where.lineno}: {error}"[:1500]))
     finally:
         scene.close()
+        OPEN.remove(scene)
     verdict.problems = [(kind_of, text.replace(str(folder), "")) for kind_of, text in verdict.problems]
     verdict.said = verdict.said.replace(str(folder) + "/", "")
     verdict.problems.sort(key=lambda problem: SEVERITY.index(problem[0]))

@@ -75,7 +75,7 @@ KINDS = [
         "final",
         words="killed by SIGKILL",
         restarts=True,
-        rules=(Rule("create", "*final*adapter_model.safetensors", "KILL", 1),),
+        rules=(Rule("create", "*/run/.final-partial-*", "KILL", 1, skip=1),),
     ),
     Kind(
         "kill-in-summary",
@@ -92,7 +92,7 @@ KINDS = [
         codes=(2,),
         words="final.*cannot be written.*commit of step 12 is safe",
         then="make room, then the same command again",
-        rules=(Rule("write", "*final*adapter_model.safetensors", "ENOSPC"),),
+        rules=(Rule("write", "*/run/.final-partial-*", "ENOSPC"),),
     ),
     Kind(
         "final-rename-eio",
@@ -110,7 +110,7 @@ KINDS = [
         codes=(2,),
         words="final.*cannot be written.*commit of step 12 is safe",
         then="mend the cause, then the same command again",
-        rules=(Rule("fsync", "*final*", "EIO"),),
+        rules=(Rule("fsync", "*/run/.final-partial-*", "EIO"),),
     ),
     Kind(
         "summary-write-enospc",
