@@ -13,9 +13,9 @@ from ft_dist.checkpoint.state import RunState
 from ft_dist.config import RunConfig
 from ft_dist.data.stream.batch import BatchStream, Prefetched, Prefetcher
 from ft_dist.data.stream.stream import DataStream
-from ft_dist.distributed import World, announce_stop, leave_world, stop_announced
+from ft_dist.distributed import World, announce_stop, announced_fault, leave_world, stop_announced
 from ft_dist.engine.step import Engine, StepResult
-from ft_dist.errors import Preempted, TrainingError
+from ft_dist.errors import DataError, Preempted, TrainingError, UserError
 from ft_dist.evaluate.comparison import comparison
 from ft_dist.evaluate.held_out import EvaluationStopped, HeldOut
 from ft_dist.observe.recorder import Recorder
@@ -279,6 +279,16 @@ class Run:
         safe = "its state is committed" if self.checkpoints.is_committed(self.step) else "its state could not be saved"
         self.recorder.console.say(f"stopped by {reason} after step {self.step}; {safe}")
         raise Preempted
+
+    def leave_abandoned(self, error: UserError | None) -> NoReturn:
+        """End the run after a step without an update: because a rank's data cannot be read, or to stop in time.
+
+        All ranks call it after the same step. Data that cannot be read end the run on all ranks, without a commit.
+        """
+        told = announced_fault(self.world)
+        if error or told:
+            raise error or DataError(str(told))
+        self.leave_preempted()
 
     def evaluate(self, when: str) -> dict[str, Any] | None:
         """Scores on data.eval of the weights that the engine holds, or None without held-out data.

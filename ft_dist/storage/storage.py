@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from ft_dist.errors import MissingFileError, StorageError
+from ft_dist.outside import check_name
 from ft_dist.storage.files import PART_BYTES, Files, Folder, Objects
 from ft_dist.storage.retry import delay_s, is_transient
 
@@ -49,7 +50,8 @@ def open_storage(
 ) -> "Storage":
     """Open the folder at a local path or URL. No request is sent yet.
 
-    One request is retried for up to `wait_s` seconds; `limit` is the config key that sets this, for error messages.
+    One request is retried for up to `wait_s` seconds; `limit` is the config key that sets this, for error messages, ""
+    if none does.
     `log` receives a line when retries begin, at most every 10 s while they last, and when they end. Raises ConfigError
     for an unknown protocol or a driver that is not installed.
     """
@@ -69,7 +71,8 @@ class Digest(Protocol):
 class Storage:
     """Named files below one folder. Names are relative and use `/`. Thread-safe.
 
-    Every method raises StorageError (MissingFileError for a missing file) with the URL, the failure and the fix.
+    Every method raises StorageError (MissingFileError for a missing file) with the URL, the failure and the fix. A name
+    that could leave the folder, such as `/x` or `a/../../x`, is refused: it may come from a file of somebody else.
     """
 
     def __init__(self, files: "Files", url: str, *, wait_s: float, limit: str, log: Log | None) -> None:
@@ -171,6 +174,8 @@ class Storage:
         self._closed.set()
 
     def _retried(self, what: str, name: str, call: Callable[[], Result]) -> Result:
+        if name or what != "list":
+            check_name(name, where=self.url, error=StorageError)
         started, attempts, logged = time.monotonic(), 0, False
         while True:
             attempts += 1
@@ -190,9 +195,10 @@ class Storage:
         waited = time.monotonic() - started
         url = self.url_of(name)
         if waited >= self.wait_s:
+            longer = f", or raise {self._limit} ({self.wait_s:g})" if self._limit else ""
             raise StorageError(
                 f"{url}: cannot {what}: {attempts} attempts failed within {waited:.0f} s ({_short(error)}). "
-                f"Check the endpoint and the network, or raise {self._limit} ({self.wait_s:g})."
+                f"Check the endpoint and the network{longer}."
             ) from None
         with self._lock:
             now = time.monotonic()

@@ -20,7 +20,7 @@ from typing import Any
 
 from ft_dist.config.schema import DataFormat, SourceConfig
 from ft_dist.data.read.sources import read_records
-from ft_dist.data.read.text_files import Record
+from ft_dist.data.read.text_files import Record, check_depth
 from ft_dist.errors import DataError
 
 
@@ -249,10 +249,11 @@ def _tools(value: Any, where: str) -> list[dict[str, Any]] | None:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise DataError(f"{where}: tools is text that is not JSON. Use a list of tool descriptions.") from None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise DataError(f"{where}: tools is {_kind(value)}, but should be a list of objects.")
+    check_depth(value, where)
     return value
 
 

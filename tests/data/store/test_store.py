@@ -84,7 +84,7 @@ def test_gather_returns_the_requested_samples_in_order(sets, ids):
 
 def test_few_shards_are_open_at_a_time(tmp_path):
     store = write_set(tmp_path / "many", random_samples(600, 0), shard_tokens=1)
-    assert len(store.index["shards"]) == 600
+    assert len(store.index.shards) == 600
     store.gather(np.arange(600))
     mapped = Path("/proc/self/maps").read_text().count("many/tokens-")
     assert 0 < mapped <= OPEN_SHARDS
