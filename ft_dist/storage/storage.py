@@ -17,12 +17,14 @@ from typing import Protocol, TypeVar
 
 from ft_dist.errors import MissingFileError, StorageError
 from ft_dist.outside import check_name
-from ft_dist.storage.files import PART_BYTES, Files, Folder, Objects
+from ft_dist.storage.files import CALL_TIMEOUT_S, PART_BYTES, Files, Folder, Objects
 from ft_dist.storage.retry import delay_s, is_transient
 
 READ_BACK_BYTES = 16 * 2**20
 """Uploads up to this size are read back and compared; for larger ones only the size is compared"""
 LOG_INTERVAL_S = 10.0
+SHORTEST_TIMEOUT_S = 5.0
+"""One call gets this long even if the caller waits for less"""
 
 Log = Callable[[str], None]
 Result = TypeVar("Result")
@@ -58,7 +60,8 @@ def open_storage(
     url = str(place)
     if url.startswith("file://"):
         url = url.removeprefix("file://")
-    files = Objects(url) if is_url(url) else Folder(Path(url).expanduser())
+    timeout_s = max(SHORTEST_TIMEOUT_S, min(CALL_TIMEOUT_S, wait_s))
+    files = Objects(url, timeout_s=timeout_s) if is_url(url) else Folder(Path(url).expanduser())
     return Storage(files, str(place).rstrip("/"), wait_s=wait_s, limit=limit, log=log)
 
 

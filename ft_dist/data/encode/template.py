@@ -35,6 +35,7 @@ from ft_dist.data.encode.label_spans import (
 from ft_dist.data.encode.pretokens import PretokenCache
 from ft_dist.data.encode.token_bytes import Ids, TokenBytes, token_range
 from ft_dist.data.read.formats import Sample
+from ft_dist.data.read.text_files import is_text
 from ft_dist.errors import DataError, ModelError
 from ft_dist.outside import RENDER_SECONDS, RENDERS, TooLongError
 
@@ -144,12 +145,15 @@ class Encoder:
             )
 
         try:
-            return RENDERS.run(apply)
+            text = RENDERS.run(apply)
         except TooLongError:
             raise TemplateError(f"it did not end within {RENDER_SECONDS:g} s") from None
         except Exception as error:  # a template can raise anything, in any number of lines
             text = " ".join(f"{'' if isinstance(error, TemplateError) else type(error).__name__} {error}".split())
             raise TemplateError(text if len(text) <= 200 else f"{text[:197]}...") from None
+        if not is_text(text):
+            raise TemplateError("half of a surrogate pair is no text")
+        return text
 
     def _pinned(self, template: str) -> str:
         """The template with DATE in place of today's date."""

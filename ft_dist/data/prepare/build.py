@@ -197,9 +197,11 @@ def rules_of(tokenizer: Any, data: DataConfig) -> dict[str, Any]:
     }
 
 
-def taken_as_it_is(source: SourceConfig, made_with: dict[str, Any], *, wait_s: float) -> PreparedSet:
+def taken_as_it_is(
+    source: SourceConfig, made_with: dict[str, Any], *, wait_s: float, limit: str = "data.remote_wait_s"
+) -> PreparedSet:
     """A source that is a prepared set. Raises DataError unless it was made with the same rules."""
-    storage = open_storage(source.path, wait_s=wait_s, log=_note)
+    storage = open_storage(source.path, wait_s=wait_s, limit=limit, log=_note)
     index = read_index(storage) if storage.local is None else LocalFolder(storage).index
     report, theirs = read_report(storage, index), index.made_with
     names = {"chat_template": "chat template", "encoding": "version of ft-dist"}

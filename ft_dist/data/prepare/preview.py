@@ -93,7 +93,7 @@ def _preview(kind: str, source: SourceConfig, config: RunConfig, tokenizer: Any)
     if is_prepared_set(source.path):
         if kind == "eval" and config.evaluate.generate:
             next(read_raw_records(source))  # raises: answers need text
-        report = taken_as_it_is(source, rules_of(tokenizer, data), wait_s=REMOTE_SECONDS).report
+        report = taken_as_it_is(source, rules_of(tokenizer, data), wait_s=REMOTE_SECONDS, limit="").report
         shown = report["shown"][0] if report["shown"] else []
         return Preview(kind, source.path, SourceCounts(**report["counts"]), True, _shortened(shown))
     raws = list(islice(read_raw_records(source), RECORDS + 1))

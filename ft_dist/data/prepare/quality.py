@@ -23,6 +23,7 @@ from ft_dist.errors import DataError
 from ft_dist.storage import open_storage
 
 MOST_KEYS = 2**23
+MOST_RECORDS = np.uint64(2**48)
 NEAR_SAMPLES = 2**17
 NEAR_SHARE = 0.9
 """Share of equal buckets at which two texts are reported as near duplicates"""
@@ -103,13 +104,17 @@ def _sketches(place: str) -> Iterator[_Sketches]:
             path = storage.local / SKETCHES
             for start in range(0, entry.bytes, READ_BYTES):
                 digest.update(storage.read_range(SKETCHES, start, min(start + READ_BYTES, entry.bytes)))
-        if digest.hexdigest() != entry.checksum:
-            raise DataError(f"{where}: damaged (its checksum is {digest.hexdigest()}). Prepare the set again.")
+        if path.stat().st_size != entry.bytes or digest.hexdigest() != entry.checksum:
+            raise DataError(f"{where}: damaged (its checksum is not the one in the index). Prepare the set again.")
         arrays = map_arrays(path, ("keys", "signatures"))
         keys, signatures = arrays["keys"], arrays["signatures"]
-        if (keys.dtype, signatures.dtype) != (np.uint64, np.uint32) or len(keys) % KEYS or len(signatures) % BUCKETS:
+        shaped = not (len(keys) % KEYS or len(signatures) % BUCKETS) and len(signatures) // BUCKETS <= len(keys) // KEYS
+        if (keys.dtype, signatures.dtype) != (np.uint64, np.uint32) or not shaped:
             raise DataError(f"{where}: damaged (its arrays have other shapes). Prepare the set again.")
-        yield _Sketches(keys.reshape(-1, KEYS), signatures.reshape(-1, BUCKETS))
+        found = _Sketches(keys.reshape(-1, KEYS), signatures.reshape(-1, BUCKETS))
+        if (found.keys[:, RECORD] >= MOST_RECORDS).any():
+            raise DataError(f"{where}: damaged (a record's number is too large). Prepare the set again.")
+        yield found
 
 
 Leak = tuple[int, int, int, int]

@@ -21,7 +21,7 @@ from ft_dist.storage import open_storage
 MAX_RECORDS = 200_000
 MAX_SECONDS = 5.0
 MAX_FAULTS = 8
-REMOTE_SECONDS = 30.0
+REMOTE_SECONDS = 15.0
 """How long a store may take to answer before training; during training data.remote_wait_s applies"""
 
 

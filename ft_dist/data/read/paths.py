@@ -17,7 +17,7 @@ INDEX = "index.json"
 LENGTHS = "lengths.safetensors"
 UNKNOWN = "unknown"
 """Revision of a hub dataset if the hub does not answer"""
-MOST_ENTRIES = 1_000_000
+MOST_ENTRIES = 200_000
 """Files and folders below one source; a folder with more is hardly one that was meant"""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -39,6 +39,8 @@ def local_path(path: str) -> Path:
 
     Raises DataError for a path that no file system can hold or that may not be looked at, and for the root folder.
     """
+    if not path.strip() or not path.isprintable():
+        raise DataError(f"{path!r}: not a path. Name a file, a folder, a pattern or a dataset.")
     try:
         found = Path(path).expanduser()
         os.stat(found)

@@ -95,7 +95,7 @@ def local_files(source: SourceConfig) -> list[Path] | None:
 
 def _folder_files(folder: Path, split: str) -> list[Path]:
     """Every data file below a folder; if names mark splits, only those of `split`, so that none leaks."""
-    entries = list(islice(folder.rglob("*"), MOST_ENTRIES))
+    entries = list(islice(_files_below(folder), MOST_ENTRIES))
     if len(entries) == MOST_ENTRIES:
         raise DataError(f"{folder}: {MOST_ENTRIES:,} or more files. Name the folder of the data, or a pattern.")
     found = [file for file in sorted(entries) if suffix_of(file) in SUFFIXES and not _hidden(file, folder)]
@@ -114,6 +114,12 @@ def _folder_files(folder: Path, split: str) -> list[Path]:
         names = ", ".join(sorted({name for name in splits.values() if name}))
         raise DataError(f"{folder}: no file of split {split!r}; file names indicate {names}. Set split to one of them.")
     return chosen
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Skips folders that cannot be read, or vanish."""
+    for place, _, names in os.walk(folder):
+        yield from (Path(place) / name for name in names)
 
 
 def _hidden(file: Path, folder: Path) -> bool:

@@ -11,7 +11,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -96,10 +96,10 @@ def read_csv(file: Path, delimiter: str) -> Iterator[Record]:
         if header is None:
             header = [name.strip() for name in row]
             if len(set(header)) < len(header):
-                raise DataError(f"{where}: two columns have the same name ({', '.join(header)}). Rename one.")
+                raise DataError(f"{where}: two columns have the same name ({names_of(header)}). Rename one.")
             continue
         if len(row) != len(header):
-            raise DataError(f"{where}: {len(row)} values, but the header has {len(header)} ({', '.join(header)}).")
+            raise DataError(f"{where}: {len(row)} values, but the header has {len(header)} ({names_of(header)}).")
         yield Record(dict(zip(header, row, strict=True)), where)
 
 
@@ -278,6 +278,20 @@ def check_depth(value: Any, where: str) -> None:
 
 def _not_json(where: str, reason: str, column: int) -> DataError:
     return DataError(f"{where}: not valid JSON ({reason} at column {column}). Fix or remove it.")
+
+
+def is_text(text: str) -> bool:
+    """False for half of a surrogate pair, which JSON can write and no tokenizer can read."""
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def names_of(fields: Iterable[Any]) -> str:
+    """Names of columns for a message of one line, cut to fit in it."""
+    text = ", ".join("".join(ch if ch.isprintable() else "?" for ch in str(name)[:40]) for name in fields) or "none"
+    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def json_object(value: Any, where: str) -> dict[str, Any]:

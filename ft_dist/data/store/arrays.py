@@ -23,8 +23,8 @@ class _Entry(Document):
     shape: list[int] = Field(default_factory=list)
 
 
-def map_arrays(path: Path, names: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
-    """Flat arrays by name. The file: an 8-byte length, a JSON header, then the data.
+def map_arrays(path: Path, names: Sequence[str], *, optional: Sequence[str] = ()) -> dict[str, npt.NDArray[Any]]:
+    """Flat arrays by name, with those of `optional` that exist. A file is an 8-byte length, a JSON header, and data.
 
     Raises OSError if the file cannot be read, DataError if it is not such a file: every length and offset is compared
     with the size of the file before anything is allocated or mapped.
@@ -35,7 +35,8 @@ def map_arrays(path: Path, names: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
         if not 2 <= header_bytes <= min(size - 8, MOST_HEADER_BYTES):
             raise DataError(f"{path}: damaged (its header says that it has {header_bytes} bytes, the file has {size}).")
         header = parse_object(file.read(header_bytes), where=path, error=DataError)
-    entries = {name: _entry(header, name, path=path) for name in names}
+    wanted = [*names, *(name for name in optional if name in header)]
+    entries = {name: _entry(header, name, path=path) for name in wanted}
     whole = np.asarray(np.memmap(path, np.uint8, mode="r"))  # the subclass is slow to index
     arrays = {}
     for name, entry in entries.items():

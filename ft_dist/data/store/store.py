@@ -197,15 +197,19 @@ class TokenStore:
             raise self._damaged(entry.file, "it does not hold as many samples as the index says")
         if not (labelled < lengths).all():  # so no length is 0
             raise self._damaged(entry.file, "a sample has more targets than tokens")
+        sums = np.add.reduceat(lengths, self._starts[:-1], dtype=np.int64)
+        if not np.array_equal(sums, [shard.tokens for shard in self._shards]):  # before any is used as a size
+            raise self._damaged(entry.file, "its samples do not fill the shards")
         return lengths, labelled
 
     def _map(self, number: int) -> dict[str, npt.NDArray[Any]]:
         """The arrays of a shard; whoever indexes them stays inside. Raises DataError, StorageError."""
         entry = self._shards[number]
         kinds: dict[str, tuple[str, ...]] = {"tokens": ("u2", "u4"), "mask": ("u1",), "offsets": ("i8",)}
-        if entry.grouped:
-            kinds |= {"sequence_lengths": ("u4",), "sequence_offsets": ("i8",)}
-        arrays = self._arrays(entry.file, kinds)
+        groups: dict[str, tuple[str, ...]] = {"sequence_lengths": ("u4",), "sequence_offsets": ("i8",)}
+        arrays = self._arrays(entry.file, kinds, optional=groups)
+        if any((name in arrays) != entry.grouped for name in groups):
+            raise self._damaged(entry.file, "the index says otherwise whether its samples are groups")
         lengths = self.lengths[self._starts[number] : self._starts[number + 1]]
         tokens = len(arrays["tokens"])
         fits = tokens == entry.tokens and 8 * len(arrays["mask"]) >= tokens
@@ -219,15 +223,18 @@ class TokenStore:
                 raise self._damaged(entry.file, "its sequences do not fill its samples")
         return arrays
 
-    def _arrays(self, file: str, kinds: dict[str, tuple[str, ...]]) -> dict[str, npt.NDArray[Any]]:
+    def _arrays(
+        self, file: str, kinds: dict[str, tuple[str, ...]], *, optional: dict[str, tuple[str, ...]] | None = None
+    ) -> dict[str, npt.NDArray[Any]]:
         """Arrays of these types, by name."""
+        optional = optional or {}
         try:
-            arrays = map_arrays(self._files.path(file), list(kinds))
+            arrays = map_arrays(self._files.path(file), list(kinds), optional=list(optional))
         except OSError as error:
             raise self._damaged(file, str(error)) from None
-        for name, allowed in kinds.items():
-            if arrays[name].dtype.str[1:] not in allowed:
-                raise self._damaged(file, f"its array {name} is of type {arrays[name].dtype}")
+        for name, array in arrays.items():
+            if array.dtype.str[1:] not in (kinds | optional)[name]:
+                raise self._damaged(file, f"its array {name} is of type {array.dtype}")
         return arrays
 
     def _damaged(self, file: str, how: str) -> DataError:

@@ -209,9 +209,9 @@ class Prefetcher:
     """Iterates over `Prefetched`, at most `depth` batches ahead; `close` (or the end of `with`) stops the thread.
 
     It owns the stream while open. An error in a rank's own part of a batch is delivered as `Prefetched.error`; any
-    other error on the thread is raised when the consumer asks for the next batch. While the consumer waits, `give_up` is
-    polled: if true, it gets dummies, because other ranks may be in a collective that ends only when this rank takes a
-    step. On a GPU (`gpu_length` is set) batches are pinned.
+    other error on the thread is raised when the consumer asks for the next batch. While the consumer waits, `give_up`
+    is polled: if true, it gets dummies, because other ranks may be in a collective that ends only when this rank takes
+    a step. On a GPU (`gpu_length` is set) batches are pinned.
     """
 
     def __init__(
