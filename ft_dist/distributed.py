@@ -238,6 +238,26 @@ def stop_announced() -> bool:
     return bool(control_store().check([STOP_KEY]))
 
 
+FAULT_KEY = "ft_dist/fault"
+
+
+def announce_fault(text: str) -> None:
+    """Say why this rank cannot take the step that all ranks are about to abandon."""
+    control_store().compare_set(FAULT_KEY, "", text)
+
+
+def announced_fault(world: World) -> str | None:
+    """What a rank has announced, if any has. All ranks call it, after a step that they have abandoned together."""
+    store = control_store()
+    if not store.check([FAULT_KEY]):
+        return None
+    text = store.get(FAULT_KEY).decode()
+    store.add(f"{FAULT_KEY}/known", 1)
+    if world.is_main:
+        await_count(store, f"{FAULT_KEY}/known", world.size)
+    return text
+
+
 _control = threading.local()
 
 

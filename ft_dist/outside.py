@@ -1,11 +1,15 @@
-"""What comes from outside this process: JSON that we read back, and file names inside it.
+"""What comes from outside this process: JSON that we read back, file names inside it, and chat templates.
 
 Files may be torn by a full disk, written by another version, or made by somebody who wants to harm the reader. So
 every JSON document has a schema, and every name of a file is checked before it is joined to a folder. Both fail with
-one line that names the place, the value, and the rule.
+one line that names the place, the value, and the rule. A chat template is a program, so it gets a limited time.
 """
 
+import ctypes
 import json
+import threading
+import time
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -86,3 +90,72 @@ def one_line(problem: object, *, most: int = 200) -> str:
     text = "".join(sign if sign.isprintable() else " " for sign in str(problem))
     text = " ".join(text.split())
     return text if len(text) <= most else text[: most - 3] + "..."
+
+
+RENDER_SECONDS = 10.0
+"""Limit for one render of a chat template: thousands of times what the longest conversation takes"""
+DEADLINE_POLL_SECONDS = 0.5
+
+Result = TypeVar("Result")
+
+
+class TooLongError(BaseException):
+    """A call did not end in time. Not an Exception: nothing inside the call may catch it."""
+
+
+class Deadline:
+    """Ends calls that take longer than `seconds`, on any thread.
+
+    A signal would reach the main thread only, and a timer per call would cost more than a render. So one thread per
+    process looks at the calls in progress, and raises an exception inside one that is late. It arrives at the next
+    Python instruction: a single call into C code can take longer.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._lock = threading.Lock()
+        self._ends: dict[int, float] = {}
+        """Thread -> when its call is late"""
+        self._watcher: threading.Thread | None = None
+
+    def run(self, call: Callable[[], Result]) -> Result:
+        """Raises TooLongError if the call does not end in time. A thread has one call at a time."""
+        if self._watcher is None or not self._watcher.is_alive():  # a fork has no threads
+            self._start()
+        thread = threading.get_ident()
+        self._ends[thread] = time.monotonic() + self._seconds
+        try:
+            try:
+                return call()
+            finally:
+                with self._lock:  # after this the watcher does not raise any more
+                    late = self._ends.pop(thread, None) is None
+                if late:
+                    _await_exception()
+        except TooLongError:
+            raise TooLongError from None
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._watcher is None or not self._watcher.is_alive():
+                self._watcher = threading.Thread(target=self._watch, name="deadline", daemon=True)
+                self._watcher.start()
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(DEADLINE_POLL_SECONDS)
+            now = time.monotonic()
+            with self._lock:
+                for thread in [thread for thread, end in list(self._ends.items()) if end < now]:
+                    del self._ends[thread]
+                    raised = ctypes.py_object(TooLongError)
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), raised)
+
+
+def _await_exception() -> None:
+    """Let an exception arrive that was raised from outside, if it is still on its way."""
+    for _ in range(10):
+        time.sleep(0.001)
+
+
+RENDERS = Deadline(RENDER_SECONDS)

@@ -112,6 +112,7 @@ def _collect_from_start_up() -> None:
 
 def take_step(run: "Run", stop: StopRequest, batch: "Prefetched") -> None:
     """Run and record one optimizer step on this rank's share of a global batch. Raises Preempted, TrainingError."""
+    from ft_dist.distributed import announce_fault
     from ft_dist.engine.step import StepSums
     from ft_dist.optim.schedule import learning_rate
 
@@ -121,6 +122,8 @@ def take_step(run: "Run", stop: StopRequest, batch: "Prefetched") -> None:
     rate = learning_rate(run.config.optim, step=step, total_steps=run.total_steps)
     padded = sum(micro_batch.padded_tokens for micro_batch in batch.micro_batches)
     computed = sum(run.engine.objective.computed_tokens(micro_batch) for micro_batch in batch.micro_batches)
+    if batch.error:
+        announce_fault(str(batch.error))  # before the step, after which all ranks look for it
     result = run.engine.train_step(
         batch.micro_batches,
         weight=run.engine.objective.weight(batch.batch),
@@ -130,7 +133,7 @@ def take_step(run: "Run", stop: StopRequest, batch: "Prefetched") -> None:
         verify_as=step if every and step % every == 0 else None,
     )
     if result.abandoned:
-        run.leave_preempted()
+        run.leave_abandoned(batch.error)
     run.finish_step(batch, result, learning_rate=rate, waited_s=waited_s, step_s=run.clock.lap() - result.held_up_s)
     if result.sums.stop_wanted > 0:
         run.leave_preempted()

@@ -10,6 +10,7 @@ from ft_dist.errors import ModelError, counted
 from ft_dist.model.anatomy.weights import reason_of
 from ft_dist.model.builtin import check_hub
 from ft_dist.model.quiet import quietly
+from ft_dist.outside import RENDERS, TooLongError
 
 # Reserved tokens that no text produces, best first. `<|endoftext|>` separates documents in pretraining and
 # never occurs inside a chat.
@@ -100,12 +101,10 @@ def turn_end_id(tokenizer: Any) -> int | None:
     """
     if not tokenizer.chat_template:
         return None
-    from jinja2 import TemplateError
-
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _MARK}]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except (TemplateError, ValueError, TypeError, KeyError):  # a template may require tools, a system turn ...
+        text = RENDERS.run(lambda: tokenizer.apply_chat_template(turns, tokenize=False))
+    except (Exception, TooLongError):  # a template is a program: it may require tools, a system turn ...
         return None
     tail = str(text).rpartition(_MARK)[2]
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)

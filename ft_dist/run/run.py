@@ -13,10 +13,10 @@ from ft_dist.checkpoint.state import RunState
 from ft_dist.config import RunConfig
 from ft_dist.data.stream.batch import BatchStream, Prefetched, Prefetcher
 from ft_dist.data.stream.stream import DataStream
-from ft_dist.distributed import World, announce_stop, leave_world, stop_announced
+from ft_dist.distributed import World, announce_stop, announced_fault, leave_world, stop_announced
 from ft_dist.engine.replicas import verify_replicas
 from ft_dist.engine.step import Engine, StepResult
-from ft_dist.errors import Preempted, TrainingError
+from ft_dist.errors import DataError, Preempted, TrainingError, UserError
 from ft_dist.evaluate.comparison import comparison
 from ft_dist.evaluate.held_out import EvaluationStopped, HeldOut
 from ft_dist.observe.console import Console
@@ -27,9 +27,10 @@ from ft_dist.preemption.watchdog import Watchdog
 from ft_dist.resources import peak_memory_bytes, versions
 from ft_dist.run.evaluations import Evaluations
 from ft_dist.run.last_commit import repeat_failed_commit
-from ft_dist.run.length import is_over, length_notes, run_length
+from ft_dist.run.length import is_over, run_length
 from ft_dist.run.planned import Planned
 from ft_dist.run.proof.final import check_line, write_and_prove
+from ft_dist.run.start_report import report_start
 from ft_dist.run.step_record import Clock, print_step, step_record
 
 WAIT_FOR_DATA_S = 5.0
@@ -67,7 +68,7 @@ class Run:
         self.first_step = 0
         self.clock = Clock()
         self._state_after: dict[str, Any] = stream.state_dict()
-        self._data_changes: list[str] = []
+        self.data_changes: list[str] = []
         self._checkpoint_stall_s = 0.0
         self._loaded_step: int | None = None
         self._tokens_done = 0
@@ -103,36 +104,7 @@ class Run:
 
     def start(self, *, facts: list[str], data_report: dict[str, Any]) -> None:
         """Report what starts or resumes, and start the watchdog."""
-        self.recorder.data_report(data_report)
-        console = self.recorder.console
-        for line in (*dict.fromkeys([*facts, *self.engine.notes]), self.engine.kernels):
-            console.say(line)
-        for line in self.checkpoints.skipped:
-            console.note(f"checkpoint skipped: {line}")
-        trainable = sum(getattr(p, "ds_numel", p.numel()) for _, p in self.engine.trainable())
-        console.say(
-            f"training {trainable / 1e6:,.2f} M parameters ({self.config.method.kind}, ZeRO {self.engine.stage}, "
-            f"{self.config.model.dtype}) for {self.length} on {self.world.size} x {self.world.device.type}"
-        )
-        name = "resume" if self.step else "start"
-        self.recorder.event(name, step=self.step, world_size=self.world.size, versions=versions())
-        if self.step:
-            console.say(f"resumed from step {self.step}")
-        early = self.evaluations.out_of_patience
-        if early:
-            why = self.evaluations.why_stopped()
-            console.note(f"the run has already stopped, at step {self.step}: {why}. Raise evaluate.patience to go on")
-        finished = self.finished and not early
-        for line in length_notes(self.config.optim, self.length, step=self.step, finished=finished):
-            console.note(line)
-        if self._data_changes:
-            for change in self._data_changes:
-                console.note(f"data.train has changed: {change}; a new epoch begins")
-            self.recorder.event("data_changed", step=self.step, changes=self._data_changes, sources=self._sources())
-        if self.checkpoints.changed:
-            self.recorder.event("config_changed", step=self.step, changes=self.checkpoints.changed)
-            for line in self.checkpoints.changed:
-                console.note(f"changed since the checkpoint: {line}")
+        report_start(self, facts=facts, data_report=data_report)
         self.watchdog.start()
 
     def batches(self) -> Iterator[Prefetched]:
@@ -291,6 +263,16 @@ class Run:
         self.recorder.console.say(f"stopped by {reason} after step {self.step}; {safe}")
         raise Preempted
 
+    def leave_abandoned(self, error: UserError | None) -> NoReturn:
+        """End the run after a step without an update: because a rank's data cannot be read, or to stop in time.
+
+        All ranks call it after the same step. Data that cannot be read end the run on all ranks, without a commit.
+        """
+        told = announced_fault(self.world)
+        if error or told:
+            raise error or DataError(str(told))
+        self.leave_preempted()
+
     def evaluate(self, when: str) -> dict[str, Any] | None:
         """Scores on data.eval of the weights that the engine holds, or None without held-out data.
 
@@ -378,15 +360,6 @@ class Run:
         self.recorder.close(wait_s=STOPPED_WAIT_S if self.stop.wanted else TRACKERS_WAIT_S)
         leave_world()
 
-    def _sources(self) -> list[dict[str, Any]]:
-        """The range of sample ids of each source."""
-        assert isinstance(self.stream, DataStream), "only a mixture changes"
-        starts = self.stream.store.starts.tolist()
-        return [
-            {"path": source.name, "first_id": first, "samples": len(source.store), "weight": source.weight}
-            for source, first in zip(self.stream.mixture.sources, starts[:-1], strict=True)
-        ]
-
     def _resume(self, state: RunState) -> None:
         self.step = self.first_step = state.step
         self.skipped_steps, self.skipped_in_a_row = state.skipped_steps, state.skipped_in_a_row
@@ -394,6 +367,6 @@ class Run:
         self.evaluations.losses = dict(state.held_out_losses)
         if state.data is not None:
             self._state_after = state.data
-            self._data_changes = self.stream.load_state_dict(state.data)
+            self.data_changes = self.stream.load_state_dict(state.data)
         if self.world.is_main and state.wandb_run_id and not wandb_run_id(self.config):
             keep_wandb_run_id(self.config, state.wandb_run_id, note=Console(enabled=True).note)

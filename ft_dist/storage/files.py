@@ -15,17 +15,20 @@ SLOWEST_BYTES_S = 2**18
 """A call that moves fewer bytes per second counts as stalled"""
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
-# One request is one attempt: Storage retries, so that every wait is logged. botocore's checksum check fails for ranged
-# reads from stores that answer with the checksum of the whole object; the index of a token set holds its own checksums.
-_S3_OPTIONS = {
-    "config_kwargs": {
-        "retries": {"total_max_attempts": 1},
-        "connect_timeout": 10,
-        "read_timeout": CALL_TIMEOUT_S,
-        "response_checksum_validation": "when_required",
+
+
+def _s3_options(timeout_s: float) -> dict[str, Any]:
+    """One request is one attempt: Storage retries, so that every wait is logged."""
+    return {
+        "config_kwargs": {
+            "retries": {"total_max_attempts": 1},
+            "connect_timeout": min(10.0, timeout_s),
+            "read_timeout": timeout_s,
+            # botocore's check fails for ranged reads from stores that answer with the checksum of the whole object; the
+            # index of a token set holds its own checksums
+            "response_checksum_validation": "when_required",
+        }
     }
-}
-_OPTIONS: dict[str, dict[str, Any]] = {"s3": _S3_OPTIONS, "s3a": _S3_OPTIONS}
 
 
 class Files(Protocol):
@@ -87,9 +90,13 @@ class Folder:
 
 
 class Objects:
-    """Objects of a remote store through fsspec, without caches: another process may write."""
+    """Objects of a remote store through fsspec, without caches: another process may write.
 
-    def __init__(self, url: str) -> None:
+    A call that moves no data fails after `timeout_s` seconds.
+    """
+
+    def __init__(self, url: str, *, timeout_s: float = CALL_TIMEOUT_S) -> None:
+        self._timeout_s = timeout_s
         protocol = url.partition("://")[0]
         import fsspec
 
@@ -103,7 +110,11 @@ class Objects:
             extra = _EXTRAS.get(protocol)
             fix = f"pip install 'ft-dist[{extra}]'" if extra else str(error)
             raise ConfigError(f"{url}: the driver for {protocol}:// is not installed. {fix}.") from None
-        options = {"skip_instance_cache": True, "use_listings_cache": False, **_OPTIONS.get(protocol, {})}
+        options = {
+            "skip_instance_cache": True,
+            "use_listings_cache": False,
+            **(_s3_options(timeout_s) if protocol in ("s3", "s3a") else {}),
+        }
         # a malformed endpoint or key only fails here
         try:
             self._files = driver(**options)
@@ -149,4 +160,4 @@ class Objects:
 
     def _timeout(self, moved_bytes: int) -> dict[str, float]:
         """The timeout of one call, for drivers that support one."""
-        return {"timeout": CALL_TIMEOUT_S + moved_bytes / SLOWEST_BYTES_S} if self._files.async_impl else {}
+        return {"timeout": self._timeout_s + moved_bytes / SLOWEST_BYTES_S} if self._files.async_impl else {}

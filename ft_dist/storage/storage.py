@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from ft_dist.errors import MissingFileError, StorageError
-from ft_dist.storage.files import PART_BYTES, Files, Folder, Objects
+from ft_dist.outside import check_name
+from ft_dist.storage.files import CALL_TIMEOUT_S, PART_BYTES, Files, Folder, Objects
 from ft_dist.storage.retry import delay_s, is_transient
 
 READ_BACK_BYTES = 16 * 2**20
 """Uploads up to this size are read back and compared; for larger ones only the size is compared"""
 LOG_INTERVAL_S = 10.0
+SHORTEST_TIMEOUT_S = 5.0
+"""One call gets this long even if the caller waits for less"""
 
 Log = Callable[[str], None]
 Result = TypeVar("Result")
@@ -56,7 +59,8 @@ def open_storage(
     url = str(place)
     if url.startswith("file://"):
         url = url.removeprefix("file://")
-    files = Objects(url) if is_url(url) else Folder(Path(url).expanduser())
+    timeout_s = max(SHORTEST_TIMEOUT_S, min(CALL_TIMEOUT_S, wait_s))
+    files = Objects(url, timeout_s=timeout_s) if is_url(url) else Folder(Path(url).expanduser())
     return Storage(files, str(place).rstrip("/"), wait_s=wait_s, limit=limit, log=log)
 
 
@@ -69,7 +73,8 @@ class Digest(Protocol):
 class Storage:
     """Named files below one folder. Names are relative and use `/`. Thread-safe.
 
-    Every method raises StorageError (MissingFileError for a missing file) with the URL, the failure and the fix.
+    Every method raises StorageError (MissingFileError for a missing file) with the URL, the failure and the fix. A name
+    that could leave the folder, such as `/x` or `a/../../x`, is refused: it may come from a file of somebody else.
     """
 
     def __init__(self, files: "Files", url: str, *, wait_s: float, limit: str | None, log: Log | None) -> None:
@@ -171,6 +176,8 @@ class Storage:
         self._closed.set()
 
     def _retried(self, what: str, name: str, call: Callable[[], Result]) -> Result:
+        if name or what != "list":
+            check_name(name, where=self.url, error=StorageError)
         started, attempts, logged = time.monotonic(), 0, False
         while True:
             attempts += 1

@@ -25,7 +25,7 @@ from ft_dist.errors import CheckpointError, UserError
 from ft_dist.outside import parse_document
 from tests.data.stores import Lengths
 from tests.fuzz.bounds import outcome
-from tests.fuzz.mutations import changed_bytes, changed_trees
+from tests.fuzz.mutations import altered, damaged
 
 CONFIG = validate({"model": {"path": "m"}, "data": {"train": ["a.jsonl"]}, "output_dir": "runs/x"})
 BASE = BaseRecord(path="m", files={"model.safetensors": WeightFile(bytes=8, xxh3="0")}, digest="1", config_digest="2")
@@ -99,7 +99,7 @@ def test_the_valid_commit_is_resumed(root):
     assert outcome(lambda: resume(root)).step == 3
 
 
-@given(tree=changed_trees(STATE))
+@given(tree=altered(STATE))
 def test_states(root, tree):
     write(root, state=json.dumps(tree).encode())
     found = outcome(lambda: resume(root))
@@ -109,7 +109,7 @@ def test_states(root, tree):
     outcome(lambda: looked_at(root))
 
 
-@given(content=changed_bytes(json.dumps(STATE).encode()))
+@given(content=damaged(json.dumps(STATE).encode()))
 def test_bytes_of_states(root, content):
     write(root, state=content)
     outcome(lambda: resume(root))
@@ -126,7 +126,7 @@ HEADER = {
 }
 
 
-@given(tree=changed_trees(HEADER), data=st.sampled_from([b"\0" * 288, b"", b"\0" * 5000]))
+@given(tree=altered(HEADER), data=st.sampled_from([b"\0" * 288, b"", b"\0" * 5000]))
 def test_headers_of_tensors(root, tree, data):
     write(root, tensors=safetensors_of(tree, data))
     found = outcome(lambda: resume(root))
@@ -136,32 +136,32 @@ def test_headers_of_tensors(root, tree, data):
     outcome(lambda: looked_at(root))
 
 
-@given(content=changed_bytes(safetensors_of(HEADER, b"\0" * 288)))
+@given(content=damaged(safetensors_of(HEADER, b"\0" * 288)))
 def test_bytes_of_tensors(root, content):
     write(root, tensors=content)
     outcome(lambda: resume(root))
 
 
-@given(content=changed_bytes(json.dumps({"version": 1, "step": 3, "files": {}, "xxh3": "0" * 32}).encode()))
+@given(content=damaged(json.dumps({"version": 1, "step": 3, "files": {}, "xxh3": "0" * 32}).encode()))
 def test_bytes_of_manifests(root, content):
     folder = write(root)
     (folder / layout.MANIFEST).write_bytes(content)
     assert isinstance(outcome(lambda: resume(root)), UserError)
 
 
-@given(name=st.text(max_size=300), entry=changed_trees({"bytes": 3, "xxh3": "0" * 32}))
+@given(name=st.text(max_size=300), entry=altered({"bytes": 3, "xxh3": "0" * 32}))
 def test_entries_of_manifests(root, name, entry):
     write(root, names={name: entry})
     assert isinstance(outcome(lambda: resume(root)), UserError) or name in (layout.STATE, layout.rank_name(0))
 
 
-@given(content=changed_bytes(b'{"id": "0123456789abcdef", "model_commit": null}'))
+@given(content=damaged(b'{"id": "0123456789abcdef", "model_commit": null}'))
 def test_run_records(content):
     outcome(lambda: parse_document(content, RunRecord, where="run.json", error=CheckpointError))
 
 
 @given(
-    tree=changed_trees(
+    tree=altered(
         {
             "run_id": "a",
             "output_dir": "b",

@@ -137,11 +137,18 @@ def test_a_damaged_upload_is_detected(proxy: Proxy) -> None:
 def test_a_hanging_request_times_out_and_is_retried(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = open_storage("s3://bucket/hanging")
     storage.write("x", b"content")
-    monkeypatch.setattr(files_module, "CALL_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(storage._files, "_timeout_s", 0.5)
     monkeypatch.setattr(files_module, "SLOWEST_BYTES_S", 2**40)
     proxy.rules = [Rule("GET /bucket/hanging/x", "hang", times=2)]
     assert storage.read_bytes("x") == b"content"
     assert proxy.rules[0].seen == 2
+
+
+@pytest.mark.parametrize("wait_s, timeout_s", [(15.0, 15.0), (1800.0, 60.0), (0.0, 5.0)])
+def test_one_request_takes_no_longer_than_the_caller_waits(wait_s: float, timeout_s: float) -> None:
+    files = open_storage("s3://bucket/x", wait_s=wait_s)._files
+    assert files._timeout(0) == {"timeout": timeout_s}
+    assert files._files.config_kwargs["read_timeout"] == timeout_s
 
 
 @pytest.mark.usefixtures("quick")
@@ -213,3 +220,20 @@ def test_a_write_into_a_folder_leaves_no_partial_file(tmp_path: Path) -> None:
     storage.write("deep/x", b"1")
     assert [path.name for path in (tmp_path / "new" / "deep").iterdir()] == ["x"]
     assert storage.local == tmp_path / "new"
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../x", "a/../../x", "", "a//b", "x" * 300, "a\nb"])
+def test_a_name_that_leaves_the_folder_is_refused(place: str, tmp_path: Path, name: str) -> None:
+    storage = open_storage(place)
+    calls = [
+        lambda: storage.write(name, b"x"),
+        lambda: storage.read_bytes(name),
+        lambda: storage.read_range(name, 0, 1),
+        lambda: storage.size(name),
+        lambda: storage.delete(name),
+        lambda: storage.fetch(name, tmp_path / "to"),
+    ]
+    for call in calls:
+        with pytest.raises(StorageError, match="names the file"):
+            call()
+    assert not (tmp_path / "x").exists()

@@ -35,7 +35,9 @@ from ft_dist.data.encode.label_spans import (
 from ft_dist.data.encode.pretokens import PretokenCache
 from ft_dist.data.encode.token_bytes import Ids, TokenBytes, token_range
 from ft_dist.data.read.formats import Sample
+from ft_dist.data.read.text_files import is_text
 from ft_dist.errors import DataError, ModelError
+from ft_dist.outside import RENDER_SECONDS, RENDERS, TooLongError
 
 DATE = datetime(2024, 7, 26)
 """The date for templates that print today's: prepared data must not depend on the day. Llama 3.1's default."""
@@ -131,13 +133,27 @@ class Encoder:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _render(self, messages: Messages, add_generation_prompt: bool, tools: Any = None) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages,
-            tools=tools,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            chat_template=self._pinned(self.tokenizer.get_chat_template(tools=tools)),
-        )
+        """Raises TemplateError, whatever a template does: it is a program, and not one of ours."""
+
+        def apply() -> str:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                chat_template=self._pinned(self.tokenizer.get_chat_template(tools=tools)),
+            )
+
+        try:
+            text = RENDERS.run(apply)
+        except TooLongError:
+            raise TemplateError(f"it did not end within {RENDER_SECONDS:g} s") from None
+        except Exception as error:  # a template can raise anything, in any number of lines
+            text = " ".join(f"{'' if isinstance(error, TemplateError) else type(error).__name__} {error}".split())
+            raise TemplateError(text if len(text) <= 200 else f"{text[:197]}...") from None
+        if not is_text(text):
+            raise TemplateError("half of a surrogate pair is no text")
+        return text
 
     def _pinned(self, template: str) -> str:
         """The template with DATE in place of today's date."""

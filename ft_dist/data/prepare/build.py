@@ -25,15 +25,18 @@ from ft_dist.config.schema import DataConfig, SourceConfig
 from ft_dist.data.encode.chunk import COUNTED, ChunkEncoder, EncodedChunk, SourceCounts, why_unusable
 from ft_dist.data.encode.template import tokenizer_identity
 from ft_dist.data.encode.workers import available_cores, ordered_map
-from ft_dist.data.prepare.digests import content_of
+from ft_dist.data.prepare.digests import Content, SourceChangedError
+from ft_dist.data.prepare.found import finished, read_report
 from ft_dist.data.prepare.quality import NEAR_SAMPLES, source_report
 from ft_dist.data.read.formats import format_of
-from ft_dist.data.read.paths import prepared_set
+from ft_dist.data.read.paths import is_prepared_set
 from ft_dist.data.read.sources import local_files, read_raw_records
 from ft_dist.data.read.text_files import RawRecord, Record
 from ft_dist.data.store.cache import open_store
-from ft_dist.data.store.store import INDEX, JoinedStore, TokenStore, files_of
-from ft_dist.data.store.writer import REPORT, ShardWriter
+from ft_dist.data.store.index import INDEX, read_index
+from ft_dist.data.store.local import LocalFolder
+from ft_dist.data.store.store import JoinedStore, TokenStore
+from ft_dist.data.store.writer import ShardWriter
 from ft_dist.data.stream.mixture import MixtureSource
 from ft_dist.errors import DataError, UserError
 from ft_dist.storage import Storage, open_storage
@@ -138,15 +141,17 @@ def prepare(
         )
     )
     for number, source in enumerate(sources):
-        if prepared_set(source.path) is not None:
+        if is_prepared_set(source.path):
             prepared.sets.append(taken_as_it_is(source, made_with, wait_s=data.remote_wait_s))
             continue
-        fingerprint = _fingerprint(source, made_with, cache)
+        content = Content.of(source, cache)
+        fingerprint = _fingerprint(source, made_with, content)
         place = str(cache / fingerprint) if to is None else f"{to}-{number}"
-        job = _Job(source, tokenizer, data, model_path, made_with, workers, _shifted(on_progress, prepared))
+        job = _Job(source, content, tokenizer, data, model_path, made_with, workers, _shifted(on_progress, prepared))
         with FileLock(cache / f"{hashlib.blake2b(place.encode(), digest_size=16).hexdigest()}.lock"):
             reused = _find_or_build(place, fingerprint, job, rebuild=to is None)
-        report = json.loads(open_storage(place).read_bytes(REPORT))
+        storage = open_storage(place)
+        report = read_report(storage, read_index(storage))
         prepared.sets.append(PreparedSet(source.path, source.weight, place, report, reused))
     return prepared
 
@@ -168,6 +173,7 @@ def cache_folder(data: DataConfig) -> Path:
 
 class _Job(NamedTuple):
     source: SourceConfig
+    content: Content
     tokenizer: Any
     data: DataConfig
     model_path: str
@@ -191,20 +197,18 @@ def rules_of(tokenizer: Any, data: DataConfig) -> dict[str, Any]:
     }
 
 
-def taken_as_it_is(source: SourceConfig, made_with: dict[str, Any], *, wait_s: float) -> PreparedSet:
+def taken_as_it_is(
+    source: SourceConfig, made_with: dict[str, Any], *, wait_s: float, limit: str = "data.remote_wait_s"
+) -> PreparedSet:
     """A source that is a prepared set. Raises DataError unless it was made with the same rules."""
-    storage = open_storage(source.path, wait_s=wait_s, log=_note)
-    try:
-        index = json.loads(storage.read_bytes(INDEX))
-        report = json.loads(storage.read_bytes(REPORT))
-        theirs = index["made_with"]
-    except (ValueError, KeyError) as error:
-        raise DataError(f"{source.path}: not a prepared set ({error}). Create one with ft-dist prepare.") from None
+    storage = open_storage(source.path, wait_s=wait_s, limit=limit, log=_note)
+    index = read_index(storage) if storage.local is None else LocalFolder(storage).index
+    report, theirs = read_report(storage, index), index.made_with
     names = {"chat_template": "chat template", "encoding": "version of ft-dist"}
     for key, ours in made_with.items():
         if theirs.get(key) != ours:
             name = names.get(key, key if key == "tokenizer" else f"data.{key}")
-            values = f" ({theirs.get(key)}, the config says {ours})" if name.startswith("data.") else ""
+            values = f" ({str(theirs.get(key))[:40]}, the config says {ours})" if name.startswith("data.") else ""
             raise DataError(
                 f"{source.path}: prepared with a different {name}{values}. Prepare it again with ft-dist "
                 "prepare, or restore the config it was prepared with."
@@ -215,7 +219,7 @@ def taken_as_it_is(source: SourceConfig, made_with: dict[str, Any], *, wait_s: f
 def _find_or_build(place: str, fingerprint: str, job: _Job, *, rebuild: bool) -> bool:
     """Build the set of this fingerprint unless it exists; return whether it existed."""
     storage = open_storage(place)
-    found = _finished(storage)
+    found = finished(storage)
     if found == fingerprint:
         return True
     if found is not None and not rebuild:
@@ -233,37 +237,35 @@ def _find_or_build(place: str, fingerprint: str, job: _Job, *, rebuild: bool) ->
     return False
 
 
-def _finished(storage: Storage) -> str | None:
-    """The fingerprint of a complete set; "" if it is damaged, None if there is none."""
-    if not storage.exists(INDEX):
-        return None
-    try:
-        index = json.loads(storage.read_bytes(INDEX))
-        sizes = {entry["file"]: entry["bytes"] for entry in (*files_of(index), index["sketches"])}
-        whole = all(storage.exists(file) and storage.size(file) == size for file, size in sizes.items())
-        return str(index["fingerprint"]) if whole and storage.exists(REPORT) else ""
-    except (ValueError, KeyError, TypeError, DataError):
-        return ""
-
-
 def _build(storage: Storage, fingerprint: str, job: _Job) -> None:
     raws = read_raw_records(job.source)
     first = next(raws)
     record_format = format_of(job.source, first.parse())
     encoder = ChunkEncoder.of(job.tokenizer, record_format, job.data)
-    writer = ShardWriter(storage, fingerprint=fingerprint, made_with=job.made_with, dtype=encoder.dtype)
+    writer = ShardWriter(
+        storage,
+        fingerprint=fingerprint,
+        made_with=job.made_with,
+        dtype=encoder.dtype,
+        before_shard=job.content.check_states,
+    )
     writer.counts.format = record_format.format
     reading = _Reading(chain([first], raws), _bytes_of(job.source))
     jobs = reading.jobs(skip=writer.records)
-    with closing(_encoded(encoder, jobs, job.workers)) as chunks:
-        for chunk in chunks:
-            writer.add(chunk)
-            job.on_progress(Progress(writer.counts.records, writer.counts.tokens, reading.share_done()))
-    writer.flush_rest()
-    if not writer.counts.samples:
-        why = why_unusable(writer.counts, job.data, model_path=job.model_path)
-        raise DataError(f"{job.source.path}: {why}")
-    report = {"counts": asdict(writer.counts), **source_report(writer, job.tokenizer)}
+    try:
+        with closing(_encoded(encoder, jobs, job.workers)) as chunks:
+            for chunk in chunks:
+                writer.add(chunk)
+                job.on_progress(Progress(writer.counts.records, writer.counts.tokens, reading.share_done()))
+        writer.flush_rest()
+        if not writer.counts.samples:
+            why = why_unusable(writer.counts, job.data, model_path=job.model_path)
+            raise DataError(f"{job.source.path}: {why}")
+        report = {"counts": asdict(writer.counts), **source_report(writer, job.tokenizer)}
+        job.content.check()
+    except SourceChangedError:
+        writer.discard()  # its shards may hold records of two versions of a file
+        raise
     writer.commit(report)
 
 
@@ -348,11 +350,11 @@ def _shifted(on_progress: OnProgress | None, before: Prepared) -> OnProgress:
     return shifted
 
 
-def _fingerprint(source: SourceConfig, made_with: dict[str, Any], cache: Path) -> str:
+def _fingerprint(source: SourceConfig, made_with: dict[str, Any], content: Content) -> str:
     parts = {
         **made_with,
         "format": source.format,
         "columns": source.columns,
-        "content": content_of(source, cache),
+        "content": content.identity,
     }
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()

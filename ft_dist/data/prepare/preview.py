@@ -14,7 +14,7 @@ from ft_dist.data.prepare.quality import marked_runs
 from ft_dist.data.prepare.report import encoding_notes, encoding_problems
 from ft_dist.data.read.check import REMOTE_SECONDS
 from ft_dist.data.read.formats import format_of
-from ft_dist.data.read.paths import prepared_set
+from ft_dist.data.read.paths import is_prepared_set
 from ft_dist.data.read.sources import read_raw_records
 from ft_dist.errors import DataError, counted
 
@@ -90,10 +90,10 @@ def preview_data(config: RunConfig, tokenizer: Any) -> list[Preview]:
 
 def _preview(kind: str, source: SourceConfig, config: RunConfig, tokenizer: Any) -> Preview:
     data = config.data
-    if prepared_set(source.path) is not None:
+    if is_prepared_set(source.path):
         if kind == "eval" and config.evaluate.generate:
             next(read_raw_records(source))  # raises: answers need text
-        report = taken_as_it_is(source, rules_of(tokenizer, data), wait_s=REMOTE_SECONDS).report
+        report = taken_as_it_is(source, rules_of(tokenizer, data), wait_s=REMOTE_SECONDS, limit="").report
         shown = report["shown"][0] if report["shown"] else []
         return Preview(kind, source.path, SourceCounts(**report["counts"]), True, _shortened(shown))
     raws = list(islice(read_raw_records(source), RECORDS + 1))
@@ -113,7 +113,7 @@ def first_samples(config: RunConfig, tokenizer: Any) -> list[npt.NDArray[Any]]:
     Raises DataError or ModelError as `prepare` does for these records, and if no record of the source can be used.
     """
     source, data = config.data.train[0], config.data
-    if prepared_set(source.path) is not None:
+    if is_prepared_set(source.path):
         store = prepare([source], tokenizer, data=data, model_path=config.model.path).store
         tokens, _, lengths = store.gather(np.arange(min(len(store), RECORDS)))
         return np.split(tokens, np.cumsum(lengths)[:-1])

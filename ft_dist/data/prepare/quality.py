@@ -4,6 +4,7 @@ Works on the sketches stored with a set, in bounded memory: equality among at mo
 by hash, so that equal records are kept or left out together), similarity among the first NEAR_SAMPLES.
 """
 
+import hashlib
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,15 +16,19 @@ import numpy as np
 import numpy.typing as npt
 
 from ft_dist.data.encode.minhash import ANSWER, BUCKETS, EMPTY, KEYS, PROMPT, RECORD, WHOLE, Keys, Signatures
-from ft_dist.data.store.store import map_safetensors
+from ft_dist.data.store.arrays import map_arrays
+from ft_dist.data.store.index import read_index
 from ft_dist.data.store.writer import SKETCHES, ShardWriter
+from ft_dist.errors import DataError
 from ft_dist.storage import open_storage
 
 MOST_KEYS = 2**23
+MOST_RECORDS = np.uint64(2**48)
 NEAR_SAMPLES = 2**17
 NEAR_SHARE = 0.9
 """Share of equal buckets at which two texts are reported as near duplicates"""
 BAND_BUCKETS = 4
+READ_BYTES = 2**22
 BLOCK_KEYS = 2**20
 BLOCK_PAIRS = 2**16
 _QUANTILES = {"shortest": 1e-12, "median": 0.5, "p90": 0.9, "p99": 0.99, "longest": 1.0}
@@ -87,14 +92,29 @@ class _Sketches(NamedTuple):
 @contextmanager
 def _sketches(place: str) -> Iterator[_Sketches]:
     storage = open_storage(place)
+    entry, digest = read_index(storage).sketches, hashlib.blake2b(digest_size=16)
+    where = storage.url_of(SKETCHES)
+    if entry is None or entry.file != SKETCHES:
+        raise DataError(f"{where}: not in the set's index. Prepare the set again.")
     with tempfile.TemporaryDirectory(prefix="ft_dist-") as folder:
         path = Path(folder) / SKETCHES
         if storage.local is None:
-            storage.fetch(SKETCHES, path)
+            storage.fetch(SKETCHES, path, digest=digest)
         else:
             path = storage.local / SKETCHES
-        arrays = map_safetensors(path, ("keys", "signatures"))
-        yield _Sketches(arrays["keys"].reshape(-1, KEYS), arrays["signatures"].reshape(-1, BUCKETS))
+            for start in range(0, entry.bytes, READ_BYTES):
+                digest.update(storage.read_range(SKETCHES, start, min(start + READ_BYTES, entry.bytes)))
+        if path.stat().st_size != entry.bytes or digest.hexdigest() != entry.checksum:
+            raise DataError(f"{where}: damaged (its checksum is not the one in the index). Prepare the set again.")
+        arrays = map_arrays(path, ("keys", "signatures"))
+        keys, signatures = arrays["keys"], arrays["signatures"]
+        shaped = not (len(keys) % KEYS or len(signatures) % BUCKETS) and len(signatures) // BUCKETS <= len(keys) // KEYS
+        if (keys.dtype, signatures.dtype) != (np.uint64, np.uint32) or not shaped:
+            raise DataError(f"{where}: damaged (its arrays have other shapes). Prepare the set again.")
+        found = _Sketches(keys.reshape(-1, KEYS), signatures.reshape(-1, BUCKETS))
+        if (found.keys[:, RECORD] >= MOST_RECORDS).any():
+            raise DataError(f"{where}: damaged (a record's number is too large). Prepare the set again.")
+        yield found
 
 
 Leak = tuple[int, int, int, int]

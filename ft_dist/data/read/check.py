@@ -4,22 +4,24 @@ Imports neither torch, transformers, numpy nor `datasets`. Parquet, Arrow, saved
 here; `prepare` checks their records.
 """
 
-import json
 import time
 from pathlib import Path
 
+from pydantic import Field
+
 from ft_dist.config.schema import DataConfig, SourceConfig
 from ft_dist.data.read.formats import RecordFormat, format_of
-from ft_dist.data.read.paths import INDEX, TEXT_SUFFIXES, is_mds, prepared_set, suffix_of
+from ft_dist.data.read.paths import INDEX, TEXT_SUFFIXES, is_mds, is_prepared_set, local_path, suffix_of
 from ft_dist.data.read.sources import local_files, read_records
 from ft_dist.data.read.text_files import Record
 from ft_dist.errors import DataError, MissingFileError, counted
-from ft_dist.storage import is_remote_folder, open_storage
+from ft_dist.outside import Document, parse_document
+from ft_dist.storage import open_storage
 
 MAX_RECORDS = 200_000
 MAX_SECONDS = 5.0
 MAX_FAULTS = 8
-REMOTE_SECONDS = 30.0
+REMOTE_SECONDS = 15.0
 """How long a store may take to answer before training; during training data.remote_wait_s applies"""
 
 
@@ -36,13 +38,11 @@ def check_sources(data: DataConfig) -> list[str]:
 
 
 def _check(source: SourceConfig) -> str:
-    index = prepared_set(source.path)
-    if index is not None:
-        samples = _remote_samples(source.path) if is_remote_folder(source.path) else index["samples"]
-        return f"{source.path}: prepared set, {counted(samples, 'sample')}"
+    if is_prepared_set(source.path):
+        return f"{source.path}: prepared set, {counted(_samples_of(source.path), 'sample')}"
     files = local_files(source)
     if files is None:
-        folder = Path(source.path).expanduser()
+        folder = local_path(source.path)
         place = "MDS folder" if is_mds(folder) else "saved dataset" if folder.is_dir() else "hub dataset"
         return f"{source.path}: {place}, checked when it is prepared"
     if any(suffix_of(file) not in TEXT_SUFFIXES for file in files):
@@ -82,13 +82,19 @@ def _note_fault(record_format: RecordFormat, record: Record, faults: list[str]) 
         faults.append(str(error))
 
 
-def _remote_samples(url: str) -> int:
+class _Index(Document):
+    """What is said here about a prepared set; `ft_dist.data.store.index` has the rest."""
+
+    samples: int = Field(gt=0)
+
+
+def _samples_of(place: str) -> int:
+    storage = open_storage(place, wait_s=REMOTE_SECONDS, limit="")
     try:
-        return int(json.loads(open_storage(url, wait_s=REMOTE_SECONDS).read_bytes(INDEX))["samples"])
+        text = storage.read_bytes(INDEX)
     except MissingFileError:
-        raise DataError(f"{url}: no {INDEX} found, so it is not a prepared set. Check the URL.") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{url}/{INDEX}: damaged ({error}). Prepare the set again.") from None
+        raise DataError(f"{place}: no {INDEX} found, so it is not a prepared set. Check the URL.") from None
+    return parse_document(text, _Index, where=storage.url_of(INDEX), error=DataError).samples
 
 
 def _of(files: list[Path]) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 
 from ft_dist.config.schema import DataFormat, SourceConfig
 from ft_dist.data.read.sources import read_records
-from ft_dist.data.read.text_files import Record
+from ft_dist.data.read.text_files import Record, check_depth, is_text, names_of
 from ft_dist.errors import DataError
 
 
@@ -96,7 +96,7 @@ def _detect(fields: dict[str, Any], where: str) -> DataFormat:
     if format_ is not None:
         return format_
     expected = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in REQUIRED.items())
-    seen = ", ".join(map(str, fields)) or "none"
+    seen = names_of(fields)
     raise DataError(
         f"{where}: unknown format, keys are {seen}. Known formats need {expected}. "
         "Rename the keys or map them with columns, for example columns={prompt: question, completion: answer}."
@@ -117,7 +117,7 @@ def _rename(record: Record, columns: dict[str, str]) -> dict[str, Any]:
         if ours not in OUR_KEYS:
             raise DataError(f"columns: {ours!r} is not one of {', '.join(OUR_KEYS)}. Use {{ours: theirs}}.")
         if theirs not in record.fields:
-            seen = ", ".join(map(str, record.fields))
+            seen = names_of(record.fields)
             raise DataError(f"{record.where}: no column {theirs!r} (columns.{ours}); the columns are {seen}.")
     taken = set(columns.values())
     fields = {key: value for key, value in record.fields.items() if key not in taken}
@@ -150,7 +150,7 @@ def _raise_other_format(fields: dict[str, Any], where: str, format_: str, first:
     other = _match(fields)
     origin = f"detected from {first}" if first else "set in the config"
     if other is None:
-        seen = ", ".join(map(str, fields)) or "none"
+        seen = names_of(fields)
         raise DataError(f"{where}: no {' and no '.join(lacking)} (keys are {seen}); format {format_} is {origin}.")
     raise DataError(
         f"{where}: a {other} record in a source of format {format_} ({origin}). "
@@ -249,10 +249,11 @@ def _tools(value: Any, where: str) -> list[dict[str, Any]] | None:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise DataError(f"{where}: tools is text that is not JSON. Use a list of tool descriptions.") from None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise DataError(f"{where}: tools is {_kind(value)}, but should be a list of objects.")
+    check_depth(value, where)
     return value
 
 
@@ -279,6 +280,8 @@ def _string(value: Any, key: str, where: str) -> str:
         raise DataError(f"{where}: {key} is {_kind(value)} ({_short(value)}), but should be text.")
     if not value.strip():
         raise DataError(f"{where}: {key} is empty. Add text, or remove the record.")
+    if not is_text(value):
+        raise DataError(f"{where}: {key} holds half of a surrogate pair, which is no text. Fix or remove the record.")
     return value
 
 

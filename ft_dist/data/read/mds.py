@@ -10,12 +10,18 @@ import gzip
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, BinaryIO
 
 import numpy as np
+from pydantic import Field
 
-from ft_dist.data.read.text_files import MAX_RECORD_BYTES, Record
+from ft_dist.data.read.paths import INDEX
+from ft_dist.data.read.text_files import MAX_RECORD_BYTES, Record, check_depth, unreadable
 from ft_dist.errors import DataError
+from ft_dist.outside import Document, check_name, parse_object, validated
+
+MAX_SHARD_BYTES = 2**30
+"""Most bytes of a compressed shard that are held in memory; the format's writer makes shards of 64 MB"""
 
 _NUMBERS = {
     "uint8": "u1", "uint16": "<u2", "uint32": "<u4", "uint64": "<u8",
@@ -30,63 +36,107 @@ _ARRAY_TYPES = {
 _SHAPE_BYTES = {0: 1, 1: 2, 2: 4, 3: 8}
 
 
+class _File(Document):
+    basename: str
+    bytes: int = Field(ge=0)
+
+
+class _Shard(Document):
+    """A shard's entry in index.json."""
+
+    raw_data: _File
+    zip_data: _File | None = None
+    compression: str | None = None
+    samples: int = Field(ge=0)
+    column_names: list[str]
+    column_encodings: list[str]
+    column_sizes: list[Annotated[int, Field(ge=0)] | None]
+
+
 def read_mds(folder: Path) -> Iterator[Record]:
     """Samples in stored order; `where` is `SHARD sample N`, from 1. At most one compressed shard is held in memory.
 
-    Raises DataError for a shard that is missing or damaged, or a column encoding that holds neither text nor numbers.
+    Raises DataError for a shard that is missing, damaged or outside the folder, or a column encoding that holds neither
+    text nor numbers.
     """
-    for shard in json.loads((folder / "index.json").read_text(encoding="utf-8"))["shards"]:
+    index = folder / INDEX
+    try:
+        shards = parse_object(index.read_bytes(), where=index, error=DataError).get("shards")
+    except OSError as error:
+        raise unreadable(index, error) from None
+    for number, entry in enumerate(shards if isinstance(shards, list) else []):
+        where = f"{index}: shards[{number}]"
+        shard = validated(entry if isinstance(entry, dict) else {}, _Shard, where=where, error=DataError)
+        name = check_name(shard.raw_data.basename, where=where, error=DataError)
         try:
-            name = shard["raw_data"]["basename"]
-            content = _content(folder, shard)
-            yield from _samples(content, shard, str(folder / name))
-        except (KeyError, ValueError, IndexError, TypeError) as error:
-            raise DataError(f"{folder}: a damaged MDS shard ({error}). Write it again.") from None
+            yield from _samples(_content(folder, shard, where), shard, str(folder / name))
+        except OSError as error:
+            raise unreadable(folder / name, error) from None
+        except (KeyError, ValueError, IndexError, TypeError, OverflowError, RecursionError) as error:
+            raise DataError(f"{folder / name}: a damaged MDS shard ({error}). Write it again.") from None
 
 
-def _content(folder: Path, shard: dict[str, Any]) -> Any:
-    raw = folder / shard["raw_data"]["basename"]
+def _content(folder: Path, shard: _Shard, where: str) -> Any:
+    raw, size = folder / shard.raw_data.basename, shard.raw_data.bytes
     if raw.is_file():
-        size = raw.stat().st_size
-        if size != shard["raw_data"]["bytes"]:
-            raise DataError(f"{raw}: {size} bytes instead of {shard['raw_data']['bytes']}. Fetch it again.")
+        found = raw.stat().st_size
+        if found != size:
+            raise DataError(f"{raw}: {found} bytes instead of {size}. Fetch it again.")
         return np.memmap(raw, np.uint8, mode="r")
-    packed = shard.get("zip_data")
-    path = folder / packed["basename"] if packed else raw
+    path = raw
+    if shard.zip_data is not None:
+        path = folder / check_name(shard.zip_data.basename, where=where, error=DataError)
     if not path.is_file():
         raise DataError(f"{path}: listed in index.json, but missing. Fetch it again.")
-    content = _unpack(path, str(shard.get("compression") or ""))
-    if len(content) != shard["raw_data"]["bytes"]:
-        raise DataError(f"{path}: unpacks to {len(content)} bytes, not {shard['raw_data']['bytes']}. Fetch it again.")
+    if size > MAX_SHARD_BYTES:
+        raise DataError(f"{path}: unpacks to {size} bytes, over the limit of {MAX_SHARD_BYTES}. Write smaller shards.")
+    content = _unpack(path, shard.compression or "", size)
+    if len(content) != size:
+        raise DataError(f"{path}: unpacks to another size than {size} bytes. Fetch it again.")
     return np.frombuffer(content, np.uint8)
 
 
-def _unpack(path: Path, compression: str) -> bytes:
+def _unpack(path: Path, compression: str, size: int) -> bytes:
+    """The unpacked bytes, or the first `size` + 1 of them: a small file can unpack to any size."""
     algorithm = compression.partition(":")[0]
+    if algorithm not in ("zstd", "gz"):
+        raise DataError(f"{path}: compression {compression[:20]!r} is not supported. Write it with zstd, gz or none.")
     try:
-        if algorithm == "zstd":
-            import zstandard
-
-            return zstandard.ZstdDecompressor().stream_reader(path.read_bytes(), read_across_frames=True).read()
-        if algorithm == "gz":
-            return gzip.decompress(path.read_bytes())
+        with path.open("rb") as file:
+            return _at_most(_unpacking(file, algorithm), size + 1)
     except Exception as error:  # each library raises its own exceptions for damaged data
         raise DataError(f"{path}: damaged {algorithm} data ({error}). Fetch it again.") from None
-    raise DataError(f"{path}: compression {compression!r} is not supported. Write it with zstd, gz or none.")
 
 
-def _samples(content: Any, shard: dict[str, Any], name: str) -> Iterator[Record]:
+def _unpacking(file: BinaryIO, algorithm: str) -> Any:
+    if algorithm == "gz":
+        return gzip.GzipFile(fileobj=file)
+    import zstandard
+
+    return zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+
+
+def _at_most(stream: Any, limit: int) -> bytes:
+    content = bytearray()
+    while len(content) < limit and (block := stream.read(min(2**20, limit - len(content)))):
+        content += block
+    return bytes(content)
+
+
+def _samples(content: Any, shard: _Shard, name: str) -> Iterator[Record]:
     count = int(content[:4].view("<u4")[0])
-    if count != shard["samples"]:
-        raise DataError(f"{name}: holds {count} samples, but index.json says {shard['samples']}. Fetch it again.")
+    if count != shard.samples:
+        raise DataError(f"{name}: holds {count} samples, but index.json says {shard.samples}. Fetch it again.")
     offsets = content[4 : 4 + 4 * (count + 1)].view("<u4")
-    columns = list(zip(shard["column_names"], shard["column_encodings"], shard["column_sizes"], strict=True))
+    columns = list(zip(shard.column_names, shard.column_encodings, shard.column_sizes, strict=True))
     decoders = {column: _decoder(encoding, f"{name}: column {column}") for column, encoding, _ in columns}
     for number in range(count):
         where = f"{name} sample {number + 1}"
         begin, end = int(offsets[number]), int(offsets[number + 1])
-        if end - begin > MAX_RECORD_BYTES:
-            raise DataError(f"{where}: {end - begin} bytes, over the limit of {MAX_RECORD_BYTES / 2**20:g} MiB.")
+        if not 0 <= end - begin <= MAX_RECORD_BYTES or end > len(content):
+            raise DataError(
+                f"{where}: at bytes {begin} to {end} of {len(content)}; the limit is {MAX_RECORD_BYTES / 2**20:g} MiB."
+            )
         sample = content[begin:end].tobytes()
         variable = sum(size is None for _, _, size in columns)
         sizes = iter(np.frombuffer(sample, "<u4", variable).tolist())
@@ -97,6 +147,7 @@ def _samples(content: Any, shard: dict[str, Any], name: str) -> Iterator[Record]
             at += size
         if at != len(sample):
             raise DataError(f"{where}: its columns take {at} bytes of {len(sample)}. Fetch the shard again.")
+        check_depth(fields, where)
         yield Record(fields, where)
 
 

@@ -32,8 +32,10 @@ def read_megatron(file: Path) -> Iterator[Record]:
     if not len(lengths):
         return
     tokens = np.memmap(tokens_path, np.uint8, mode="r") if tokens_path.stat().st_size else np.zeros(0, np.uint8)
+    if int(lengths.min()) < 0 or int(offsets.min()) < 0 or int(offsets.max()) > len(tokens):
+        raise DataError(f"{index_path}: points outside {tokens_path.name} ({len(tokens)} bytes). Fetch both again.")
     ends = offsets + lengths.astype(np.int64) * np.dtype(dtype).itemsize
-    if int(offsets.min()) < 0 or int(ends.max()) > len(tokens):
+    if int(ends.max()) > len(tokens):
         raise DataError(f"{tokens_path}: {len(tokens)} bytes, but its index needs {int(ends.max())}. Fetch it again.")
     for number, (first, last) in enumerate(zip(documents[:-1].tolist(), documents[1:].tolist(), strict=True), start=1):
         where = f"{tokens_path} document {number}"
@@ -63,6 +65,7 @@ def _read_index(path: Path) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
     lengths = content[_HEADER_BYTES:at].view("<i4")
     offsets = content[at : at + 8 * sequences].view("<i8")
     documents = content[at + 8 * sequences : needed].view("<i8")
-    if boundaries < 1 or int(documents[-1]) != sequences or (np.diff(documents) < 0).any():
+    rise = boundaries > 0 and int(documents[0]) >= 0 and bool((documents[1:] >= documents[:-1]).all())
+    if not rise or int(documents[-1]) != sequences:
         raise DataError(f"{path}: the document boundaries do not end at its {sequences} sequences. Fetch it again.")
     return _DTYPES[header[17]], lengths, offsets, documents

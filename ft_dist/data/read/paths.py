@@ -1,11 +1,12 @@
 """What a path of a source names: a file by its suffix, a prepared set, an MDS folder, a saved dataset or a hub id."""
 
-import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 from ft_dist.errors import DataError
+from ft_dist.outside import parse_object
 from ft_dist.storage import is_remote_folder
 
 TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
@@ -13,30 +14,62 @@ TABLE_SUFFIXES = (".parquet", ".arrow")
 MEGATRON_SUFFIX = ".idx"
 SUFFIXES = (*TEXT_SUFFIXES, *TABLE_SUFFIXES, MEGATRON_SUFFIX)
 INDEX = "index.json"
+LENGTHS = "lengths.safetensors"
+UNKNOWN = "unknown"
+"""Revision of a hub dataset if the hub does not answer"""
+MOST_ENTRIES = 200_000
+"""Files and folders below one source; a folder with more is hardly one that was meant"""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def prepared_set(path: str) -> dict[str, Any] | None:
-    """The index of a folder that `ft-dist prepare` wrote, {} for a URL (it can hold nothing else), else None."""
+def is_prepared_set(path: str) -> bool:
+    """Whether `ft-dist prepare` wrote this folder, damaged or not. A URL can hold nothing else.
+
+    Raises DataError as `local_path` does.
+    """
     if is_remote_folder(path):
-        return {}
-    index = _read_index(Path(path.removeprefix("file://")).expanduser())
-    return index if index is not None and "fingerprint" in index else None
+        return True
+    folder = local_path(path.removeprefix("file://"))
+    index = _read_index(folder)
+    return (index is not None and "fingerprint" in index) or (folder / LENGTHS).is_file()
+
+
+def local_path(path: str) -> Path:
+    """The local path that a source names, with `~` expanded; nothing need exist there.
+
+    Raises DataError for a path that no file system can hold or that may not be looked at, and for the root folder.
+    """
+    if not path.strip() or not path.isprintable():
+        raise DataError(f"{path!r}: not a path. Name a file, a folder, a pattern or a dataset.")
+    try:
+        found = Path(path).expanduser()
+        os.stat(found)
+        if found.resolve() == Path(found.resolve().anchor):
+            raise DataError(f"{path}: this is the root of the file system. Name the folder of the data.")
+        return found
+    except (FileNotFoundError, NotADirectoryError):
+        return Path(path).expanduser()
+    except OSError as error:
+        shown = path if len(path) <= 100 else f"{path[:97]}..."
+        raise DataError(f"{shown}: cannot be read ({error.strerror}). Check the path and its permissions.") from None
+    except (ValueError, RuntimeError) as error:  # a null character; a home of nobody
+        raise DataError(f"{path!r}: not a path ({error}). Correct it.") from None
 
 
 def is_mds(folder: Path) -> bool:
     """Whether mosaicml-streaming's MDSWriter wrote this folder."""
     index = _read_index(folder)
     shards = index.get("shards") if index else None
-    return isinstance(shards, list) and bool(shards) and shards[0].get("format") == "mds"
+    first = shards[0] if isinstance(shards, list) and shards else None
+    return isinstance(first, dict) and first.get("format") == "mds"
 
 
 def _read_index(folder: Path) -> dict[str, Any] | None:
+    """The object in a folder's index.json, whoever wrote it; None if there is none."""
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return parse_object((folder / INDEX).read_bytes(), where=folder / INDEX, error=DataError)
+    except (OSError, DataError):
         return None
-    return index if isinstance(index, dict) else None
 
 
 def suffix_of(file: Path) -> str:

@@ -2,10 +2,11 @@
 
 JSONL, JSON, CSV, TSV and text are read with the standard library (`text_files`), which keeps imports light. `datasets`
 reads Parquet, Arrow, saved and hub datasets; our own readers read MDS folders and Megatron's `.bin` with `.idx`. Each
-is imported when needed. A folder or URL that `ft-dist prepare` wrote holds no records (`paths.prepared_set`).
+is imported when needed. A folder or URL that `ft-dist prepare` wrote holds no records (`paths.is_prepared_set`).
 """
 
 import glob
+import os
 import re
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -14,13 +15,15 @@ from pathlib import Path
 from ft_dist.config.schema import SourceConfig
 from ft_dist.data.read.paths import (
     MEGATRON_SUFFIX,
+    MOST_ENTRIES,
     SUFFIXES,
     TABLE_SUFFIXES,
     is_mds,
+    is_prepared_set,
     is_saved_dataset,
+    local_path,
     may_be_hub_id,
     missing,
-    prepared_set,
     suffix_of,
 )
 from ft_dist.data.read.text_files import RawRecord, Record, read_csv, read_json, read_jsonl, read_text
@@ -42,7 +45,7 @@ def read_raw_records(source: SourceConfig) -> Iterator[Record | RawRecord]:
 
     Raises DataError as `read_records` does, but for a broken line only when it is parsed.
     """
-    if prepared_set(source.path) is not None:
+    if is_prepared_set(source.path):
         raise DataError(
             f"{source.path}: a prepared set holds tokens, but text is needed here. Name the files it was made from."
         )
@@ -56,7 +59,7 @@ def read_raw_records(source: SourceConfig) -> Iterator[Record | RawRecord]:
 
 def _folder_reader(source: SourceConfig) -> Iterator[Record]:
     """Reads folders that are one dataset (MDS, saved), and hub datasets."""
-    folder = Path(source.path).expanduser()
+    folder = local_path(source.path)
     if is_mds(folder):
         from ft_dist.data.read.mds import read_mds
 
@@ -71,14 +74,15 @@ def local_files(source: SourceConfig) -> list[Path] | None:
 
     Raises DataError if the path is neither a file, a folder, a glob nor possibly a hub id.
     """
-    path = Path(source.path).expanduser()
+    path = local_path(source.path)
     if path.is_file():
         _reader(path)
         return [path]
     if path.is_dir():
         return None if is_saved_dataset(path) or is_mds(path) else _folder_files(path, source.split)
     if glob.has_magic(source.path):
-        matches = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+        found = islice(glob.iglob(str(path), recursive=True), MOST_ENTRIES)
+        matches = sorted(Path(name) for name in found if os.path.isfile(name))
         if not matches:
             raise DataError(f"{source.path}: the pattern matches no file. Check data.*.path and the working directory.")
         for file in matches:
@@ -91,8 +95,11 @@ def local_files(source: SourceConfig) -> list[Path] | None:
 
 def _folder_files(folder: Path, split: str) -> list[Path]:
     """Every data file below a folder; if names mark splits, only those of `split`, so that none leaks."""
-    found = [file for file in sorted(folder.rglob("*")) if file.is_file() and not _hidden(file, folder)]
-    found = [file for file in found if suffix_of(file) in SUFFIXES]
+    entries = list(islice(_files_below(folder), MOST_ENTRIES))
+    if len(entries) == MOST_ENTRIES:
+        raise DataError(f"{folder}: {MOST_ENTRIES:,} or more files. Name the folder of the data, or a pattern.")
+    found = [file for file in sorted(entries) if suffix_of(file) in SUFFIXES and not _hidden(file, folder)]
+    found = [file for file in found if os.path.isfile(file)]
     if not found:
         known = " ".join(SUFFIXES)
         raise DataError(
@@ -107,6 +114,12 @@ def _folder_files(folder: Path, split: str) -> list[Path]:
         names = ", ".join(sorted({name for name in splits.values() if name}))
         raise DataError(f"{folder}: no file of split {split!r}; file names indicate {names}. Set split to one of them.")
     return chosen
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Skips folders that cannot be read, or vanish."""
+    for place, _, names in os.walk(folder):
+        yield from (Path(place) / name for name in names)
 
 
 def _hidden(file: Path, folder: Path) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ft_dist.config.schema import SourceConfig
-from ft_dist.data.read.paths import is_saved_dataset, missing
+from ft_dist.data.read.paths import UNKNOWN, is_saved_dataset, local_path, missing
 from ft_dist.data.read.text_files import Record
 from ft_dist.errors import DataError
 
@@ -36,7 +36,7 @@ def open_dataset(source: SourceConfig) -> Any:
     """The `datasets.IterableDataset` of a `save_to_disk` folder or of a hub dataset's split, not read yet."""
     import datasets
 
-    path = Path(source.path).expanduser()
+    path = local_path(source.path)
     if is_saved_dataset(path):
         saved = datasets.load_from_disk(str(path))
         if hasattr(saved, "keys"):
@@ -47,20 +47,22 @@ def open_dataset(source: SourceConfig) -> Any:
         return saved.to_iterable_dataset()
     name = source.path.removeprefix("hf://datasets/").removeprefix("hf://")
     try:
-        return datasets.load_dataset(name, source.name, split=source.split, streaming=True)
+        revision = hub_revision(source)
+        pinned = None if revision == UNKNOWN else revision
+        return datasets.load_dataset(name, source.name, split=source.split, streaming=True, revision=pinned)
     except Exception as error:  # offline, no such dataset or split, gated: one line for the user
         raise missing(source.path, _first_line(error)) from None
 
 
 def hub_revision(source: SourceConfig) -> str:
-    """The commit of a hub dataset's default branch; "unknown" if the hub does not answer."""
+    """The commit of a hub dataset's default branch; UNKNOWN if the hub does not answer."""
     from huggingface_hub import HfApi
 
     try:
         name = source.path.removeprefix("hf://datasets/").removeprefix("hf://")
         return str(HfApi().dataset_info(name, timeout=10).sha)
     except Exception:  # offline: the cached copy is read, identified by path and split
-        return "unknown"
+        return UNKNOWN
 
 
 def numbered_rows(rows: Iterable[Any], name: str, *, first: int = 1) -> Iterator[Record]:

@@ -11,7 +11,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -20,6 +20,9 @@ from ft_dist.errors import DataError
 
 MAX_RECORD_BYTES = 2**24
 """Largest line or record. Tokenising it takes about 50 times as much memory, for tokens and offsets."""
+
+MAX_DEPTH = 100
+"""Deepest nesting of a record: what walks over it may recurse"""
 
 BLOCK_BYTES = 2**20
 FIRST_BYTES = 2**12
@@ -47,7 +50,7 @@ class RawRecord:
 
     def parse(self) -> Record:
         """Raises DataError if the line is not a JSON object."""
-        return Record(_object(_parse(self.line, self.where), self.where), self.where)
+        return Record(json_object(_parse(self.line, self.where), self.where), self.where)
 
 
 def read_jsonl(file: Path) -> Iterator[RawRecord]:
@@ -59,7 +62,7 @@ def read_jsonl(file: Path) -> Iterator[RawRecord]:
 def read_json(file: Path) -> Iterator[Record | RawRecord]:
     """An array of objects, or JSON lines, which many `.json` files contain."""
     with _open(file) as stream:
-        start = stream.read(FIRST_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
+        start = _reading(file, lambda: stream.read(FIRST_BYTES)).removeprefix(codecs.BOM_UTF8).lstrip()
     if start.startswith(b"["):
         yield from _JsonArray(file).records()
     else:
@@ -93,10 +96,10 @@ def read_csv(file: Path, delimiter: str) -> Iterator[Record]:
         if header is None:
             header = [name.strip() for name in row]
             if len(set(header)) < len(header):
-                raise DataError(f"{where}: two columns have the same name ({', '.join(header)}). Rename one.")
+                raise DataError(f"{where}: two columns have the same name ({names_of(header)}). Rename one.")
             continue
         if len(row) != len(header):
-            raise DataError(f"{where}: {len(row)} values, but the header has {len(header)} ({', '.join(header)}).")
+            raise DataError(f"{where}: {len(row)} values, but the header has {len(header)} ({names_of(header)}).")
         yield Record(dict(zip(header, row, strict=True)), where)
 
 
@@ -126,7 +129,18 @@ def _open(file: Path) -> BinaryIO:
             return cast(BinaryIO, io.BufferedReader(_Zstd(file), BLOCK_BYTES))
         return file.open("rb")
     except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror}). Check its permissions.") from None
+        raise unreadable(file, error) from None
+
+
+def unreadable(file: Path, error: OSError) -> DataError:
+    return DataError(f"{file}: cannot be read ({error.strerror}). Check its permissions and the disk.")
+
+
+def _reading(file: Path, read: Callable[[], bytes]) -> bytes:
+    try:
+        return read()
+    except OSError as error:
+        raise unreadable(file, error) from None
 
 
 class _Zstd(io.RawIOBase):
@@ -201,7 +215,7 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
     """(line number from 1, text with its line end), decoded line by line, so that a bad byte has a line number."""
     number, offset = 0, 0
     with _open(file) as stream:
-        while raw := stream.readline(MAX_RECORD_BYTES + 1):
+        while raw := _reading(file, lambda: stream.readline(MAX_RECORD_BYTES + 1)):
             number += 1
             if len(raw) > MAX_RECORD_BYTES:
                 raise _too_long(f"{file} line {number}", "line", "Split or remove it.")
@@ -233,17 +247,58 @@ def _parse(text: str, where: str) -> Any:
         return json.loads(text.rstrip())  # an error at a line break would count columns of the next line
     except json.JSONDecodeError as error:
         raise _not_json(where, error.msg, error.colno) from None
+    except ValueError:
+        raise _too_many_digits(where) from None
     except RecursionError:
-        raise DataError(f"{where}: JSON nested too deep to read. Fix or remove it.") from None
+        raise _too_deep(where) from None
+
+
+def _too_many_digits(where: str) -> DataError:
+    return DataError(f"{where}: holds an integer of thousands of digits. Fix or remove it.")
+
+
+def _too_deep(where: str) -> DataError:
+    return DataError(f"{where}: nested deeper than {MAX_DEPTH} levels. Fix or remove it.")
+
+
+def check_depth(value: Any, where: str) -> None:
+    """Raises DataError if lists and objects are nested deeper than MAX_DEPTH."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for one in level
+            for inner in (one.values() if isinstance(one, dict) else one)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return
+    raise _too_deep(where)
 
 
 def _not_json(where: str, reason: str, column: int) -> DataError:
     return DataError(f"{where}: not valid JSON ({reason} at column {column}). Fix or remove it.")
 
 
-def _object(value: Any, where: str) -> dict[str, Any]:
+def is_text(text: str) -> bool:
+    """False for half of a surrogate pair, which JSON can write and no tokenizer can read."""
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def names_of(fields: Iterable[Any]) -> str:
+    """Names of columns for a message of one line, cut to fit in it."""
+    text = ", ".join("".join(ch if ch.isprintable() else "?" for ch in str(name)[:40]) for name in fields) or "none"
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def json_object(value: Any, where: str) -> dict[str, Any]:
+    """Raises DataError if a JSON value is not an object, or nested too deep."""
     if not isinstance(value, dict):
         raise DataError(f"{where}: is {type(value).__name__}, but a record is a JSON object {{...}}.")
+    check_depth(value, where)
     return value
 
 
@@ -269,7 +324,7 @@ class _JsonArray:
                 number += 1
                 self._peek()
                 where = f"{self.file} line {self._line_at(self._at)} (record {number})"
-                yield Record(_object(self._element(where), where), where)
+                yield Record(json_object(self._element(where), where), where)
                 more = self._next_is(",")
                 if not more and not self._next_is("]"):
                     raise self._fault("Expecting ',' or ']'", self._at)
@@ -285,8 +340,10 @@ class _JsonArray:
                 cut = error.msg.startswith("Unterminated string") or error.pos >= len(self._text) - 12
                 if not cut or self._ended:
                     raise self._fault(error.msg, error.pos) from None
+            except ValueError:
+                raise _too_many_digits(where) from None
             except RecursionError:
-                raise DataError(f"{where}: JSON nested too deep to read. Fix or remove it.") from None
+                raise _too_deep(where) from None
             if len(self._text) - self._at > MAX_RECORD_BYTES:
                 raise _too_long(where, "record", "Is a quote or a bracket left open?")
             self._read_on()
@@ -307,7 +364,7 @@ class _JsonArray:
 
     def _read_on(self) -> None:
         line = self._line_at(self._at)
-        raw = self._stream.read(BLOCK_BYTES)
+        raw = _reading(self.file, lambda: self._stream.read(BLOCK_BYTES))
         self._ended = not raw
         try:
             more = self._decoder.decode(raw, final=self._ended)

@@ -16,18 +16,17 @@ in a collective, so the timeout of collectives is longer by that much (`RunConfi
 import contextlib
 import fcntl
 import hashlib
-import json
 import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ft_dist.data.store.store import INDEX, TokenStore, files_of
+from ft_dist.data.store.index import INDEX, FileEntry, read_index
+from ft_dist.data.store.store import TokenStore
 from ft_dist.errors import DataError, MissingFileError, StorageError
 from ft_dist.storage import LOG_INTERVAL_S, Log, Storage, open_storage
 
@@ -46,12 +45,8 @@ def open_store(place: str, *, cache: Path, cache_bytes: int, wait_s: float, log:
     """
     storage = open_storage(place, wait_s=wait_s, log=log)
     if storage.local is not None:
-        return TokenStore.open(storage.local)
-    files = ShardCache(storage, cache, cache_bytes=cache_bytes, log=log)
-    try:
-        return TokenStore(files, place)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{place}: not a complete token set ({error}). Prepare it again.") from None
+        return TokenStore.open(storage)
+    return TokenStore(ShardCache(storage, cache, cache_bytes=cache_bytes, log=log), place)
 
 
 class ShardCache:
@@ -60,16 +55,16 @@ class ShardCache:
     def __init__(self, storage: Storage, root: Path, *, cache_bytes: int, log: Log | None = None) -> None:
         """Reads the index. Raises DataError if there is none, or if `cache_bytes` is too small for its files."""
         self.storage = storage
-        self.index = _read_index(storage)
-        self._entries: dict[str, dict[str, Any]] = {entry["file"]: entry for entry in files_of(self.index)}
-        largest = max(entry["bytes"] for entry in (self.index["lengths"], *self.index["shards"]))
+        self.index = read_index(storage)
+        self._entries = {entry.file: entry for entry in self.index.files}
+        largest = max(entry.bytes for entry in self.index.files)
         if cache_bytes < SMALLEST_CACHE_FILES * largest:
             raise DataError(
                 f"data.cache_bytes={cache_bytes} is less than {SMALLEST_CACHE_FILES} x the largest file of "
                 f"{storage.url} ({SMALLEST_CACHE_FILES} * {largest}). Use at least {SMALLEST_CACHE_FILES * largest}."
             )
         self.root = root
-        self.folder = root / hashlib.blake2b(json.dumps(self.index).encode(), digest_size=16).hexdigest()
+        self.folder = root / hashlib.blake2b(self.index.model_dump_json().encode(), digest_size=16).hexdigest()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._cache_bytes = cache_bytes
         self._log = log or (lambda line: None)
@@ -117,6 +112,9 @@ class ShardCache:
                 for thread in self._threads:
                     thread.start()
             self._changed.notify_all()
+
+    def raise_if_damaged(self) -> None:
+        """Every file was verified when it arrived, and the cache replaces files without rewriting them."""
 
     def close(self) -> None:
         """Stop every wait and download; the waiting threads raise StorageError."""
@@ -175,18 +173,18 @@ class ShardCache:
             with self._changed:
                 del self._running[file]
 
-    def _fetch(self, entry: dict[str, Any]) -> None:
-        path = self.folder / entry["file"]
+    def _fetch(self, entry: FileEntry) -> None:
+        path = self.folder / entry.file
         with self._locked(path):
             if self._found_intact(path, entry):
                 return
             arriving = _arriving(path)
             _remove_arriving(arriving)
             for attempt in range(1, ATTEMPTS + 1):
-                self._make_room(arriving, entry["bytes"])
+                self._make_room(arriving, entry.bytes)
                 digest = hashlib.blake2b(digest_size=16)
                 try:
-                    self.storage.fetch(entry["file"], arriving, digest=digest)
+                    self.storage.fetch(entry.file, arriving, digest=digest)
                     damage = _difference(arriving.stat().st_size, digest.hexdigest(), entry)
                     if damage is None:
                         found = arriving.stat()
@@ -195,19 +193,19 @@ class ShardCache:
                         return
                 except MissingFileError:
                     raise DataError(
-                        f"{self.storage.url_of(entry['file'])}: missing, though {INDEX} names it. "
+                        f"{self.storage.url_of(entry.file)}: missing, though {INDEX} names it. "
                         "Upload it again, or prepare the set again."
                     ) from None
                 finally:
                     arriving.unlink(missing_ok=True)
                 if attempt < ATTEMPTS:
-                    self._log(f"{self.storage.url_of(entry['file'])}: arrived damaged ({damage}); retrying")
+                    self._log(f"{self.storage.url_of(entry.file)}: arrived damaged ({damage}); retrying")
         raise DataError(
-            f"{self.storage.url_of(entry['file'])}: damaged in the store ({damage}, {ATTEMPTS} times). "
+            f"{self.storage.url_of(entry.file)}: damaged in the store ({damage}, {ATTEMPTS} times). "
             "Upload it again, or prepare the set again."
         )
 
-    def _found_intact(self, path: Path, entry: dict[str, Any]) -> bool:
+    def _found_intact(self, path: Path, entry: FileEntry) -> bool:
         """Whether the file is present and intact, checked once per process; a damaged one is removed."""
         try:
             with path.open("rb") as file:
@@ -285,34 +283,23 @@ class ShardCache:
 
     def _next_ahead(self) -> str | None:
         """The first expected file that is neither present nor being fetched, within half of the cache."""
-        ahead = sum(self._entries[file]["bytes"] for file in self._ahead)
+        ahead = sum(self._entries[file].bytes for file in self._ahead)
         for file in self._expected:
             if file in self._ahead or file in self._running:
                 continue
             if file in self._intact and (self.folder / file).exists():
                 continue
-            fits = ahead + self._entries[file]["bytes"] <= self._cache_bytes // 2
+            fits = ahead + self._entries[file].bytes <= self._cache_bytes // 2
             return file if fits or not self._ahead else None
         return None
 
 
-def _read_index(storage: Storage) -> dict[str, Any]:
-    try:
-        index = json.loads(storage.read_bytes(INDEX))
-        files_of(index)
-    except MissingFileError:
-        raise DataError(f"{storage.url}: no {INDEX} found, so it is not a prepared set. Check the URL.") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{storage.url_of(INDEX)}: damaged ({error}). Prepare the set again.") from None
-    return dict(index)
-
-
-def _difference(size: int, checksum: str, entry: dict[str, Any]) -> str | None:
+def _difference(size: int, checksum: str, entry: FileEntry) -> str | None:
     """How size or checksum differ from the index entry, or None."""
-    if size != entry["bytes"]:
-        return f"{size} bytes instead of {entry['bytes']}"
-    if checksum != entry["checksum"]:
-        return f"checksum {checksum} instead of {entry['checksum']}"
+    if size != entry.bytes:
+        return f"{size} bytes instead of {entry.bytes}"
+    if checksum != entry.checksum:
+        return f"checksum {checksum} instead of {entry.checksum}"
     return None
 
 

@@ -4,15 +4,13 @@ A shard holds `tokens` (uint16 or uint32, the samples end to end), `mask` (one b
 it, `numpy.packbits` order) and `offsets` (int64, samples + 1). A shard with groups (index key `grouped`) also holds
 `sequence_lengths` (uint32) and `sequence_offsets` (int64, samples + 1), which cut samples into sequences.
 `lengths.safetensors` holds `lengths` and `labelled` (uint32, tokens and targets of every sample of the set), which is
-all that order and packing read. The index lists the files with their bytes and BLAKE2b checksums. It is written after
-every file it names (writer.py), so a set with an index is complete or was damaged later; `open` detects a wrong size,
-`verify` a wrong byte.
+all that order and packing read. The index (index.py) lists the files with their bytes and BLAKE2b checksums. It is
+written after every file it names (writer.py), so a set with an index is complete or was damaged later; `open` detects
+a wrong size, and the first use of a file a wrong byte.
 
-`ShardFiles` hides where the files come from: a local folder, or a cache of a remote one.
+`ShardFiles` hides where the files come from: a local folder (local.py), or a cache of a remote one (cache.py).
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -21,15 +19,14 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ft_dist.data.store.arrays import map_arrays
+from ft_dist.data.store.index import SetIndex, ShardEntry
+from ft_dist.data.store.local import LocalFolder
 from ft_dist.errors import DataError
+from ft_dist.storage import Storage, open_storage
 
-VERSION = 2
-INDEX = "index.json"
-LENGTHS = "lengths.safetensors"
 OPEN_SHARDS = 64
 """Shards mapped at a time; the least recently used is unmapped first"""
-
-_DTYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "I32": np.int32, "I64": np.int64, "U64": np.uint64}
 
 Int64Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
@@ -76,12 +73,12 @@ class SampleStore(Protocol):
 class ShardFiles(Protocol):
     """Access to the files of one set."""
 
-    index: dict[str, Any]
+    index: SetIndex
 
     def path(self, file: str) -> Path:
         """The path of a file of the set on this machine's disk; waits until it is present and intact.
 
-        Raises OSError, ValueError or DataError if that fails.
+        Raises DataError or StorageError if that fails.
         """
         ...
 
@@ -89,38 +86,13 @@ class ShardFiles(Protocol):
         """A hint: these files are requested next, in this order. Returns immediately."""
         ...
 
+    def raise_if_damaged(self) -> None:
+        """Raises DataError if a file that was intact is not any more."""
+        ...
+
     def close(self) -> None:
         """Stop; a thread that waits for a file fails."""
         ...
-
-
-class LocalFolder:
-    """A set in a local folder: nothing to fetch."""
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.index: dict[str, Any] = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
-        self._bytes = {entry["file"]: entry["bytes"] for entry in files_of(self.index)}
-
-    def path(self, file: str) -> Path:
-        path = self.folder / file
-        size = path.stat().st_size
-        if size != self._bytes[file]:
-            raise ValueError(f"{file} has {size} bytes instead of {self._bytes[file]}")
-        return path
-
-    def expect(self, files: Sequence[str]) -> None:
-        """Every file is local."""
-
-    def close(self) -> None:
-        """Nothing to interrupt."""
-
-
-def files_of(index: dict[str, Any]) -> list[dict[str, Any]]:
-    """The entries {file, bytes, checksum, ...} of a set. Raises DataError if the set has another version."""
-    if index["version"] != VERSION:
-        raise DataError(f"token set has version {index['version']}, not {VERSION}. Delete it and prepare again.")
-    return [index["lengths"], *index["shards"]]
 
 
 class TokenStore:
@@ -130,46 +102,34 @@ class TokenStore:
     """
 
     def __init__(self, files: ShardFiles, name: str) -> None:
-        """`name` appears in error messages. Raises OSError, ValueError or KeyError if the set is incomplete."""
+        """`name` appears in error messages. Raises DataError if the set is incomplete or damaged."""
         self.index = files.index
         self.name = name
         self._files = files
-        self._shards: list[dict[str, Any]] = self.index["shards"]
-        self._grouped = any(entry.get("grouped") for entry in self._shards)
+        self._shards: list[ShardEntry] = self.index.shards
+        self._grouped = any(entry.grouped for entry in self._shards)
         self._starts = np.zeros(len(self._shards) + 1, np.int64)
-        np.cumsum([shard["samples"] for shard in self._shards], out=self._starts[1:])
-        path = files.path(self.index["lengths"]["file"])
-        arrays = map_safetensors(path, ("lengths", "labelled"))
-        self.lengths, self.labelled = arrays["lengths"], arrays["labelled"]
-        if not len(self.lengths) == len(self.labelled) == self._starts[-1]:
-            raise ValueError(f"{path.name} does not hold as many samples as the index says")
+        np.cumsum([shard.samples for shard in self._shards], out=self._starts[1:])
+        self.lengths, self.labelled = self._map_lengths()
         self._shard = lru_cache(maxsize=OPEN_SHARDS)(self._map)
 
     @classmethod
-    def open(cls, folder: str | Path) -> "TokenStore":
-        """Map a finished set. Raises DataError if it is missing, has another version, or a file has the wrong size."""
-        try:
-            files = LocalFolder(folder)
-            for entry in files_of(files.index):
-                files.path(entry["file"])
-            return cls(files, str(folder))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{folder}: not a complete token set ({error}). Delete the folder and prepare again."
-            ) from None
-        except DataError as error:
-            raise DataError(f"{folder}: {error}") from None
+    def open(cls, place: str | Path | Storage) -> "TokenStore":
+        """Map a finished set in a local folder. Raises DataError if it is missing, has another version, or a file has
+        the wrong size."""
+        storage = place if isinstance(place, Storage) else open_storage(place)
+        return cls(LocalFolder(storage), storage.url)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     @property
     def nbytes(self) -> int:
-        return sum(entry["bytes"] for entry in files_of(self.index))
+        return sum(entry.bytes for entry in self.index.files)
 
     @property
     def fingerprint(self) -> str:
-        return str(self.index["fingerprint"])
+        return self.index.fingerprint
 
     def lengths_of(self, ids: Int64Array) -> Int64Array:
         return self.lengths[ids].astype(np.int64)
@@ -204,47 +164,81 @@ class TokenStore:
     def expect(self, ids: Int64Array) -> None:
         numbers = np.searchsorted(self._starts, ids, side="right") - 1
         first_use = np.unique(numbers, return_index=True)[1]
-        self._files.expect([self._shards[numbers[at]]["file"] for at in np.sort(first_use)])
+        self._files.expect([self._shards[numbers[at]].file for at in np.sort(first_use)])
 
     def close(self) -> None:
         self._files.close()
 
     def verify(self) -> None:
-        """Read every byte. Raises DataError naming a file whose checksum differs."""
-        for entry in files_of(self.index):
-            path = self._files.path(entry["file"])
-            found = checksum_of(path)
-            if found != entry["checksum"]:
-                raise DataError(f"{path}: damaged (checksum {found}). Delete its folder and prepare again.")
+        """Read every file, and compare all of them with each other. Raises DataError naming one that is damaged."""
+        for number in range(len(self._shards)):
+            self._map(number)
 
     def _gather_shard(self, number: int, ids: Int64Array, lengths: Int64Array) -> tuple[Int64Array, BoolArray]:
+        self._files.raise_if_damaged()
         shard = self._shard(number)
         at = end_to_end(shard["offsets"][ids - self._starts[number]], lengths)
         bits = shard["mask"][at >> 3] >> (7 - (at & 7)).astype(np.uint8)
         return shard["tokens"][at].astype(np.int64), (bits & 1).astype(np.bool_)
 
     def _sequences_in(self, number: int, ids: Int64Array) -> tuple[Int64Array, Int64Array] | None:
-        if not self._shards[number].get("grouped"):
+        if not self._shards[number].grouped:
             return None
         shard = self._shard(number)
         at = ids - self._starts[number]
         firsts, counts = shard["sequence_offsets"][at], np.diff(shard["sequence_offsets"])[at]
         return shard["sequence_lengths"][end_to_end(firsts, counts)].astype(np.int64), counts
 
+    def _map_lengths(self) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]:
+        entry = self.index.lengths
+        arrays = self._arrays(entry.file, {"lengths": ("u4",), "labelled": ("u4",)})
+        lengths, labelled = arrays["lengths"], arrays["labelled"]
+        if not len(lengths) == len(labelled) == self._starts[-1]:
+            raise self._damaged(entry.file, "it does not hold as many samples as the index says")
+        if not (labelled < lengths).all():  # so no length is 0
+            raise self._damaged(entry.file, "a sample has more targets than tokens")
+        sums = np.add.reduceat(lengths, self._starts[:-1], dtype=np.int64)
+        if not np.array_equal(sums, [shard.tokens for shard in self._shards]):  # before any is used as a size
+            raise self._damaged(entry.file, "its samples do not fill the shards")
+        return lengths, labelled
+
     def _map(self, number: int) -> dict[str, npt.NDArray[Any]]:
+        """The arrays of a shard; whoever indexes them stays inside. Raises DataError, StorageError."""
         entry = self._shards[number]
-        names = ["tokens", "mask", "offsets"]
-        if entry.get("grouped"):
-            names += ["sequence_lengths", "sequence_offsets"]
-        try:
-            arrays = map_safetensors(self._files.path(entry["file"]), names)
-            lengths = self.lengths[self._starts[number] : self._starts[number + 1]]
-            offsets = arrays["offsets"]
-            if offsets[-1] != len(arrays["tokens"]) or not np.array_equal(np.diff(offsets), lengths):
-                raise ValueError(f"{entry['file']} does not match {self.index['lengths']['file']}")
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"{self.name}: damaged ({error}). Delete the set and prepare again.") from None
+        kinds: dict[str, tuple[str, ...]] = {"tokens": ("u2", "u4"), "mask": ("u1",), "offsets": ("i8",)}
+        groups: dict[str, tuple[str, ...]] = {"sequence_lengths": ("u4",), "sequence_offsets": ("i8",)}
+        arrays = self._arrays(entry.file, kinds, optional=groups)
+        if any((name in arrays) != entry.grouped for name in groups):
+            raise self._damaged(entry.file, "the index says otherwise whether its samples are groups")
+        lengths = self.lengths[self._starts[number] : self._starts[number + 1]]
+        tokens = len(arrays["tokens"])
+        fits = tokens == entry.tokens and 8 * len(arrays["mask"]) >= tokens
+        if not fits or not _cuts(arrays["offsets"], tokens) or not np.array_equal(np.diff(arrays["offsets"]), lengths):
+            raise self._damaged(entry.file, f"it does not match {self.index.lengths.file}")
+        if entry.grouped:
+            sequences, cuts = arrays["sequence_lengths"], arrays["sequence_offsets"]
+            if len(cuts) != len(lengths) + 1 or not _cuts(cuts, len(sequences)) or not (sequences > 0).all():
+                raise self._damaged(entry.file, "its sequences do not fill its samples")
+            if not np.array_equal(np.add.reduceat(sequences, cuts[:-1], dtype=np.int64), lengths):
+                raise self._damaged(entry.file, "its sequences do not fill its samples")
         return arrays
+
+    def _arrays(
+        self, file: str, kinds: dict[str, tuple[str, ...]], *, optional: dict[str, tuple[str, ...]] | None = None
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Arrays of these types, by name."""
+        optional = optional or {}
+        try:
+            arrays = map_arrays(self._files.path(file), list(kinds), optional=list(optional))
+        except OSError as error:
+            raise self._damaged(file, str(error)) from None
+        for name, array in arrays.items():
+            if array.dtype.str[1:] not in (kinds | optional)[name]:
+                raise self._damaged(file, f"its array {name} is of type {array.dtype}")
+        return arrays
+
+    def _damaged(self, file: str, how: str) -> DataError:
+        return DataError(f"{self.name}/{file}: damaged ({how}). Delete the set and prepare it again.")
 
 
 class JoinedStore:
@@ -350,24 +344,6 @@ def join_sequences(
     return joined, counts
 
 
-def map_safetensors(path: Path, names: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
-    """Map arrays of a safetensors file without reading it: an 8-byte length, a JSON header, then the data."""
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(header_bytes))
-    whole = np.asarray(np.memmap(path, np.uint8, mode="r"))  # the subclass is slow to index
-    arrays = {}
-    for name in names:
-        start, end = header[name]["data_offsets"]
-        data = whole[8 + header_bytes + start : 8 + header_bytes + end]
-        arrays[name] = data.view(_DTYPES[header[name]["dtype"]])
-    return arrays
-
-
-def checksum_of(path: Path) -> str:
-    """BLAKE2b of a file, 32 hexadecimal digits."""
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
+def _cuts(offsets: Int64Array, end: int) -> bool:
+    """Whether offsets rise from 0 to `end`, without a step of 0."""
+    return len(offsets) > 1 and offsets[0] == 0 and offsets[-1] == end and bool((np.diff(offsets) > 0).all())

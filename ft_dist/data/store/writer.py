@@ -9,8 +9,9 @@ the files. `commit` joins the parts into the sidecars and writes `index.json` la
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,17 @@ import numpy.typing as npt
 
 from ft_dist.data.encode.chunk import EncodedChunk, SourceCounts
 from ft_dist.data.encode.minhash import BUCKETS, KEYS
-from ft_dist.data.store.store import INDEX, LENGTHS, VERSION, checksum_of, map_safetensors
-from ft_dist.errors import DataError
+from ft_dist.data.read.paths import LENGTHS
+from ft_dist.data.store.arrays import map_arrays
+from ft_dist.data.store.index import INDEX, REPORT, VERSION, FileEntry, ShardEntry, check_seal, checksum_of, sealed
+from ft_dist.errors import DataError, StorageError
+from ft_dist.outside import Document, parse_object, validated
 from ft_dist.storage import Storage
 
 SHARD_TOKENS = 2**24
 """A shard of this many tokens is 34 or 67 MB: few files, small enough to hold in memory and fetch whole"""
 
 SKETCHES = "sketches.safetensors"
-REPORT = "report.json"
 PROGRESS = "progress.json"
 _PARTS: dict[str, tuple[str, Any, tuple[int, ...]]] = {
     "lengths": ("U32", np.uint32, ()),
@@ -37,21 +40,52 @@ _PARTS: dict[str, tuple[str, Any, tuple[int, ...]]] = {
 }
 
 
+class _Part(Document):
+    """Facts about a shard's samples: the bytes and checksum of their file, and the rows of each array."""
+
+    bytes: int
+    checksum: str
+    lengths: int
+    labelled: int
+    keys: int
+    signatures: int
+
+
+class _Progress(Document):
+    version: int
+    fingerprint: str
+    counts: SourceCounts
+    shards: list[ShardEntry]
+    parts: list[_Part]
+
+
 class ShardWriter:
     """Appends chunks to a set; at most one shard is held in memory.
 
     `records` is the number of input records in finished shards: the caller resumes there.
     """
 
-    def __init__(self, storage: Storage, *, fingerprint: str, made_with: dict[str, Any], dtype: Any) -> None:
-        """Resumes an unfinished set of the same fingerprint. Raises DataError if it finds a different one."""
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        fingerprint: str,
+        made_with: dict[str, Any],
+        dtype: Any,
+        before_shard: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Resumes an unfinished set of the same fingerprint. Raises DataError if it finds a different one.
+
+        `before_shard` is called before a shard is kept; the shard is lost if it raises.
+        """
         self.storage = storage
         self.fingerprint = fingerprint
         self.made_with = made_with
         self._dtype = dtype
+        self._before_shard = before_shard
         self.counts = SourceCounts()
-        self._shards: list[dict[str, Any]] = []
-        self._parts: list[dict[str, int]] = []
+        self._shards: list[ShardEntry] = []
+        self._parts: list[_Part] = []
         self._resume()
         self._pending: list[EncodedChunk] = []
         self._sequences: list[Sequence[Sequence[int]] | None] = []
@@ -85,14 +119,14 @@ class ShardWriter:
         """One array per finished shard, in order: lengths, labelled, keys (n, KEYS) or signatures (n, BUCKETS)."""
         with tempfile.TemporaryDirectory(prefix="ft_dist-") as folder:
             for number in range(len(self._parts)):
-                flat = map_safetensors(self._local(_part_name(number), Path(folder)), [name])[name]
+                flat = map_arrays(self._local(_part_name(number), Path(folder)), [name])[name]
                 yield flat.reshape(-1, *_PARTS[name][2])
 
     def first_samples(self, count: int) -> list[tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]]:
         """(tokens, mask) of `count` samples spread over the first shard."""
         with tempfile.TemporaryDirectory(prefix="ft_dist-") as folder:
-            path = self._local(self._shards[0]["file"], Path(folder))
-            shard = map_safetensors(path, ["tokens", "mask", "offsets"])
+            path = self._local(self._shards[0].file, Path(folder))
+            shard = map_arrays(path, ["tokens", "mask", "offsets"])
             mask = np.unpackbits(shard["mask"], count=len(shard["tokens"])).astype(np.bool_)
             last = len(shard["offsets"]) - 2
             chosen = dict.fromkeys(last * number // max(1, count - 1) for number in range(count))
@@ -104,7 +138,8 @@ class ShardWriter:
         with tempfile.TemporaryDirectory(prefix="ft_dist-") as folder:
             lengths = self._write_joined(LENGTHS, ["lengths", "labelled"], Path(folder))
             sketches = self._write_joined(SKETCHES, ["keys", "signatures"], Path(folder))
-        self.storage.write(REPORT, json.dumps(report, indent=1, ensure_ascii=False).encode())
+        shown = json.dumps(report, indent=1, ensure_ascii=False).encode()
+        self.storage.write(REPORT, shown)
         index = {
             "version": VERSION,
             "fingerprint": self.fingerprint,
@@ -112,12 +147,17 @@ class ShardWriter:
             "samples": self.counts.samples,
             "tokens": self.counts.tokens,
             "labelled_tokens": self.counts.labelled_tokens,
-            "lengths": lengths,
-            "sketches": sketches,
-            "shards": self._shards,
+            "lengths": lengths.model_dump(),
+            "sketches": sketches.model_dump(),
+            "report": {"file": REPORT, "bytes": len(shown), "checksum": checksum_of(shown)},
+            "shards": [_dumped(shard) for shard in self._shards],
             "counts": asdict(self.counts),
         }
-        self.storage.write(INDEX, json.dumps(index, indent=1).encode())
+        self.storage.write(INDEX, sealed(index))
+        self.discard()
+
+    def discard(self) -> None:
+        """Delete what an unfinished set needs to be resumed."""
         self.storage.delete(PROGRESS)
         for number in range(len(self._parts)):
             self.storage.delete(_part_name(number))
@@ -126,23 +166,38 @@ class ShardWriter:
         if not self.storage.exists(PROGRESS):
             return
         place = self.storage.url
+        where = self.storage.url_of(PROGRESS)
         try:
-            progress = json.loads(self.storage.read_bytes(PROGRESS))
-            fingerprint, version = progress["fingerprint"], progress["version"]
-            counts, shards, parts = SourceCounts(**progress["counts"]), progress["shards"], progress["parts"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{place}/{PROGRESS}: damaged ({error}). Delete the unfinished set.") from None
-        if (fingerprint, version) != (self.fingerprint, VERSION):
+            tree = parse_object(self.storage.read_bytes(PROGRESS), where=where, error=DataError)
+            check_seal(tree, where=where)
+        except DataError:
+            return  # damaged, so it cannot say how far the finished shards reach
+        if (tree.get("fingerprint"), tree.get("version")) != (self.fingerprint, VERSION):
             raise DataError(
                 f"{place}: holds an unfinished set of other data, another tokenizer or other options. "
                 "Delete it, or write to another place."
             )
-        sizes = {shard["file"]: shard["bytes"] for shard in shards}
-        sizes |= {_part_name(number): part["bytes"] for number, part in enumerate(parts)}
-        if all(self.storage.exists(name) and self.storage.size(name) == size for name, size in sizes.items()):
-            self.counts, self._shards, self._parts = counts, shards, parts
+        try:
+            progress = validated(tree, _Progress, where=where, error=DataError)
+        except DataError:  # of an older version, without checksums
+            return
+        intact = all(self._is_intact(_part_name(number), part) for number, part in enumerate(progress.parts))
+        if intact and all(self._is_intact(shard.file, shard) for shard in progress.shards):
+            self.counts, self._shards, self._parts = progress.counts, progress.shards, progress.parts
+
+    def _is_intact(self, name: str, entry: FileEntry | _Part) -> bool:
+        """Whether a file holds what was written. Of shards in an object store, only the size is compared."""
+        try:
+            if self.storage.size(name) != entry.bytes:
+                return False
+            if self.storage.local is None and isinstance(entry, FileEntry):
+                return True
+            return checksum_of(self.storage.read_bytes(name)) == entry.checksum
+        except StorageError:
+            return False
 
     def _flush(self) -> None:
+        self._before_shard()
         chunks, number = self._pending, len(self._shards)
         lengths = np.concatenate([chunk.lengths for chunk in chunks])
         tokens = np.concatenate([chunk.tokens for chunk in chunks])
@@ -154,25 +209,22 @@ class ShardWriter:
         }
         groups = self._pending_groups()
         part = {name: np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in _PARTS}
+        entry = self._write(f"tokens-{number:05d}.safetensors", {**shard, **groups})
         self._shards.append(
-            {
-                **self._write(f"tokens-{number:05d}.safetensors", {**shard, **groups}),
-                "samples": len(lengths),
-                "tokens": int(lengths.sum()),
-                **({"grouped": True} if groups else {}),
-            }
+            ShardEntry(**entry.model_dump(), samples=len(lengths), tokens=int(lengths.sum()), grouped=bool(groups))
         )
         entry = self._write(_part_name(number), part)
-        self._parts.append({"bytes": entry["bytes"], **{name: len(array) for name, array in part.items()}})
+        rows = {name: len(array) for name, array in part.items()}
+        self._parts.append(_Part(bytes=entry.bytes, checksum=entry.checksum, **rows))
         progress = {
             "version": VERSION,
             "fingerprint": self.fingerprint,
             "counts": asdict(self.counts),
-            "shards": self._shards,
-            "parts": self._parts,
+            "shards": [_dumped(shard) for shard in self._shards],
+            "parts": [part.model_dump() for part in self._parts],
         }
         self._pending, self._sequences, self._pending_tokens = [], [], 0
-        self.storage.write(PROGRESS, json.dumps(progress, indent=1).encode())
+        self.storage.write(PROGRESS, sealed(progress))
 
     def _pending_groups(self) -> dict[str, npt.NDArray[Any]]:
         """Lengths and offsets of the pending sequences; empty if every sample is one sequence."""
@@ -187,13 +239,12 @@ class ShardWriter:
             "sequence_offsets": np.concatenate([[0], np.cumsum(counts)]),
         }
 
-    def _write(self, name: str, arrays: dict[str, npt.NDArray[Any]]) -> dict[str, Any]:
+    def _write(self, name: str, arrays: dict[str, npt.NDArray[Any]]) -> FileEntry:
         from safetensors.numpy import save
 
         content = save(arrays)
         self.storage.write(name, content)
-        checksum = hashlib.blake2b(content, digest_size=16).hexdigest()
-        return {"file": name, "bytes": len(content), "checksum": checksum}
+        return FileEntry(file=name, bytes=len(content), checksum=checksum_of(content))
 
     def _local(self, name: str, scratch: Path) -> Path:
         if self.storage.local is not None:
@@ -203,27 +254,31 @@ class ShardWriter:
         self.storage.fetch(name, path)
         return path
 
-    def _write_joined(self, file: str, names: Sequence[str], scratch: Path) -> dict[str, Any]:
+    def _write_joined(self, file: str, names: Sequence[str], scratch: Path) -> FileEntry:
         """A safetensors file of whole arrays, streamed from the parts: memory holds one part."""
         header: dict[str, Any] = {}
         at = 0
         for name in names:
             code, dtype, shape = _PARTS[name]
-            rows = sum(part[name] for part in self._parts)
+            rows = sum(getattr(part, name) for part in self._parts)
             end = at + rows * int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
             header[name] = {"dtype": code, "shape": [rows, *shape], "data_offsets": [at, end]}
             at = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        path = scratch / file
+        path, digest = scratch / file, hashlib.blake2b(digest_size=16)
+        arrays = (array.tobytes() for name in names for array in self.parts(name))
         with path.open("wb") as stream:
-            stream.write(len(text).to_bytes(8, "little") + text)
-            for name in names:
-                for array in self.parts(name):
-                    stream.write(array.tobytes())
+            for block in chain([len(text).to_bytes(8, "little") + text], arrays):
+                stream.write(block)
+                digest.update(block)
         self.storage.write(file, path)
-        return {"file": file, "bytes": path.stat().st_size, "checksum": checksum_of(path)}
+        return FileEntry(file=file, bytes=path.stat().st_size, checksum=digest.hexdigest())
 
 
 def _part_name(number: int) -> str:
     return f"part-{number:05d}.safetensors"
+
+
+def _dumped(shard: ShardEntry) -> dict[str, Any]:
+    return shard.model_dump(exclude_defaults=True)  # `grouped` is written for shards that have groups

@@ -20,6 +20,7 @@ from ft_dist_kernels.attention.ragged_segments import AnySegments
 from ft_dist.data.store.store import SampleStore, end_to_end
 from ft_dist.data.stream.prefixes import needed_tokens
 from ft_dist.data.stream.stream import GlobalBatch, Row
+from ft_dist.errors import UserError
 
 IGNORED = -100
 """Label of a token that predicts nothing (the default of torch's cross entropy)"""
@@ -180,7 +181,9 @@ class Prefetched(NamedTuple):
     state_after: dict[str, Any]
     """The stream's position after this batch, which a checkpoint stores; the thread may be further ahead"""
     given_up: bool = False
-    """Holds dummies: the batch did not arrive before the run was asked to stop"""
+    """Holds dummies: the batch did not arrive before the run was asked to stop, or cannot be read"""
+    error: UserError | None = None
+    """Why it cannot be read, on this rank. Others may read it and wait for this rank in the step, so it takes part"""
 
 
 class BatchStream(Protocol):
@@ -205,9 +208,10 @@ class BatchStream(Protocol):
 class Prefetcher:
     """Iterates over `Prefetched`, at most `depth` batches ahead; `close` (or the end of `with`) stops the thread.
 
-    It owns the stream while open. An error on the thread is raised when the consumer asks for the next batch. While the
-    consumer waits, `give_up` is polled: if true, it gets dummies, because other ranks may be in a collective that ends
-    only when this rank takes a step. On a GPU (`gpu_length` is set) batches are pinned.
+    It owns the stream while open. An error in a rank's own part of a batch is delivered as `Prefetched.error`; any
+    other error on the thread is raised when the consumer asks for the next batch. While the consumer waits, `give_up`
+    is polled: if true, it gets dummies, because other ranks may be in a collective that ends only when this rank takes
+    a step. On a GPU (`gpu_length` is set) batches are pinned.
     """
 
     def __init__(
@@ -258,8 +262,7 @@ class Prefetcher:
                 if awaited is not None and self._ready.empty() and self._give_up():
                     self._given_up = True
                     batch, state_after = awaited
-                    dummies = [self._collate((), self._stream.store) for _ in deal(batch, **self._deal)]
-                    return Prefetched(batch, dummies, state_after, given_up=True)
+                    return self._dummies(batch, state_after)
 
     def __enter__(self) -> "Prefetcher":
         return self
@@ -286,7 +289,10 @@ class Prefetcher:
             if self._gpu is not None:
                 torch.cuda.set_device(self._gpu)
             while not self._closing.is_set():
-                self._put(self._collate_next())
+                item = self._collate_next()
+                self._put(item)
+                if item.error:
+                    return
         except BaseException as error:
             self._put(error)
 
@@ -294,10 +300,17 @@ class Prefetcher:
         batch = self._stream.next_batch()
         state_after = self._stream.state_dict()
         self._collating = batch, state_after
-        micro_batches = [self._collate(rows, self._stream.store) for rows in deal(batch, **self._deal)]
+        try:
+            micro_batches = [self._collate(rows, self._stream.store) for rows in deal(batch, **self._deal)]
+        except UserError as error:
+            return self._dummies(batch, state_after, error)
         if self._pin_memory:
             micro_batches = [micro_batch.pin_memory() for micro_batch in micro_batches]
         return Prefetched(batch, micro_batches, state_after)
+
+    def _dummies(self, batch: GlobalBatch, state_after: dict[str, Any], error: UserError | None = None) -> Prefetched:
+        dummies = [self._collate((), self._stream.store) for _ in deal(batch, **self._deal)]
+        return Prefetched(batch, dummies, state_after, given_up=True, error=error)
 
     def _put(self, item: Prefetched | BaseException) -> None:
         while not self._closing.is_set():

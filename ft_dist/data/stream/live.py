@@ -13,7 +13,6 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from ft_dist.data.encode.chunk import ChunkEncoder, EncodedChunk, advice_if_unus
 from ft_dist.data.encode.template import tokenizer_identity
 from ft_dist.data.encode.workers import available_cores, ordered_map
 from ft_dist.data.read.formats import format_of
-from ft_dist.data.read.paths import is_saved_dataset
+from ft_dist.data.read.paths import is_saved_dataset, local_path
 from ft_dist.data.read.sources import local_files, read_raw_records
 from ft_dist.data.read.tables import hub_revision, numbered_rows, open_dataset
 from ft_dist.data.read.text_files import RawRecord, Record
@@ -309,7 +308,7 @@ def _cut(data: DataConfig, packing: bool) -> dict[str, Any]:
 def _content(source: SourceConfig) -> list[str]:
     """Identifies a source without reading it: names and sizes of its files, or a hub dataset's revision."""
     files = local_files(source)
-    folder = Path(source.path).expanduser()
+    folder = local_path(source.path)
     if files is None and not folder.is_dir():
         return [source.path, source.name or "", source.split, hub_revision(source)]
     if files is None:
@@ -319,5 +318,5 @@ def _content(source: SourceConfig) -> list[str]:
 
 def _is_dataset(source: SourceConfig) -> bool:
     """Whether the records come through `datasets`, which can restore a recorded state."""
-    folder = Path(source.path).expanduser()
+    folder = local_path(source.path)
     return local_files(source) is None and (is_saved_dataset(folder) or not folder.is_dir())

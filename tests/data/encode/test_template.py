@@ -1,7 +1,11 @@
 """The mask covers exactly what the model has to write, for the templates of real families."""
 
+import copy
+
 import pytest
 
+from ft_dist import outside
+from ft_dist.data.encode import template as encoding
 from ft_dist.data.encode.template import Encoder, encode, encode_prompt
 from ft_dist.data.read.formats import Sample
 from ft_dist.errors import DataError, ModelError
@@ -179,3 +183,27 @@ def test_limits_stored_in_the_tokenizer_do_not_truncate(tokenizer_of):
     tokenizer.backend_tokenizer.enable_truncation(8)
     tokenizer.backend_tokenizer.enable_padding(length=400)
     assert encode(sample, tokenizer).tokens.tolist() == whole
+
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "template, why",
+    [
+        (ENDLESS, r"did not end within 0\.5 s"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
+        ("{{ messages[0].content.nothing.more }}", "no attribute"),
+        ("{{ '\\ud800' }}", "surrogate"),
+    ],
+)
+def test_a_template_that_fails_in_any_way_is_one_line(tokenizer_of, monkeypatch, template, why):
+    monkeypatch.setattr(outside, "DEADLINE_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(encoding, "RENDERS", outside.Deadline(0.5))
+    monkeypatch.setattr(encoding, "RENDER_SECONDS", 0.5)
+    tokenizer = copy.deepcopy(tokenizer_of("chatml"))
+    tokenizer.chat_template = template
+    with pytest.raises((DataError, ModelError), match=why) as error:
+        encode(conversation((USER, "a"), (ASSISTANT, "b")), tokenizer)
+    assert "\n" not in str(error.value)

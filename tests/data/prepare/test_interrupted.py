@@ -187,3 +187,43 @@ def test_a_prepared_set_is_a_source_and_must_match(whole, source, tmp_path):
     tokenizer = build_tokenizer("base")
     with pytest.raises(DataError, match="prepared with a different tokenizer"):
         reuse()
+
+
+@pytest.mark.parametrize("where", [(), ("cache",)])
+def test_a_file_that_changes_while_it_is_read_leaves_no_set(source, tmp_path, where):
+    """Same size and modification time. The file before the change is prepared as if nothing had been there."""
+    data, place = tmp_path / "chats.jsonl", tmp_path / "set"
+    data.write_text(source.read_text())
+    long_ago = time.time() - 3600
+    os.utime(data, (long_ago, long_ago))
+
+    def change(now: Progress) -> None:
+        if now.records > RECORDS / 2:
+            data.write_text(source.read_text().replace("count to 2999", "count to 1000", 1))
+            os.utime(data, (long_ago, long_ago))
+
+    with pytest.raises(DataError, match=r"chats\.jsonl: changed while it was read"):
+        main(str(data), str(place), "1", *where, on_progress=change)
+    assert not list(tmp_path.rglob("index.json"))
+    assert not list(tmp_path.rglob("progress.json"))
+    data.write_text(source.read_text())
+    main(str(data), str(tmp_path / "set"), "1", *where)
+    main(str(data), str(tmp_path / "fresh"), "1")
+    (index,) = [path for path in tmp_path.rglob("index.json") if "fresh" not in str(path)]
+    assert index.read_bytes() == (tmp_path / "fresh-0" / "index.json").read_bytes()
+
+
+def test_a_damaged_unfinished_shard_is_written_again(whole, source, tmp_path):
+    def interrupt(now: Progress) -> None:
+        if now.records > RECORDS / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        main(str(source), str(tmp_path / "set"), "1", on_progress=interrupt)
+    for name in ("tokens-00001.safetensors", "part-00002.safetensors"):
+        file = tmp_path / "set-0" / name
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    main(str(source), str(tmp_path / "set"), "1")
+    assert contents(tmp_path / "set") == whole

@@ -100,7 +100,7 @@ def test_samples_continue_across_shards(tmp_path, tokenizer_of, monkeypatch):
     whole = run(tmp_path, path, tokenizer_of("chatml")).store
     small_shards(monkeypatch)
     prepared = run(tmp_path / "again", path, tokenizer_of("chatml"))
-    assert len(prepared.stores[0].index["shards"]) > 5
+    assert len(prepared.stores[0].index.shards) > 5
     for index in range(30):
         for one, other in zip(whole.sample(index), prepared.store.sample(index), strict=True):
             assert np.array_equal(one, other)

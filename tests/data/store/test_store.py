@@ -84,7 +84,7 @@ def test_gather_returns_the_requested_samples_in_order(sets, ids):
 
 def test_few_shards_are_open_at_a_time(tmp_path):
     store = write_set(tmp_path / "many", random_samples(600, 0), shard_tokens=1)
-    assert len(store.index["shards"]) == 600
+    assert len(store.index.shards) == 600
     store.gather(np.arange(600))
     mapped = Path("/proc/self/maps").read_text().count("many/tokens-")
     assert 0 < mapped <= OPEN_SHARDS
@@ -103,7 +103,7 @@ def test_shards_of_another_set_are_named(tmp_path):
     write_set(tmp_path / "b", [([1, 2], [True] * 2), ([1] * 4, [True] * 4)] * 2, shard_tokens=6)
     shard = "tokens-00001.safetensors"
     (tmp_path / "a" / shard).write_bytes((tmp_path / "b" / shard).read_bytes())
-    with pytest.raises(DataError, match=r"a: damaged \(tokens-00001\.safetensors does not match"):
+    with pytest.raises(DataError, match=r"tokens-00001\.safetensors: damaged \(its checksum is"):
         first.gather(np.array([3]))
 
 
@@ -113,3 +113,27 @@ def test_a_set_of_the_first_version_is_refused(tmp_path):
     index.write_text(index.read_text().replace('"version": 2', '"version": 1'))
     with pytest.raises(DataError, match="has version 1, not 2"):
         TokenStore.open(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "name", ["/tmp/stolen", "../stolen.safetensors", "a/b.safetensors", ".x.safetensors", "index.json"]
+)
+def test_an_index_names_files_of_its_own_folder_only(tmp_path, name):
+    write_set(tmp_path / "a", [([1, 2, 3], [True] * 3)], shard_tokens=6)
+    index = tmp_path / "a" / "index.json"
+    index.write_text(index.read_text().replace("tokens-00000.safetensors", name))
+    with pytest.raises(DataError, match=r"index\.json: names the file"):
+        TokenStore.open(tmp_path / "a")
+
+
+def test_a_header_of_a_terabyte_is_refused(tmp_path):
+    write_set(tmp_path / "a", [([1, 2, 3], [True] * 3)], shard_tokens=6)
+    shard = tmp_path / "a" / "tokens-00000.safetensors"
+    content = (2**40).to_bytes(8, "little") + shard.read_bytes()[8:]
+    shard.write_bytes(content)
+    index, checksum = tmp_path / "a" / "index.json", blake2b(content, digest_size=16).hexdigest()
+    tree = json.loads(index.read_text())
+    tree["shards"][0]["checksum"] = checksum
+    index.write_text(json.dumps(tree))
+    with pytest.raises(DataError, match=r"its header says that it has 1099511627776 bytes"):
+        TokenStore.open(tmp_path / "a").gather(np.arange(1))

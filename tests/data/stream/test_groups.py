@@ -58,8 +58,8 @@ def stores(tmp_path_factory):
 
 def test_a_set_without_groups_has_the_same_files_and_keys(tmp_path):
     store = write(tmp_path / "plain", grouped_chunks=())
-    assert all("grouped" not in entry for entry in store.index["shards"])
-    content = (tmp_path / "plain" / store.index["shards"][0]["file"]).read_bytes()
+    assert not any(entry.grouped for entry in store.index.shards)
+    content = (tmp_path / "plain" / store.index.shards[0].file).read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     assert sorted(header) == ["mask", "offsets", "tokens"]
     assert store.sequences_of(np.arange(3)) is None

@@ -34,8 +34,9 @@ def small_shards(server: ObjectStore, tmp_path_factory: pytest.TempPathFactory) 
     whole = server.folder / "whole" / "train-0"
     store = TokenStore.open(whole)
     folder = tmp_path_factory.mktemp("sets") / "small"
-    cut = write_set(folder, [store.sample(number) for number in range(len(store))], shard_tokens=1).index
+    cut = write_set(folder, [store.sample(number) for number in range(len(store))], shard_tokens=1).index.model_dump()
     index = json.loads((whole / "index.json").read_text())
+    del index["checksum"]
     (folder / "index.json").write_text(json.dumps(index | {"shards": cut["shards"], "lengths": cut["lengths"]}))
     for file in whole.iterdir():
         if file.name not in ("index.json", "lengths.safetensors") and not file.name.startswith("tokens-"):
