@@ -103,7 +103,7 @@ def weight_files(folder: Path) -> tuple[tuple[Path, int, int], ...]:
 def _whole_files(folder: Path) -> dict[str, WeightFile]:
     """Every byte of every weight file. Read once on each machine, at the speed of its disk: see `cached_digests`."""
     files = [path for path, _, _ in weight_files(folder)]
-    digests = cached_digests(files, cache_dir() / "weights-digests.json", lambda path: fingerprint(path)["xxh3"])
+    digests, _ = cached_digests(files, cache_dir() / "weights-digests.json", lambda path: fingerprint(path)["xxh3"])
     return {
         path.name: WeightFile(bytes=path.stat().st_size, xxh3=digest)
         for path, digest in zip(files, digests, strict=True)

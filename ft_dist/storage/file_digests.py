@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ft_dist.errors import StorageError
 from ft_dist.outside import parse_object
+from ft_dist.storage.retry import patiently
 
 SETTLED_S = 3.0
 MOST_REMEMBERED = 10_000
@@ -21,28 +22,39 @@ THREADS = 4
 """Hashing releases the interpreter's lock; one thread rarely keeps a fast disk busy"""
 
 
-def cached_digests(files: Sequence[Path], memory: Path, digest: Callable[[Path], str]) -> list[str]:
-    """The digest of each file; `memory` is the JSON file of remembered ones. Raises OSError for a file not readable."""
+State = tuple[int, int, int, int]
+"""Size, times of change of content and of inode (ns), and inode"""
+
+
+def cached_digests(files: Sequence[Path], memory: Path, digest: Callable[[Path], str]) -> tuple[list[str], list[State]]:
+    """The digest of each file, and its state before it was read; `memory` is the JSON file of remembered ones.
+
+    Raises OSError for a file that cannot be read.
+    """
     known = _remembered(memory)
-    states = [_state(file) for file in files]
-    entries = [known.get(str(file.resolve())) for file in files]
-    hits = [entry is not None and entry[:-1] == state for entry, state in zip(entries, states, strict=True)]
+    states = [state_of(file) for file in files]
+    entries = [known.get(str(file.resolve()), []) for file in files]
+    hits = [entry[:-1] == list(state) for entry, state in zip(entries, states, strict=True)]
     missing = [file for file, hit in zip(files, hits, strict=True) if not hit]
     with ThreadPoolExecutor(THREADS) as pool:
-        computed = dict(zip(missing, pool.map(digest, missing), strict=True))
+        computed = dict(zip(missing, pool.map(lambda file: patiently(lambda: digest(file)), missing), strict=True))
     fresh: dict[str, list[object]] = {}
     for file, state in zip(files, states, strict=True):
         settled = time.time_ns() - file.stat().st_ctime_ns > SETTLED_S * 1e9
-        if file in computed and settled and _state(file) == state:
+        if file in computed and settled and state_of(file) == state:
             fresh[str(file.resolve())] = [*state, computed[file]]
     if fresh:
         _remember(memory, fresh)
-    return [computed.get(file) or str((entry or [""])[-1]) for file, entry in zip(files, entries, strict=True)]
+    digests = [
+        computed[file] if file in computed else str(entry[-1]) for file, entry in zip(files, entries, strict=True)
+    ]
+    return digests, states
 
 
-def _state(file: Path) -> list[object]:
+def state_of(file: Path) -> State:
+    """Raises OSError."""
     status = file.stat()
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def _remembered(memory: Path) -> dict[str, list[object]]:

@@ -1,34 +1,21 @@
-"""What identifies the records of a source: digests of its files, cached so that a start need not read them again.
-
-A digest is cached by (path, size, mtime, ctime, inode): `rsync` and `cp -p` set mtime, but nothing sets ctime. A file
-that changed within the last seconds is not cached: it could change again within one tick of the file system's clock.
+"""What identifies the records of a source: digests of its files, which `cached_digests` remembers.
 
 A file may be written while a set is made from it. So states are compared before each shard is kept, and the bytes once
 more at the end: no set is ever stored under the digest of other bytes.
 """
 
-import contextlib
 import hashlib
-import json
-import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ft_dist.config.schema import SourceConfig
 from ft_dist.data.read.paths import MEGATRON_SUFFIX, UNKNOWN, is_mds, is_saved_dataset, local_path
 from ft_dist.data.read.sources import local_files
 from ft_dist.errors import DataError
-from ft_dist.outside import parse_object
+from ft_dist.storage.file_digests import State, cached_digests, state_of
 
-SETTLED_S = 3.0
 MEMORY = "digests.json"
-MOST_REMEMBERED = 10_000
 READ_BYTES = 2**22
-
-
-State = tuple[int, int, int, int]
 
 
 class SourceChangedError(DataError):
@@ -59,7 +46,7 @@ class Content:
         """Raises SourceChangedError if a file was written since."""
         for file, state in self.states.items():
             try:
-                now = _state(file)
+                now = state_of(file)
             except OSError as error:
                 raise _changed(file, f"it cannot be found any more: {error.strerror}") from None
             if now != state:
@@ -113,31 +100,12 @@ def _halves(file: Path) -> list[Path]:
 
 def _digests(files: list[Path], cache: Path) -> tuple[list[str], dict[Path, State]]:
     """The digest of each file, and its state before it was read."""
-    known = _remembered(cache)
-    fresh: dict[str, list[object]] = {}
-    digests, states = [], {}
-    for file in files:
-        try:
-            state = states[file] = _state(file)
-            entry = known.get(str(file.resolve()))
-            if isinstance(entry, list) and entry[:-1] == list(state):
-                digests.append(str(entry[-1]))
-                continue
-            digest = _digest(file)
-            settled = time.time_ns() - file.stat().st_ctime_ns > SETTLED_S * 1e9
-            if settled and _state(file) == state:
-                fresh[str(file.resolve())] = [*state, digest]
-        except OSError as error:
-            raise DataError(f"{file}: cannot be read ({error.strerror}). Check its permissions and the disk.") from None
-        digests.append(digest)
-    if fresh:
-        _remember(cache, fresh)
-    return digests, states
-
-
-def _state(file: Path) -> State:
-    status = file.stat()
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+    try:
+        digests, states = cached_digests(files, cache / MEMORY, _digest)
+    except OSError as error:
+        where = error.filename or files[0]
+        raise DataError(f"{where}: cannot be read ({error.strerror}). Check its permissions and the disk.") from None
+    return digests, dict(zip(files, states, strict=True))
 
 
 def _digest(file: Path) -> str:
@@ -146,21 +114,3 @@ def _digest(file: Path) -> str:
         while block := stream.read(READ_BYTES):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _remembered(cache: Path) -> dict[str, Any]:
-    try:
-        return parse_object((cache / MEMORY).read_bytes(), where=cache / MEMORY, error=DataError)
-    except (OSError, DataError):
-        return {}
-
-
-def _remember(cache: Path, fresh: dict[str, list[object]]) -> None:
-    """Several processes may write at the same time: the file is always complete, and a lost entry is only
-    recomputed."""
-    known = {**_remembered(cache), **fresh}
-    newest = dict(list(known.items())[-MOST_REMEMBERED:])
-    part = cache / f"{MEMORY}.tmp-{os.getpid()}"
-    with contextlib.suppress(OSError):  # a full disk: the next start reads the files again
-        part.write_text(json.dumps(newest), encoding="utf-8")
-        part.replace(cache / MEMORY)

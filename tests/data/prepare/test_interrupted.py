@@ -13,9 +13,9 @@ import pytest
 
 from ft_dist.config.schema import DataConfig
 from ft_dist.data.prepare.build import Progress, prepare
-from ft_dist.data.prepare.digests import SETTLED_S
 from ft_dist.data.store.store import TokenStore
 from ft_dist.errors import DataError
+from ft_dist.storage.file_digests import SETTLED_S
 from tests.conftest import ROOT
 from tests.data.conftest import build_tokenizer
 from tests.data.preparing import main
