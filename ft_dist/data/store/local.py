@@ -6,20 +6,19 @@ hashed again.
 """
 
 import hashlib
-import os
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ft_dist.data.store.index import FileEntry, SetIndex, read_index
 from ft_dist.errors import DataError, MissingFileError, UserError
 from ft_dist.storage import Storage
+from ft_dist.storage.file_digests import State, state_of
 
 READ_BYTES = 2**22
 RECHECK_S = 20.0
 """Interval between looks at whether a file in use was rewritten"""
-
-State = tuple[int, int, int, int]
 
 
 class LocalFolder:
@@ -46,7 +45,7 @@ class LocalFolder:
     def path(self, file: str) -> Path:
         path = self.folder / file
         with self._locks[file]:
-            if file not in self._intact:
+            if file not in self._intact or self._is_rewritten(file):
                 self._verify(self._entries[file])
         return path
 
@@ -88,14 +87,16 @@ class LocalFolder:
                 return
 
     def _recheck(self) -> None:
-        for file, state in list(self._intact.items()):
-            try:
-                changed = _state(self.folder / file) != state
-            except OSError:
-                continue  # its maps stay valid, and whoever maps it next gets the error
-            if changed:
+        for file in list(self._intact):
+            if self._is_rewritten(file):
                 with self._locks[file]:
                     self._verify(self._entries[file])
+
+    def _is_rewritten(self, file: str) -> bool:
+        """False if it is gone: its maps stay valid, and whoever maps it next gets the error."""
+        with suppress(OSError):
+            return state_of(self.folder / file) != self._intact[file]
+        return False
 
     def _check_size(self, entry: FileEntry) -> None:
         try:
@@ -109,7 +110,7 @@ class LocalFolder:
         """Raises DataError if a byte differs from what was prepared, StorageError if the disk does not answer."""
         self._check_size(entry)
         digest = hashlib.blake2b(digest_size=16)
-        state = _state(self.folder / entry.file)
+        state = state_of(self.folder / entry.file)
         for start in range(0, entry.bytes, READ_BYTES):
             digest.update(self._storage.read_range(entry.file, start, min(start + READ_BYTES, entry.bytes)))
         if digest.hexdigest() != entry.checksum:
@@ -118,8 +119,3 @@ class LocalFolder:
 
     def _damaged(self, entry: FileEntry, how: str) -> DataError:
         return DataError(f"{self.folder / entry.file}: damaged ({how}). Delete {self.folder} and prepare it again.")
-
-
-def _state(path: Path) -> State:
-    found = os.stat(path)
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino

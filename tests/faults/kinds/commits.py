@@ -45,7 +45,7 @@ KINDS = [
     of_commit(
         "retention-eio",
         "old commits cannot be deleted",
-        Rule("unlink", "*/step-????????/*", "EIO", rank="0"),
+        Rule("unlink", "*/step-????????.removing/*", "EIO", rank="0"),
         words="",
     ),
     killed(
@@ -61,7 +61,7 @@ KINDS = [
     killed(
         "in-retention",
         "SIGKILL while an old commit is deleted",
-        Rule("unlink", "*/step-????????/*", "KILL", 1, skip=1, rank="0"),
+        Rule("unlink", "*/step-????????.removing/*", "KILL", 1, skip=1, rank="0"),
     ),
     killed(
         "one-rank-in-save",
