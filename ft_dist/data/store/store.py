@@ -171,6 +171,7 @@ class TokenStore:
 
     def verify(self) -> None:
         """Read every file, and compare all of them with each other. Raises DataError naming one that is damaged."""
+        self._map_lengths()
         for number in range(len(self._shards)):
             self._map(number)
 
