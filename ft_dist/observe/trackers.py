@@ -13,6 +13,7 @@ import urllib.request
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from typing import Any, Protocol
 
 from ft_dist.config.schema import RunConfig
@@ -84,6 +85,7 @@ class TensorBoardTracker:
     def __init__(self, config: RunConfig, *, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        _silence_tensorboard()
         self.writer = SummaryWriter(str(RunFolder(config.run_dir).tensorboard), purge_step=first_step)
 
     def log(self, record: dict[str, Any], step: int) -> None:
@@ -94,6 +96,19 @@ class TensorBoardTracker:
 
     def close(self) -> None:
         self.writer.close()
+
+
+@cache
+def _silence_tensorboard() -> None:
+    """Its writer thread passes its error on and raises it again, for Python to print: keep the traceback out of the
+    console, where `Feed` says the same in a line."""
+    others = threading.excepthook
+
+    def hook(raised: threading.ExceptHookArgs) -> None:
+        if not type(raised.thread).__module__.startswith("tensorboard."):
+            others(raised)
+
+    threading.excepthook = hook
 
 
 class Feed:

@@ -1,6 +1,6 @@
 """Faults while a run starts: one line with exit code 2, nothing half-written, and the same command works later."""
 
-from tests.faults.kinds.kind import AGAIN, MEND, Kind
+from tests.faults.kinds.kind import AGAIN, MEND, NOTHING, Kind
 from tests.faults.scene import Life, Scene
 from tests.faults.shim import Rule
 
@@ -31,7 +31,13 @@ def tokens(name: str, what: str, *rules: Rule, words: str = "cache", **more: obj
 
 KINDS = [
     at_start(
-        "config-enospc", "disk full at config.yaml", Rule("write", "*/config.yaml*", "ENOSPC"), words="config.yaml"
+        "config-enospc",
+        "disk full at config.yaml",
+        Rule("write", "*/config.yaml*", "ENOSPC"),
+        words="config.yaml",
+        codes=(0,),
+        then=NOTHING,
+        may_lack=("config.yaml",),
     ),
     at_start("lock-erofs", "run.lock is on a read-only disk", Rule("create", "*/run.lock", "EROFS"), words="run.lock"),
     at_start("mkdir-enospc", "output_dir cannot be created", Rule("mkdir", "*/run", "ENOSPC"), words="output_dir"),
