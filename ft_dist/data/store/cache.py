@@ -116,6 +116,9 @@ class ShardCache:
     def raise_if_damaged(self) -> None:
         """Every file was verified when it arrived, and the cache replaces files without rewriting them."""
 
+    def forget(self) -> None:
+        self._intact.clear()
+
     def close(self) -> None:
         """Stop every wait and download; the waiting threads raise StorageError."""
         self.storage.close()

@@ -62,6 +62,9 @@ class LocalFolder:
         if self._damage is not None:
             raise self._damage
 
+    def forget(self) -> None:
+        self._intact.clear()
+
     def close(self) -> None:
         self._storage.close()
         with self._changed:

@@ -90,6 +90,10 @@ class ShardFiles(Protocol):
         """Raises DataError if a file that was intact is not any more."""
         ...
 
+    def forget(self) -> None:
+        """Compare every file with its checksum again at its next request."""
+        ...
+
     def close(self) -> None:
         """Stop; a thread that waits for a file fails."""
         ...
@@ -170,7 +174,8 @@ class TokenStore:
         self._files.close()
 
     def verify(self) -> None:
-        """Read every file, and compare all of them with each other. Raises DataError naming one that is damaged."""
+        """Read every byte, and compare the files with each other. Raises DataError naming one that is damaged."""
+        self._files.forget()
         self._map_lengths()
         for number in range(len(self._shards)):
             self._map(number)

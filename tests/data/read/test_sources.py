@@ -102,7 +102,7 @@ def test_where_names_file_and_first_line_of_a_record(tmp_path):
 FAULTS = {
     "broken.jsonl": (b'{"text": "a"}\n{"text": \n', r"line 2: not valid JSON \(Expecting value at column"),
     "number.jsonl": (b'{"text": "a"}\n7\n', r"line 2: is int, but a record is a JSON object"),
-    "deep.jsonl": (b"[" * 200_000, r"line 1: JSON nested too deep"),
+    "deep.jsonl": (b"[" * 200_000, r"line 1: nested deeper than 100 levels"),
     "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', r"line 2: not UTF-8 text \(byte 0xe9 at offset 24\)"),
     "utf16.jsonl": ('{"text": "a"}'.encode("utf-16"), r"line 1: UTF-16 text. Save the file as UTF-8"),
     "broken.json": (b'[{"text": "a"},\n{"text" "b"}]', r"line 2: not valid JSON"),
@@ -117,7 +117,7 @@ FAULTS = {
     "after.json": (b'[{"text": "a"}]\n{"text": "b"}', r"line 2: not valid JSON \(text after the end of the array"),
     "comma.json": (b'[{"text": "a"}\n{"text": "b"}]', r"line 2: not valid JSON \(Expecting ',' or '\]' at column 1"),
     "latin.json": (b'[{"text": "a"},\n{"text": "\xe9"}]', r"line 2: not UTF-8 text \(byte 0xe9 at offset 26\)"),
-    "deep.json": (b'[{"a": ' + b"[" * 200_000, r"line 1 \(record 1\): JSON nested too deep"),
+    "deep.json": (b'[{"a": ' + b"[" * 200_000, r"line 1 \(record 1\): nested deeper than 100 levels"),
     "empty.json": (b"[]", r"has no records"),
     "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 1000)[:-20], r"damaged gzip data"),
     "not.jsonl.gz": (b"plain", r"damaged gzip data"),
