@@ -313,8 +313,17 @@ def _error_answer(error: Exception, rank: int) -> dict[str, Any]:
     return {"error": text, "fixable": fixable, "rank": rank}
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def fault_of_machine(error: BaseException) -> str | None:
+    """One line if the cause is another rank that is gone or a GPU that failed, not the code that raised `error`."""
+    if is_lost_peer(error):
+        return f"another rank is gone or does not answer ({_first_line(error)})"
+    if isinstance(error, RuntimeError) and "CUDA error" in str(error):
+        return f"the GPU failed ({_first_line(error)})"
+    return None
 
 
 def is_lost_peer(error: BaseException) -> bool:

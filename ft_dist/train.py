@@ -7,6 +7,7 @@ engine, resume, step until done, evaluate, write the result.
 import gc
 import os
 import sys
+import traceback
 from typing import TYPE_CHECKING
 
 from ft_dist.config import RunConfig, worker_config
@@ -54,6 +55,7 @@ def train(config: RunConfig, stop: StopRequest) -> None:
     from ft_dist.run.warm_memory import touch_planned
 
     free_memory = touch_planned(config)  # on a thread, during the imports
+    from ft_dist.distributed import fault_of_machine
     from ft_dist.run.out_of_memory import explain_out_of_memory
     from ft_dist.run.start import prepare_run
 
@@ -69,6 +71,14 @@ def train(config: RunConfig, stop: StopRequest) -> None:
             run.write_final()
             after = run.evaluate("after")
             run.summarise(before=before, after=after)
+    except Exception as error:
+        fault = fault_of_machine(error)
+        if fault is None:
+            raise
+        traceback.print_exc(file=run.log_file)
+        raise TrainingError(
+            f"rank {run.world.rank} after step {run.step}: {fault}. Its log has the traceback."
+        ) from error
     finally:
         run.close()
 
