@@ -75,9 +75,11 @@ def train(config: RunConfig, stop: StopRequest) -> None:
         fault = fault_of_machine(error)
         if fault is None:
             raise
-        traceback.print_exc(file=run.log_file)
+        log = RunFolder(run.config.run_dir).rank_log(run.world.rank)
+        with suppress(OSError), log.open("a", encoding="utf-8") as file:
+            file.write(traceback.format_exc())
         raise TrainingError(
-            f"rank {run.world.rank} after step {run.step}: {fault}. Its log has the traceback."
+            f"rank {run.world.rank}, after step {run.step}: {fault}. {log} has the traceback."
         ) from error
     finally:
         run.close()
