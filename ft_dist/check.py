@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 from ft_dist.checkpoint.commit.format import MANIFEST, STATE, Commit, commits, named_commit, remains, verify
 from ft_dist.checkpoint.find import newest_readable, restarted
 from ft_dist.checkpoint.identity import base_model, check_identity, identity
+from ft_dist.checkpoint.run_record import pin_model
 from ft_dist.checkpoint.state import RunState
 from ft_dist.config import RunConfig
 from ft_dist.config.schema import SourceConfig
 from ft_dist.data.read.check import check_sources
-from ft_dist.errors import ConfigError, counted
+from ft_dist.errors import CheckpointError, CheckpointVersionError, ConfigError, counted
 from ft_dist.model.builtin import check_hub, local_folder, resolve_model
 from ft_dist.model.facts import model_facts
 from ft_dist.run_folder import RunFolder
@@ -29,7 +30,11 @@ if TYPE_CHECKING:
 
 
 def check(config: RunConfig, *, world_size: int) -> list[str]:
-    """Raise the first UserError found; otherwise return one line per fact."""
+    """Raise the first UserError found; otherwise return one line per fact.
+
+    Sets model.revision to the commit of the hub that a run in output_dir began with.
+    """
+    pin_model(config)
     facts = [_check_batch(config, world_size), _check_output(config.run_dir)]
     if config.method.unused:
         names = ", ".join(f"method.{name}" for name in config.method.unused)
@@ -178,7 +183,7 @@ def _check_resume(config: RunConfig) -> None:
             f"checkpoint.resume=never, but {root} holds commits of an earlier run. "
             "Use checkpoint.resume=auto to continue it, or another output_dir."
         )
-    if resume in ("auto", "never") or remains(root):
+    if resume in ("auto", "never") or remains(root) or config.checkpoint.path:  # the run may be in the mirror
         return
     folder = Path(resume)
     if not (folder / MANIFEST).is_file():
@@ -201,7 +206,7 @@ def _check_resumed(config: RunConfig, folder: str) -> None:
         return
     commit, state = found
     if state.config is not None:
-        now = identity(config, base=base_model(config, folder))
+        now = identity(config, base=base_model(config, folder, whole=False))
         check_identity(state.identity, now, where=commit.folder)
     if state.data is not None and not config.data.live:
         from ft_dist.data.stream.stream import check_order, order_rules
@@ -247,7 +252,16 @@ def _resumed_state(config: RunConfig) -> tuple[Commit, RunState] | None:
     if resume == "never" and not restarted():
         return None
     if resume in ("auto", "never") or remains(root):
-        commit = newest_readable(root)
+        try:
+            commit = newest_readable(root)
+        except CheckpointVersionError:
+            raise
+        except CheckpointError:
+            if not config.checkpoint.path:
+                raise
+            return None  # the mirror may have it intact
+    elif config.checkpoint.path and not Path(resume).is_dir():
+        return None
     else:
         commit = named_commit(Path(resume))
         verify(commit, state_only=True)

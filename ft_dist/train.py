@@ -8,6 +8,7 @@ import gc
 import os
 import sys
 import traceback
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ft_dist.config import RunConfig, worker_config
@@ -15,6 +16,7 @@ from ft_dist.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USER
 from ft_dist.observe.streams import secure_streams
 from ft_dist.preemption.signals import listen
 from ft_dist.preemption.stop import StopRequest
+from ft_dist.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from ft_dist.data.stream.batch import Prefetched
@@ -78,9 +80,7 @@ def train(config: RunConfig, stop: StopRequest) -> None:
         log = RunFolder(run.config.run_dir).rank_log(run.world.rank)
         with suppress(OSError), log.open("a", encoding="utf-8") as file:
             file.write(traceback.format_exc())
-        raise TrainingError(
-            f"rank {run.world.rank}, after step {run.step}: {fault}. {log} has the traceback."
-        ) from error
+        raise TrainingError(f"rank {run.world.rank} at step {run.step}: {fault}. {log} has the traceback.") from error
     finally:
         run.close()
 

@@ -40,10 +40,17 @@ def find(*, resume: str, root: Path, storage: Storage | None = None) -> tuple[Co
     """
     if resume == "auto" or (resume == "never" and restarted()):
         return newest_intact(root, storage)
+    copies = remote_steps(storage) if storage else []
     if resume == "never":
+        if storage and copies:
+            raise CheckpointError(
+                f"checkpoint.resume=never, but {storage.url} holds copies of an earlier run in this output_dir. Use "
+                "another checkpoint.path, or checkpoint.resume=auto to continue that run."
+            )
         return None, []
-    if remains(root) or (storage and remote_steps(storage)):
-        return newest_intact(root, storage)
+    if remains(root) or copies:
+        commit, skipped = newest_intact(root, storage)
+        return commit, [f"{resume}: checkpoint.resume is not used, since the run has commits of its own", *skipped]
     commit = named_commit(Path(resume))
     try:
         verify(commit)

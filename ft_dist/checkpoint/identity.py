@@ -42,10 +42,11 @@ def config_hash(tree: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(tree, sort_keys=True).encode())
 
 
-def base_model(config: RunConfig, folder: str) -> BaseRecord:
+def base_model(config: RunConfig, folder: str, *, whole: bool = True) -> BaseRecord:
     """Name of the base model, and digests of its weights, its config and, if trusted, its code.
 
-    They are None if only the hub has the model. Raises ModelError if its config is not JSON or a file is not readable.
+    They are None if only the hub has the model; without `whole`, only samples of the weights are read. Raises
+    ModelError if its config is not JSON or a file is not readable.
     """
     place, path, revision = Path(folder), config.model.path, config.model.revision
     if not place.is_dir():
@@ -55,7 +56,7 @@ def base_model(config: RunConfig, folder: str) -> BaseRecord:
             path=path,
             revision=revision,
             commit=place.resolve().name if place.parent.name == "snapshots" else None,
-            files=_whole_files(place),
+            files=_whole_files(place) if whole else None,
             digest=sampled_digest(place),
             config_digest=_config_digest(place / "config.json"),
             code_digest=_code_digest(place) if config.model.trust_remote_code else None,
@@ -156,6 +157,8 @@ def check_identity(saved: dict[str, Any], now: dict[str, Any], *, where: Path) -
         raise CheckpointError(
             f"model.path={now['base'].path}: {difference}, on which {what} trained. Restore the model, or {NEW_RUN}."
         )
+    if saved["base"] and now["base"].commit == saved["base"].commit:  # the revision was pinned
+        changes.pop("model.revision", None)
     return [f"{key}: {_short(before)} -> {_short(after)}" for key, (before, after) in changes.items()]
 
 

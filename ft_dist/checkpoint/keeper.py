@@ -62,8 +62,9 @@ class CheckpointKeeper:
                 self.changed = check_identity(self.resumed.identity, self._identity, where=commit.folder)
             load(engine, commit)
             barrier(world)
-        if world.is_main:
-            write_record(RunFolder(config.run_dir), RunRecord(id=self._run_id, model_commit=self.base.commit))
+        record = RunRecord(id=self._run_id, model_path=config.model.path, model_commit=self.base.commit)
+        folder_of_run = RunFolder(config.run_dir)
+        decided(world, "checkpoint/record", lambda: write_record(folder_of_run, record), timeout_s=timeout_s)
         retention = Retention.of(config)
         self.writer = CheckpointWriter(
             self.root,
@@ -137,7 +138,7 @@ class CheckpointKeeper:
             losses=losses,
             current=current,
             root=self.root,
-            storage=self._storage,
+            storage=self._storage if self._lease and self._lease.held else None,
             timeout_s=self._timeout_s,
         )
         if commit is None:

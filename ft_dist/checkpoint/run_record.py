@@ -8,27 +8,29 @@ from contextlib import suppress
 from pathlib import Path
 
 from ft_dist.checkpoint.commit.format import commits, write_synced
-from ft_dist.checkpoint.commit.lease import Lease, Say, new_run_id
+from ft_dist.checkpoint.commit.lease import RENEW_S, Lease, Say, new_run_id
 from ft_dist.checkpoint.state import RunState
 from ft_dist.config import RunConfig
 from ft_dist.errors import CheckpointError, ConfigError, StorageError
 from ft_dist.outside import Document, parse_document
 from ft_dist.run_folder import RunFolder
-from ft_dist.storage import Storage
+from ft_dist.storage import Storage, open_storage
+from ft_dist.storage.retry import patiently
 
 
 class RunRecord(Document):
     """`output_dir/run.json`."""
 
     id: str
+    model_path: str | None = None
     model_commit: str | None = None
-    """Of a hub model without model.revision: the commit that the run began with, which later starts load too"""
+    """Of a hub model: the commit that the run began with, which later starts load too"""
 
 
 def read_record(folder: RunFolder) -> RunRecord | None:
     """None if no run has started in the folder. Raises ConfigError for a record that is not readable."""
     try:
-        text = folder.run_record.read_bytes()
+        text = patiently(folder.run_record.read_bytes)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -44,7 +46,7 @@ def write_record(folder: RunFolder, record: RunRecord) -> None:
         folder.root.mkdir(parents=True, exist_ok=True)
         write_synced(folder.run_record, record.model_dump_json(indent=1) + "\n")
     except OSError as error:
-        raise ConfigError(f"{folder.run_record}: cannot be written ({error.strerror}). Free space first.") from None
+        raise ConfigError(f"{folder.run_record}: cannot be written ({error.strerror}). Mend that first.") from None
 
 
 def run_id_of(folder: RunFolder) -> str | None:
@@ -70,7 +72,8 @@ def claim(config: RunConfig, storage: Storage | None, *, say: Say) -> tuple[str,
     run_id = run_id_of(folder)
     if storage is None:
         return run_id or new_run_id(), None
-    lease = Lease(storage, run_id=run_id, output_dir=config.output_dir)
+    hasty = open_storage(storage.url, wait_s=RENEW_S)
+    lease = Lease(storage, run_id=run_id, output_dir=config.output_dir, hasty=hasty)
     try:
         lease.take(say=say)
     except StorageError as error:
@@ -84,6 +87,8 @@ def claim(config: RunConfig, storage: Storage | None, *, say: Say) -> tuple[str,
 
 def pin_model(config: RunConfig) -> None:
     """Without model.revision, load the commit of a hub model that this run began with. Raises ConfigError."""
+    if config.model.revision is not None or Path(config.model.path).exists():
+        return
     record = read_record(RunFolder(config.run_dir))
-    if record and record.model_commit and config.model.revision is None and not Path(config.model.path).exists():
+    if record and record.model_path == config.model.path:
         config.model.revision = record.model_commit

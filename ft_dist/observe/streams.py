@@ -26,7 +26,7 @@ class SafeStream:
     """A text stream to a descriptor and, once `copy_to` was called, to a file. Written line by line."""
 
     def __init__(self, descriptor: int, original: Any) -> None:
-        self._descriptor, self._original = descriptor, original
+        self._descriptor, self._original = unblocking(descriptor), original
         self._copy: PatientFile | None = None
         self._gone = self._stuck = False
         self._left_out = 0
@@ -105,6 +105,15 @@ def secure_streams() -> None:
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
             setattr(sys, name, SafeStream(number, stream))
+
+
+def unblocking(number: int) -> int:
+    """For a terminal, another descriptor of it whose writes never block: one with room for a byte blocks a longer write.
+    The flag would otherwise hold for every process that has the terminal open."""
+    if os.isatty(number):
+        with contextlib.suppress(OSError):
+            return os.open(f"/proc/self/fd/{number}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    return number
 
 
 def copy_streams(file: PatientFile, *, only: bool) -> None:

@@ -7,6 +7,7 @@ run. The files of the run folder hold everything that trackers get.
 import http.client
 import re
 import secrets
+import ssl
 import threading
 import urllib.error
 import urllib.request
@@ -221,12 +222,18 @@ def _check_reachable() -> None:
     of the run."""
     import wandb
 
-    url = wandb.setup().settings.base_url  # with what the environment says
+    settings = wandb.setup().settings  # with what the environment says
+    url = settings.base_url
+    if settings.http_proxy or settings.https_proxy:  # wandb's own
+        return
     try:
         with urllib.request.urlopen(url, timeout=ANSWER_S):  # noqa: S310 - wandb's own address
             pass
     except urllib.error.HTTPError:
         pass  # an answer
+    except urllib.error.URLError as error:
+        if not isinstance(error.reason, ssl.SSLError):  # an answer too: wandb has its own settings for certificates
+            raise OSError(f"{url} does not answer: {error.reason}") from None
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise OSError(f"{url} does not answer: {getattr(error, 'reason', error)}") from None
 

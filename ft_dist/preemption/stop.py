@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 
 from ft_dist.errors import EXIT_PREEMPTED
+from ft_dist.observe.streams import unblocking
 from ft_dist.preemption.slurm import TimeLimit
 
 SAME_NOTICE_S = 1.0
@@ -79,6 +80,6 @@ def leave(reason: str) -> None:
     """Exit with 75 without clean-up, which might wait for a rank that is gone; the last commit is on disk."""
     try:
         if int(os.environ.get("RANK", 0)) == 0:
-            os.write(2, f"ft-dist: {reason}: exiting immediately\n".encode())
+            os.write(unblocking(2), f"ft-dist: {reason}: exiting immediately\n".encode())
     finally:
         os._exit(EXIT_PREEMPTED)

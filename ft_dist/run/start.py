@@ -10,7 +10,6 @@ from contextlib import contextmanager
 import torch.distributed as dist
 
 from ft_dist.check import check, check_method
-from ft_dist.checkpoint.run_record import pin_model
 from ft_dist.config import RunConfig
 from ft_dist.data.open import open_stream
 from ft_dist.data.prepare.report import estimated_steps, prepare_data, report_lines
@@ -41,7 +40,6 @@ def prepare_run(config: RunConfig, stop: StopRequest, *, free_memory: Callable[[
     if rank == 0:
         with _refusing_all_ranks(config, size=size):
             refuse_if_locked(config.run_dir, say=say)  # before data are prepared, which may take hours
-    pin_model(config)
     folder = resolve_model(config.model.path)
     tokenizer, notes = configured_tokenizer(config.model, folder)
     facts += listen_for_notices(config.preemption, stop, rank=rank, note=Console(enabled=True).note)

@@ -41,6 +41,11 @@ class Files(Protocol):
     def delete(self, name: str) -> None: ...
 
 
+def _unless_missing(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
+
+
 class Folder:
     """A folder of this machine. A file is written under a temporary name, synced and renamed."""
 
@@ -76,8 +81,11 @@ class Folder:
             os.close(handle)
 
     def names(self, folder: str) -> list[str]:
-        files = (path for path in (self.path / folder).rglob("*") if path.is_file())
-        return [path.relative_to(self.path).as_posix() for path in files if ".part-" not in path.name]
+        """Raises OSError; Path.rglob would hide it, and a store that cannot be listed would look empty."""
+        found = []
+        for place, _, files in os.walk(self.path / folder, onerror=_unless_missing):
+            found += [Path(place, name).relative_to(self.path).as_posix() for name in files if ".part-" not in name]
+        return found
 
     def size(self, name: str) -> int:
         path = self.path / name

@@ -50,11 +50,13 @@ class MirrorRecord(Document):
 class Lease:
     """Of one store, for one run. `run_id` is None until `take` for a folder in which no run has started."""
 
-    def __init__(self, storage: Storage, *, run_id: str | None, output_dir: str) -> None:
+    def __init__(self, storage: Storage, *, run_id: str | None, output_dir: str, hasty: Storage | None = None) -> None:
+        """`hasty`: the same store with a short wait, to renew and release, which is worth nothing late."""
         self.run_id = run_id
         self.lost = ""
         """Why the store may no longer be written to"""
         self._storage = storage
+        self._hasty = hasty or storage
         self._output_dir = output_dir
         folder = str(Path(output_dir).absolute())
         self._holder = Holder(token=secrets.token_hex(8), host=socket.gethostname(), pid=os.getpid(), folder=folder)
@@ -91,14 +93,14 @@ class Lease:
         if self._thread is None:
             return
         self._ending.set()
-        self._thread.join()
+        self._thread.join(LEASE_S)
         with suppress(StorageError):
             if not self.lost and self._is_mine():
                 self._write(None)
 
     def _check_run(self, found: MirrorRecord) -> None:
         """A folder without a run of its own continues the run of an output_dir of the same name, whose disk is lost."""
-        same_place = Path(found.output_dir).absolute() == Path(self._output_dir).absolute()
+        same_place = self._is_here(found.output_dir)
         if self.run_id == found.run_id or (self.run_id is None and same_place):
             return
         raise ConfigError(
@@ -117,10 +119,14 @@ class Lease:
         state = parse_object(self._storage.read_bytes(name), where=where, error=StorageError)
         config = state.get("config")
         place = config.get("output_dir") if isinstance(config, dict) else None
-        run_id = state.get("run_id") or self.run_id or new_run_id()
+        place = place if isinstance(place, str) else self._output_dir
+        run_id = state.get("run_id") or (self.run_id if self._is_here(place) else None) or new_run_id()
         if not isinstance(run_id, str):
             raise StorageError(f"{where}: run_id is not a string.")
-        return MirrorRecord(run_id=run_id, output_dir=place if isinstance(place, str) else self._output_dir)
+        return MirrorRecord(run_id=run_id, output_dir=place)
+
+    def _is_here(self, output_dir: str) -> bool:
+        return Path(output_dir).absolute() == Path(self._output_dir).absolute()
 
     def _renew(self) -> None:
         while not self._ending.wait(RENEW_S):
@@ -134,7 +140,7 @@ class Lease:
                 continue
 
     def _is_mine(self) -> bool:
-        found = read_record(self._storage)
+        found = read_record(self._hasty)
         return found is not None and found.holder is not None and found.holder.token == self._holder.token
 
     def _is_my_predecessor(self, holder: Holder) -> bool:
@@ -157,7 +163,7 @@ class Lease:
     def _write(self, holder: Holder | None) -> None:
         assert self.run_id
         record = MirrorRecord(run_id=self.run_id, output_dir=self._output_dir, renewed=self._renewed, holder=holder)
-        self._storage.write(RECORD, record.model_dump_json().encode())
+        self._hasty.write(RECORD, record.model_dump_json().encode())
 
 
 def new_run_id() -> str:

@@ -129,7 +129,9 @@ def _collate(engine: Engine, rows: list[list[int]], store: SampleStore, pad_id: 
 
 def _advice(config: RunConfig, step: int) -> str:
     """What is safe, what is not, and how to go on."""
-    steps = [commit.step for commit in commits(RunFolder(config.run_dir).checkpoints)]
+    steps: list[int] = []
+    with suppress(StorageError):
+        steps = [commit.step for commit in commits(RunFolder(config.run_dir).checkpoints, wait_s=1.0)]
     if not steps:
         return "No commit holds the trained weights either. Mend the cause and run the same command again."
     return (
