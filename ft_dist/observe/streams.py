@@ -108,7 +108,7 @@ def secure_streams() -> None:
 
 
 def unblocking(number: int) -> int:
-    """For a terminal, another descriptor of it whose writes never block: one with room for a byte blocks a longer write.
+    """For a terminal, another descriptor of it whose writes never block: with room for a byte, a longer write blocks.
     The flag would otherwise hold for every process that has the terminal open."""
     if os.isatty(number):
         with contextlib.suppress(OSError):
