@@ -128,6 +128,9 @@ def join_world(store: dist.Store, *, timeout_s: float) -> World:
         torch.cuda.set_device(device)
         _make_gpus_deterministic()
         backend = "cpu:gloo,cuda:nccl"
+        # NCCL's monitor would ask the store every second from a thread, which needs the interpreter for our store and
+        # might wait for it while this process ends; the dump that it waits for is torch's own, and off
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
     else:
         device = torch.device("cpu")
         backend = "gloo"
