@@ -17,7 +17,7 @@ from ft_dist.checkpoint.identity import base_model, check_identity, identity
 from ft_dist.checkpoint.run_record import pin_model
 from ft_dist.checkpoint.state import RunState
 from ft_dist.config import RunConfig
-from ft_dist.config.schema import SourceConfig
+from ft_dist.config.schema import OptimConfig, SourceConfig
 from ft_dist.data.read.check import check_sources
 from ft_dist.errors import CheckpointError, CheckpointVersionError, ConfigError, counted
 from ft_dist.model.builtin import check_hub, local_folder, resolve_model
@@ -36,6 +36,7 @@ def check(config: RunConfig, *, world_size: int) -> list[str]:
     """
     pin_model(config)
     facts = [_check_batch(config, world_size), _check_output(config.run_dir)]
+    _check_warmup(config.optim)
     if config.method.unused:
         names = ", ".join(f"method.{name}" for name in config.method.unused)
         facts.append(f"not used with method.kind={config.method.kind}: {names}")
@@ -98,6 +99,15 @@ def _check_batch(config: RunConfig, world_size: int) -> str:
         f"batch: {counted(rows, 'row')} per step over {counted(world_size, 'rank')}, "
         f"{accumulation} micro-batch{'es' if accumulation > 1 else ''} of up to {config.batch.micro_rows} each"
     )
+
+
+def _check_warmup(optim: OptimConfig) -> None:
+    """With epochs, the length is known once the data are prepared: see `length_notes`."""
+    if optim.max_steps is not None and optim.warmup_steps > optim.max_steps:
+        raise ConfigError(
+            f"optim.warmup_steps={optim.warmup_steps} is more than optim.max_steps={optim.max_steps}: the run would "
+            f"end before it reaches optim.lr. Use at most {optim.max_steps}."
+        )
 
 
 def _check_output(run_dir: Path) -> str:

@@ -69,6 +69,7 @@ def open_store(*, timeout_s: float) -> dist.Store:
     started by hand, without FT_DIST_SECRET) it is torch's own, which has no protection beyond the address at which it
     listens. Raises TrainingError if the port of rank 0 is in use: the next start gets another port.
     """
+    _allow_open_files()
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if "MASTER_PORT" not in os.environ or size == 1:
         # a world of one needs no port
@@ -107,6 +108,10 @@ def _listen(address: str, port: int) -> socket.socket:
     """Raises TrainingError if the port is in use."""
     try:
         return listen_at(address, port, several_nodes=several_nodes())
+    except socket.gaierror as error:
+        raise TrainingError(
+            f"{socket.gethostname()}: MASTER_ADDR={address} is no address ({error.strerror}). Set another MASTER_ADDR."
+        ) from None
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise TrainingError(
@@ -114,6 +119,11 @@ def _listen(address: str, port: int) -> socket.socket:
             ) from None
         if error.errno != errno.EADDRNOTAVAIL:
             raise
+        if not secret_of(os.environ):
+            raise TrainingError(
+                f"{socket.gethostname()}: MASTER_ADDR={address} is not an address of this machine. Set one of rank 0, "
+                "or FT_DIST_SECRET on every node."
+            ) from None
         # an address that is translated on the way to this machine, such as that of a Kubernetes service
         return listen_at("0.0.0.0", port, several_nodes=True)  # noqa: S104 - what connects needs the secret
 
@@ -139,7 +149,6 @@ def join_world(store: dist.Store, *, timeout_s: float) -> World:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("LOCAL_RANK", str(local_rank))
     timeout = timedelta(seconds=timeout_s)
-    _allow_open_files()
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     os.environ.setdefault("MASTER_PORT", "29500")
     return World(rank=rank, size=size, local_rank=local_rank, local_size=local_size, device=device)

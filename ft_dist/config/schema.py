@@ -178,15 +178,6 @@ class OptimConfig(Section):
         "evaluated step and keeps the best. Needs evaluate.interval_steps",
     )
 
-    @model_validator(mode="after")
-    def _warms_up_within_the_run(self) -> "OptimConfig":
-        if self.max_steps is not None and self.warmup_steps > self.max_steps:
-            raise ValueError(
-                f"warmup_steps={self.warmup_steps} is more than max_steps={self.max_steps}, so the run would end "
-                f"before it reaches optim.lr; use at most {self.max_steps}"
-            )
-        return self
-
     @property
     def most_epochs(self) -> int | None:
         """The epochs after which a run ends; None if only max_steps ends it."""

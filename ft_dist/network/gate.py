@@ -26,11 +26,11 @@ EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 def listen_at(host: str, port: int, *, several_nodes: bool) -> socket.socket:
     """A socket that listens on the interface of `host` alone. Raises OSError, also if `host` is another machine.
 
-    With `several_nodes`, a name that is a loopback address here (Debian: 127.0.1.1) is a network address elsewhere, so
+    With `several_nodes`, a name may mean another address of this machine elsewhere (on Debian it is 127.0.1.1 here), so
     then it listens on all interfaces.
     """
     family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    if several_nodes and host != "localhost" and not _is_address(host) and _is_loopback(str(address[0])):
+    if several_nodes and host != "localhost" and not _is_address(host):
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.bind((address[0], 0))
         address = ("", port)
@@ -172,7 +172,3 @@ def _is_address(host: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _is_loopback(address: str) -> bool:
-    return ipaddress.ip_address(address.partition("%")[0]).is_loopback

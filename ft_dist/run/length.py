@@ -42,6 +42,11 @@ def length_notes(optim: OptimConfig, length: RunLength, *, step: int, finished: 
             f"the run has already finished, at step {step}: optim.{key}={value}. To train longer, raise optim.{key} "
             "and run again"
         ]
+    if length.steps < optim.warmup_steps:
+        return [
+            f"optim.warmup_steps={optim.warmup_steps} is more than the run has ({length}): it ends before the rate "
+            "reaches optim.lr. Lower it, or train for more epochs"
+        ]
     if optim.epochs is not None and limit is not None and length.steps < limit:
         return [
             f"optim.epochs={optim.epochs} ends the run after {length}, before optim.max_steps={limit}. Raise "

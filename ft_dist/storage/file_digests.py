@@ -36,8 +36,7 @@ def cached_digests(files: Sequence[Path], memory: Path, digest: Callable[[Path],
     entries = [known.get(str(file.resolve()), []) for file in files]
     hits = [entry[:-1] == list(state) for entry, state in zip(entries, states, strict=True)]
     missing = [file for file, hit in zip(files, hits, strict=True) if not hit]
-    with ThreadPoolExecutor(THREADS) as pool:
-        computed = dict(zip(missing, pool.map(lambda file: patiently(lambda: digest(file)), missing), strict=True))
+    computed = dict(zip(missing, digests_of(missing, digest), strict=True))
     fresh: dict[str, list[object]] = {}
     for file, state in zip(files, states, strict=True):
         settled = time.time_ns() - file.stat().st_ctime_ns > SETTLED_S * 1e9
@@ -49,6 +48,12 @@ def cached_digests(files: Sequence[Path], memory: Path, digest: Callable[[Path],
         computed[file] if file in computed else str(entry[-1]) for file, entry in zip(files, entries, strict=True)
     ]
     return digests, states
+
+
+def digests_of(files: Sequence[Path], digest: Callable[[Path], str]) -> list[str]:
+    """Read now, several at a time. Raises OSError."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(lambda file: patiently(lambda: digest(file)), files))
 
 
 def state_of(file: Path) -> State:

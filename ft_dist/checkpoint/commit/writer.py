@@ -51,7 +51,6 @@ class CheckpointWriter:
         self._retention = retention
         self._mirror = mirror
         self._timeout_s = timeout_s
-        self._store = control_store()
         self._buffer = HostBuffer(world.device)
         self._thread: threading.Thread | None = None
         self._hurry = threading.Event()
@@ -278,6 +277,11 @@ class CheckpointWriter:
         layout.finish_removals(self.root)
         for probe in self.root.glob(".attempt-*"):
             probe.unlink(missing_ok=True)
+
+    @property
+    def _store(self) -> Any:
+        """A connection of the thread that asks: a long wait of another one holds up nothing."""
+        return control_store()
 
     def _probe(self) -> Path:
         return self.root / f".attempt-{self._attempt}"

@@ -12,7 +12,7 @@ from ft_dist.config.schema import SourceConfig
 from ft_dist.data.read.paths import MEGATRON_SUFFIX, UNKNOWN, is_mds, is_saved_dataset, local_path
 from ft_dist.data.read.sources import local_files
 from ft_dist.errors import DataError
-from ft_dist.storage.file_digests import State, cached_digests, state_of
+from ft_dist.storage.file_digests import State, cached_digests, digests_of, state_of
 
 MEMORY = "digests.json"
 READ_BYTES = 2**22
@@ -60,7 +60,11 @@ class Content:
             if now != self.identity and UNKNOWN not in (now[-1], self.identity[-1]):
                 raise _changed(self.source.path, f"its revision is {now[-1]}, it was {self.identity[-1]}")
             return
-        if [*_prefix(self.source), *map(_digest, self.states)] != self.identity:
+        try:
+            digests = digests_of(list(self.states), _digest)
+        except OSError as error:
+            raise _changed(self.source.path, f"it cannot be read any more: {error.strerror}") from None
+        if [*_prefix(self.source), *digests] != self.identity:
             raise _changed(self.source.path, "its bytes")
         self.check_states()
 

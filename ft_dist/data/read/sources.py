@@ -81,7 +81,9 @@ def local_files(source: SourceConfig) -> list[Path] | None:
     if path.is_dir():
         return None if is_saved_dataset(path) or is_mds(path) else _folder_files(path, source.split)
     if glob.has_magic(source.path):
-        found = islice(glob.iglob(str(path), recursive=True), MOST_ENTRIES)
+        found = list(islice(glob.iglob(str(path), recursive=True), MOST_ENTRIES))
+        if len(found) == MOST_ENTRIES:
+            raise DataError(f"{source.path}: matches {MOST_ENTRIES:,} or more files. Name fewer, or their folder.")
         matches = sorted(Path(name) for name in found if os.path.isfile(name))
         if not matches:
             raise DataError(f"{source.path}: the pattern matches no file. Check data.*.path and the working directory.")
@@ -117,8 +119,14 @@ def _folder_files(folder: Path, split: str) -> list[Path]:
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    """Skips folders that cannot be read, or vanish."""
-    for place, _, names in os.walk(folder):
+    """Raises DataError for a folder that cannot be read: its files would be missing without a word."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(
+            f"{error.filename}: cannot be read ({error.strerror}). Make it readable, or name the folders of the data."
+        )
+
+    for place, _, names in os.walk(folder, onerror=refuse):
         yield from (Path(place) / name for name in names)
 
 

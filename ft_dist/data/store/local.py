@@ -12,9 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from ft_dist.data.store.index import FileEntry, SetIndex, read_index
-from ft_dist.errors import DataError, MissingFileError, UserError
+from ft_dist.errors import DataError, MissingFileError, StorageError, UserError
 from ft_dist.storage import Storage
 from ft_dist.storage.file_digests import State, state_of
+from ft_dist.storage.retry import patiently
 
 READ_BYTES = 2**22
 RECHECK_S = 20.0
@@ -84,9 +85,10 @@ class LocalFolder:
                     self.path(ahead)
                 elif ahead == "":
                     self._recheck()
-            except UserError as error:
+            except Exception as error:  # any: without this thread nobody would notice that a file is rewritten
                 if not self._closed:
-                    self._damage = error
+                    known = isinstance(error, UserError)
+                    self._damage = error if known else StorageError(f"{self.folder}: cannot be verified ({error}).")
                 return
 
     def _recheck(self) -> None:
@@ -113,12 +115,19 @@ class LocalFolder:
         """Raises DataError if a byte differs from what was prepared, StorageError if the disk does not answer."""
         self._check_size(entry)
         digest = hashlib.blake2b(digest_size=16)
-        state = state_of(self.folder / entry.file)
+        state = self._state(entry)
         for start in range(0, entry.bytes, READ_BYTES):
             digest.update(self._storage.read_range(entry.file, start, min(start + READ_BYTES, entry.bytes)))
         if digest.hexdigest() != entry.checksum:
             raise self._damaged(entry, f"its checksum is {digest.hexdigest()} instead of {entry.checksum}")
         self._intact[entry.file] = state
+
+    def _state(self, entry: FileEntry) -> State:
+        path = self.folder / entry.file
+        try:
+            return patiently(lambda: state_of(path))
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be read ({error.strerror}). Run again when it can.") from None
 
     def _damaged(self, entry: FileEntry, how: str) -> DataError:
         return DataError(f"{self.folder / entry.file}: damaged ({how}). Delete {self.folder} and prepare it again.")

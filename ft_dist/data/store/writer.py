@@ -23,7 +23,7 @@ from ft_dist.data.encode.minhash import BUCKETS, KEYS
 from ft_dist.data.read.paths import LENGTHS
 from ft_dist.data.store.arrays import map_arrays
 from ft_dist.data.store.index import INDEX, REPORT, VERSION, FileEntry, ShardEntry, check_seal, checksum_of, sealed
-from ft_dist.errors import DataError, StorageError
+from ft_dist.errors import DataError, MissingFileError
 from ft_dist.outside import Document, parse_object, validated
 from ft_dist.storage import Storage
 
@@ -193,7 +193,7 @@ class ShardWriter:
             if self.storage.local is None and isinstance(entry, FileEntry):
                 return True
             return checksum_of(self.storage.read_bytes(name)) == entry.checksum
-        except StorageError:
+        except MissingFileError:
             return False
 
     def _flush(self) -> None:

@@ -106,7 +106,7 @@ class Head:
         if self._round and len(self._round.nodes) < self._maximum:
             when = "after the next commit" if self._grows_at_commits else "after this step"
             self._say(f"{node.name} joined; the world grows {when}")
-            self._joined_after = newest_commit(self._run_dir)
+            self._joined_after = newest_commit(self._run_dir, known=self._joined_after or 0)
 
     def lose(self, node: Node, why: str) -> None:
         """A node is gone, with everything that ran on it."""
@@ -214,7 +214,7 @@ class Head:
         self._watched_at = now
         if self._joined_after is None:
             self._joined_after = newest_commit(self._run_dir)
-        if not self._grows_at_commits or newest_commit(self._run_dir) > self._joined_after:
+        if not self._grows_at_commits or newest_commit(self._run_dir, known=self._joined_after) > self._joined_after:
             current.growing = ", ".join(node.name for node in waiting)
             current.leaving = True
             self._signal(signal.SIGTERM)

@@ -26,8 +26,8 @@ ATTEMPT_TIMEOUT_S = 5.0
 RETRY_S = 1.0
 LOG_INTERVAL_S = 30.0
 HELLO_TIMEOUT_S = 10.0
-SECRET_TIMEOUT_S = 30.0
-"""How long a shared file system may take to show the head's new secret"""
+SECRET_TIMEOUT_S = 90.0
+"""How long a shared file system may take to show the head's new secret: NFS hides a new file for up to 60 s"""
 
 
 @dataclass(frozen=True)

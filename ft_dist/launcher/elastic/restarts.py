@@ -43,7 +43,7 @@ class RestartPolicy:
 
     def after_failure(self, why: str, *, of_workers: bool) -> RestartDecision:
         """`why` says what failed; `of_workers` is False for a lost machine, which says nothing about the step."""
-        commit = newest_commit(self._run_dir)
+        commit = newest_commit(self._run_dir, known=self._commit)
         if commit != self._commit:
             self._commit, self.count, self._failures = commit, 0, []
         step = last_step(self._run_dir)
@@ -107,11 +107,11 @@ def combined_exit_code(codes: Sequence[int]) -> int:
     return EXIT_FINISHED if all(code == EXIT_FINISHED for code in codes) else EXIT_FAILED
 
 
-def newest_commit(run_dir: Path) -> int:
-    """Step of the newest commit, or 0; also 0 if the file system does not answer, since the agent must not wait."""
+def newest_commit(run_dir: Path, *, known: int = 0) -> int:
+    """Step of the newest commit, or 0; `known` if the file system does not answer, since the agent must not wait."""
     with suppress(StorageError):
         return max((commit.step for commit in commits(RunFolder(run_dir).checkpoints, wait_s=1.0)), default=0)
-    return 0
+    return known
 
 
 def last_step(run_dir: Path) -> int:
