@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from ft_dist.check import check, check_data, check_method
 from ft_dist.config import RunConfig, load_config
-from ft_dist.errors import CheckpointError, DataError, ModelError
+from ft_dist.errors import CheckpointError, ConfigError, DataError, ModelError
 from ft_dist.model.load import load_model
 from ft_dist.model.tiny import make_tiny
 from ft_dist.result.load import find_weights
@@ -33,6 +33,12 @@ def earlier(tmp_path_factory):
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
     return runs
+
+
+def test_a_warm_up_ends_within_the_run():
+    config = load_config("smoke", ["optim.max_steps=5", "optim.warmup_steps=6"])
+    with pytest.raises(ConfigError, match=r"optim\.warmup_steps=6 is more than optim\.max_steps=5: .* Use at most 5"):
+        check(config, world_size=1)
 
 
 def checked(settings, *overrides):

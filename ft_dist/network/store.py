@@ -22,7 +22,7 @@ from ft_dist.network.gate import Gate
 
 PURPOSE = "store"
 LONGEST_MESSAGE_BYTES = 2**23
-"""Of a request or an answer, in which a value takes a third more than its bytes"""
+"""A key and its value may take half of it"""
 ATTEMPT_TIMEOUT_S = 5.0
 RECONNECT_S = 10.0
 RETRY_S = 0.05

@@ -114,13 +114,6 @@ def test_a_mirror_names_its_bucket(url: str) -> None:
     validate(with_value("checkpoint.path", "file:///tmp/x"))
 
 
-def test_a_warm_up_ends_within_the_run() -> None:
-    tree = with_value("optim.max_steps", 5)
-    tree["optim"]["warmup_steps"] = 6
-    with pytest.raises(ConfigError, match=r"warmup_steps=6 is more than max_steps=5, .*; use at most 5"):
-        validate(tree)
-
-
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{after}: &{after} [{', '.join([f'*{before}'] * 9)}]\n" for before, after in itertools.pairwise("abcdefghi")
 )

@@ -87,8 +87,8 @@ class LocalFolder:
                     self._recheck()
             except Exception as error:  # any: without this thread nobody would notice that a file is rewritten
                 if not self._closed:
-                    known = isinstance(error, UserError)
-                    self._damage = error if known else StorageError(f"{self.folder}: cannot be verified ({error}).")
+                    failure = StorageError(f"{self.folder}: cannot be verified ({error}).")
+                    self._damage = error if isinstance(error, UserError) else failure
                 return
 
     def _recheck(self) -> None:
