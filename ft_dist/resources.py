@@ -1,5 +1,6 @@
 """Peak memory of this process and errors of memory, FLOPs per token, versions of libraries."""
 
+import contextlib
 import gc
 import importlib.metadata
 import platform
@@ -48,10 +49,11 @@ def peak_memory_bytes(device: torch.device) -> int:
         return int(torch.cuda.max_memory_allocated(device))
     if sys.platform == "linux":
         # ru_maxrss would start from the memory of the parent process
-        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-        found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
-        if found:
-            return int(found[1]) * 1024
+        with contextlib.suppress(OSError):  # no descriptor is left
+            status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+            found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+            if found:
+                return int(found[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)
 

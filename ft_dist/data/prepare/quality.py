@@ -5,11 +5,9 @@ by hash, so that equal records are kept or left out together), similarity among 
 """
 
 import hashlib
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +16,7 @@ import numpy.typing as npt
 from ft_dist.data.encode.minhash import ANSWER, BUCKETS, EMPTY, KEYS, PROMPT, RECORD, WHOLE, Keys, Signatures
 from ft_dist.data.store.arrays import map_arrays
 from ft_dist.data.store.index import read_index
-from ft_dist.data.store.writer import SKETCHES, ShardWriter
+from ft_dist.data.store.writer import SKETCHES, ShardWriter, temporary_folder
 from ft_dist.errors import DataError
 from ft_dist.storage import open_storage
 
@@ -96,8 +94,8 @@ def _sketches(place: str) -> Iterator[_Sketches]:
     where = storage.url_of(SKETCHES)
     if entry is None or entry.file != SKETCHES:
         raise DataError(f"{where}: not in the set's index. Prepare the set again.")
-    with tempfile.TemporaryDirectory(prefix="ft_dist-") as folder:
-        path = Path(folder) / SKETCHES
+    with temporary_folder() as folder:
+        path = folder / SKETCHES
         if storage.local is None:
             storage.fetch(SKETCHES, path, digest=digest)
         else:

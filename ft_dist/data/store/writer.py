@@ -8,8 +8,10 @@ the files. `commit` joins the parts into the sidecars and writes `index.json` la
 
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -23,7 +25,7 @@ from ft_dist.data.encode.minhash import BUCKETS, KEYS
 from ft_dist.data.read.paths import LENGTHS
 from ft_dist.data.store.arrays import map_arrays
 from ft_dist.data.store.index import INDEX, REPORT, VERSION, FileEntry, ShardEntry, check_seal, checksum_of, sealed
-from ft_dist.errors import DataError, MissingFileError
+from ft_dist.errors import DataError, MissingFileError, StorageError
 from ft_dist.outside import Document, parse_object, validated
 from ft_dist.storage import Storage
 
@@ -38,6 +40,21 @@ _PARTS: dict[str, tuple[str, Any, tuple[int, ...]]] = {
     "keys": ("U64", np.uint64, (KEYS,)),
     "signatures": ("U32", np.uint32, (BUCKETS,)),
 }
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Raises StorageError if no temporary files can be written."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="ft_dist-"))
+    except OSError as error:
+        raise StorageError(
+            f"TMPDIR: no temporary files can be written ({error}). Free space there, or set TMPDIR to another folder."
+        ) from None
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Part(Document):
@@ -117,15 +134,15 @@ class ShardWriter:
 
     def parts(self, name: str) -> Iterator[npt.NDArray[Any]]:
         """One array per finished shard, in order: lengths, labelled, keys (n, KEYS) or signatures (n, BUCKETS)."""
-        with tempfile.TemporaryDirectory(prefix="ft_dist-") as folder:
+        with temporary_folder() as folder:
             for number in range(len(self._parts)):
-                flat = map_arrays(self._local(_part_name(number), Path(folder)), [name])[name]
+                flat = map_arrays(self._local(_part_name(number), folder), [name])[name]
                 yield flat.reshape(-1, *_PARTS[name][2])
 
     def first_samples(self, count: int) -> list[tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]]:
         """(tokens, mask) of `count` samples spread over the first shard."""
-        with tempfile.TemporaryDirectory(prefix="ft_dist-") as folder:
-            path = self._local(self._shards[0].file, Path(folder))
+        with temporary_folder() as folder:
+            path = self._local(self._shards[0].file, folder)
             shard = map_arrays(path, ["tokens", "mask", "offsets"])
             mask = np.unpackbits(shard["mask"], count=len(shard["tokens"])).astype(np.bool_)
             last = len(shard["offsets"]) - 2
@@ -135,9 +152,9 @@ class ShardWriter:
 
     def commit(self, report: dict[str, Any]) -> None:
         """Write the sidecars and report, then the index, and delete the files that only an unfinished set needs."""
-        with tempfile.TemporaryDirectory(prefix="ft_dist-") as folder:
-            lengths = self._write_joined(LENGTHS, ["lengths", "labelled"], Path(folder))
-            sketches = self._write_joined(SKETCHES, ["keys", "signatures"], Path(folder))
+        with temporary_folder() as folder:
+            lengths = self._write_joined(LENGTHS, ["lengths", "labelled"], folder)
+            sketches = self._write_joined(SKETCHES, ["keys", "signatures"], folder)
         shown = json.dumps(report, indent=1, ensure_ascii=False).encode()
         self.storage.write(REPORT, shown)
         index = {

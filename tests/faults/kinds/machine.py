@@ -4,7 +4,7 @@ import os
 import resource
 from collections.abc import Callable
 
-from tests.faults.kinds.kind import AGAIN, NOTHING, Kind, Story
+from tests.faults.kinds.kind import AGAIN, MEND, NOTHING, Kind, Story
 from tests.faults.kinds.processes import PAUSE
 from tests.faults.scene import Life, Scene
 from tests.faults.shim import Rule
@@ -155,11 +155,7 @@ KINDS = [
         "few-descriptors",
         "ulimit -n 24",
         "start",
-        (2,),
-        "open files|descriptors",
-        "raise the limit, then the same command again",
         story=few_descriptors,
-        mend=unlimited,
     ),
     Kind(
         "small-files",
@@ -172,7 +168,17 @@ KINDS = [
         mend=unlimited,
     ),
     Kind("no-shared-memory", "/dev/shm is full", "start", story=no_shared_memory, ranks=2, root_only=True),
-    Kind("no-temporary-files", "TMPDIR is full", "start", story=no_temporary_files, root_only=True),
+    Kind(
+        "no-temporary-files",
+        "TMPDIR is full",
+        "start",
+        (2,),
+        "TMPDIR",
+        MEND,
+        story=no_temporary_files,
+        mend=lambda scene: scene.remount(scene.folder / "tmp", "size=64m,nr_inodes=1000"),
+        root_only=True,
+    ),
     Kind(
         "cache-read-only",
         "the cache is on a read-only disk, with everything in it",
