@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets  # noqa: F401 - takes long to import, which is no fault of the first file
 import numpy as np
 import pyarrow
 import pyarrow.ipc

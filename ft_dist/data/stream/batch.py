@@ -235,6 +235,8 @@ class Prefetcher:
         self._ready: queue.Queue[Prefetched | BaseException] = queue.Queue(maxsize=depth)
         self._give_up = give_up
         self._given_up = False
+        self._failed: UserError | None = None
+        """The error of the last batch: there is none after it"""
         self._collating: tuple[GlobalBatch, dict[str, int]] | None = None
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="data-prefetch", daemon=True)
@@ -246,10 +248,11 @@ class Prefetcher:
     def __next__(self) -> Prefetched:
         if self._closing.is_set():
             raise StopIteration
-        item = self._next_ready()
+        item = self._failed or self._next_ready()
         if isinstance(item, BaseException):
             self.close()
             raise item
+        self._failed = item.error
         return item
 
     def _next_ready(self) -> Prefetched | BaseException:

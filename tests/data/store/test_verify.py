@@ -1,6 +1,5 @@
 """A local set is compared with its checksums before its first use, and again after a file is rewritten."""
 
-import threading
 import time
 from pathlib import Path
 
@@ -67,7 +66,7 @@ def test_a_file_that_is_touched_is_not_damaged(
     time.sleep(0.3)
     store.gather(np.arange(60))
     store.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "shard-verify"]
+    assert not store._files._thread.is_alive()
 
 
 def test_a_disk_that_fails_is_asked_again(store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

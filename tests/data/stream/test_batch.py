@@ -7,6 +7,7 @@ from ft_dist.bench.synthetic import SyntheticStore
 from ft_dist.data.stream.batch import IGNORED, Prefetcher, collate, deal
 from ft_dist.data.stream.mixture import MixtureSource
 from ft_dist.data.stream.stream import DataStream
+from ft_dist.errors import DataError
 from tests.data.stores import ListStore, random_store
 
 
@@ -130,3 +131,21 @@ def test_error_on_the_thread_reaches_the_consumer():
         next(prefetcher)
     assert not prefetcher._thread.is_alive()
     prefetcher.close()
+
+
+def test_an_error_in_a_ranks_own_rows_is_delivered_with_dummies_and_ends_the_batches():
+    """Other ranks can read their rows and wait for this one in the step."""
+
+    class Damaged(ListStore):
+        def gather(self, ids):
+            raise DataError("tokens-00001: damaged")
+
+    store = Damaged([([1, 2, 3], [True] * 3)] * 24)
+    stream = DataStream([MixtureSource("a", store)], seed=0, global_rows=8, max_length=64, packing=False)
+    with Prefetcher(stream, rank=0, world=2, micro_rows=2) as prefetcher:
+        batch = next(prefetcher)
+        assert batch.given_up
+        assert str(batch.error) == "tokens-00001: damaged"
+        assert [micro_batch.labelled_tokens for micro_batch in batch.micro_batches] == [0, 0]
+        with pytest.raises(DataError, match="tokens-00001: damaged"):
+            next(prefetcher)
