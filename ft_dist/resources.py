@@ -7,6 +7,7 @@ import platform
 import re
 import resource
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -67,6 +68,7 @@ def flops_per_token(*, total_parameters: int, trainable_share: float) -> float:
     return total_parameters * (4.0 + 2.0 * trainable_share)
 
 
+@cache
 def versions() -> dict[str, str]:
     """Versions of Python and of the installed libraries."""
     found = {"python": platform.python_version()}

@@ -18,7 +18,7 @@ from typing import Protocol, TypeVar
 from ft_dist.errors import MissingFileError, StorageError
 from ft_dist.outside import check_name
 from ft_dist.storage.files import CALL_TIMEOUT_S, PART_BYTES, Files, Folder, Objects
-from ft_dist.storage.retry import delay_s, is_transient
+from ft_dist.storage.retry import LOCAL_WAIT_S, delay_s, is_transient
 
 READ_BACK_BYTES = 16 * 2**20
 """Uploads up to this size are read back and compared; for larger ones only the size is compared"""
@@ -60,7 +60,10 @@ def open_storage(
     if url.startswith("file://"):
         url = url.removeprefix("file://")
     timeout_s = max(SHORTEST_TIMEOUT_S, min(CALL_TIMEOUT_S, wait_s))
-    files = Objects(url, timeout_s=timeout_s) if is_url(url) else Folder(Path(url).expanduser())
+    if is_url(url):
+        files: Files = Objects(url, timeout_s=timeout_s)
+    else:  # a disk that keeps failing does not come back as a network does
+        files, wait_s, limit = Folder(Path(url).expanduser()), min(wait_s, LOCAL_WAIT_S), None
     return Storage(files, str(place).rstrip("/"), wait_s=wait_s, limit=limit, log=log)
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from ft_dist.errors import DataError
+from ft_dist.errors import DataError, StorageError
 from ft_dist.outside import Document, parse_object, validated
+from ft_dist.storage.retry import patiently
 
 MOST_HEADER_BYTES = 2**20
 """Ours have a few hundred"""
@@ -26,9 +27,16 @@ class _Entry(Document):
 def map_arrays(path: Path, names: Sequence[str], *, optional: Sequence[str] = ()) -> dict[str, npt.NDArray[Any]]:
     """Flat arrays by name, with those of `optional` that exist. A file is an 8-byte length, a JSON header, and data.
 
-    Raises OSError if the file cannot be read, DataError if it is not such a file: every length and offset is compared
-    with the size of the file before anything is allocated or mapped.
+    Raises StorageError if the file cannot be read, DataError if it is not such a file: every length and offset is
+    compared with the size of the file before anything is allocated or mapped.
     """
+    try:
+        return patiently(lambda: _map_arrays(path, names, optional))
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({error.strerror or error}). Run again when it can.") from None
+
+
+def _map_arrays(path: Path, names: Sequence[str], optional: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
     size = path.stat().st_size
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")

@@ -22,9 +22,8 @@ import numpy.typing as npt
 from ft_dist.data.store.arrays import map_arrays
 from ft_dist.data.store.index import SetIndex, ShardEntry
 from ft_dist.data.store.local import LocalFolder
-from ft_dist.errors import DataError, StorageError
+from ft_dist.errors import DataError
 from ft_dist.storage import Storage, open_storage
-from ft_dist.storage.retry import patiently
 
 OPEN_SHARDS = 64
 """Shards mapped at a time; the least recently used is unmapped first"""
@@ -235,13 +234,7 @@ class TokenStore:
     ) -> dict[str, npt.NDArray[Any]]:
         """Arrays of these types, by name."""
         optional = optional or {}
-        try:
-            path = self._files.path(file)
-            arrays = patiently(lambda: map_arrays(path, list(kinds), optional=list(optional)))
-        except OSError as error:
-            raise StorageError(
-                f"{self.name}/{file}: cannot be read ({error.strerror}). Run again when it can."
-            ) from None
+        arrays = map_arrays(self._files.path(file), list(kinds), optional=list(optional))
         for name, array in arrays.items():
             if array.dtype.str[1:] not in (kinds | optional)[name]:
                 raise self._damaged(file, f"its array {name} is of type {array.dtype}")
