@@ -1,5 +1,6 @@
 """One run, from one place at a time, writes to a mirror."""
 
+import errno
 import json
 import os
 import shutil
@@ -11,8 +12,9 @@ import pytest
 
 from ft_dist.checkpoint.commit import format as layout
 from ft_dist.checkpoint.commit import lease as lease_module
-from ft_dist.checkpoint.commit.lease import RECORD, Lease, read_record
-from ft_dist.errors import ConfigError, StorageError
+from ft_dist.checkpoint.commit.lease import RECORD, Lease, read_record, remote_steps
+from ft_dist.checkpoint.find import find
+from ft_dist.errors import CheckpointError, ConfigError, StorageError
 from ft_dist.storage import open_storage
 
 
@@ -101,8 +103,9 @@ def test_copies_without_a_record_belong_to_the_run_in_their_config(storage, tmp_
     state = {"step": 3, "config": {"output_dir": str(tmp_path / "a")}}
     files = {layout.STATE: layout.write_synced(folder / layout.STATE, json.dumps(state))}
     layout.write_manifest(folder, 3, files)
-    with pytest.raises(ConfigError, match="holds the run of output_dir="):
-        take(storage, None, tmp_path / "b")
+    for run_id in (None, "a run that began without a mirror"):
+        with pytest.raises(ConfigError, match="holds the run of output_dir="):
+            take(storage, run_id, tmp_path / "b")
     take(storage, None, tmp_path / "a").release()
 
 
@@ -112,3 +115,24 @@ def test_a_damaged_record_is_reported(storage, tmp_path, text):
     with pytest.raises(StorageError, match=r"run\.json: "):
         take(storage, None, tmp_path / "a")
     shutil.rmtree(storage.url)
+
+
+def test_never_refuses_the_copies_of_the_run_before(storage, tmp_path, monkeypatch):
+    """Its first restart would otherwise resume from them."""
+    folder = Path(storage.url) / layout.step_name(3)
+    folder.mkdir(parents=True)
+    layout.write_manifest(folder, 3, {layout.STATE: layout.write_synced(folder / layout.STATE, '{"step": 3}')})
+    with pytest.raises(CheckpointError, match=r"checkpoint\.resume=never, but .*mirror holds copies"):
+        find(resume="never", root=tmp_path / "checkpoints", storage=storage)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+def test_a_mirror_that_cannot_be_listed_is_not_empty(storage, tmp_path, monkeypatch, number):
+    (tmp_path / "mirror/step-00000003").mkdir(parents=True)
+
+    def refuse(place):
+        raise OSError(number, os.strerror(number), place)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(StorageError):
+        remote_steps(open_storage(tmp_path / "mirror", wait_s=0.1))

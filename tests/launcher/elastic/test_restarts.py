@@ -1,6 +1,9 @@
 """When a failed run is restarted, and what is reported."""
 
+import errno
+import itertools
 import json
+import os
 
 import pytest
 
@@ -44,6 +47,25 @@ def test_a_new_commit_resets_the_restart_count(tmp_path):
         assert verdict.pause_s == 1
         assert f"the commit of step {step}" in verdict.line
     assert policy.after_failure("rank 0 failed", of_workers=True).pause_s is None
+
+
+def test_a_disk_that_does_not_answer_is_no_new_commit(tmp_path, monkeypatch):
+    """Every second look at it fails: the restarts are still counted."""
+    commit(tmp_path, 20)
+    policy = RestartPolicy(3, tmp_path)
+    looks = itertools.count()
+
+    def listed(place):
+        if next(looks) % 2 == 0:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return scan(place)
+
+    scan = os.listdir
+    monkeypatch.setattr(layout.os, "listdir", listed)
+    monkeypatch.setattr(layout, "patiently", lambda call, wait_s: call())  # without the second that it waits
+    found = [policy.after_failure("rank 0 died", of_workers=False) for _ in range(5)]
+    assert [decision.pause_s for decision in found] == [1, 2, 4, None, None]
+    assert "the commit of step 20" in found[-1].line
 
 
 def test_three_failures_of_the_same_step_end_the_run(tmp_path):
