@@ -41,6 +41,9 @@ def test_a_damaged_record_is_one_line(tmp_path, text):
 
 
 @pytest.mark.parametrize("job", ["x@1", "@1", "-1@1", "\u00b2@1", f"{'9' * 5000}@1", ""])
-def test_a_job_that_is_no_process_does_not_run(tmp_path, job):
-    new_record(target="local", job=job, command=["true"], log=None).write(tmp_path)
-    assert status(tmp_path)["state"] == "failed"
+def test_a_job_that_is_no_process_is_refused(tmp_path, job):
+    new_record(target="local", job="1@2", command=["true"], log=None).write(tmp_path)
+    path = tmp_path / "launch.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"job": job}))
+    with pytest.raises(UserError, match=r"launch\.json: job"):
+        status(tmp_path)

@@ -8,7 +8,6 @@ the next run removes. A failed save loses that checkpoint, not the run; `new_eve
 """
 
 import contextlib
-import itertools
 import json
 import secrets
 import shutil
@@ -16,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,10 @@ from ft_dist.checkpoint.commit.mirror import Mirror
 from ft_dist.checkpoint.commit.retention import Retention
 from ft_dist.checkpoint.commit.save_event import SaveEvent
 from ft_dist.checkpoint.commit.snapshot import HostBuffer, Snapshot, TensorSource
-from ft_dist.distributed import World, control_store, decided
+from ft_dist.distributed import World, control_store
 from ft_dist.errors import CheckpointError, StorageError
 
 STAGING = ".saving-"
-_ATTEMPTS = itertools.count()
 _GRACE_S = 30.0
 """How long a failing run waits for the other ranks' files of a save in flight"""
 _RETRIES_S = (0.5, 1.0, 2.0)
@@ -248,28 +247,31 @@ class CheckpointWriter:
 
         Rank 0 publishes the name once the folder is clean, so no rank writes before that.
         """
-        key = f"checkpoint/attempt {next(_ATTEMPTS)}"
-        self._attempt = decided(self._world, key, self._begin_attempt, timeout_s=self._timeout_s)
-        if not self._world.is_main and not _appears(self._probe()):
+        key = "checkpoint/attempt"
+        if self._world.is_main:
+            try:
+                self._begin_attempt()
+            except OSError as error:
+                problem = (
+                    f"{self.root}: cannot be written ({error.strerror}). Nothing was changed: mend that and run the "
+                    "same command again."
+                )
+                self._store.set(key, json.dumps({"error": problem}))
+                raise CheckpointError(problem) from None
+            self._store.set(key, json.dumps({"attempt": self._attempt}))
+            return
+        self._store.wait([key], timedelta(seconds=self._timeout_s))
+        answer = json.loads(self._store.get(key))
+        if "error" in answer:
+            raise CheckpointError(answer["error"])
+        self._attempt = answer["attempt"]
+        if not _appears(self._probe()):
             raise CheckpointError(
                 f"{self.root.absolute()}: rank {self._world.rank} does not see what rank 0 writes there. A run on "
                 "several nodes needs its output_dir on a file system that all of them share."
             )
 
-    def _begin_attempt(self) -> str:
-        """On rank 0. Raises CheckpointError."""
-        self._attempt = secrets.token_hex(4)
-        try:
-            self._clean_up()
-            self._probe().touch()
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.root}: cannot be written ({error.strerror}). Nothing was changed: mend that and run the same "
-                "command again."
-            ) from None
-        return self._attempt
-
-    def _clean_up(self) -> None:
+    def _begin_attempt(self) -> None:
         """Raises OSError."""
         self.root.mkdir(parents=True, exist_ok=True)
         for leftover in self.root.glob(f"step-*{STAGING}*"):
@@ -277,6 +279,8 @@ class CheckpointWriter:
         layout.finish_removals(self.root)
         for probe in self.root.glob(".attempt-*"):
             probe.unlink(missing_ok=True)
+        self._attempt = secrets.token_hex(4)
+        self._probe().touch()
 
     @property
     def _store(self) -> Any:
