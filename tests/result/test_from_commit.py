@@ -168,7 +168,8 @@ def test_an_adapter_stays_with_its_base(cli, tmp_path):
     export_run(run, kind="merged", to=tmp_path / "merged")
     weights = {name: tensor * 1.5 for name, tensor in load_file(base / "model.safetensors").items()}
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    refusal = f"model.path={base}: its weights differ from those of {base}, on which the adapter in {run / 'final'} was"
+    difference = f"its weights differ from those of {base} (model.safetensors)"
+    refusal = f"model.path={base}: {difference}, on which the adapter in {run / 'final'} was"
     for command in (["export", str(run), str(tmp_path / "out")], ["chat", str(run), "--prompt", "Hello"]):
         done = cli(*command)
         assert done.returncode == 2, done.stderr
