@@ -37,11 +37,11 @@ def resume_gc() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """torch has its own error on GPUs; on CPU its allocator raises a plain RuntimeError, and Python a MemoryError."""
+    """torch has its own error on GPUs; on CPU, its allocator and oneDNN raise a RuntimeError, and Python a MemoryError."""
     if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
         return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+    texts = ("can't allocate memory", "out of memory", "could not create a primitive")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

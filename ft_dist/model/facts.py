@@ -155,14 +155,13 @@ def _weight_map(index: Path) -> dict[str, str]:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file of a model folder. Raises ModelError."""
     try:
-        with path.open("rb") as file:
-            content = file.read(_MAX_JSON_BYTES + 1)
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ModelError(f"{path}: more than {_MAX_JSON_BYTES:,} bytes.")
+        content = path.read_bytes()
     except FileNotFoundError:
         raise ModelError(f"model.path={path.parent}: has no {path.name}.") from None
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror}).") from None
-    if len(content) > _MAX_JSON_BYTES:
-        raise ModelError(f"{path}: more than {_MAX_JSON_BYTES:,} bytes.")
     tree = parse_object(content, where=path, error=ModelError)
     level: list[Any] = [tree]
     for _ in range(_MAX_JSON_DEPTH):
