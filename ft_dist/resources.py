@@ -37,7 +37,7 @@ def resume_gc() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """torch has its own error on GPUs; on CPU, its allocator and oneDNN raise a RuntimeError, and Python a MemoryError."""
+    """torch has its own error on GPUs; on CPU, its allocator and oneDNN raise a RuntimeError, Python a MemoryError."""
     if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
         return True
     texts = ("can't allocate memory", "out of memory", "could not create a primitive")
