@@ -233,7 +233,7 @@ def test_a_result_holds_for_these_weights_only(cli: Any, tmp_path: Path) -> None
     bad = good | {"model.norm.weight": torch.full_like(good["model.norm.weight"], torch.nan)}
     cache = {"FT_DIST_CACHE": str(tmp_path / "cache")}
     for number, (weights, code, said) in enumerate(
-        [(bad, 2, "the loss is nan in training"), (good, 0, "self-check: loss"), (bad, 2, "the loss is nan in")]
+        [(bad, 2, "that are not finite"), (good, 0, "self-check: loss"), (bad, 2, "that are not finite")]
     ):
         save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
         run = f"output_dir={tmp_path / str(number)}"
