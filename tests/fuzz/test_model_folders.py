@@ -1,5 +1,6 @@
 """Folders of models whose JSON, headers and indexes were changed, through everything that reads them without torch."""
 
+import copy
 import json
 import shutil
 import struct
@@ -66,9 +67,9 @@ def changed(tree: Any, data: st.DataObject) -> Any:
             key = data.draw(st.sampled_from(sorted(node)))
             if not isinstance(node[key], dict) or data.draw(st.booleans()):
                 if isinstance(node[key], list) and node[key] and data.draw(st.booleans()):
-                    node[key][data.draw(st.integers(0, len(node[key]) - 1))] = data.draw(trees)
+                    node[key][data.draw(st.integers(0, len(node[key]) - 1))] = copy.deepcopy(data.draw(trees))
                 else:
-                    node[key] = data.draw(trees)
+                    node[key] = copy.deepcopy(data.draw(trees))
                 break
             node = node[key]
     return tree
