@@ -268,9 +268,9 @@ class Run:
 
         All ranks call it after the same step. Data that cannot be read end the run on all ranks, without a commit.
         """
-        told = announced_fault(self.world)
-        if error or told:
-            raise error or DataError(str(told))
+        announced = announced_fault(self.world)
+        if error or announced:
+            raise error or DataError(str(announced))
         self.leave_preempted()
 
     def evaluate(self, when: str) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Writes docs/explanation/faults.md from the result of the matrix, which is kept beside it as JSON."""
+"""Writes docs/explanation/faults.md from the result of the matrix, which lies next to it as JSON."""
 
 import json
 import platform

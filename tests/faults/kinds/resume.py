@@ -1,4 +1,4 @@
-"""Faults while a killed run resumes: it resumes from its newest commit, or says why it cannot. It never starts anew."""
+"""Faults while a killed run resumes: it resumes from its newest commit, or says why it cannot. It never starts over."""
 
 from dataclasses import replace
 

@@ -110,7 +110,7 @@ def test_a_recipe_edited_during_a_run_changes_nothing(tmp_path, mark, command):
     assert len(events_of(folder, "resume")) == 2
     assert steps_done(folder) == STEPS
     assert not elsewhere.exists()
-    # started anew, the command reads the recipe as it now is
+    # started again by hand, the command reads the recipe as it now is
     again = subprocess.run(process.args, cwd=ROOT / "configs", capture_output=True, text=True)
     assert again.returncode == 2
     assert f"{recipe} line 1" in again.stderr
