@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ft_dist.errors import TrainingError, UserError
+from ft_dist.errors import TrainingError, UserError, first_line
 from ft_dist.network.gate import listen_at
 from ft_dist.network.secret import secret_of
 from ft_dist.network.store import RunStore, StoreServer
@@ -308,7 +308,7 @@ def decided(world: World, key: str, decide: Callable[[], Any], *, timeout_s: flo
                 await_count(store, "known", world.size)
     except dist.DistError as lost:
         raise TrainingError(
-            f"rank {world.rank}: rank 0 did not say within {timeout_s:g} s what it found ({key}: {_first_line(lost)}). "
+            f"rank {world.rank}: rank 0 did not say within {timeout_s:g} s what it found ({key}: {first_line(lost)}). "
             "Its log says why."
         ) from (error or lost)
     if "error" in answer and (error is None or answer["rank"] != world.rank):
@@ -321,20 +321,16 @@ def decided(world: World, key: str, decide: Callable[[], Any], *, timeout_s: flo
 def _error_answer(error: Exception, rank: int) -> dict[str, Any]:
     fixable = isinstance(error, UserError)
     plain = fixable or isinstance(error, TrainingError)
-    text = str(error) if plain else f"rank {rank}: {type(error).__name__}: {_first_line(error)}. Its log says where."
+    text = str(error) if plain else f"rank {rank}: {type(error).__name__}: {first_line(error)}. Its log says where."
     return {"error": text, "fixable": fixable, "rank": rank}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def fault_of_machine(error: BaseException) -> str | None:
     """One line if the cause is another rank that is gone or a GPU that failed, not the code that raised `error`."""
     if is_lost_peer(error):
-        return f"another rank is gone or does not answer ({_first_line(error)})"
+        return f"another rank is gone or does not answer ({first_line(error)})"
     if isinstance(error, RuntimeError) and "CUDA error" in str(error):
-        return f"the GPU failed ({_first_line(error)})"
+        return f"the GPU failed ({first_line(error)})"
     return None
 
 

@@ -66,6 +66,11 @@ class Preempted(Exception):  # noqa: N818 - not an error: the run is committed a
     """A signal arrived and the run is committed: exit 75."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of a library's error message, at most 200 characters; its type if it has no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def counted(count: int, noun: str) -> str:
     """`1 step`, `2 steps`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -71,7 +71,7 @@ class Gate:
         return [key.data for key, _ in self._inside.select(timeout_s) if key.data]
 
     def admit(self) -> list[Channel]:
-        """Spend up to BUDGET_S on strangers; returns those that have become members. Never blocks."""
+        """Spend up to BUDGET_S on strangers; returns those that have become members."""
         now = time.monotonic()
         for channel, since in list(self._strangers.items()):
             if now - since <= PROOF_TIMEOUT_S:

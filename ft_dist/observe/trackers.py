@@ -18,7 +18,7 @@ from functools import cache
 from typing import Any, Protocol
 
 from ft_dist.config.schema import RunConfig
-from ft_dist.errors import counted
+from ft_dist.errors import counted, first_line
 from ft_dist.observe.patient import replace
 from ft_dist.run_folder import RunFolder
 
@@ -56,7 +56,7 @@ class WandbTracker:
                 raise
             self.run = self._start(config, run_id, "offline")
             note(
-                f"wandb cannot be used ({_first_line(error)}). Its metrics are kept in the run folder; to upload them: "
+                f"wandb cannot be used ({first_line(error)}). Its metrics are kept in the run folder; to upload them: "
                 f"wandb login; wandb sync {config.run_dir / 'wandb'}/offline-run-*-{run_id}"
             )
 
@@ -145,11 +145,6 @@ class Feed:
         elif self._thread.is_alive():
             self._note(f"{self._name}: not finished within {wait_s:.0f} s. {self._advice}".rstrip())
 
-    @property
-    def stuck(self) -> bool:
-        """After `close`: the tracker still hangs."""
-        return self._thread.is_alive()
-
     def _run(self) -> None:
         tracker: Tracker | None = None
         while self._has_more():
@@ -182,7 +177,7 @@ class Feed:
     def _failed(self, error: Exception) -> None:
         if not self._noted:
             self._noted = True
-            self._note(f"{self._name} fails ({_first_line(error)}). Training continues; it is tried again later")
+            self._note(f"{self._name} fails ({first_line(error)}). Training continues; it is tried again later")
         with self._changed:
             self._changed.wait_for(lambda: self._closing, RETRY_S)
 
@@ -242,7 +237,3 @@ def _close_quietly(tracker: Tracker | None) -> None:
     if tracker:
         with suppress(Exception):
             tracker.close()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

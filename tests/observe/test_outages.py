@@ -10,8 +10,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from tests.conftest import CLI, ROOT, SMALL_RUN, read_lines, start_cli
+from tests.faults.shim import Rule, Shim
 from tests.launcher.processes import events_of, wait_for
-from tests.observe.failing import EIO, Failing
 
 pytestmark = pytest.mark.faults
 
@@ -31,12 +31,12 @@ def undisturbed(tmp_path_factory):
 
 def test_lines_wait_for_a_full_disk_and_a_torn_file_is_mended_at_the_resume(cli, tmp_path, undisturbed):
     folder = tmp_path / "run"
-    failing = Failing(tmp_path, "write", ".jsonl")
+    failing = Shim(tmp_path, [Rule("write", ".jsonl", "ENOSPC")])
     options = [*SMALL_RUN, f"output_dir={folder}", "checkpoint.interval_steps=5", "--nproc", "1"]
     with start_cli("train", *options, **failing.environment) as process:
         wait_for(lambda: (folder / "checkpoints/step-00000005/manifest.json").exists(), [process])
         assert (folder / "metrics.jsonl").read_bytes() == b""
-        failing.end()
+        failing.disarm()
         out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert losses(folder) == undisturbed
@@ -59,7 +59,7 @@ def test_lines_wait_for_a_full_disk_and_a_torn_file_is_mended_at_the_resume(cli,
 def test_a_disk_that_stays_full_for_all_but_the_result_loses_only_the_record(cli, tmp_path):
     folder = tmp_path / "run"
     for text in (".jsonl", "rank-0.log"):
-        failing = Failing(tmp_path, "write", text, EIO)
+        failing = Shim(tmp_path, [Rule("write", text, "EIO")])
         done = cli(
             "train", *SMALL_RUN, "optim.max_steps=2", f"output_dir={folder}", "--nproc", "1", **failing.environment
         )
@@ -75,7 +75,7 @@ def test_old_lines_that_cannot_be_rewritten_do_not_stop_a_resume(cli, tmp_path):
     path = folder / "metrics.jsonl"
     first, second = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(first + b"torn\n" + second)
-    failing = Failing(tmp_path, "rename", "metrics.jsonl")
+    failing = Shim(tmp_path, [Rule("rename", "metrics.jsonl", "ENOSPC")])
     done = cli("train", *options, "optim.max_steps=4", **failing.environment)
     assert done.returncode == 0, done.stderr
     assert f"{path}: 2 lines could not be written (No space left on device)" in done.stdout
@@ -142,7 +142,7 @@ def test_the_end_of_a_run_is_durable_before_it_is_announced(cli, tmp_path):
     folder = tmp_path / "run"
     options = [*SMALL_RUN, "optim.max_steps=1", f"output_dir={folder}", "--nproc", "1"]
     for place in ("summary.json", ".final-partial"):
-        failing = Failing(tmp_path, "fsync", place, EIO)
+        failing = Shim(tmp_path, [Rule("fsync", place, "EIO")])
         done = cli("train", *options, **failing.environment)
         assert done.returncode == 2, (place, done.stderr)
         assert "cannot be written (Input/output error)" in done.stderr

@@ -6,7 +6,7 @@ import sys
 import time
 
 from tests.conftest import ROOT
-from tests.observe.failing import EIO, Failing
+from tests.faults.shim import Rule, Shim
 
 PRINTS = """
 import logging, sys
@@ -84,7 +84,7 @@ def test_a_console_that_takes_nothing_holds_up_once_and_says_what_it_missed(tmp_
 
 
 def test_a_console_on_a_failing_disk_ends_nothing(tmp_path):
-    failing = Failing(tmp_path, "write", "terminal", EIO)
+    failing = Shim(tmp_path, [Rule("write", "terminal", "EIO")])
     with (tmp_path / "terminal").open("w") as console:
         process = start(tmp_path / "log", stdout=console, stderr=console, env=os.environ | failing.environment)
     assert process.wait(60) == 3

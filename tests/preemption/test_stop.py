@@ -13,7 +13,7 @@ from ft_dist.errors import ConfigError
 from ft_dist.preemption.slurm import TimeLimit, job_ends_at
 from ft_dist.preemption.stop import SAME_NOTICE_S
 from tests.conftest import ROOT
-from tests.observe.failing import Failing
+from tests.faults.shim import Rule, Shim
 
 SCRIPT = """
 import ctypes, os, signal, sys, time
@@ -120,10 +120,10 @@ print(flush=True)
 input()
 print(round((time.time() - started) / 3600), *(limit.is_near() for limit in limits))
 """
-    failing = Failing(tmp_path, "clock", "all", hours * 3600)
-    failing.end()
+    failing = Shim(tmp_path, [Rule("clock", "", str(hours * 3600))])
+    failing.disarm()
     process = start(body, **failing.environment)
-    failing.begin()
+    failing.arm()
     out, err = process.communicate("\n", timeout=10)
     assert out.split() == [str(hours), "False", "True"], err
 

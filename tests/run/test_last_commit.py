@@ -9,8 +9,8 @@ import pytest
 
 from ft_dist.checkpoint.commit.format import commits
 from tests.conftest import SMALL_RUN, read_lines, start_cli
+from tests.faults.shim import Rule, Shim
 from tests.launcher.processes import events_of, wait_for
-from tests.observe.failing import Failing
 
 pytestmark = pytest.mark.faults
 
@@ -35,11 +35,11 @@ def mount_tmpfs(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 def test_a_disk_that_gets_room_before_the_run_gives_up_loses_nothing(tmp_path):
     folder = tmp_path / "run"
-    failing = Failing(tmp_path, "write", "rank-0000")
+    failing = Shim(tmp_path, [Rule("write", "rank-0000", "ENOSPC")])
     options = [*SMALL_RUN, f"output_dir={folder}", "checkpoint.interval_steps=4", "--nproc", "2"]
     with start_cli("train", *options, **failing.environment) as process:
         wait_for(lambda: any(event["step"] == 10 for event in events_of(folder, "save_failed")), [process])
-        failing.end()
+        failing.disarm()
         out, err = process.communicate(timeout=120)
     assert process.returncode == 0, out + err
     assert "note: the last steps are not saved: trying again for up to " in out

@@ -10,7 +10,7 @@ from typing import Any
 from ft_dist.config.schema import SourceConfig
 from ft_dist.data.read.paths import UNKNOWN, is_saved_dataset, local_path, missing
 from ft_dist.data.read.text_files import Record
-from ft_dist.errors import DataError
+from ft_dist.errors import DataError, first_line
 
 
 def read_table(file: Path) -> Iterator[Record]:
@@ -24,7 +24,7 @@ def read_table(file: Path) -> Iterator[Record]:
     except DataError:
         raise
     except Exception as error:  # pyarrow and datasets raise a dozen exception types for a damaged file
-        raise DataError(f"{file}: not a readable {kind} file ({_first_line(error)}). Write it again.") from None
+        raise DataError(f"{file}: not a readable {kind} file ({first_line(error)}). Write it again.") from None
 
 
 def read_dataset(source: SourceConfig) -> Iterator[Record]:
@@ -51,7 +51,7 @@ def open_dataset(source: SourceConfig) -> Any:
         pinned = None if revision == UNKNOWN else revision
         return datasets.load_dataset(name, source.name, split=source.split, streaming=True, revision=pinned)
     except Exception as error:  # offline, no such dataset or split, gated: one line for the user
-        raise missing(source.path, _first_line(error)) from None
+        raise missing(source.path, first_line(error)) from None
 
 
 def hub_revision(source: SourceConfig) -> str:
@@ -69,8 +69,3 @@ def numbered_rows(rows: Iterable[Any], name: str, *, first: int = 1) -> Iterator
     """Records with their number, counted from `first`."""
     for number, fields in enumerate(rows, start=first):
         yield Record(dict(fields), f"{name} row {number}")
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

@@ -14,18 +14,26 @@ from dataclasses import dataclass
 from ft_dist.errors import UserError
 from ft_dist.launcher.elastic.head import Head, Node
 from ft_dist.launcher.elastic.messages import FROM_HEAD, FROM_NODES
-from ft_dist.launcher.elastic.wire import LONGEST_MESSAGE_BYTES, PURPOSE, Connection, Message
+from ft_dist.launcher.elastic.wire import (
+    LONGEST_MESSAGE_BYTES,
+    PROTOCOL,
+    PURPOSE,
+    Connection,
+    Message,
+    OtherProtocolError,
+)
 from ft_dist.network.channel import Channel, ConnectionLostError, SecretError
 from ft_dist.network.gate import Gate, listen_at
 from ft_dist.network.secret import ADVICE, RunSecret
 from ft_dist.preflight.node import node_name
 
-PROTOCOL = 2
 MOST_NODES = 4096
 ATTEMPT_TIMEOUT_S = 5.0
 RETRY_S = 1.0
 LOG_INTERVAL_S = 30.0
 HELLO_TIMEOUT_S = 10.0
+REFUSAL_S = 0.1
+"""How long a refusal may take to be sent"""
 SECRET_TIMEOUT_S = 90.0
 """How long a shared file system may take to show the head's new secret: NFS hides a new file for up to 60 s"""
 
@@ -100,7 +108,7 @@ class RendezvousServer:
         self._gate.wait(timeout_s)
 
     def serve(self, head: Head) -> None:
-        """Handle messages that have arrived, and accept connections. Never blocks."""
+        """Handle messages that have arrived, and accept connections. Waits only REFUSAL_S for each refused agent."""
         for connection, (node, _) in list(self._joined.items()):
             try:
                 for message in connection.receive():
@@ -116,6 +124,9 @@ class RendezvousServer:
     def _await_hello(self, connection: Connection, since: float, head: Head) -> None:
         try:
             messages = connection.receive()
+        except OtherProtocolError:
+            self._refuse(connection, "its agent runs another ft_dist version. Install the same one on every node.")
+            return
         except ConnectionLostError:
             self._drop(connection)
             return
@@ -134,15 +145,18 @@ class RendezvousServer:
             self._joined[connection] = node, hello["agent"]
             head.join(node)
             return
-        connection.send({"type": "refused", "why": problem})
+        self._refuse(connection, problem)
+
+    def _refuse(self, connection: Connection, why: str) -> None:
+        connection.send({"type": "refused", "why": why})
         del self._unnamed[connection]
         self._gate.leave(connection.channel)
-        connection.finish(timeout_s=0.1)
+        connection.finish(timeout_s=REFUSAL_S)
 
     def _refusal(self, hello: Message) -> str | None:
         own = self._rendezvous.hello()
-        if hello["type"] != "hello" or hello["protocol"] != PROTOCOL:
-            return "its agent runs another ft_dist version. Install the same one on every node."
+        if hello["type"] != "hello":
+            return "it did not say hello"
         names = {"run_id": "run", "code": "ft_dist's source", "config": "the resolved config"}
         differing = [key for key in names if hello[key] != own[key]]
         other = [f"{names[key]} is {hello[key]}, but {own[key]} here" for key in differing]

@@ -17,9 +17,15 @@ from ft_dist.outside import parse_object, validated
 Message = dict[str, Any]
 
 PURPOSE = "rendezvous"
+PROTOCOL = 2
+"""Raised when messages change. `refused`, and `type` and `protocol` of `hello`, stay as they are."""
 LONGEST_MESSAGE_BYTES = 2**16
 BEAT_S = 1.0
 LOST_S = 15.0
+
+
+class OtherProtocolError(ConnectionLostError):
+    """The peer says hello in another version of the protocol."""
 
 
 class Connection:
@@ -67,6 +73,9 @@ class Connection:
     def _parse(self, payload: bytes) -> Message:
         try:
             tree = parse_object(payload, where="its message", error=UserError)
+            protocol = tree.get("protocol", PROTOCOL)
+            if isinstance(protocol, int) and protocol != PROTOCOL:
+                raise OtherProtocolError("it runs another ft_dist version")
             schema = self._incoming.get(str(tree.get("type")))
             if schema is None:
                 raise UserError("its message: has no type that is expected here.")

@@ -287,6 +287,12 @@ def test_only_members_are_told_why_they_are_refused(scene):
     assert f"the resolved config is other, but {CONFIG} here" in message["why"]
 
 
+def test_a_member_of_another_version_is_told_so_even_if_its_hello_has_other_fields(scene):
+    refused = scene.member({"type": "hello", "protocol": 3, "slots": [0, 1]})
+    (message,) = refused.receive()
+    assert "another ft_dist version" in message["why"]
+
+
 def test_a_node_speaks_for_its_own_ranks_only(scene):
     connection = scene.joins()
     connection.send({"type": "ended", "round": 1, "rank": 0, "code": 2})
