@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ft_dist.checkpoint.commit.format import MANIFEST, STATE, Commit, commits, named_commit, remains, verify
+from ft_dist.checkpoint.commit.lease import Lease
 from ft_dist.checkpoint.find import newest_readable, restarted
 from ft_dist.checkpoint.identity import base_model, check_identity, identity
-from ft_dist.checkpoint.run_record import pin_model
+from ft_dist.checkpoint.run_record import pin_model, run_id_of
 from ft_dist.checkpoint.state import RunState
 from ft_dist.config import RunConfig
 from ft_dist.config.schema import OptimConfig, SourceConfig
-from ft_dist.data.read.check import check_sources
-from ft_dist.errors import CheckpointError, CheckpointVersionError, ConfigError, counted
+from ft_dist.data.read.check import REMOTE_SECONDS, check_sources
+from ft_dist.errors import CheckpointError, CheckpointVersionError, ConfigError, StorageError, counted
 from ft_dist.model.builtin import check_hub, local_folder, resolve_model
 from ft_dist.model.facts import model_facts
 from ft_dist.run_folder import RunFolder
-from ft_dist.storage import is_remote_folder
+from ft_dist.storage import is_remote_folder, open_storage
 
 if TYPE_CHECKING:
     from ft_dist.data.prepare.preview import Preview
@@ -84,6 +85,25 @@ def check_data(config: RunConfig) -> tuple[list[str], list["Preview"]]:
     for one in previews:
         facts += one.lines(config.data, model_path=config.model.path)
     return facts, previews
+
+
+def check_mirror(config: RunConfig) -> list[str]:
+    """Look into checkpoint.path, as the start of a run does; call it after `check`.
+
+    Raises ConfigError if it holds another run, and StorageError if it does not answer, unless output_dir has commits.
+    """
+    if not config.checkpoint.path:
+        return []
+    folder = RunFolder(config.run_dir)
+    storage = open_storage(config.checkpoint.path, wait_s=REMOTE_SECONDS, limit=None)
+    lease = Lease(storage, run_id=run_id_of(folder), output_dir=config.output_dir)
+    try:
+        found = lease.check()
+    except StorageError as error:
+        if not commits(folder.checkpoints):
+            raise
+        return [f"note: {error} A run resumes from {folder.checkpoints}."]
+    return [f"checkpoint.path: {'holds copies of this run' if found else 'is empty'}"]
 
 
 def _check_batch(config: RunConfig, world_size: int) -> str:
@@ -165,7 +185,10 @@ def _check_evaluation(config: RunConfig) -> None:
 def _check_mirror(config: RunConfig) -> None:
     """Copies in the run's own folder would replace what they copy, and retention there would delete it."""
     place = config.checkpoint.path
-    if not place or is_remote_folder(place):
+    if not place:
+        return
+    if is_remote_folder(place):
+        open_storage(place)
         return
     own = Path(os.path.realpath(config.run_dir))
     mirror = Path(os.path.realpath(Path(place.removeprefix("file://")).expanduser()))

@@ -65,7 +65,7 @@ def check(
 ) -> None:
     """Run every check that is possible before training; exit 2 if something must be fixed."""
     from ft_dist.check import check as check_config
-    from ft_dist.check import check_data, check_method
+    from ft_dist.check import check_data, check_method, check_mirror
     from ft_dist.config import load_config
     from ft_dist.launcher.machine import default_nproc
     from ft_dist.run.lock import refuse_if_locked
@@ -76,7 +76,7 @@ def check(
     settings = load_config(config, overrides or [])
     facts = check_config(settings, world_size=nproc or default_nproc())
     refuse_if_locked(settings.run_dir, say=_say)
-    facts += check_method(settings)
+    facts += [*check_method(settings), *check_mirror(settings)]
     more, previews = check_data(settings)
     facts += more
     facts = list(dict.fromkeys([*facts, *check_model(settings, weights=model, say=_say)]))

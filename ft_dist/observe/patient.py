@@ -18,6 +18,8 @@ from pathlib import Path
 WAITING_BYTES = 16 << 20
 """What waits beyond this is dropped, the oldest first"""
 RETRY_S = 1.0
+LAST_TRIES_S = 3.0
+"""How long `close` tries: the fault of a run of a few seconds may be younger than RETRY_S"""
 SLOW_SHARE = 10.0
 """A failing write that takes long is repeated after so many times its duration"""
 
@@ -97,9 +99,13 @@ class PatientFile(ABC):
             return found
 
     def close(self) -> str:
-        """Try a last time; returns a line on what is lost, or ""."""
+        """Try for up to LAST_TRIES_S; returns a line on what is lost, or ""."""
+        until = time.monotonic() + LAST_TRIES_S
         with self._lock:
             self.flush(now=True)
+            while self._waiting and time.monotonic() < until:
+                time.sleep(LAST_TRIES_S / 10)
+                self.flush(now=True)
             lost = self._dropped + self._lines_waiting()
             self._waiting.clear()
             return f"{self.path}: {_lines(lost)} could not be written ({self._reason})" if lost else ""

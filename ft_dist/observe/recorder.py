@@ -103,8 +103,9 @@ class Recorder:
             feed.close(wait_s=wait_s)
         self._report_outages()
         for file in self._files:
-            if lost := file.close():
-                self.console.note(lost)
+            lost = file.close()
+            for line in filter(None, [*map(str, file.outages()), lost]):
+                self.console.note(line)
 
     def _replace(self, path: Any, text: str) -> None:
         file = ReplacedFile(path)

@@ -12,7 +12,8 @@ from ft_dist.preemption.stop import StopRequest
 LONGEST_S = 600.0
 AFTER_NOTICE_S = 20.0
 """Seconds after a stop request: the machine goes away soon"""
-PAUSE_S = 2.0
+SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 20.0
+"""Between tries; each that fails is logged, so the pauses grow"""
 
 
 def repeat_failed_commit(
@@ -30,7 +31,7 @@ def repeat_failed_commit(
     """
     started = time.monotonic()
     limit_s = min(LONGEST_S, unsaved_s)
-    noted = False
+    noted, pause_s = False, SHORTEST_PAUSE_S
     while True:
         again = False
         if world.is_main and failed():
@@ -41,5 +42,6 @@ def repeat_failed_commit(
                 note(f"the last steps are not saved: trying again for up to {left_s:.0f} s")
         if not max_over_ranks(float(again), world):
             return
-        time.sleep(PAUSE_S)
+        time.sleep(pause_s)
+        pause_s = min(1.5 * pause_s, LONGEST_PAUSE_S)
         commit()

@@ -75,6 +75,8 @@ def test_two_runs_never_share_a_mirror(cli, tmp_path):
     assert refused.returncode == 2
     assert f"holds the run of output_dir={tmp_path / 'a'}, not the one in output_dir={tmp_path / 'b'}" in refused.stderr
     assert "Traceback" not in refused.stderr
+    checked = cli("check", *RUN, f"output_dir={tmp_path / 'b'}", mirror)
+    assert (checked.returncode, checked.stderr) == (2, refused.stderr)
     assert steps(tmp_path / "mirror") == [2, 4]
     assert not (tmp_path / "b/checkpoints").exists()
     shutil.rmtree(tmp_path / "a")

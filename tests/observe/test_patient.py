@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -76,6 +77,14 @@ def test_what_never_reached_the_file_is_reported_at_the_end(blocked):
     file.write_bytes(b"a\n")
     file.write_bytes(b"b\nc\n")
     assert file.close() == f"{file.path}: 3 lines could not be written (File exists)"
+
+
+def test_a_fault_that_is_over_soon_after_the_end_loses_nothing(blocked):
+    file = AppendedFile(blocked / "log", lines=True)
+    file.write_bytes(b"a\n")
+    threading.Timer(0.5, blocked.unlink).start()
+    assert file.close() == ""
+    assert file.path.read_text() == "a\n"
 
 
 def test_a_line_that_another_process_left_incomplete_is_ended_first(tmp_path):

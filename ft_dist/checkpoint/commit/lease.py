@@ -68,14 +68,19 @@ class Lease:
     def held(self) -> bool:
         return self._thread is not None and not self.lost
 
+    def check(self) -> MirrorRecord | None:
+        """What the store holds. Writes nothing. Raises ConfigError if that is another run, StorageError."""
+        found = read_record(self._storage) or self._of_older_version()
+        if found is not None:
+            self._check_run(found)
+        return found
+
     def take(self, *, say: Say) -> None:
         """Wait for a holder that is gone or ends, then renew the lease in the background until `release`.
 
         Raises ConfigError if the store has the copies of another run or is in use, StorageError.
         """
-        found = read_record(self._storage) or self._of_older_version()
-        if found is not None:
-            self._check_run(found)
+        found = self.check()
         self.run_id = self.run_id or (found.run_id if found else new_run_id())
         known = found is not None and found.holder is not None and self._is_my_predecessor(found.holder)
         if found is not None and found.holder is not None and not known:
