@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 import xxhash
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from ft_dist.errors import TrainingError
+from ft_dist.storage.tensors import open_tensor_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ def compare_files(folder: Path, expected: Mapping[str, Tensor]) -> int:
     """
     found, nbytes = set(), 0
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
+        with open_tensor_file(path) as file:
             for name in file.keys():  # noqa: SIM118 - not a dictionary
                 if name not in expected:
                     raise TrainingError(f"{path.name}: holds the tensor {name}, which the trained model does not have")

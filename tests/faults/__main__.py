@@ -40,7 +40,7 @@ def main() -> int:
         return 0
     started = time.monotonic()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with tempfile.TemporaryDirectory(prefix="faults-") as place:
+    with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as place:
         verdicts = run_all(chosen, options.keep or Path(place), keep=bool(options.keep))
     seconds = time.monotonic() - started
     if options.result:

@@ -34,6 +34,7 @@ def write_result(rows: Iterable[Mapping[str, Any]], *, seconds: float, folder: P
         "minutes": round(seconds / 60, 1),
         "rows": {row["name"]: {key: row[key] for key in ("codes", "said", "problems", "seconds")} for row in rows},
     }
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / RESULT.name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / PAGE.name).write_text(page(content), encoding="utf-8")
 

@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,11 +35,14 @@ def commits(root: Path) -> list[int]:
     return sorted(int(path.parent.name[5:]) for path in root.glob("step-????????/manifest.json"))
 
 
+@lru_cache(maxsize=1)
+def trace_file() -> int:
+    """Stays open: later there may be no descriptor left for it."""
+    return os.open(FOLDER / "trace", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+
+
 def trace(**fields: Any) -> None:
-    line = json.dumps({"rank": RANK, "pid": os.getpid(), **fields}) + "\n"
-    descriptor = os.open(FOLDER / "trace", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-    os.write(descriptor, line.encode())
-    os.close(descriptor)
+    os.write(trace_file(), (json.dumps({"rank": RANK, "pid": os.getpid(), **fields}) + "\n").encode())
 
 
 def once(name: str, times: int = 1) -> bool:

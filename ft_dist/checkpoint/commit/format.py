@@ -22,11 +22,12 @@ from typing import Annotated, Any, TypeVar
 
 import xxhash
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from ft_dist.errors import CheckpointError, CheckpointVersionError, StorageError
 from ft_dist.outside import Document, check_name, one_line, parse_object, validated
 from ft_dist.storage.retry import patiently
+from ft_dist.storage.tensors import open_tensor_file
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -244,7 +245,7 @@ def fingerprint(path: Path) -> Fingerprint:
 def open_tensors(path: Path, *, framework: str) -> Any:
     """The open safetensors file of a rank. Raises CheckpointError if ft_dist did not write it, StorageError."""
     try:
-        handle = patiently(lambda: safe_open(path, framework=framework))
+        handle = patiently(lambda: open_tensor_file(path, framework=framework))
         for key in handle.keys():  # noqa: SIM118 - not a dictionary
             fragment = handle.get_slice(key)
             shape, dtype = fragment.get_shape(), fragment.get_dtype()

@@ -4,12 +4,13 @@ blamed on the learning rate."""
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from ft_dist.config import RunConfig
 from ft_dist.distributed import decided, max_over_ranks
 from ft_dist.engine.step import Engine
 from ft_dist.errors import ModelError, counted
+from ft_dist.storage.tensors import open_tensor_file
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -49,7 +50,7 @@ def _in_files(folder: Path) -> str:
     """The first tensor of the folder's files that is not finite, and how many of its values are not; or ""."""
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            with safe_open(path, framework="pt") as file:
+            with open_tensor_file(path) as file:
                 for name in file.keys():  # noqa: SIM118 - not a dictionary
                     tensor = file.get_tensor(name)
                     bad = int((~tensor.isfinite()).sum()) if tensor.dtype in DTYPES else 0

@@ -62,7 +62,7 @@ def no_descriptors(scene: Scene, life: Life, ranks: list[int]) -> None:
 
 
 def few_descriptors(scene: Scene) -> Life:
-    return limited(scene, "ulimit -n 24")
+    return limited(scene, "ulimit -n 32")
 
 
 def small_files(scene: Scene) -> Life:
@@ -153,7 +153,7 @@ KINDS = [
     ),
     Kind(
         "few-descriptors",
-        "ulimit -n 24",
+        "ulimit -n 32",
         "start",
         story=few_descriptors,
     ),
