@@ -54,6 +54,16 @@ def test_missing_data_file(refused):
     assert "nowhere.jsonl" in refused("data.train=[{path: nowhere.jsonl}]")
 
 
+def test_a_cache_that_cannot_be_written(refused, tmp_path):
+    (tmp_path / "file").touch()
+    message = refused(f"data.cache_dir={tmp_path}/file/cache")
+    assert message.endswith(f"cache/data: {tmp_path}/file is not a folder. Set data.cache_dir to a writable folder.")
+
+
+def test_a_mirror_in_an_unknown_kind_of_store(refused):
+    assert "unknown storage protocol foo://" in refused("checkpoint.path=foo://bucket/run")
+
+
 def test_empty_data(refused, tmp_path):
     path = write(tmp_path)
     assert str(path) in refused(f"data.train=[{path}]")

@@ -8,7 +8,6 @@ after the last finished shard (`store/writer.py`); the bytes are the same for an
 
 import hashlib
 import json
-import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -16,7 +15,6 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from filelock import FileLock
@@ -29,7 +27,7 @@ from ft_dist.data.prepare.digests import Content, SourceChangedError
 from ft_dist.data.prepare.found import finished, read_report
 from ft_dist.data.prepare.quality import NEAR_SAMPLES, source_report
 from ft_dist.data.read.formats import format_of
-from ft_dist.data.read.paths import is_prepared_set
+from ft_dist.data.read.paths import CACHE_ADVICE, cache_folder, is_prepared_set
 from ft_dist.data.read.sources import local_files, read_raw_records
 from ft_dist.data.read.text_files import RawRecord, Record
 from ft_dist.data.store.cache import open_store
@@ -130,7 +128,11 @@ def prepare(
     fix), for a set made with another tokenizer or other options, or if no sample is left to train on.
     """
     made_with = rules_of(tokenizer, data)
-    cache = cache_folder(data)
+    cache = cache_folder(data.cache_dir)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{cache}: cannot be created ({error.strerror}). {CACHE_ADVICE}") from None
     prepared = Prepared(
         partial(
             open_store,
@@ -154,21 +156,6 @@ def prepare(
         report = read_report(storage, read_index(storage))
         prepared.sets.append(PreparedSet(source.path, source.weight, place, report, reused))
     return prepared
-
-
-def cache_folder(data: DataConfig) -> Path:
-    """The folder of prepared data: data.cache_dir, $FT_DIST_CACHE or ~/.cache/ft_dist."""
-    root = data.cache_dir or os.environ.get("FT_DIST_CACHE") or "~/.cache/ft_dist"
-    folder = Path(root).expanduser() / "data"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"{folder}: cannot be created ({error.strerror}). Set data.cache_dir to a writable folder."
-        ) from None
-    if not os.access(folder, os.W_OK):
-        raise DataError(f"{folder}: not writable. Set data.cache_dir to a writable folder.")
-    return folder
 
 
 class _Job(NamedTuple):

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from ft_dist.config.schema import DataConfig, SourceConfig
 from ft_dist.data.read.formats import RecordFormat, format_of
-from ft_dist.data.read.paths import INDEX, TEXT_SUFFIXES, is_mds, is_prepared_set, local_path, suffix_of
+from ft_dist.data.read.paths import INDEX, TEXT_SUFFIXES, cache_folder, is_mds, is_prepared_set, local_path, suffix_of
 from ft_dist.data.read.sources import local_files, read_records
 from ft_dist.data.read.text_files import Record
 from ft_dist.errors import DataError, MissingFileError, counted
@@ -31,8 +31,9 @@ def check_sources(data: DataConfig) -> list[str]:
     Reads at most MAX_RECORDS records or MAX_SECONDS seconds of each source; the line says so. Raises DataError for a
     missing or empty file, broken lines, unknown or mixed formats, a sample without an assistant turn, roles out of
     order, null or empty content: up to MAX_FAULTS records of a source in one message. Raises DataError for a remote set
-    without an index, and StorageError for a store that does not answer.
+    without an index or a cache that cannot be written, and StorageError for a store that does not answer.
     """
+    cache_folder(data.cache_dir)
     kinds = (("train", data.train), ("eval", data.eval))
     return [f"{kind} {_check(source)}" for kind, sources in kinds for source in sources]
 

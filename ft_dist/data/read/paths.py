@@ -19,7 +19,22 @@ UNKNOWN = "unknown"
 """Revision of a hub dataset if the hub does not answer"""
 MOST_ENTRIES = 200_000
 """Files and folders below one source; a folder with more is hardly one that was meant"""
+CACHE_ADVICE = "Set data.cache_dir to a writable folder."
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def cache_folder(cache_dir: str | None) -> Path:
+    """The folder of prepared data, in data.cache_dir, $FT_DIST_CACHE or ~/.cache/ft_dist; it need not exist yet.
+
+    Raises DataError if it cannot be created or written to.
+    """
+    root = cache_dir or os.environ.get("FT_DIST_CACHE") or "~/.cache/ft_dist"
+    folder = Path(root).expanduser() / "data"
+    existing = next(place for place in (folder, *folder.absolute().parents) if os.path.exists(place))
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        reason = "not writable" if existing.is_dir() else "not a folder"
+        raise DataError(f"{folder}: {existing} is {reason}. {CACHE_ADVICE}")
+    return folder
 
 
 def is_prepared_set(path: str) -> bool:

@@ -183,7 +183,7 @@ def test_progress_counts_over_all_sources(tmp_path, tokenizer_of):
 def test_unwritable_cache_is_named(tmp_path, tokenizer_of):
     (tmp_path / "cache").write_text("a file, not a folder")
     path = write_chats(tmp_path / "a.jsonl", ["one"])
-    with pytest.raises(DataError, match=r"cache/data: cannot be created .* Set data\.cache_dir"):
+    with pytest.raises(DataError, match=r"cache/data: .*/cache is not a folder. Set data\.cache_dir"):
         run(tmp_path, path, tokenizer_of("chatml"))
 
 

@@ -4,7 +4,7 @@ import os
 import resource
 from collections.abc import Callable
 
-from tests.faults.kinds.kind import AGAIN, MEND, NOTHING, Kind, Story
+from tests.faults.kinds.kind import AGAIN, MEND, Kind, Story
 from tests.faults.kinds.processes import PAUSE
 from tests.faults.scene import Life, Scene
 from tests.faults.shim import Rule
@@ -183,8 +183,9 @@ KINDS = [
         "cache-read-only",
         "the cache is on a read-only disk, with everything in it",
         "start",
-        (0, 2),
-        then=NOTHING,
+        (2,),
+        "data.cache_dir to a writable folder",
+        MEND,
         story=cache_read_only,
         mend=lambda scene: scene.remount(scene.cache, "rw"),
         root_only=True,
