@@ -22,6 +22,7 @@ _BITS = {"F4": 4, "F8_E8M0": 8, "F8_E4M3": 8, "F8_E5M2": 8, "BOOL": 8, "I8": 8, 
 _BITS |= {f"{kind}{bits}": bits for kind in ("F", "I", "U") for bits in (16, 32, 64)} | {"BF16": 16}
 _MAX_JSON_BYTES = 100 * 1024 * 1024
 _MAX_JSON_DEPTH = 64
+MOST_LAYERS = 10_000
 INDEX = "model.safetensors.index.json"
 
 _TEXT_PARTS = ("language_model", "text_model", "embed_tokens", "layers", "norm", "lm_head")
@@ -73,7 +74,9 @@ def model_facts(folder: str | Path) -> ModelFacts:
     """
     folder = Path(folder)
     refuse_adapter_inside(folder)
-    whole = validated(read_json(folder / "config.json"), _Config, where=folder / "config.json", error=ModelError)
+    tree = read_json(folder / "config.json")
+    _check_layers(tree, folder)
+    whole = validated(tree, _Config, where=folder / "config.json", error=ModelError)
     config = whole.text_config or whole  # a multimodal model nests the language model's config
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, int] = {}
@@ -95,6 +98,16 @@ def model_facts(folder: str | Path) -> ModelFacts:
         architecture=(whole.architectures or ["unknown"])[0],
         other_parts=_other_parts(shapes) if whole.text_config else {},
     )
+
+
+def _check_layers(tree: dict[str, Any], folder: Path) -> None:
+    """transformers makes lists, and then modules, as long as a config.json says, until the memory is full."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            _check_layers(value, folder)
+        elif "layer" in name and isinstance(value, int) and value > MOST_LAYERS:
+            shown = f"{value:,}" if value < 10**15 else "a longer number"
+            raise ModelError(f"model.path={folder}: {name[:80]}={shown} in its config.json, which no model can have.")
 
 
 def holds_weights(folder: Path) -> bool:
@@ -170,6 +183,11 @@ def read_json(path: Path) -> dict[str, Any]:
         if not level:
             return tree
     raise ModelError(f"{path}: more than {_MAX_JSON_DEPTH} levels of JSON.")
+
+
+def count_tensors(folder: Path) -> int | None:
+    """Tensors in the weight files of a model's folder; None if it holds no weights. Raises ModelError."""
+    return sum(len(_read_header(file)) for file in _weight_files(folder)) if holds_weights(folder) else None
 
 
 def check_weights(folder: Path) -> None:

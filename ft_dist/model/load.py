@@ -5,7 +5,9 @@ Under ZeRO-3 every weight is partitioned as it is read, so that no rank ever hol
 
 import contextlib
 import importlib.util
+import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +16,12 @@ from torch import nn
 from ft_dist.config.schema import ModelConfig
 from ft_dist.errors import ModelError
 from ft_dist.model.anatomy.weights import check_loaded, is_of_folder, reason_of
-from ft_dist.model.facts import adapter_inside
+from ft_dist.model.facts import adapter_inside, count_tensors
 from ft_dist.model.quiet import quietly
 
+MOST_MODULES, MODULES_PER_TENSOR = 10_000, 20
+"""A model of N tensors has at most this many modules. The largest experts that are modules of their own make up 117,000,
+with 88,000 tensors"""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -43,7 +48,7 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     with _partitioned_on_load(zero3_settings):
-        with _explained(model, alone=zero3_settings is None), quietly():
+        with _explained(model, alone=zero3_settings is None), _bounded(folder), quietly():
             causal_lm, found = AutoModelForCausalLM.from_pretrained(
                 folder,
                 revision=model.revision,
@@ -71,7 +76,7 @@ def outline(model: ModelConfig, *, folder: str) -> nn.Module:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with _explained(model), quietly(), torch.device("meta"):
+    with _explained(model), _bounded(folder), quietly(), torch.device("meta"):
         trusted = model.trust_remote_code
         config = AutoConfig.from_pretrained(folder, revision=model.revision, trust_remote_code=trusted)
         own_code = trusted and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
@@ -146,6 +151,24 @@ def _explained(model: ModelConfig, *, alone: bool = True) -> Iterator[None]:
         if not is_of_folder(error, alone=alone):
             raise
         raise ModelError(f"model.path={model.path}: transformers cannot load it ({reason_of(error)}).") from error
+
+
+@contextlib.contextmanager
+def _bounded(folder: str) -> Iterator[None]:
+    """Refuse a config.json that asks for far more layers than the weights have, before they fill the memory."""
+    tensors = count_tensors(Path(folder))
+    most = MOST_MODULES + MODULES_PER_TENSOR * tensors if tensors else None
+    count = itertools.count(1)
+
+    def registered(module: nn.Module, name: str, child: nn.Module | None) -> None:
+        if most is not None and next(count) > most:
+            raise ValueError(f"config.json asks for more than {most:,} modules, but the weights are {tensors} tensors")
+
+    handle = torch.nn.modules.module.register_module_module_registration_hook(registered)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 
 from ft_dist.errors import ModelError
 from ft_dist.model.builtin import SMOLLM2, cached_folder, resolve_model
-from ft_dist.model.facts import read_json
+from ft_dist.model.facts import MOST_LAYERS, read_json
 from ft_dist.model.families import FAMILIES, Family, assumed_family, expert_count, ties_by_default
 from ft_dist.model.tiny import tiny_config, tiny_names
 
@@ -27,7 +27,7 @@ _SMOLLM2 = {
     "vocab_size": 49152,
     "tie_word_embeddings": True,
 }
-_MOST = (2**40, 10_000)
+_MOST = (2**40, MOST_LAYERS)
 """Of any size, and of layers"""
 BLOCK_NORMS = (
     "input_layernorm",

@@ -69,7 +69,8 @@ def load_tokenizer(
     try:
         with quietly():
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            tokenizer("Hello")  # some wrong values only show here
+    except Exception as error:  # whatever the files hold; tokenizers raises nothing more specific
         raise ModelError(f"model.path={path}: its tokenizer does not load ({reason_of(error)}).") from None
     notes: list[str] = []
     if chat_template is not None:
