@@ -20,8 +20,8 @@ from ft_dist.model.facts import adapter_inside, count_tensors
 from ft_dist.model.quiet import quietly
 
 MOST_MODULES, MODULES_PER_TENSOR = 10_000, 20
-"""A model of N tensors has at most this many modules. The largest experts that are modules of their own make up 117,000,
-with 88,000 tensors"""
+"""A model of N tensors has at most A + B x N modules. The largest experts that are modules of their own make up
+117,000, with 88,000 tensors"""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 

@@ -87,3 +87,22 @@ def test_a_folder_without_tokenizer_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="its tokenizer does not load") as caught:
         load_tokenizer(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, old, new, why",
+    [
+        ("tokenizer.json", '"merges": []', '"merges": [7]', "did not match any variant"),
+        ("tokenizer.json", "{", "[", "Expecting"),
+        ("tokenizer_config.json", '"pad_token"', '"model_max_length": {}, "pad_token"', "not supported between"),
+    ],
+)
+def test_a_damaged_file_is_one_line(tmp_path: Path, name: str, old: str, new: str, why: str) -> None:
+    """tokenizers raises bare Exceptions, and some values only show when text is tokenised."""
+    file = Path(saved(tmp_path)) / name
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new, 1))
+    with pytest.raises(ModelError, match=rf"its tokenizer does not load \(.*{why}") as caught:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(caught.value)
