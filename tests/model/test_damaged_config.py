@@ -22,7 +22,7 @@ def changed(folder: Path, **keys: object) -> Path:
 
 @pytest.mark.parametrize("keys", [{"num_hidden_layers": 2**63}, {"text_config": {"num_hidden_layers": 10_001}}])
 def test_no_model_has_so_many_layers(tmp_path, keys):
-    with pytest.raises(ModelError, match="num_hidden_layers=.* which no model can have"):
+    with pytest.raises(ModelError, match=r"num_hidden_layers=.* which no model can have"):
         model_facts(changed(tmp_path / "model", **keys))
 
 
