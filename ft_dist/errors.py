@@ -14,8 +14,21 @@ NEW_RUN = "start a new run with another output_dir (and another checkpoint.path 
 """The way out if a checkpoint cannot be resumed: a mirror or a named checkpoint would be found again"""
 
 
+LONGEST_MESSAGE = 1900
+"""Characters; longer messages repeat what they were given, and lose their middle"""
+
+
 class UserError(Exception):
-    """Something the user can fix: reported in one line without a traceback, exit 2."""
+    """Something the user can fix: reported in one line without a traceback, exit 2.
+
+    A message may repeat values from any file, so line breaks and other unprintable characters become escapes.
+    """
+
+    def __init__(self, message: str) -> None:
+        shown = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in message)
+        if len(shown) > LONGEST_MESSAGE:
+            shown = f"{shown[: LONGEST_MESSAGE * 2 // 3]} ... {shown[-LONGEST_MESSAGE // 3 + 5 :]}"
+        super().__init__(shown)
 
 
 class ConfigError(UserError):

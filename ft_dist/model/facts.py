@@ -19,6 +19,7 @@ _DTYPES = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 
 
 _BITS = {"F4": 4, "F8_E8M0": 8, "F8_E4M3": 8, "F8_E5M2": 8, "BOOL": 8, "I8": 8, "U8": 8, "C64": 64}
+_BITS |= {"F6_E2M3": 6, "F6_E3M2": 6}
 _BITS |= {f"{kind}{bits}": bits for kind in ("F", "I", "U") for bits in (16, 32, 64)} | {"BF16": 16}
 _MAX_JSON_BYTES = 100 * 1024 * 1024
 _MAX_JSON_DEPTH = 64
@@ -220,8 +221,9 @@ def _read_header(file: Path) -> "dict[str, _Tensor]":
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_offsets):
         begin, stop = tensor.data_offsets
         bits = _BITS.get(tensor.dtype)
-        nbytes = None if bits is None else -(-math.prod(tensor.shape) * bits // 8)
-        if begin != end or stop < begin or (nbytes is not None and stop - begin != nbytes):
+        if bits is None:
+            raise ModelError(f"{file}: its header is damaged: {_shown(name)} is of the unknown type {tensor.dtype}.")
+        if begin != end or stop < begin or stop - begin != -(-math.prod(tensor.shape) * bits // 8):
             raise ModelError(
                 f"{file}: its header is damaged: {_shown(name)} of {tensor.dtype}{tensor.shape} is at bytes "
                 f"{begin} to {stop}. Download it again."

@@ -26,6 +26,7 @@ _PAD_CANDIDATES = (
 )
 _EOS_CANDIDATES = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "</s>", "<|endoftext|>", "<eos>")
 _MARK = "ft-dist-mark"
+LARGEST_ID = 2**24
 # transformers' tags around the assistant's text; without them a template is plain Jinja
 _GENERATION_MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 
@@ -72,6 +73,9 @@ def load_tokenizer(
             tokenizer("Hello")  # some wrong values only show here
     except Exception as error:  # whatever the files hold; tokenizers raises nothing more specific
         raise ModelError(f"model.path={path}: its tokenizer does not load ({reason_of(error)}).") from None
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest > LARGEST_ID:  # embeddings and tables would get as many rows
+        raise ModelError(f"model.path={path}: its tokenizer has a token with id {largest:,}, which no model can have.")
     notes: list[str] = []
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
