@@ -110,7 +110,7 @@ class Side:
 
     def wait_for_ours(self) -> None:
         self.writer.wait()
-        problems = [report.note for report in self.writer.new_events() if report.event == "save_failed"]
+        problems = [report.note for report in self.writer.new_events() if report.name == "save_failed"]
         assert not problems, problems
 
     def deepspeed(self, number: int) -> Callable[[], None]:
