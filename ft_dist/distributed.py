@@ -10,6 +10,7 @@ import json
 import os
 import resource
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -23,8 +24,9 @@ import torch.distributed as dist
 
 from ft_dist.errors import TrainingError, UserError, first_line
 from ft_dist.network.gate import listen_at
+from ft_dist.network.guard import GuardedStore
 from ft_dist.network.secret import secret_of
-from ft_dist.network.store import RunStore, StoreServer
+from ft_dist.network.store import StoreServer
 
 GLOO_IDLE_S = 5.0
 LONGEST_READ_S = 30.0
@@ -87,12 +89,12 @@ def open_store(*, timeout_s: float) -> dist.Store:
         if rank == 0:
             server = StoreServer(_listen(address, 0), secret)
             store.set("ft_dist/store", str(server.port))
-        return RunStore(address, int(store.get("ft_dist/store")), secret, timeout=timeout)
+        return GuardedStore(address, int(store.get("ft_dist/store")), secret, timeout=timeout)
     listener = _listen(address, port) if rank == 0 else None
     if secret:
         if listener:
             StoreServer(listener, secret)
-        return RunStore(address, port, secret, timeout=timeout)
+        return GuardedStore(address, port, secret, timeout=timeout)
     return dist.TCPStore(
         address,
         port,
@@ -150,6 +152,8 @@ def join_world(store: dist.Store, *, timeout_s: float) -> World:
     os.environ.setdefault("LOCAL_RANK", str(local_rank))
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    if isinstance(store, GuardedStore) and store.unguarded:
+        print(f"{socket.gethostname()}: gloo's port is open to strangers: {store.unguarded}", file=sys.stderr)
     os.environ.setdefault("MASTER_PORT", "29500")
     return World(rank=rank, size=size, local_rank=local_rank, local_size=local_size, device=device)
 
@@ -166,7 +170,7 @@ def _make_gpus_deterministic() -> None:
 
 
 def _allow_open_files() -> None:
-    """As many as the system permits: gloo keeps every connection that a stranger opens to its port."""
+    """As many as the system permits: gloo keeps connections that strangers open while ranks look for each other."""
     with contextlib.suppress(OSError, ValueError):
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -270,15 +274,30 @@ def announced_fault(world: World) -> str | None:
     return text
 
 
-_control = threading.local()
+_connections: list[tuple[threading.Thread, dist.Store, dist.Store]] = []
+"""Each with the thread that uses it and the default store that it is a copy of"""
+_connections_lock = threading.Lock()
 
 
 def control_store() -> dist.Store:
-    """The ranks' shared key-value store over a connection of this thread, which may use it during collectives."""
-    default = dist.distributed_c10d._get_default_store()
-    if getattr(_control, "of", None) is not default:
-        _control.of, _control.store = default, default.clone()
-    store: dist.Store = _control.store
+    """The ranks' shared key-value store over a connection of this thread, which may use it during collectives.
+
+    A thread that has ended leaves its connection to the next one: new ones cost time when strangers are at the port.
+    """
+    default, thread = dist.distributed_c10d._get_default_store(), threading.current_thread()
+    with _connections_lock:
+        free = None
+        for at, (user, store, of) in enumerate(_connections):
+            if of is default and user is thread:
+                return store
+            if of is default and not user.is_alive():
+                free = at
+        if free is not None:
+            _connections[free] = (thread, _connections[free][1], default)
+            return _connections[free][1]
+    store = default.clone()
+    with _connections_lock:
+        _connections.append((thread, store, default))
     return store
 
 

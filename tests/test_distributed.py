@@ -4,8 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 
+import pytest
+import torch.distributed as dist
+
+from ft_dist.distributed import control_store
 from tests.conftest import ROOT
 from tests.ports import free_port
 
@@ -35,3 +40,33 @@ def test_every_rank_learns_the_answer_or_the_error() -> None:
     assert main["rank 0 alone"] == "MemoryError: only on rank 0"
     assert other["rank 0 alone"] == "TrainingError: rank 0: MemoryError: only on rank 0. Its log says where."
     assert other["lost"].startswith("TrainingError: rank 1: rank 0 did not say")
+
+
+@pytest.fixture
+def alone():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_threads_that_end_leave_their_connection_to_the_next(alone) -> None:
+    """Each save has a thread: a run of many saves must not keep a connection for each."""
+
+    def in_thread(meet: threading.Barrier) -> None:
+        found.append(control_store())
+        meet.wait(10)
+
+    own = control_store()
+    for together in (1, 1, 1, 2):
+        found: list[dist.Store] = []
+        meet = threading.Barrier(together)
+        threads = [threading.Thread(target=in_thread, args=(meet,)) for _ in range(together)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len({id(own), *map(id, found)}) == 1 + together
+        if together == 1:
+            first = found[0]
+    assert any(store is first for store in found)
+    assert control_store() is own

@@ -1,8 +1,8 @@
 """A listening port that only members of the run get through, and at which strangers cost next to nothing.
 
 At most MOST_STRANGERS connections may be unproven, each for PROOF_TIMEOUT_S and 64 bytes; the oldest makes room for a
-new one. Strangers get BUDGET_S of every REST_S, and members are served first. A stranger is never sent anything but
-random bytes: who fails to prove is disconnected without a word.
+new one. Strangers get BUDGET_S for every REST_S, ten times as much while members join; members are served first. A
+stranger is never sent anything but random bytes: who fails to prove is disconnected without a word.
 """
 
 import contextlib
@@ -16,7 +16,9 @@ from ft_dist.network.channel import Channel, ConnectionLostError
 
 MOST_STRANGERS = 64
 PROOF_TIMEOUT_S = 10.0
-BUDGET_S, REST_S = 0.001, 0.02
+BUDGET_S, JOINING_BUDGET_S, REST_S = 0.0005, 0.005, 0.02
+JOINING_S = 15.0
+"""How long the larger budget counts at the start, and after each member that has joined: they come together"""
 EXHAUSTED_REST_S = 1.0
 """How long to leave the listener alone when the system has no more descriptors or memory"""
 BACKLOG = 1024
@@ -58,6 +60,7 @@ class Gate:
         self._outside.register(listener, selectors.EVENT_READ)
         self._inside = selectors.DefaultSelector()
         self._rest_until = 0.0
+        self._joining_until = time.monotonic() + JOINING_S
         self._watched = False
         self._watch_outside(True)
 
@@ -71,7 +74,7 @@ class Gate:
         return [key.data for key, _ in self._inside.select(timeout_s) if key.data]
 
     def admit(self) -> list[Channel]:
-        """Spend up to BUDGET_S on strangers; returns those that have become members."""
+        """Spend the budget on strangers; returns those that have become members."""
         now = time.monotonic()
         for channel, since in list(self._strangers.items()):
             if now - since <= PROOF_TIMEOUT_S:
@@ -80,13 +83,14 @@ class Gate:
         if now < self._rest_until:
             return []
         admitted = []
+        deadline = now + (JOINING_BUDGET_S if now < self._joining_until else BUDGET_S)
         # those that have begun come first, since they may be members
         for key, _ in sorted(self._outside.select(0), key=lambda event: event[0].data is None):
             if key.data is None:
-                self._accept(now + BUDGET_S)
+                admitted += self._accept(deadline)
             elif self._hear(key.data):
                 admitted.append(key.data)
-            if time.monotonic() > now + BUDGET_S:
+            if time.monotonic() > deadline:
                 self._rest(REST_S)
                 break
         return admitted
@@ -109,19 +113,21 @@ class Gate:
         self._outside.close()
         self._listener.close()
 
-    def _accept(self, deadline: float) -> None:
+    def _accept(self, deadline: float) -> list[Channel]:
+        """Returns those that have already become members."""
+        admitted: list[Channel] = []
         while time.monotonic() < deadline:
             try:
                 peer, _ = self._listener.accept()
             except (BlockingIOError, InterruptedError):
-                return
+                break
             except OSError as error:
                 if error.errno not in EXHAUSTED:
                     continue  # that connection failed before it was accepted
                 if self._strangers:
                     self._turn_away(next(iter(self._strangers)))
                 self._rest(EXHAUSTED_REST_S)
-                return
+                break
             try:
                 channel = Channel(peer, self._secret, purpose=self._purpose, serves=True, longest=self._longest)
             except OSError:
@@ -129,9 +135,11 @@ class Gate:
                 continue
             self._strangers[channel] = time.monotonic()
             self._outside.register(peer, selectors.EVENT_READ, channel)
-            self._hear(channel)  # sends it our nonce
+            if self._hear(channel):  # sends it our nonce, and it may answer at once
+                admitted.append(channel)
             if len(self._strangers) > MOST_STRANGERS:
                 self._turn_away(next(iter(self._strangers)))
+        return admitted
 
     def _hear(self, channel: Channel) -> bool:
         """True if the stranger has just proved that it is a member."""
@@ -145,6 +153,7 @@ class Gate:
         self._outside.unregister(channel.socket)
         del self._strangers[channel]
         self._inside.register(channel.socket, selectors.EVENT_READ, channel)
+        self._joining_until = time.monotonic() + JOINING_S
         return True
 
     def _turn_away(self, channel: Channel) -> None:

@@ -23,7 +23,7 @@ from ft_dist.network.gate import Gate
 PURPOSE = "store"
 LONGEST_MESSAGE_BYTES = 2**23
 """A key and its value may take half of it"""
-ATTEMPT_TIMEOUT_S = 5.0
+ATTEMPT_TIMEOUT_S = 15.0
 RECONNECT_S = 10.0
 RETRY_S = 0.05
 IDLE_S, SENDING_S = 1.0, 0.01

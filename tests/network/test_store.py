@@ -122,4 +122,4 @@ def test_under_torchrun_our_posts_are_signed_if_there_is_a_secret(tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["RunStore", "RunStore"]
+    assert done.stdout.split() == ["GuardedStore", "GuardedStore"]

@@ -1,8 +1,9 @@
-"""A stranger on the network of a run: `python -m tests.launcher.elastic.attack MARK`, until it is killed.
+"""A stranger on the network of a run: `python -m tests.launcher.elastic.attack MARK [decoy]`, until it is killed.
 
 It finds every port at which a process with the mark in its environment listens, as a scanner would, and sends each of
 them garbage, deep JSON, forged messages, requests of torch's TCPStore, endless trickles, and connections by the
-hundred. Prints as JSON what it heard from each port, at most once a second.
+hundred. Prints as JSON what it heard from each port, at most once a second. As a decoy it keeps its machine just as
+busy, but attacks ports of its own.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.launcher.processes import marked
@@ -77,29 +78,32 @@ def reachable(address: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
 
 
-def attack(mark: str) -> Iterator[dict[str, object]]:
+def own_ports(count: int) -> Callable[[], set[tuple[str, int]]]:
+    listeners = [socket.create_server(("127.0.0.1", 0), backlog=1024) for _ in range(count)]
+    return lambda: {listener.getsockname() for listener in listeners}
+
+
+def attack(find: Callable[[], set[tuple[str, int]]]) -> Iterator[dict[str, object]]:
     """What it heard, once a second."""
-    opened: list[tuple[int, socket.socket]] = []
+    opened: list[tuple[int, socket.socket, list[bytes]]] = []
     heard: dict[str, bytes] = {}
     sent = 0
     reported = time.monotonic()
     while True:
-        ports = ports_of(mark)
+        ports = find()
         for address, port in ports:
             for number in range(PER_PORT // 10):
                 peer = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
-                peer.settimeout(0.2)
-                with contextlib.suppress(OSError):
+                peer.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
                     peer.connect((reachable(address), port))
-                    peer.setblocking(False)
-                    opened.append((port, peer))
-                    # one in three only holds the connection
-                    if number % 3:
-                        peer.send(FORGED[sent % len(FORGED)])
-                    sent += 1
-        for port, peer in opened:
+                # one in three only holds the connection; afterwards a line that never ends
+                opened.append((port, peer, [b"x", FORGED[sent % len(FORGED)]] if number % 3 else [b"x"]))
+                sent += 1
+        for port, peer, messages in opened:
             with contextlib.suppress(OSError):
-                peer.send(b"x")  # a line that never ends
+                peer.send(messages[-1])
+                messages[1:] = []
             with contextlib.suppress(OSError):
                 heard[str(port)] = heard.get(str(port), b"")[-4000:] + peer.recv(4096)
         while len(opened) > MOST_OPEN:
@@ -116,5 +120,6 @@ def attack(mark: str) -> Iterator[dict[str, object]]:
 
 if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1]),) * 2)
-    for report in attack(sys.argv[1]):
+    mark, *decoy = sys.argv[1:]
+    for report in attack(own_ports(6) if decoy else lambda: ports_of(mark)):
         print(json.dumps(report), flush=True)
