@@ -10,7 +10,6 @@ import json
 import os
 import resource
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -152,8 +151,6 @@ def join_world(store: dist.Store, *, timeout_s: float) -> World:
     os.environ.setdefault("LOCAL_RANK", str(local_rank))
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    if isinstance(store, GuardedStore) and store.unguarded:
-        print(f"{socket.gethostname()}: gloo's port is open to strangers: {store.unguarded}", file=sys.stderr)
     os.environ.setdefault("MASTER_PORT", "29500")
     return World(rank=rank, size=size, local_rank=local_rank, local_size=local_size, device=device)
 
@@ -286,11 +283,12 @@ def control_store() -> dist.Store:
     """
     default, thread = dist.distributed_c10d._get_default_store(), threading.current_thread()
     with _connections_lock:
+        _connections[:] = [entry for entry in _connections if entry[2] is default]
         free = None
-        for at, (user, store, of) in enumerate(_connections):
-            if of is default and user is thread:
+        for at, (user, store, _) in enumerate(_connections):
+            if user is thread:
                 return store
-            if of is default and not user.is_alive():
+            if not user.is_alive():
                 free = at
         if free is not None:
             _connections[free] = (thread, _connections[free][1], default)

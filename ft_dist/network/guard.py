@@ -23,19 +23,20 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
+from ft_dist.errors import first_line
 from ft_dist.network.store import RunStore
 
 GROUP_KEY = re.compile(r"(.*//cpu//\d+)/(\d+)")
 """Where a rank of a group publishes gloo's address"""
+MOST_RANKS = 64
+"""gloo connects one pair after the other, so the delays add up: to seconds with 64 ranks, to minutes with 1000"""
 LOOK_S = 0.01
-RANKS_PER_LOOK = 16
-"""With more ranks, each looks less often, since one store serves them all"""
 WARN_S = 30.0
 LISTENING, TIME_WAIT, SYN_RECEIVED = "0A", "06", ("03", "0C")
 """States in /proc/net/tcp"""
 
 SO_ATTACH_FILTER, SO_DETACH_FILTER = 26, 27
-DROP_DATA = (
+DROP_DATA = (  # but not what opens and closes a connection
     (0x30, 0, 0, 12),  # A = the byte of the TCP header whose upper half is its length in words
     (0x54, 0, 0, 0xF0),
     (0x74, 0, 0, 2),
@@ -60,9 +61,12 @@ class RankInfo(NamedTuple):
 class GuardedStore(RunStore):
     """A store that guards the port of each gloo group that is formed over it."""
 
-    unguarded = "gloo has published no address"
-    """Why a port of gloo is open to strangers, if one is"""
-    _posts: RunStore | None = None
+    def __init__(self, host: str, port: int, secret: str, *, timeout: timedelta) -> None:
+        super().__init__(host, port, secret, timeout=timeout)
+        self.guarded = 0
+        """Groups whose ports were guarded"""
+        self._guards: dict[str, Guard] = {}
+        self._posts: RunStore | None = None
 
     def set(self, key: str, value: bytes | str) -> None:
         """Raises DistNetworkError if somebody connected to gloo before its port was guarded."""
@@ -70,80 +74,125 @@ class GuardedStore(RunStore):
             try:
                 self._guard(match[1], int(match[2]), rank_info(value if isinstance(value, bytes) else value.encode()))
             except (OSError, ValueError) as error:
-                self.unguarded = str(error)
+                _say(f"gloo's port is open to strangers: {error}")
         super().set(key, value)
+
+    def get(self, key: str) -> bytes:
+        value = super().get(key)
+        if (match := GROUP_KEY.fullmatch(key)) and match[1] in self._guards:
+            self._guards[match[1]].meet(int(match[2]), value)
+        return value
 
     def _guard(self, group: str, rank: int, info: RankInfo) -> None:
         """Raises OSError or ValueError if this system, or this version of gloo, is not what we expect."""
+        if info.size > MOST_RANKS:
+            if rank == 0:
+                _say(f"gloo's ports are open to strangers while {info.size} ranks look for each other")
+            return
+        self._posts = self._posts or self.clone()
         listener = _listener(info.address)
-        attach(listener, DROP_DATA)
-        if _connected(info.address):
+        try:
+            attach(listener, DROP_DATA)
+            if _connected(info.address):
+                host, port = info.address
+                raise dist.DistNetworkError(f"somebody connected to {host}:{port} before that port was guarded")
+        except BaseException:
+            with contextlib.suppress(OSError):
+                detach(listener)
             listener.close()
-            host, port = info.address
-            raise dist.DistNetworkError(f"somebody connected to {host}:{port} before that port was guarded")
-        if not self._posts:
-            self._posts, self.unguarded = self.clone(), ""
-        threading.Thread(
-            target=_admit, args=(self._posts, group, rank, info, listener, self.timeout), name="guard", daemon=True
-        ).start()
+            raise
+        self._guards[group] = guard = Guard(self._posts, group, rank, info, listener)
+        self.guarded += 1
+        threading.Thread(target=guard.run, args=(self.timeout.total_seconds(),), name="guard", daemon=True).start()
 
 
-def _admit(store: RunStore, group: str, rank: int, info: RankInfo, listener: socket.socket, timeout: timedelta) -> None:
-    """Let the peers in and close the listener to everybody else, or leave the filter as it is after `timeout`."""
-    deadline, look_s = time.monotonic() + timeout.total_seconds(), LOOK_S * max(1, info.size / RANKS_PER_LOOK)
-    others = [peer for peer in range(info.size) if peer != rank]
-    called: dict[Address, int] = {}
-    admitted: dict[Address, int] = {}
-    """Sockets that this rank has connected to its peers, and theirs that it has let in"""
-    warn_at = time.monotonic() + WARN_S
-    with listener, contextlib.suppress(dist.DistError):
-        # not `get`: its wait would hold up the ranks that form another group over the same connection
-        while others and not store.check([f"{group}/{peer}" for peer in others]):
-            if time.monotonic() > deadline:
-                return
-            time.sleep(look_s)
-        peers = {rank_info(store.get(f"{group}/{peer}")).address: peer for peer in others}
-        while missing := set(others) - {*called.values(), *admitted.values()}:
+class Guard:
+    """Of one group's port, until its ranks are connected."""
+
+    def __init__(self, posts: RunStore, group: str, rank: int, info: RankInfo, listener: socket.socket) -> None:
+        self._posts, self._key, self._rank, self._info = posts, f"ft_dist/guard/{group}", rank, info
+        self._listener = listener
+        self._others = set(range(info.size)) - {rank}
+        self._peers: dict[Address, int] = {}
+        """Where the other ranks listen"""
+        self._met = threading.Event()
+        self._called: dict[Address, int] = {}
+        """This rank's sockets, with the ranks that they are connected to"""
+        self._admitted: dict[Address, int] = {}
+        """The other ranks' sockets that are connected to this one"""
+        if not self._others:
+            self._met.set()
+
+    def meet(self, rank: int, value: bytes) -> None:
+        """gloo has read what a rank publishes. It connects to none of them before it has read all."""
+        if rank != self._rank:
+            self._peers[rank_info(value).address] = rank
+        if len(self._peers) == len(self._others):
+            self._met.set()
+
+    def run(self, timeout_s: float) -> None:
+        with self._listener:
+            try:
+                if self._met.wait(timeout_s) and self._connect(time.monotonic() + timeout_s):
+                    self._close()
+            except dist.DistError:
+                return  # rank 0 has gone, and the run with it
+            except Exception as error:
+                _say(f"rank {self._rank} no longer guards gloo's port: {type(error).__name__}: {first_line(error)}")
+
+    def _connect(self, deadline: float) -> bool:
+        """Post this rank's sockets, and let in those that others post; False after the deadline."""
+        warn_at = time.monotonic() + WARN_S
+        while missing := self._others - {*self._called.values(), *self._admitted.values()}:
             now = time.monotonic()
             if now > deadline:
-                return
-            if now > warn_at:
-                print(_warning(rank, missing), file=sys.stderr, flush=True)
-                warn_at = deadline
-            waiting = []
-            for local, remote, connection in _connections():
-                if remote in peers and local not in called:
-                    store.append(f"ft_dist/guard/{group}/{peers[remote]}", f"{rank} {local[0]} {local[1]}\n")
-                    called[local] = peers[remote]
-                elif local == info.address and remote not in admitted:
-                    waiting.append((remote, _copy(connection)))
-            posted = _posted(store, f"ft_dist/guard/{group}/{rank}") if waiting else {}
-            for remote, connection in waiting:
-                with connection:
-                    if remote in posted:
-                        connection.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
-                        admitted[remote] = posted[remote]
-            time.sleep(look_s)
-        attach(listener, DROP_ALL)
+                return False
+            if warn_at and now > warn_at:
+                _say(
+                    f"rank {self._rank} has waited {WARN_S:.0f} s for gloo's connections to ranks {sorted(missing)}. "
+                    "Addresses must not be translated between the nodes of a run."
+                )
+                warn_at = 0.0
+            self._look()
+            time.sleep(LOOK_S)
+        return True
+
+    def _look(self) -> None:
+        waits = False
+        for local, remote, _ in _connections():
+            if remote in self._peers and local not in self._called:
+                peer = self._peers[remote]
+                self._posts.append(f"{self._key}/{peer}", f"{self._rank} {local[0]} {local[1]}\n")
+                self._called[local] = peer
+            waits = waits or (local == self._info.address and remote not in self._admitted)
+        posted = self._posted() if waits else {}
+        if not posted.keys() - self._admitted.keys():
+            return
         for local, remote, connection in _connections():
-            if local == info.address and remote not in admitted:
+            if local == self._info.address and remote in posted and remote not in self._admitted:
+                with contextlib.suppress(OSError):  # that rank has closed it
+                    detach(connection)
+                    self._admitted[remote] = posted[remote]
+
+    def _posted(self) -> dict[Address, int]:
+        """Sockets that ranks have connected to this one, with those ranks."""
+        key = f"{self._key}/{self._rank}"
+        if not self._posts.check([key]):
+            return {}
+        lines = self._posts.get(key).decode().splitlines()
+        return {(host, int(port)): int(peer) for peer, host, port in (line.split() for line in lines)}
+
+    def _close(self) -> None:
+        """Nobody gets a connection from now on; strangers' connections carry nothing."""
+        attach(self._listener, DROP_ALL)
+        for local, remote, connection in _connections():
+            if local == self._info.address and remote not in self._admitted:
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
 
 
-def _warning(rank: int, missing: set[int]) -> str:
-    return (
-        f"rank {rank} has waited {WARN_S:.0f} s for gloo's connections to ranks {sorted(missing)}. Addresses must not "
-        "be translated between the nodes: a connection from an address that no rank has is not let in."
-    )
-
-
-def _posted(store: RunStore, key: str) -> dict[Address, int]:
-    """Sockets that ranks have connected to this one, with those ranks."""
-    if not store.check([key]):
-        return {}
-    lines = store.get(key).decode().splitlines()
-    return {(host, int(port)): int(peer) for peer, host, port in (line.split() for line in lines)}
+def _say(text: str) -> None:
+    print(f"{socket.gethostname()}: {text}", file=sys.stderr, flush=True)
 
 
 def rank_info(value: bytes) -> RankInfo:
@@ -172,11 +221,16 @@ def attach(connection: socket.socket, program: tuple[tuple[int, int, int, int], 
     connection.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", len(program), ctypes.addressof(code)))
 
 
+def detach(connection: socket.socket) -> None:
+    """Raises OSError, also if the socket has no filter."""
+    connection.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
+
+
 def _listener(address: Address) -> socket.socket:
     """Raises OSError if no socket of this process listens there."""
     for own in _own_sockets():
         if own.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) and _plain(own.getsockname()) == address:
-            return _copy(own)
+            return socket.socket(fileno=os.dup(own.fileno()))  # `own.dup()` would make gloo's block
     raise OSError(f"gloo does not listen at {address[0]}:{address[1]}, as it says")
 
 
@@ -188,19 +242,18 @@ def _connections() -> Iterator[tuple[Address, Address, socket.socket]]:
 
 
 def _own_sockets() -> Iterator[socket.socket]:
-    """Copies of this process's TCP sockets, each of them closed afterwards."""
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+    """Copies of this process's TCP sockets, each of them closed afterwards. The newest come first, roughly."""
+    for number in sorted(map(int, os.listdir("/proc/self/fd")), reverse=True):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            if not os.readlink(f"/proc/self/fd/{number}").startswith("socket:"):
                 continue
-            with socket.socket(fileno=os.dup(int(name))) as own:
+            copy = os.dup(number)
+            stack.callback(os.close, copy)
+            own = socket.socket(fileno=copy)  # fails if the number has another file by now
+            stack.pop_all()
+            with own:
                 if own.family in (socket.AF_INET, socket.AF_INET6) and own.type == socket.SOCK_STREAM:
                     yield own
-
-
-def _copy(own: socket.socket) -> socket.socket:
-    """`dup()` would make gloo's socket block."""
-    return socket.socket(fileno=os.dup(own.fileno()))
 
 
 def _plain(name: tuple[str, int]) -> Address:

@@ -43,7 +43,7 @@ for within in (None, group):
     dist.all_reduce(tensor, group=within)
     assert tensor.eq(size * (size + 1) / 2).all(), tensor
 dist.barrier()
-print("formed", repr(store.unguarded), flush=True)
+print("formed", store.guarded, flush=True)
 sys.stdin.read()
 dist.barrier()
 dist.destroy_process_group()
@@ -99,7 +99,7 @@ def test_strangers_at_the_ports_cannot_take_the_place_of_a_rank(size):
                 except OSError:
                     continue
         assert all(rank.stdout.readline() == "published\n" for rank in ranks), "the second group"
-        assert [rank.stdout.readline() for rank in ranks] == ["formed ''\n"] * size
+        assert [rank.stdout.readline() for rank in ranks] == ["formed 2\n"] * size
         time.sleep(0.5)  # the listeners close a moment after the last rank has come
         places = ports_of(mark)
         assert len(places) == 2 * size
@@ -149,10 +149,18 @@ def test_whoever_connects_before_the_guard_stops_the_start(store, host):
             store.set(KEY, published(address))
 
 
-def test_what_cannot_be_guarded_is_named(store):
-    assert store.unguarded == "gloo has published no address"
-    store.set(KEY, b"elsewhere")
-    assert "in a form that we do not know" in store.unguarded
-    assert store.get(KEY) == b"elsewhere"
-    store.set(KEY, published(("127.0.0.1", 9)))
-    assert store.unguarded == "gloo does not listen at 127.0.0.1:9, as it says"
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (b"elsewhere", "gloo publishes its address in a form that we do not know"),
+        (published(("127.0.0.1", 9)), "gloo does not listen at 127.0.0.1:9, as it says"),
+        (published(("127.0.0.1", 9), size=65), "while 65 ranks look for each other"),
+    ],
+    ids=["form", "listener", "ranks"],
+)
+def test_what_is_not_guarded_is_named(store, capsys, value, reason):
+    store.set(KEY, value)
+    assert "open to strangers" in (said := capsys.readouterr().err)
+    assert reason in said
+    assert store.get(KEY) == value
+    assert store.guarded == 0
