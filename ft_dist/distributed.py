@@ -10,6 +10,7 @@ import json
 import os
 import resource
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -151,6 +152,8 @@ def join_world(store: dist.Store, *, timeout_s: float) -> World:
     os.environ.setdefault("LOCAL_RANK", str(local_rank))
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    if isinstance(store, GuardedStore) and not store.seen:
+        print("gloo's port is open to strangers: its address has another key than we know", file=sys.stderr)
     os.environ.setdefault("MASTER_PORT", "29500")
     return World(rank=rank, size=size, local_rank=local_rank, local_size=local_size, device=device)
 

@@ -63,6 +63,8 @@ class GuardedStore(RunStore):
 
     def __init__(self, host: str, port: int, secret: str, *, timeout: timedelta) -> None:
         super().__init__(host, port, secret, timeout=timeout)
+        self.seen = False
+        """Whether a group has published an address under a key that we know"""
         self.guarded = 0
         """Groups whose ports were guarded"""
         self._guards: dict[str, Guard] = {}
@@ -71,6 +73,7 @@ class GuardedStore(RunStore):
     def set(self, key: str, value: bytes | str) -> None:
         """Raises DistNetworkError if somebody connected to gloo before its port was guarded."""
         if match := GROUP_KEY.fullmatch(key):
+            self.seen = True
             try:
                 self._guard(match[1], int(match[2]), rank_info(value if isinstance(value, bytes) else value.encode()))
             except (OSError, ValueError) as error:
