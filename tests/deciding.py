@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ft_dist.distributed import World, decided, join_world, leave_world, open_store
+from ft_dist.distributed import World, decided, join_world, leave_world
 from ft_dist.errors import DataError
+from ft_dist.network.open import open_store
 
 GROUP_TIMEOUT_S = 3.0
 

@@ -5,8 +5,9 @@ import os
 import sys
 
 from ft_dist.config import worker_config
-from ft_dist.distributed import join_world, leave_world, open_store, several_nodes
+from ft_dist.distributed import join_world, leave_world
 from ft_dist.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_USER, PreflightError, TrainingError, UserError
+from ft_dist.network.open import open_store, several_nodes
 from ft_dist.observe.console import Console, print_error
 from ft_dist.preflight.interface import choose_interface
 from ft_dist.preflight.node import node_name

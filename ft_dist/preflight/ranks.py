@@ -18,8 +18,9 @@ import torch
 import torch.distributed as dist
 
 from ft_dist.config import RunConfig
-from ft_dist.distributed import World, await_count, join_world, open_store, several_nodes
+from ft_dist.distributed import World, await_count, join_world
 from ft_dist.errors import PreflightError
+from ft_dist.network.open import open_store, several_nodes
 from ft_dist.observe.console import Console
 from ft_dist.preflight.facts import facts, gpu_facts
 from ft_dist.preflight.interface import choose_interface

@@ -17,10 +17,11 @@ from ft_dist.checkpoint.commit.retention import Retention
 from ft_dist.checkpoint.commit.writer import CheckpointWriter
 from ft_dist.checkpoint.load import load
 from ft_dist.config import load_config
-from ft_dist.distributed import World, barrier, join_world, leave_world, open_store
+from ft_dist.distributed import World, barrier, join_world, leave_world
 from ft_dist.engine.fragments import adam_step, owned_tensors
 from ft_dist.engine.step import Engine
 from ft_dist.model.quiet import quiet_process, quietly
+from ft_dist.network.open import open_store
 
 VOCABULARY, HIDDEN = 11, 7
 ROWS, TOKENS = 6, 5

@@ -14,12 +14,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ft_dist.config import load_config
-from ft_dist.distributed import World, join_world, leave_world, open_store
+from ft_dist.distributed import World, join_world, leave_world
 from ft_dist.engine import flat_update
 from ft_dist.engine.build import prepare_deepspeed
 from ft_dist.engine.fragments import adam_step, fragments, hold_contents
 from ft_dist.engine.step import Engine, StepResult, StepSums
 from ft_dist.model.quiet import quiet_process, quietly
+from ft_dist.network.open import open_store
 from tests.checkpoint.odd_ranks import VOCABULARY, Batch, Objective, Odd
 
 ROWS, TOKENS, RATE = 3, 5, 0.05

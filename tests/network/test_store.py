@@ -9,9 +9,9 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from ft_dist.distributed import open_store
 from ft_dist.errors import UserError
 from ft_dist.network.gate import listen_at
+from ft_dist.network.open import open_store
 from ft_dist.network.secret import VARIABLE, RunSecret, new_secret
 from ft_dist.network.store import RunStore, StoreServer
 from tests.conftest import ROOT
@@ -105,14 +105,16 @@ def test_under_torchrun_our_posts_are_signed_if_there_is_a_secret(tmp_path):
     """Two ranks meet in our store, although torchrun hosts torch's own."""
     script = tmp_path / "rank.py"
     script.write_text(
-        "from ft_dist.distributed import control_store, join_world, leave_world, open_store\n"
+        "import sys\n"
+        "from ft_dist.distributed import control_store, join_world, leave_world\n"
+        "from ft_dist.network.open import open_store\n"
         "store = open_store(timeout_s=60); world = join_world(store, timeout_s=60)\n"
         "control_store().set(f'rank{world.rank}', 'x'); control_store().get(f'rank{1 - world.rank}')\n"
-        "print(type(store).__name__, flush=True); control_store().add('done', 1)\n"
+        "open(f'{sys.argv[1]}/{world.rank}', 'w').write(type(store).__name__); control_store().add('done', 1)\n"
         "while control_store().add('done', 0) < 2: pass\n"
         "leave_world()\n"
     )
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(tmp_path)]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     done = subprocess.run(
         [sys.executable, *command],
@@ -122,4 +124,4 @@ def test_under_torchrun_our_posts_are_signed_if_there_is_a_secret(tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["GuardedStore", "GuardedStore"]
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["GuardedStore", "GuardedStore"]

@@ -16,9 +16,10 @@ def main() -> None:
     method, dtype, *folders = sys.argv[1:]
     from ft_dist.config.load import validate
     from ft_dist.data.prepare.report import prepare_data
-    from ft_dist.distributed import join_world, leave_world, open_store
+    from ft_dist.distributed import join_world, leave_world
     from ft_dist.engine.build import build_engine
     from ft_dist.model.tokenizer import configured_tokenizer
+    from ft_dist.network.open import open_store
     from ft_dist.run.proof.final import write_and_prove
 
     world = join_world(open_store(timeout_s=60), timeout_s=60)

@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from ft_dist.config import RunConfig
-from ft_dist.distributed import join_world, leave_world, open_store
+from ft_dist.distributed import join_world, leave_world
 from ft_dist.engine.build import build_engine
 from ft_dist.model.builtin import local_folder, resolve_model
 from ft_dist.model.load import enable_activation_checkpointing, load_model, outline
 from ft_dist.model.parts.layers import layers_of
 from ft_dist.model.quiet import quietly
 from ft_dist.model.tokenizer import configured_tokenizer, new_token_ids
+from ft_dist.network.open import open_store
 from ft_dist.plan.gpu import device_here
 from ft_dist.run.out_of_memory import is_out_of_memory
 from ft_dist.run.proof.self_check import self_check

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from ft_dist.config import load_config
-from ft_dist.distributed import join_world, leave_world, open_store
+from ft_dist.distributed import join_world, leave_world
 from ft_dist.engine.build import build_engine
 from ft_dist.engine.probe import Probe, unreached
 from ft_dist.model.tokenizer import configured_tokenizer
+from ft_dist.network.open import open_store
 
 
 def main() -> None:
