@@ -65,6 +65,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	PYTHONPATH=kernels $(BIN)/lint-imports
+	$(BIN)/python requirements/audit.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

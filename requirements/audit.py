@@ -1,7 +1,7 @@
 """Compares the locked packages with the published advisories: `make audit`.
 
 Exits with 1 if one has a known vulnerability. Without access to an advisory database it says so and exits with 0: no
-build may depend on that service, but none may claim that the audit was done either.
+build may depend on that service, but none may claim that the audit was done either. `make check` runs it.
 """
 
 import json
