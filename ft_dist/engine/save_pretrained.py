@@ -53,13 +53,13 @@ def write_final(engine: Engine, tokenizer: Any, folder: Path, *, prove: Proof, a
 def save_model(
     model: Any, tokenizer: Any, folder: Path, *, weights: dict[str, torch.Tensor] | None = None, base: str | None = None
 ) -> list[str]:
-    """Save a transformers or peft model, or only `weights` of it; returns notes on what was mended.
+    """Save a transformers or peft model, or only `weights` of it; returns notes on what was repaired.
 
     `base` is the `model.path` that an adapter's config names if its own is not a folder here. Raises OSError or
     SafetensorError if the folder cannot be written.
     """
     writes_generation_config = not hasattr(model, "peft_config") and model.can_generate()
-    notes = mend_generation_config(model) if writes_generation_config else []
+    notes = repair_generation_config(model) if writes_generation_config else []
     config = (model.get_base_model() if hasattr(model, "get_base_model") else model).config
     used = config.use_cache if hasattr(config, "use_cache") else None
     try:
@@ -86,7 +86,7 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
         raise OSError(str(error)) from error
 
 
-def mend_generation_config(model: Any) -> list[str]:
+def repair_generation_config(model: Any) -> list[str]:
     """Drop the generation options that transformers refuses to save, such as a temperature with do_sample=false.
 
     Published models contain them, and they have no effect. Returns a note if there were any.

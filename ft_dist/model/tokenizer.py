@@ -81,8 +81,8 @@ def load_tokenizer(
         tokenizer.chat_template = _read_template(chat_template)
         notes.append(f"chat template taken from {chat_template}")
     notes += _add_tokens(tokenizer, list(new_tokens))
-    notes += _mend_eos(tokenizer)
-    notes += _mend_pad(tokenizer)
+    notes += _repair_eos(tokenizer)
+    notes += _repair_pad(tokenizer)
     return tokenizer, notes
 
 
@@ -144,7 +144,7 @@ def _add_tokens(tokenizer: Any, tokens: list[str]) -> list[str]:
     return [f"{counted(len(missing), 'new special token')}: {', '.join(missing)}"]
 
 
-def _mend_eos(tokenizer: Any) -> list[str]:
+def _repair_eos(tokenizer: Any) -> list[str]:
     if tokenizer.eos_token_id is not None:
         return []
     vocabulary = tokenizer.get_vocab()
@@ -160,7 +160,7 @@ def _mend_eos(tokenizer: Any) -> list[str]:
     return [f"the tokenizer has no end token; using {candidates[0]}"]
 
 
-def _mend_pad(tokenizer: Any) -> list[str]:
+def _repair_pad(tokenizer: Any) -> list[str]:
     if tokenizer.pad_token_id is not None:
         return []
     vocabulary = tokenizer.get_vocab()

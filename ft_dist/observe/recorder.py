@@ -93,7 +93,7 @@ class Recorder:
             write_json(self._folder.summary, content)
         except OSError as error:
             raise StorageError(
-                f"{self._folder.summary}: cannot be written ({error.strerror}). {self._folder.final} is complete: mend "
+                f"{self._folder.summary}: cannot be written ({error.strerror}). {self._folder.final} is complete: fix "
                 "the cause and run the same command again, which writes both."
             ) from None
 

@@ -29,7 +29,7 @@ def undisturbed(tmp_path_factory):
     return losses(folder)
 
 
-def test_lines_wait_for_a_full_disk_and_a_torn_file_is_mended_at_the_resume(cli, tmp_path, undisturbed):
+def test_lines_wait_for_a_full_disk_and_a_torn_file_is_repaired_at_the_resume(cli, tmp_path, undisturbed):
     folder = tmp_path / "run"
     failing = Shim(tmp_path, [Rule("write", ".jsonl", "ENOSPC")])
     options = [*SMALL_RUN, f"output_dir={folder}", "checkpoint.interval_steps=5", "--nproc", "1"]

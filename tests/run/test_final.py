@@ -163,7 +163,7 @@ def refused(done, run, reason):
     line = done.stderr.strip().splitlines()[-1]
     assert f"{run / 'final'}: cannot be written (" in line
     assert reason in line
-    assert "The commit of step 2 is safe: mend the cause and run the same command again" in line
+    assert "The commit of step 2 is safe: fix the cause and run the same command again" in line
     assert not [path for path in run.iterdir() if path.name.startswith(".final")]
 
 

@@ -253,7 +253,7 @@ class CheckpointWriter:
                 self._begin_attempt()
             except OSError as error:
                 problem = (
-                    f"{self.root}: cannot be written ({error.strerror}). Nothing was changed: mend that and run the "
+                    f"{self.root}: cannot be written ({error.strerror}). Nothing was changed: fix that and run the "
                     "same command again."
                 )
                 self._store.set(key, json.dumps({"error": problem}))

@@ -133,9 +133,9 @@ def _advice(config: RunConfig, step: int) -> str:
     with suppress(StorageError):
         steps = [commit.step for commit in commits(RunFolder(config.run_dir).checkpoints, wait_s=1.0)]
     if not steps:
-        return "No commit holds the trained weights either. Mend the cause and run the same command again."
+        return "No commit holds the trained weights either. Fix the cause and run the same command again."
     return (
-        f"The commit of step {steps[-1]} is safe: mend the cause and run the same command again, which resumes there "
+        f"The commit of step {steps[-1]} is safe: fix the cause and run the same command again, which resumes there "
         "and writes final/."
         + (f" The steps after it, up to {step}, could not be saved and are trained again." if steps[-1] < step else "")
     )

@@ -1,6 +1,6 @@
 """Faults while a run saves: they cost a checkpoint at most, and the run continues. Kills lose no earlier commit."""
 
-from tests.faults.kinds.kind import Kind
+from tests.faults.kinds.kind import MEND, Kind
 from tests.faults.shim import Rule
 
 RANK_FILE = "saving-*"
@@ -91,7 +91,7 @@ KINDS = [
         "final",
         codes=(2,),
         words="final.*cannot be written.*commit of step 12 is safe",
-        then="make room, then the same command again",
+        then="make room, then run the same command again",
         rules=(Rule("write", "*/run/.final-partial-*", "ENOSPC"),),
     ),
     Kind(
@@ -100,7 +100,7 @@ KINDS = [
         "final",
         codes=(2,),
         words="final.*cannot be written.*commit of step 12 is safe",
-        then="mend the cause, then the same command again",
+        then=MEND,
         rules=(Rule("rename", "*/run/final", "EIO"),),
     ),
     Kind(
@@ -109,7 +109,7 @@ KINDS = [
         "final",
         codes=(2,),
         words="final.*cannot be written.*commit of step 12 is safe",
-        then="mend the cause, then the same command again",
+        then=MEND,
         rules=(Rule("fsync", "*/run/.final-partial-*", "EIO"),),
     ),
     Kind(
@@ -118,7 +118,7 @@ KINDS = [
         "final",
         codes=(2,),
         words="summary.json.*(No space|cannot be written)",
-        then="make room, then the same command again",
+        then="make room, then run the same command again",
         rules=(Rule("write", "*/summary.json*", "ENOSPC"),),
     ),
 ]

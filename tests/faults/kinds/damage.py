@@ -189,7 +189,7 @@ KINDS = [
         "training",
         (2,),
         "checksum",
-        "delete the set that the message names, then the same command again",
+        "delete the set that the message names, then run the same command again",
         story=after(flip_tokens),
         mend=forget_tokens,
     ),

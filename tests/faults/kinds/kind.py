@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from tests.faults.scene import Life, Scene
 from tests.faults.shim import Rule
 
-NOTHING, AGAIN, MEND = "nothing", "the same command again", "mend the cause, then the same command again"
+NOTHING, AGAIN, MEND = "nothing", "run the same command again", "fix the cause, then run the same command again"
 
 Story = Callable[[Scene], Life]
 """Injects the fault into a run and returns the life that was hit, ended"""

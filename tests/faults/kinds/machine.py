@@ -11,7 +11,7 @@ from tests.faults.shim import Rule
 
 FILLER = "filler"
 NOT_WRITTEN = "cannot be written.*same command again"
-ROOM = "make room, then the same command again"
+ROOM = "make room, then run the same command again"
 DAY_S = 86400
 
 
@@ -138,7 +138,7 @@ KINDS = [
         "training",
         (2,),
         NOT_WRITTEN,
-        "remount it, then the same command again",
+        "remount it, then run the same command again",
         # a real remount fails while files are open for writing, unless the kernel does it after an error
         story=from_half_way(*(Rule(call, "*/run/*", "EROFS") for call in ("create", "write", "mkdir"))),
     ),
@@ -163,7 +163,7 @@ KINDS = [
         "training",
         (2,),
         NOT_WRITTEN,
-        "raise the limit, then the same command again",
+        "raise the limit, then run the same command again",
         story=small_files,
         mend=unlimited,
     ),

@@ -217,7 +217,7 @@ KINDS = [
         "training",
         (1,),
         "CUDA error",
-        "look at the GPU, then the same command again",
+        "look at the GPU, then run the same command again",
         plant={"raise": [PAUSE, 2]},
         restarts=True,
     ),
