@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ft_dist.config import RunConfig, worker_config
 from ft_dist.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_PREEMPTED, EXIT_USER, Preempted, TrainingError, UserError
 from ft_dist.observe.streams import secure_streams
-from ft_dist.preemption.signals import listen
+from ft_dist.preemption.signals import ignore, listen
 from ft_dist.preemption.stop import StopRequest
 from ft_dist.run_folder import RunFolder
 
@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         if not arguments:
             raise UserError("no config given. Usage: python -m ft_dist.train CONFIG [key=value ...]")
         train(worker_config(arguments), stop)
+        ignore()
     except (UserError, TrainingError) as error:
         report_error(error)
         return EXIT_USER if isinstance(error, UserError) else EXIT_FAILED

@@ -35,6 +35,15 @@ def listen(stop: StopRequest) -> None:
     threading.Thread(target=_pass_on, args=(reader, stop), name="signals", daemon=True).start()
 
 
+def ignore() -> None:
+    """Once the run has finished, so that it exits with 0. Main thread only.
+
+    While the interpreter shuts down, it would restore the default action of every signal that has a Python handler.
+    """
+    for number in heeded():
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _pass_on(reader: int, stop: StopRequest) -> None:
     while True:
         for number in os.read(reader, 64):

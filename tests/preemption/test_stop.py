@@ -12,7 +12,7 @@ import pytest
 from ft_dist.errors import ConfigError
 from ft_dist.preemption.slurm import TimeLimit, job_ends_at
 from ft_dist.preemption.stop import SAME_NOTICE_S
-from tests.conftest import ROOT
+from tests.conftest import ROOT, SMALL_RUN
 from tests.faults.shim import Rule, Shim
 
 SCRIPT = """
@@ -59,6 +59,27 @@ def test_in_training_only_a_later_second_signal_exits():
         process.wait(SAME_NOTICE_S + 0.5)
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 75
+
+
+def test_a_signal_to_a_run_that_has_finished_changes_nothing(tmp_path):
+    """Not even while the interpreter shuts down, which restores the default action of signals that have a handler."""
+    script = (
+        "import os, sys\n"
+        "from ft_dist.train import main\n"
+        "class Late:\n"
+        "    def __del__(self, say=os.write, read=os.read): say(1, b'late\\n'), read(0, 1)\n"
+        "late = Late()\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    run = [*SMALL_RUN, "optim.max_steps=1", f"output_dir={tmp_path / 'run'}"]
+    command = [sys.executable, "-c", script, *run]
+    with subprocess.Popen(command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert "late\n" in process.stdout
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            process.send_signal(number)
+        process.communicate("x", timeout=60)
+    assert process.returncode == 0
 
 
 def test_a_closed_terminal_is_ignored_by_what_was_started_with_nohup():

@@ -177,13 +177,13 @@ def test_each_task_of_a_sweep_requeues_independently(cli, cluster, undisturbed, 
 def test_stop_commits_without_requeueing_and_resume_continues(cli, cluster, undisturbed, tmp_path):
     run = Launched(cluster, tmp_path / "run")
     run.wait_for_step(2)
-    again = cli(
-        "launch", *RUN, f"output_dir={run.folder}", "--on", "slurm", "--gpus-per-node", "0", **cluster.environment
-    )
+    options = [f"output_dir={run.folder}", "--on", "slurm", "--gpus-per-node", "0"]
+    with stopped(cluster, run.job):
+        again = cli("launch", *RUN, *options, **cluster.environment)
+        stop = cli("stop", str(run.folder), **cluster.environment)
     assert again.returncode == 2
     assert f"job {run.job} of slurm is already active" in again.stderr
-    stopped = cli("stop", str(run.folder), **cluster.environment)
-    assert stopped.returncode == 0, stopped.stderr
+    assert stop.returncode == 0, stop.stderr
     out, err = run.process.communicate(timeout=TIMEOUT_S)
     assert run.process.returncode == 75, out + err
     assert cluster.state(run.job) == "COMPLETED"
