@@ -23,6 +23,7 @@ from ft_dist.data.read.check import REMOTE_SECONDS, check_sources
 from ft_dist.errors import CheckpointError, CheckpointVersionError, ConfigError, StorageError, counted
 from ft_dist.model.builtin import check_hub, local_folder, resolve_model
 from ft_dist.model.facts import model_facts
+from ft_dist.outside import expand_home
 from ft_dist.run_folder import RunFolder
 from ft_dist.storage import is_remote_folder, open_storage
 
@@ -191,7 +192,7 @@ def _check_mirror(config: RunConfig) -> None:
         open_storage(place)
         return
     own = Path(os.path.realpath(config.run_dir))
-    mirror = Path(os.path.realpath(Path(place.removeprefix("file://")).expanduser()))
+    mirror = Path(os.path.realpath(expand_home(place.removeprefix("file://"), error=ConfigError)))
     for inner, outer in ((mirror, own), (own, mirror)):
         if any(_same_folder(outer, folder) for folder in (inner, *inner.parents)):
             raise ConfigError(

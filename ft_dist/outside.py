@@ -10,6 +10,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -78,6 +79,15 @@ def check_name(name: object, *, where: object, error: type[UserError]) -> str:
             f"{where}: names the file {_shown(name)}, which is not a plain path below its own folder. Do not use it."
         )
     return name
+
+
+def expand_home(path: str | Path, *, error: type[UserError]) -> Path:
+    """The path with `~` and `~user` expanded. Raises `error` if this machine has no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        where = _shown(str(path))
+        raise error(f"{where}: names the home folder of a user whom this machine does not have. Correct it.") from None
 
 
 def _shown(value: object) -> str:

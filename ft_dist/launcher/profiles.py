@@ -16,6 +16,7 @@ from ft_dist.config.yaml_text import read_yaml
 from ft_dist.errors import ConfigError
 from ft_dist.launcher.templates import template_folder
 from ft_dist.method.section import Section
+from ft_dist.outside import expand_home
 
 CREDENTIAL = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE)
 """Matches names of variables whose values must not be written to a file"""
@@ -134,10 +135,10 @@ def load_profile(name: str | None) -> Profile:
 
 
 def _find(name: str) -> Path:
-    path = Path(name).expanduser()
+    path = expand_home(name, error=ConfigError)
     if path.is_file():
         return path
-    own = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "ft_dist" / "profiles"
+    own = expand_home(os.environ.get("XDG_CONFIG_HOME") or "~/.config", error=ConfigError) / "ft_dist" / "profiles"
     folders = (own, template_folder() / "profiles")
     for folder in folders:
         if (folder / f"{name}.yaml").is_file():

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ft_dist.config import RunConfig
+from ft_dist.errors import ConfigError
 from ft_dist.launcher.nodes import Nodes
 from ft_dist.launcher.profiles import Profile
+from ft_dist.outside import expand_home
 from ft_dist.run_folder import RunFolder
 
 
@@ -42,7 +44,7 @@ class Request:
     def python(self) -> str:
         """The job's interpreter: the profile's, the container's, or this one if the nodes share our disks."""
         if self.profile.venv:
-            return str(Path(self.profile.venv).expanduser() / "bin" / "python")
+            return str(expand_home(self.profile.venv, error=ConfigError) / "bin" / "python")
         if self.profile.container:
             return "python"
         return sys.executable if self.shares_disks else "python3"

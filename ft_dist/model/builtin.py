@@ -16,6 +16,7 @@ from ft_dist.errors import ModelError
 from ft_dist.model.facts import holds_weights, refuse_adapter_inside
 from ft_dist.model.folder import whole_folder
 from ft_dist.model.tiny import tiny_names
+from ft_dist.outside import expand_home
 
 SMOLLM2 = "smollm2-135m"
 # Part of the folder's name: increment it when the created files change.
@@ -49,7 +50,7 @@ def resolve_model(path: str, progress: Progress = print) -> str:
     Raises ModelError for a folder without config.json or with an adapter besides the model, and for anything but a
     folder, built-in name or hub id.
     """
-    folder = Path(path).expanduser()
+    folder = expand_home(path, error=ModelError)
     if folder.is_dir() and path not in _VERSIONS:
         if not (folder / "config.json").is_file():
             raise ModelError(f"model.path={path}: the folder has no config.json, so it is not a Hugging Face model.")
@@ -138,7 +139,7 @@ def check_hub(hub_id: str, revision: str | None = None) -> None:
 
 def cache_dir() -> Path:
     """`$FT_DIST_CACHE`, or `~/.cache/ft_dist`."""
-    return Path(os.environ.get("FT_DIST_CACHE") or "~/.cache/ft_dist").expanduser()
+    return expand_home(os.environ.get("FT_DIST_CACHE") or "~/.cache/ft_dist", error=ModelError)
 
 
 def _make_once(name: str, progress: Progress) -> Path:

@@ -122,7 +122,7 @@ def _read_template(path: str) -> str:
     from jinja2.ext import loopcontrols
 
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8")
         Environment(extensions=[loopcontrols]).parse(_GENERATION_MARKS.sub("", text))  # noqa: S701 - only parsed
     except FileNotFoundError:
         raise ModelError(f"model.chat_template={path}: no such file.") from None

@@ -47,7 +47,7 @@ def epoch_tokens(config: RunConfig) -> int | None:
     """Tokens of data.train if it is in local files: about a quarter of its bytes; otherwise None."""
     total = 0
     for source in config.data.train:
-        path = Path(source.path).expanduser()
+        path = Path(source.path)
         if is_url(source.path) or source.live or not path.exists():
             return None
         files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]

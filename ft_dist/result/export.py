@@ -11,6 +11,7 @@ from ft_dist.errors import ModelError
 from ft_dist.model.builtin import Progress
 from ft_dist.model.folder import whole_folder
 from ft_dist.model.tokenizer import load_tokenizer, stop_token_ids
+from ft_dist.outside import expand_home
 from ft_dist.result.load import Weights, not_written, tokenizer_folder, trained_weights
 
 
@@ -31,7 +32,7 @@ def export_run(
     `to` exists, kind is adapter after full fine-tuning, nothing is merged but `dtype` is set, or the check fails, and
     CheckpointError if there is no such commit.
     """
-    to = Path(to).expanduser()
+    to = expand_home(to, error=ModelError)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ModelError(f"{to}: exists and is not an empty folder. Name a new folder.")
     near = next(parent for parent in to.absolute().parents if parent.is_dir())

@@ -20,7 +20,7 @@ from ft_dist.model.builtin import Progress, builtin_names, local_folder, may_be_
 from ft_dist.model.facts import check_weights, read_json
 from ft_dist.model.quiet import quietly
 from ft_dist.model.tokenizer import load_tokenizer, stop_token_ids
-from ft_dist.outside import Document, parse_document, validated
+from ft_dist.outside import Document, expand_home, parse_document, validated
 from ft_dist.run_folder import RunFolder
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -59,7 +59,7 @@ def find_weights(path: str, progress: Progress = print, *, trust_remote_code: bo
     `trust_remote_code` allows code from there to run. Raises ModelError naming what is missing, and for an adapter of
     a run whose base is no longer the one it was trained on.
     """
-    folder = Path(path).expanduser()
+    folder = expand_home(path, error=ModelError)
     if not folder.is_dir() and not may_be_model(path):
         raise ModelError(
             f"{path}: no such folder.{_nearest(folder)} Name a run folder, a model folder, a built-in model or a hub "
@@ -128,7 +128,7 @@ def trained_weights(
 
     from ft_dist.result.from_commit import write_commit
 
-    run = RunFolder(Path(path).expanduser())
+    run = RunFolder(expand_home(path, error=ModelError))
     if not run.config.is_file():
         raise ModelError(f"{path}: not a run folder (no config.yaml), so it has no step {step}. Leave out --step.")
     config = _config_of(run, trust_remote_code)

@@ -1,14 +1,16 @@
 """Score a finished run, an adapter or any model on held-out files, in one process."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
 
 from ft_dist.config.schema import DataConfig, RunConfig, SourceConfig
 from ft_dist.errors import ConfigError
 from ft_dist.evaluate.comparison import one_line
 from ft_dist.evaluate.score import Scores
 from ft_dist.model.builtin import Progress
+from ft_dist.outside import expand_home
 
 if TYPE_CHECKING:
     from ft_dist.checkpoint.find import Step
@@ -59,10 +61,8 @@ def table(scores: Scores) -> str:
 
 def _held_out(path: str, config: RunConfig | None, sources: Sequence[str]) -> DataConfig:
     max_length = config.data.max_length if config else DEFAULT_MAX_LENGTH
-    chosen = [SourceConfig.model_validate({"path": source}) for source in sources] or (
-        list(config.data.eval) if config else []
-    )
-    if not chosen and config is None and not Path(path).expanduser().is_dir():
+    chosen = [_source(source) for source in sources] or (list(config.data.eval) if config else [])
+    if not chosen and config is None and not expand_home(path, error=ConfigError).is_dir():
         raise ConfigError(
             f"{path}: no such run folder, so there is no data.eval to score on. Check the path, or pass --data FILE to "
             "score a model of that name."
@@ -73,6 +73,14 @@ def _held_out(path: str, config: RunConfig | None, sources: Sequence[str]) -> Da
     return DataConfig.model_validate(
         {"train": chosen, "eval": chosen, "max_length": max_length, "cache_dir": cache_dir}
     )
+
+
+def _source(path: str) -> SourceConfig:
+    try:
+        return SourceConfig.model_validate({"path": path})
+    except ValidationError as error:
+        rule = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"--data: {rule}.") from None
 
 
 def _score(

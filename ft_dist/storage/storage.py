@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from ft_dist.errors import MissingFileError, StorageError
-from ft_dist.outside import check_name
+from ft_dist.errors import ConfigError, MissingFileError, StorageError
+from ft_dist.outside import check_name, expand_home
 from ft_dist.storage.files import CALL_TIMEOUT_S, PART_BYTES, Files, Folder, Objects
 from ft_dist.storage.retry import LOCAL_WAIT_S, delay_s, is_transient
 
@@ -54,7 +54,7 @@ def open_storage(
 
     One request is retried for up to `wait_s` seconds; error messages name `limit`, the config key that sets this, if
     there is one. `log` receives a line when retries begin, at most every 10 s while they last, and when they end.
-    Raises ConfigError for an unknown protocol or a driver that is not installed.
+    Raises ConfigError for an unknown protocol, a driver that is not installed, or the home of an unknown user.
     """
     url = str(place)
     if url.startswith("file://"):
@@ -63,7 +63,7 @@ def open_storage(
     if is_url(url):
         files: Files = Objects(url, timeout_s=timeout_s)
     else:  # a disk that keeps failing does not come back as a network does
-        files, wait_s, limit = Folder(Path(url).expanduser()), min(wait_s, LOCAL_WAIT_S), None
+        files, wait_s, limit = Folder(expand_home(url, error=ConfigError)), min(wait_s, LOCAL_WAIT_S), None
     return Storage(files, str(place).rstrip("/"), wait_s=wait_s, limit=limit, log=log)
 
 

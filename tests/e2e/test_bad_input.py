@@ -192,3 +192,29 @@ def test_advice_is_never_what_the_config_already_does(refused, tmp_path):
 
 def test_rows_longer_than_the_model_supports(refused):
     assert "positions" in refused("data.max_length=1000000")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "eval ~nobody7/run",
+        "eval smollm2-135m --data ~nobody7/x.jsonl",
+        "chat ~nobody7/run",
+        "export ~nobody7/run merged",
+        "checkpoint verify file://~nobody7/run",
+        "check smoke checkpoint.path=file://~nobody7/copies",
+        "launch smoke --on slurm --profile ~nobody7/cluster.yaml",
+        "plan smoke data.train=~nobody7/x.jsonl",
+    ],
+)
+def test_the_home_of_an_unknown_user(cli, command):
+    done = cli(*command.split())
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert "names the home folder of a user whom this machine does not have" in done.stderr
+
+
+def test_a_cache_in_the_home_of_an_unknown_user(cli, tmp_path):
+    done = cli("train", "smoke", f"output_dir={tmp_path / 'run'}", FT_DIST_CACHE="~nobody7/cache")
+    assert (done.returncode, list(tmp_path.iterdir())) == (2, [])
+    assert "'~nobody7/cache': names the home folder of a user whom" in done.stderr

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ft_dist.errors import DataError
-from ft_dist.outside import parse_object
+from ft_dist.outside import expand_home, parse_object
 from ft_dist.storage import is_remote_folder
 
 TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
@@ -29,7 +29,7 @@ def cache_folder(cache_dir: str | None) -> Path:
     Raises DataError if it cannot be created or written to.
     """
     root = cache_dir or os.environ.get("FT_DIST_CACHE") or "~/.cache/ft_dist"
-    folder = Path(root).expanduser() / "data"
+    folder = expand_home(root, error=DataError) / "data"
     existing = next(place for place in (folder, *folder.absolute().parents) if os.path.exists(place))
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         reason = "not writable" if existing.is_dir() else "not a folder"
