@@ -10,7 +10,7 @@ export PYTHONUNBUFFERED := 1
 # Container images often stop Python from writing its byte code; every start would then compile 4,000 modules, for 7 s.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: quickstart install test gpu-fake-36 faults check format equivalence families plan chaos faults-matrix fuzz slurm hosts bench-quick gpu-dry-run wheel lock audit docs clean
+.PHONY: quickstart install test gpu-fake-36 faults faults-short check format equivalence families plan chaos faults-matrix fuzz slurm hosts bench-quick gpu-dry-run wheel lock audit docs clean
 
 # The versions that were tested together, with the hashes of their files; `make lock` writes them. With another torch,
 # nothing is pinned. Torch itself is pinned because an open range downloads gigabytes of CUDA packages, even on a machine
@@ -54,11 +54,21 @@ gpu-fake-36: $(TRITON_36)/.done
 	$(BIN)/python -m pytest -n $(WORKERS) tests/gpu_fake -k triton_of_gpu_machines
 
 test: $(VENV)/.dev $(TRITON_36)/.done
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not faults and not gpu"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=40 -m "not slow and not faults and not gpu"
 
 # end to end: preemption, hangs, failing object stores, twelve kills, and the commands of the docs
 faults: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "faults and not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=40 -m "faults and not slow"
+
+# what CI has time for: twelve kills, a selection of the matrix, and one or more of each kind of test in `make faults`
+SHORT := chaos faults checkpoint/test_resume_rule.py result/test_trust.py run launcher/elastic/test_attack.py \
+	launcher/elastic/test_kills.py::test_a_killed_worker_is_restarted_and_no_bit_changes \
+	launcher/elastic/test_kills.py::test_a_killed_agent_shrinks_the_world_and_a_new_one_grows_it \
+	e2e/test_preemption.py::test_two_notices_count_once_and_reach_every_rank_from_one \
+	e2e/test_preemption.py::test_a_signal_in_a_commit_finishes_it_and_a_second_keeps_the_commit_before \
+	e2e/test_mirror.py preflight/test_planted_faults.py::test_another_version_on_one_node
+faults-short: $(VENV)/.dev
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=40 -m "faults and not slow" $(addprefix tests/,$(SHORT))
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
