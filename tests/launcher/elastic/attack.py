@@ -22,6 +22,7 @@ from tests.launcher.processes import marked
 MOST_OPEN = 1200
 PER_PORT = 300
 TRICKLE_S = 0.05
+OWN_ADDRESS = "127.0.0.2"
 HELLO = {"type": "hello", "protocol": 1, "node": "x", "nproc": 1, "agent": "x", "run_id": "", "code": "", "config": ""}
 
 
@@ -79,7 +80,7 @@ def reachable(address: str) -> str:
 
 
 def own_ports(count: int) -> Callable[[], set[tuple[str, int]]]:
-    listeners = [socket.create_server(("127.0.0.1", 0), backlog=1024) for _ in range(count)]
+    listeners = [socket.create_server((OWN_ADDRESS, 0), backlog=1024) for _ in range(count)]
     return lambda: {listener.getsockname() for listener in listeners}
 
 
@@ -95,6 +96,8 @@ def attack(find: Callable[[], set[tuple[str, int]]]) -> Iterator[dict[str, objec
             for number in range(PER_PORT // 10):
                 peer = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
                 peer.setblocking(False)
+                if peer.family == socket.AF_INET:  # its connections must not take ports that the run is about to choose
+                    peer.bind((OWN_ADDRESS, 0))
                 with contextlib.suppress(BlockingIOError):
                     peer.connect((reachable(address), port))
                 # one in three only holds the connection; afterwards a line that never ends
