@@ -92,13 +92,13 @@ class GuardedStore(RunStore):
             if rank == 0:
                 _say(f"gloo's ports are open to strangers while {info.size} ranks look for each other")
             return
-        self._posts = self._posts or self.clone()
         listener = _listener(info.address)
         try:
-            attach(listener, DROP_DATA)
+            attach(listener, DROP_DATA)  # at once: whoever connects before this stops the start
             if _connected(info.address):
                 host, port = info.address
                 raise dist.DistNetworkError(f"somebody connected to {host}:{port} before that port was guarded")
+            self._posts = self._posts or self.clone()
         except BaseException:
             with contextlib.suppress(OSError):
                 detach(listener)
