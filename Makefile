@@ -60,7 +60,7 @@ test: $(VENV)/.dev $(TRITON_36)/.done
 faults: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=40 -m "faults and not slow"
 
-# what CI has time for: twelve kills, a selection of the matrix, and one or more of each kind of test in `make faults`
+# the part of `make faults` that CI has time for: kills, preemption, a selection of the matrix, resume rules, trust
 SHORT := chaos faults checkpoint/test_resume_rule.py result/test_trust.py run \
 	launcher/elastic/test_kills.py::test_a_killed_worker_is_restarted_and_no_bit_changes \
 	launcher/elastic/test_kills.py::test_a_killed_agent_shrinks_the_world_and_a_new_one_grows_it \
